@@ -1,0 +1,49 @@
+"""Fine-tune language models with LoRA ranks that allocate themselves.
+
+    from loralloc import AdaLoRA, Budget, RankAllocation, export_adapter
+
+The names below are the public API. They are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from loralloc._version import __version__
+
+if TYPE_CHECKING:
+    from loralloc.budget import Budget
+    from loralloc.errors import UserError
+    from loralloc.export import export_adapter
+    from loralloc.methods.adalora import AdaLoRA
+    from loralloc.plan import RankPlan
+    from loralloc.training.callback import RankAllocation
+    from loralloc.training.run import attach
+
+__all__ = [
+    "AdaLoRA",
+    "Budget",
+    "RankAllocation",
+    "RankPlan",
+    "UserError",
+    "__version__",
+    "attach",
+    "export_adapter",
+]
+
+_HOME = {
+    "AdaLoRA": "loralloc.methods.adalora",
+    "Budget": "loralloc.budget",
+    "RankAllocation": "loralloc.training.callback",
+    "RankPlan": "loralloc.plan",
+    "UserError": "loralloc.errors",
+    "attach": "loralloc.training.run",
+    "export_adapter": "loralloc.export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'loralloc' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,58 @@
+"""Decide which ranks stay: exact selection under a budget, from scores alone.
+
+Higher scores win; ties go to the earlier position; NaN counts as −∞. Keeping none and keeping all are ordinary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_top(scores: Tensor, count: int) -> Tensor:
+    """Keep exactly `count` ranks with the highest scores.
+
+    Args:
+        scores: [R], any floating dtype.
+        count: 0 ≤ count ≤ R.
+
+    Returns:
+        Boolean [R] with exactly `count` True.
+
+    >>> keep_top(torch.tensor([0.5, 0.5, float("nan"), 0.1]), 2).tolist()
+    [True, True, False, False]
+    """
+    keep = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    keep[_by_score(scores)[:count]] = True
+    return keep
+
+
+def keep_within(scores: Tensor, costs: Tensor, limit: int) -> Tensor:
+    """Keep ranks in the order of their scores as long as they fit; skip those that do not.
+
+    The kept ranks never cost more than `limit`, and no further rank fits.
+
+    Args:
+        scores: [R].
+        costs: [R], positive integers.
+        limit: Most the kept ranks may cost together.
+
+    Returns:
+        Boolean [R].
+
+    >>> keep_within(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([5, 4, 3]), 8).tolist()
+    [True, False, True]
+    """
+    keep = [False] * scores.numel()
+    price = costs.tolist()
+    for position in _by_score(scores).tolist():
+        if price[position] <= limit:
+            keep[position] = True
+            limit -= price[position]
+    return torch.tensor(keep, device=scores.device)
+
+
+def _by_score(scores: Tensor) -> Tensor:
+    """Positions from the best score to the worst."""
+    comparable = torch.where(scores.isnan(), -torch.inf, scores)
+    return torch.argsort(comparable, descending=True, stable=True)

@@ -1,0 +1,206 @@
+"""Budgets and the schedule by which a run comes down to them. Numbers only: no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from loralloc.errors import UserError
+
+Unit = Literal["ranks", "parameters"]
+Phase = Literal["warmup", "decrease", "final"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the final adapter may cost. Give exactly one.
+
+    A budget in ranks is met exactly; a budget in parameters is never exceeded, and no further rank fits under it.
+    Parameters are the numbers in A and B, rank · (in + out) per module; singular values fold away and heads are not
+    counted.
+
+    Attributes:
+        average_rank: Mean rank over all adapted modules.
+        total_rank: Sum of the ranks.
+        parameters: Sum of rank · (in + out).
+        fraction: Share of the parameters at the start of training, in (0, 1].
+
+    Raises:
+        UserError: None or several are given, or the value is not positive.
+    """
+
+    average_rank: float | None = None
+    total_rank: int | None = None
+    parameters: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        given = self.to_dict()
+        if len(given) != 1:
+            raise UserError(
+                "a budget is exactly one of average_rank, total_rank, parameters, fraction; "
+                f"got {', '.join(given) or 'none'}"
+            )
+        ((name, value),) = given.items()
+        if not value > 0:
+            raise UserError(f"the budget must be positive, got {name}={value}")
+        if name == "fraction" and value > 1:
+            raise UserError(f"a budget as a fraction of the starting parameters is at most 1, got fraction={value}")
+
+    @property
+    def unit(self) -> Unit:
+        """What is counted: ranks or parameters."""
+        return "ranks" if self.parameters is None and self.fraction is None else "parameters"
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the one value given, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def resolve(self, ranks: Sequence[int], costs: Sequence[int]) -> int:
+        """Return the target in this budget's unit.
+
+        Args:
+            ranks: Starting rank of each module.
+            costs: Parameters of one rank of each module, in + out.
+
+        Raises:
+            UserError: The target is above what the modules start with, or too small for a single rank.
+
+        >>> Budget(average_rank=8).resolve([12, 12, 12], [100, 100, 200])
+        24
+        >>> Budget(fraction=0.5).resolve([12, 12, 12], [100, 100, 200])
+        2400
+        """
+        available, smallest = start_budget(ranks, costs, self.unit), 1 if self.unit == "ranks" else min(costs)
+        if self.average_rank is not None:
+            target = int(self.average_rank * len(ranks) + 1e-9)
+        elif self.fraction is not None:
+            target = int(self.fraction * available + 1e-9)
+        else:
+            target = int(self.total_rank if self.total_rank is not None else self.parameters or 0)
+        ((name, value),) = self.to_dict().items()
+        if target > available:
+            raise UserError(
+                f"the budget {name}={value} asks for {target} {self.unit}, but the {len(ranks)} adapted modules start "
+                f"with {available}; lower the budget or raise LoraConfig.r"
+            )
+        if target < smallest:
+            raise UserError(
+                f"the budget {name}={value} leaves {target} {self.unit} for {len(ranks)} modules: not even one rank "
+                f"(the cheapest costs {smallest})"
+            )
+        return target
+
+
+def start_budget(ranks: Sequence[int], costs: Sequence[int], unit: Unit) -> int:
+    """Return what the modules start with, in ranks or parameters."""
+    return sum(ranks) if unit == "ranks" else sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+
+
+@dataclass(frozen=True)
+class BudgetSchedule:
+    """The cubic budget of AdaLoRA, as its code has it (the formula printed in the paper, eq. 14, is misprinted).
+
+        b(t) = start                                                t ≤ warmup
+        b(t) = ⌊target + (start − target) · m³⌋,  m = 1 − (t − warmup)/(final − warmup)
+        b(t) = target                                               t > final
+
+    Attributes:
+        total_steps: Optimizer steps of the run, T.
+        warmup: Last step at the full budget, t_i.
+        final: Step T − t_f; from here on the budget is the target.
+        interval: Between `warmup` and `final`, ranks are closed at multiples of this many steps.
+        start: Budget at the start.
+        target: Budget at the end.
+    """
+
+    total_steps: int
+    warmup: int
+    final: int
+    interval: int
+    start: int
+    target: int
+
+    def phase(self, step: int) -> Phase:
+        """Return the phase that the 0-based optimizer step belongs to."""
+        return "warmup" if step <= self.warmup else "decrease" if step <= self.final else "final"
+
+    def budget(self, step: int) -> int:
+        """Return b(step).
+
+        >>> schedule = BudgetSchedule(total_steps=100, warmup=10, final=70, interval=10, start=216, target=144)
+        >>> [schedule.budget(t) for t in (0, 10, 11, 12, 20, 30, 40, 50, 60, 70)]
+        [216, 216, 212, 209, 185, 165, 153, 146, 144, 144]
+        """
+        if step <= self.warmup:
+            return self.start
+        if step > self.final:
+            return self.target
+        remaining = 1 - (step - self.warmup) / (self.final - self.warmup)
+        return int(self.target + (self.start - self.target) * remaining**3)
+
+    def closes(self, step: int) -> bool:
+        """Whether ranks are closed after this step: on the interval while the budget falls, always once it has."""
+        phase = self.phase(step)
+        return phase == "final" or (phase == "decrease" and step % self.interval == 0)
+
+
+def cubic_schedule(
+    total_steps: int, warmup: float, cooldown: float, interval: int | None, start: int, target: int
+) -> BudgetSchedule:
+    """Lay the three phases over a run.
+
+    Args:
+        total_steps: Optimizer steps of the run.
+        warmup: Steps at the full budget: a whole number of steps (int), or a fraction of the run (float below 1).
+        cooldown: Steps at the final budget, likewise. At least one step.
+        interval: Steps between closings; None for about 500 over the run.
+        start: Budget at the start, in ranks or parameters.
+        target: Budget at the end.
+
+    Raises:
+        UserError: The phases do not fit into the run, or a number is out of range.
+
+    >>> cubic_schedule(3000, 500, 0.5, None, 864, 576).budget(1000)
+    612
+    """
+    if total_steps < 2:
+        raise UserError(f"allocating ranks takes at least 2 optimizer steps, the run has {total_steps}")
+    if interval is not None and interval < 1:
+        raise UserError(f"interval must be at least 1 step, got {interval}")
+    warmup_steps = phase_steps("warmup", warmup, total_steps)
+    cooldown_steps = max(1, phase_steps("cooldown", cooldown, total_steps))
+    if warmup_steps + cooldown_steps >= total_steps:
+        raise UserError(
+            f"no step is left in which the budget could fall: warmup={warmup} ({warmup_steps} steps) and "
+            f"cooldown={cooldown} ({cooldown_steps} steps) fill the {total_steps} steps of the run"
+        )
+    return BudgetSchedule(
+        total_steps=total_steps,
+        warmup=warmup_steps,
+        final=total_steps - cooldown_steps,
+        interval=interval or max(1, round(total_steps / 500)),
+        start=start,
+        target=target,
+    )
+
+
+def phase_steps(name: str, value: float, total_steps: int) -> int:
+    """Turn a phase given as steps (int) or as a fraction of the run (float) into steps.
+
+    Raises:
+        UserError: A fraction outside [0, 1), or negative steps.
+
+    >>> phase_steps("warmup", 0.15, 300), phase_steps("warmup", 20, 300)
+    (45, 20)
+    """
+    if isinstance(value, int):
+        if value < 0:
+            raise UserError(f"{name} must be at least 0 steps, got {value}")
+        return value
+    if not 0 <= value < 1:
+        raise UserError(
+            f"{name} as a fraction of the run must be in [0, 1), got {value}; whole steps are written as int"
+        )
+    return int(value * total_steps + 1e-9)

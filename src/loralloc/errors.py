@@ -1,0 +1,29 @@
+"""Mistakes in the user's input, told apart from mistakes of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake in the user's input: the command line prints it without a traceback and exits with 2."""
+
+
+def closest(word: str, choices: Iterable[str]) -> str:
+    """Offer the choice that a mistyped word most likely meant.
+
+    Args:
+        word: What the user wrote.
+        choices: What would have been accepted.
+
+    Returns:
+        A sentence to append to an error message, or nothing when no choice is near.
+
+    >>> closest("learning_rat", ["learning_rate", "batch_size"])
+    ' Did you mean "learning_rate"?'
+    >>> closest("colour", ["learning_rate", "batch_size"])
+    ''
+    """
+    found = get_close_matches(word, list(choices), n=1, cutoff=0.7)
+    return f' Did you mean "{found[0]}"?' if found else ""

@@ -1,0 +1,301 @@
+"""Gates on a PEFT model. The only file that touches PEFT's LoRA layers.
+
+A gated layer computes `base(x) + ((x Aᵀ) ∘ (scale ∘ gate)) Bᵀ`: `gate` is a parameter that methods train or set,
+`scale` is fixed and holds PEFT's scaling (times a method's own constant); a zero in it shuts a rank off for good.
+
+What we rely on in PEFT (tests/test_gating.py says in words which of these broke): a layer calls
+`lora_variant[adapter].forward(layer, active_adapter=, x=, result=)` for adapters that have one, and every parameter
+dictionary named in `adapter_layer_names` follows `set_adapter` and `delete_adapter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from loralloc.errors import UserError, closest
+from loralloc.kernel import gated_lora
+
+PREFIX = "base_model.model."
+_LAYERS = "peft.tuners.lora."
+
+SUPPORTED = frozenset(
+    _LAYERS + name
+    for name in (
+        "layer.Linear",  # torch.nn.Linear and transformers' Conv1D
+        "bnb.Linear8bitLt",
+        "bnb.Linear4bit",
+        "hqq.HqqLoraLinear",
+        "gptq.GPTQLoraLinear",
+        "torchao.TorchaoLoraLinear",
+    )
+)
+"""Layer classes that can be gated, by full name so that no optional package is imported."""
+
+MERGE_IGNORES_VARIANTS = frozenset({_LAYERS + "torchao.TorchaoLoraLinear"})
+"""Layers whose in-place merge would drop the gates without a word; it is blocked until the gates are folded."""
+
+REFUSED = {
+    "layer.Embedding": "its update is a table look-up, not a product with an input",
+    "layer.Conv1d": "its factors are convolution kernels",
+    "layer.Conv2d": "its factors are convolution kernels",
+    "layer.Conv3d": "its factors are convolution kernels",
+    "layer.MultiheadAttention": "query, key and value are packed into one weight",
+    "layer.ParamWrapper": "it adapts expert parameters, not a layer, and cannot carry a variant",
+    "awq.AwqLoraLinear": "its forward pass ignores variants",
+    "aqlm.AqlmLoraLinear": "its forward pass ignores variants",
+    "eetq.EetqLoraLinear": "its forward pass ignores variants",
+    "inc.IncLoraLinear": "Intel Neural Compressor layers have not been verified",
+    "te.TeLinear": "TransformerEngine layers have not been verified",
+    "tp_layer.LoraParallelLinear": "Megatron's tensor-parallel layers shard the factors",
+}
+"""Layer classes we know and refuse, with the reason."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One gated layer, as a method sees it: A [r, in], B [out, r], gate [r], scale [r].
+
+    Attributes:
+        name: Full module name in the base model, for example `model.layers.0.self_attn.q_proj`.
+        layer: PEFT's layer.
+        adapter: Name of the adapter.
+    """
+
+    name: str
+    layer: Any
+    adapter: str
+
+    @property
+    def A(self) -> nn.Parameter:  # noqa: N802 - the papers' symbol
+        """Down projection, [r, in]."""
+        return self.layer.lora_A[self.adapter].weight
+
+    @property
+    def B(self) -> nn.Parameter:  # noqa: N802 - the papers' symbol
+        """Up projection, [out, r]."""
+        return self.layer.lora_B[self.adapter].weight
+
+    @property
+    def gate(self) -> nn.Parameter:
+        """Gates, [r], fp32 or wider."""
+        return self.layer.lora_gate[self.adapter]
+
+    @property
+    def scale(self) -> Tensor:
+        """Fixed factor per rank, [r]; zero where a rank is closed for good."""
+        return self._variant.scale
+
+    @property
+    def rank(self) -> int:
+        """Capacity: the number of ranks in the tensors, open or not."""
+        return self.A.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Input features."""
+        return self.A.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """Output features."""
+        return self.B.shape[0]
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one rank: in + out."""
+        return self.inputs + self.outputs
+
+    @property
+    def scaling(self) -> float:
+        """PEFT's scaling of this adapter: lora_alpha / r, or lora_alpha / √r with rsLoRA."""
+        return float(self.layer.scaling[self.adapter])
+
+    @property
+    def _variant(self) -> _GatedVariant:
+        return self.layer.lora_variant[self.adapter]
+
+    def set_scale(self, open_ranks: Tensor, factor: float = 1.0) -> None:
+        """Set the fixed scale to `scaling · factor` where ranks are open, to zero where they are closed for good.
+
+        Args:
+            open_ranks: Boolean [r].
+            factor: The method's constant on top of PEFT's scaling.
+        """
+        self._variant.scale = open_ranks.to(self.gate.dtype) * (self.scaling * factor)
+
+
+class _GatedVariant(LoraVariant):
+    """PEFT's hook for a different forward pass: the gated one."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # PEFT would convert without the gates; export_adapter does it right
+
+    def forward(  # type: ignore[override]  # PEFT calls it on the instance; ours has state
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        if self.scale.device != x.device:  # the model was moved after attaching
+            self.scale = self.scale.to(x.device)
+        return gated_lora(
+            module.lora_dropout[active_adapter](x),
+            result,
+            module.lora_A[active_adapter].weight,
+            module.lora_gate[active_adapter],
+            module.lora_B[active_adapter].weight,
+            self.scale,
+        )
+
+    def _delta(self, module: Any, adapter: str, like: Tensor) -> Tensor:
+        gate = (module.lora_gate[adapter] * self.scale).to(like.device)
+        delta = (module.lora_B[adapter].weight * gate) @ module.lora_A[adapter].weight.to(gate.dtype)
+        return transpose(delta, module.fan_in_fan_out).to(like.dtype)
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight + self._delta(module, active_adapter, orig_weight)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+        orig_weight.data += self._delta(module, active_adapter, orig_weight)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight - self._delta(module, active_adapter, orig_weight)
+
+
+def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
+    """Give every LoRA layer of the active adapter a gate of ones.
+
+    The forward pass is unchanged: gates of one and PEFT's own scaling. Must happen before the optimizer is built.
+
+    Args:
+        model: A `PeftModel` with a LoRA adapter.
+        adapter: Its name; the active adapter by default.
+
+    Returns:
+        The sites, in the model's order.
+
+    Raises:
+        UserError: No PeftModel, no LoRA adapter, a layer that cannot be gated, or one that is gated already.
+    """
+    adapter = _lora_adapter(model, adapter)
+    layers = _lora_layers(model, adapter)
+    for name, layer in layers:
+        _check_layer(name, layer, adapter)
+    sites = []
+    for name, layer in layers:
+        weight = layer.lora_A[adapter].weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if not hasattr(layer, "lora_gate"):
+            layer.lora_gate = nn.ParameterDict()
+            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
+        layer.lora_gate[adapter] = nn.Parameter(torch.ones(weight.shape[0], dtype=dtype, device=weight.device))
+        scale = torch.full_like(layer.lora_gate[adapter].data, layer.scaling[adapter])
+        layer.lora_variant[adapter] = _GatedVariant(scale)
+        if _class_name(layer) in MERGE_IGNORES_VARIANTS:
+            layer.merge = _refuse_merge
+        sites.append(Site(name, layer, adapter))
+    return sites
+
+
+@torch.no_grad()
+def fold_gates(sites: Sequence[Site]) -> None:
+    """Fold scale ∘ gate into B, clear closed ranks, and remove the gates: what is left is plain LoRA.
+
+    B becomes B · diag(scale ∘ gate) / scaling, so that PEFT's own scaling reproduces the trained function. Ranks that
+    are closed for good (scale 0) become exact zeros in both factors, which is how `export_adapter` recognises them.
+    """
+    for site in sites:
+        layer, adapter = site.layer, site.adapter
+        site.B.copy_((site.B * (site.scale * site.gate / site.scaling)).to(site.B.dtype))
+        site.A[site.scale == 0] = 0
+        del layer.lora_gate[adapter], layer.lora_variant[adapter]
+        if not layer.lora_gate:
+            del layer.lora_gate
+            layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n != "lora_gate")
+        layer.__dict__.pop("merge", None)
+
+
+def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any, str]]:
+    """Yield (full module name, PEFT layer, adapter) of every LoRA layer of an adapter, gated or not.
+
+    Raises:
+        UserError: The model is no PeftModel or has no LoRA adapter.
+    """
+    adapter = _lora_adapter(model, adapter)
+    for name, layer in _lora_layers(model, adapter):
+        yield name, layer, adapter
+
+
+def is_gated(model: nn.Module) -> bool:
+    """Whether any layer of the model carries gates."""
+    return any(isinstance(module, LoraLayer) and hasattr(module, "lora_gate") for module in model.modules())
+
+
+def _lora_adapter(model: nn.Module, adapter: str | None) -> str:
+    if not isinstance(model, PeftModel):
+        raise UserError(
+            f"expected a PeftModel, got {type(model).__name__}: wrap it first, "
+            "model = get_peft_model(model, LoraConfig(r=12, target_modules='all-linear'))"
+        )
+    if adapter is None:
+        active = model.active_adapters
+        if len(active) != 1:
+            raise UserError(f"ranks are allocated for one adapter at a time, active are {active}: use set_adapter")
+        adapter = active[0]
+    if adapter not in model.peft_config:
+        raise UserError(f'no adapter "{adapter}" in the model.{closest(adapter, list(model.peft_config))}')
+    peft_type = str(getattr(model.peft_config[adapter].peft_type, "value", model.peft_config[adapter].peft_type))
+    if peft_type != "LORA":
+        raise UserError(f'adapter "{adapter}" is of type {peft_type}; ranks are allocated for LoRA: use LoraConfig')
+    return adapter
+
+
+def _lora_layers(model: nn.Module, adapter: str) -> list[tuple[str, Any]]:
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module._get_available_adapters():
+            layers.append((name.removeprefix(PREFIX), module))
+    if not layers:
+        raise UserError(f'adapter "{adapter}" has no LoRA layers')
+    return layers
+
+
+def _class_name(layer: LoraLayer) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
+def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
+    """Refuse what cannot be gated, by name, with the reason and the cure."""
+    kind = _class_name(layer)
+    exclude = f'leave it out with LoraConfig(exclude_modules=["{name}"])'
+    if kind not in SUPPORTED:
+        reason = REFUSED.get(kind.removeprefix(_LAYERS), "the class is not known to loralloc")
+        cure = exclude if "Linear" not in kind else f"load the base model in 16 bit or with bitsandbytes, or {exclude}"
+        raise UserError(f"{name}: ranks cannot be allocated in {type(layer).__name__} layers ({reason}); {cure}")
+    if adapter in layer.lora_variant:
+        variant = type(layer.lora_variant[adapter]).__name__
+        if isinstance(layer.lora_variant[adapter], _GatedVariant):
+            raise UserError(f"{name}: a rank allocation is attached already; finish() it first")
+        raise UserError(f"{name}: the adapter uses {variant}, which changes the update itself; use plain LoRA")
+    if layer.lora_bias[adapter]:
+        raise UserError(f"{name}: lora_bias=True is not supported: a bias has no rank; set lora_bias=False")
+    if layer.merged:
+        raise UserError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
+    weight = layer.lora_A[adapter].weight
+    if type(weight.data).__name__ == "DTensor":
+        raise UserError(
+            f"{name}: the adapter is sharded over processes (tensor parallel or FSDP); attach before sharding is not "
+            "supported yet: train with one process or with DDP"
+        )
+
+
+def _refuse_merge(*args: Any, **kwargs: Any) -> None:
+    raise UserError("this layer's merge ignores gates; call finish() on the rank allocation first, then merge")

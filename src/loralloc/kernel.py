@@ -1,0 +1,139 @@
+"""The one kernel every method runs on: a gated low-rank update, added to the base layer's output.
+
+    y = base_out + s · ((x Aᵀ) ∘ g) Bᵀ
+
+Notable choices:
+
+* The add is part of the matrix product (`addmm`), the scale is folded into the gate, and only the input and the
+  r-wide activation are kept for the backward pass.
+* `row_scale` multiplies the *weight* gradients of each output row (ALLoRA, arXiv 2410.09692): the input's gradient
+  is untouched, and because the scale sits inside the contraction over rows, A's gradient is exact too.
+* Second derivatives are exact. The saved r-wide activation is a constant to autograd, so it is recomputed from x and
+  A when the backward pass is itself being differentiated.
+
+| base_out, x          | A, B | autocast | products in | y    | gradients of A, B, g   |
+|----------------------|------|----------|-------------|------|------------------------|
+| fp32                 | fp32 | off      | fp32        | fp32 | fp32                   |
+| bf16                 | bf16 | off      | bf16        | bf16 | bf16                   |
+| bf16                 | fp32 | off      | fp32        | bf16 | fp32                   |
+| any                  | any  | bf16     | bf16        | as base_out | dtype of the parameter |
+
+Autocast is read once, in forward: backward runs outside it and uses the same dtype. The gate is always applied in
+fp32 or wider before it is rounded to the dtype of the products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def gated_lora(
+    x: Tensor,
+    base_out: Tensor,
+    A: Tensor,
+    g: Tensor,
+    B: Tensor,
+    s: float | Tensor,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """Return `base_out + s · ((x Aᵀ) ∘ g) Bᵀ`.
+
+    Args:
+        x: Input of the adapter, [..., in].
+        base_out: Output of the frozen layer, [..., out], leading dimensions as in `x`.
+        A: Down projection, [r, in].
+        g: Gates, [r]; or per sample, broadcastable against [..., r] (for example [n, 1, r]).
+        B: Up projection, [out, r].
+        s: Fixed scale: a number, or [r] where ranks are shut off for good (a zero stops both the rank's
+            contribution and every gradient through it). Never differentiated.
+        row_scale: Factor of the weight gradients per output row, [out]; None means 1. Never differentiated.
+
+    Returns:
+        [..., out], in the dtype of `base_out`.
+    """
+    return _GatedLoRA.apply(x, base_out, A, g, B, s, row_scale)  # type: ignore[no-any-return]
+
+
+def _compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """Dtype of the matrix products: autocast's when it is on, else the wider of input and adapter."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(x.dtype, A.dtype)
+
+
+def _effective_gate(g: Tensor, s: float | Tensor) -> Tensor:
+    """The factor of the r-wide activation, s · g, in fp32 or wider."""
+    return g.to(torch.promote_types(g.dtype, torch.float32)) * s
+
+
+def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., d] -> [N, d] in `dtype`."""
+    return t.reshape(-1, t.shape[-1]).to(dtype)
+
+
+class _GatedLoRA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base_out: Tensor,
+        A: Tensor,
+        g: Tensor,
+        B: Tensor,
+        s: float | Tensor,
+        row_scale: Tensor | None,
+    ) -> Tensor:
+        dtype = _compute_dtype(x, A)
+        with torch.autocast(x.device.type, enabled=False):
+            h = _flat(x, dtype) @ A.to(dtype).t()  # [N, r]
+            hg = _gate(h, _effective_gate(g, s), x.shape)
+            wide = torch.promote_types(dtype, base_out.dtype)
+            y = torch.addmm(_flat(base_out, wide), hg.to(wide), B.to(dtype).to(wide).t())
+        ctx.dtype = dtype
+        ctx.s = None if isinstance(s, Tensor) else s
+        ctx.save_for_backward(x, A, g, B, h, s if isinstance(s, Tensor) else None, row_scale)
+        return y.to(base_out.dtype).view(base_out.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        x, A, g, B, h, s, row_scale = ctx.saved_tensors
+        s = ctx.s if s is None else s
+        need_x, need_base, need_A, need_g, need_B, *_ = ctx.needs_input_grad
+        dtype, shape = ctx.dtype, x.shape
+        x_, A_, B_, dy_ = _flat(x, dtype), A.to(dtype), B.to(dtype), _flat(dy, dtype)
+        if torch.is_grad_enabled():  # a second derivative is wanted: h must depend on x and A again
+            h = x_ @ A_.t()
+        gate = _effective_gate(g, s)
+
+        dx = dA = dg = dB = None
+        t = dy_ @ B_  # [N, r]: gradient of the gated activation
+        if need_x:
+            dx = (_gate(t, gate, shape) @ A_).to(x.dtype).view(shape)
+        if need_g:
+            dg = _gate_gradient(t, h, s, g, shape)
+        if need_A:
+            t_rows = t if row_scale is None else dy_ @ (row_scale[:, None] * B).to(dtype)
+            dA = (_gate(t_rows, gate, shape).t() @ x_).to(A.dtype)
+        if need_B:
+            dB = dy_.t() @ _gate(h, gate, shape)
+            dB = (dB if row_scale is None else row_scale[:, None] * dB).to(B.dtype)
+        return dx, dy if need_base else None, dA, dg, dB, None, None
+
+
+def _gate(h: Tensor, gate: Tensor, shape: torch.Size) -> Tensor:
+    """Scale the r-wide activation [N, r] by a gate that is [r] or broadcasts against [..., r]."""
+    if gate.dim() == 1:
+        return h * gate.to(h.dtype)
+    return (h.view(*shape[:-1], -1) * gate.to(h.dtype)).reshape(h.shape)
+
+
+def _gate_gradient(t: Tensor, h: Tensor, s: float | Tensor, g: Tensor, shape: torch.Size) -> Tensor:
+    """Gradient of the gate: s · Σ t ∘ h over every dimension along which the gate was broadcast."""
+    product = (t * h).to(torch.promote_types(t.dtype, torch.float32))
+    total = product.sum(0) if g.dim() == 1 else product.view(*shape[:-1], -1).sum_to_size(g.shape)
+    return (total * s).to(g.dtype)

@@ -1,0 +1,363 @@
+"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (ICLR 2023, arXiv 2303.10512).
+
+The update of each matrix is kept in the form of a singular value decomposition,
+
+    W = W⁰ + s · P Λ Q          P: [out, r] = B,   Λ = ρ · diag(λ), λ: [r] = gate,   Q: [r, in] = A
+
+and under a falling budget b(t) the λ of the least important triplets (P_i, λ_i, Q_i) are set to zero. A triplet's
+importance is the smoothed sensitivity × uncertainty of its entries, so a closed triplet can come back until the final
+phase. A penalty keeps P and Q orthonormal.
+
+Where we deviate, and why (`as_published` and the options give the paper's or the public code's letter):
+
+* Budget: the numerator of eq. 14 is t − t_i, as in the public code; as printed the budget jumps above its start.
+* Selection: exactly b(t) triplets stay; the public code compares with a threshold and drops all ties. NaN never stays.
+* Order: sensitivities come from the weights and gradients of the same step (Algorithm 1). The public code multiplies
+  the gradient with the weight *after* the step: `order="reference"`.
+* Penalty: that of the public code, the mean unsquared norm (γ = 0.1 means that); `penalty="paper"` is eq. 4. Its
+  gradient is added in closed form when the step's gradients are complete, after clipping, so that it depends on no
+  loss function, wrapper or gradient accumulation and never shows in an evaluation loss.
+* Start: P and Q orthonormal and ρ such that the first optimizer step moves the weights as far as LoRA's would
+  (docs/step-parity.md). As published, ρ = 1 and P, Q ~ N(0, 0.02²), which learns far slower at LoRA's learning rate.
+* Final phase: closed triplets are masked for good: no gradient, no share in the penalty. The public code only resets
+  their λ after each step, so the rest drifts: `order="reference"` keeps that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from loralloc.allocate import keep_top, keep_within
+from loralloc.budget import Budget, BudgetSchedule, cubic_schedule
+from loralloc.errors import UserError
+from loralloc.gating import Site
+from loralloc.methods.base import Decision, Probe, agree
+from loralloc.scores import Penalty, penalty_gradient, per_rank, sensitivity, smooth_
+
+Importance = Literal["smoothed", "sensitivity", "magnitude"]
+Order = Literal["paper", "reference"]
+Parity = Literal["adam", "sgd"]
+
+Symbol = Literal["A", "B", "gate"]
+
+PUBLISHED_STD = 0.02
+
+_RANK_DIMS: dict[Symbol, int] = {"A": 1, "B": 2, "gate": 1}
+
+
+@dataclass(frozen=True)
+class AdaLoRA:
+    """Prune singular values by importance under a falling budget.
+
+    Attributes:
+        budget: What the final adapter may cost. The start is `LoraConfig.r` everywhere; about 1.5× the target is usual.
+        warmup: t_i, steps (int) or fraction of the run (float) before anything is closed.
+        cooldown: t_f, likewise: the last part of the run, at the final budget.
+        interval: ΔT, steps between closings; None for about 500 over the run (the papers' settings).
+        beta1: Smoothing of the sensitivity, in (0, 1).
+        beta2: Smoothing of the uncertainty, in (0, 1).
+        importance: `smoothed` (Ī·Ū, the paper), `sensitivity` (this step's I alone) or `magnitude` (|λ|): the two
+            others are the paper's ablations.
+        order: `paper` or `reference`, see the module's docstring.
+        penalty: `reference` (mean of unsquared norms) or `paper` (sum of squared norms).
+        gamma: Weight of the penalty; 0 turns it off.
+        parity: Optimizer for which the first step is matched with LoRA's: `adam` (any of its kind) or `sgd`;
+            None for the published parametrisation.
+
+    Raises:
+        UserError: A number is out of its range.
+    """
+
+    id: ClassVar[str] = "adalora"
+
+    budget: Budget
+    warmup: float = 0.15
+    cooldown: float = 0.45
+    interval: int | None = None
+    beta1: float = 0.85
+    beta2: float = 0.85
+    importance: Importance = "smoothed"
+    order: Order = "paper"
+    penalty: Penalty = "reference"
+    gamma: float = 0.1
+    parity: Parity | None = "adam"
+
+    def __post_init__(self) -> None:
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 < beta < 1:
+                raise UserError(f"{name} must be in (0, 1), got {beta}")
+        if not self.gamma >= 0:
+            raise UserError(f"gamma must be at least 0, got {self.gamma}")
+
+    @classmethod
+    def as_published(cls, budget: Budget, **settings: float | str | None) -> AdaLoRA:
+        """Return AdaLoRA in the paper's parametrisation: ρ = 1, P and Q ~ N(0, 0.02²)."""
+        return cls(budget, parity=None, **settings)  # type: ignore[arg-type]
+
+    def schedule(self, total_steps: int, start: int, target: int) -> BudgetSchedule:
+        """Return the cubic budget of eq. 14 (corrected) over the run."""
+        return cubic_schedule(total_steps, self.warmup, self.cooldown, self.interval, start, target)
+
+    # The five verbs.
+
+    def prepare(self, sites: Sequence[Site]) -> AdaLoRAState:
+        """Set λ = 0 and draw P and Q; the adapted model equals the base model.
+
+        Raises:
+            UserError: An adapter has been trained already, or has more ranks than its layer has dimensions.
+        """
+        for site in sites:
+            _check_fresh(site)
+        for site in sites:
+            _initialise(site, self.parity)
+        return AdaLoRAState(sites, _stacks(sites))
+
+    def on_gradients(self, state: AdaLoRAState, schedule: BudgetSchedule, step: int) -> None:
+        """Add the penalty's gradient; measure importance (order `paper`)."""
+        measure = step < schedule.final and self.importance != "magnitude"
+        for stack in state.stacks:
+            penalise = self.gamma > 0 and stack.symbol != "gate"
+            if not (penalise or (measure and self.order == "paper")):
+                continue
+            weights, gradients = stack.weights(), stack.gradients()
+            if penalise:
+                gradient = penalty_gradient(weights, stack.rank_dim, stack.open, self.penalty, 2 * len(state.sites))
+                gradients += stack.add_to_gradients(self.gamma * gradient)
+            if measure and self.order == "paper":
+                self._measure(stack, weights, gradients)
+        state.measure_after_step = measure and self.order == "reference"
+
+    def on_step(
+        self, state: AdaLoRAState, schedule: BudgetSchedule, step: int, probe: Probe | None = None
+    ) -> Decision | None:
+        """Close the least important triplets when the schedule says so."""
+        del probe  # importance comes from the training gradients alone
+        if state.measure_after_step:
+            for stack in state.stacks:
+                self._measure(stack, stack.weights(), stack.gradients())
+            state.measure_after_step = False
+        if not schedule.closes(step):
+            return None
+        if state.final is not None:
+            if self.order == "reference":
+                state.zero_gates(state.final)
+            return None
+        budget, final = schedule.budget(step), schedule.phase(step) == "final"
+        keep = self._select(state, budget)
+        state.zero_gates(keep)
+        if final:
+            state.final = keep
+            if self.order == "paper":
+                self._close_for_good(state, keep)
+        return Decision(keep, budget, frozen=final)
+
+    def finish(self, state: AdaLoRAState, target: int) -> Tensor:
+        """Close down to the target if that has not happened (a run may stop early); return the kept triplets."""
+        if state.final is None:
+            state.final = self._select(state, target)
+        self._close_for_good(state, state.final)
+        return state.final
+
+    def state_dict(self, state: AdaLoRAState) -> dict[str, Tensor]:
+        """Running averages, and the final selection once it is made."""
+        tensors = {} if state.final is None else {"final": state.final}
+        for index, stack in enumerate(state.stacks):
+            tensors |= {f"{index}.mean": stack.mean, f"{index}.uncertainty": stack.uncertainty}
+        return tensors
+
+    def load_state_dict(self, state: AdaLoRAState, tensors: Mapping[str, Tensor]) -> None:
+        """Restore running averages and the final selection."""
+        for index, stack in enumerate(state.stacks):
+            stack.mean.copy_(tensors[f"{index}.mean"])
+            stack.uncertainty.copy_(tensors[f"{index}.uncertainty"])
+        if "final" in tensors:
+            state.final = tensors["final"]
+            if self.order == "paper":
+                self._close_for_good(state, state.final)
+
+    def _measure(self, stack: _Stack, weights: Tensor, gradients: Tensor) -> None:
+        """Update the importance of a stack's entries from one step's weights and gradients."""
+        current = sensitivity(weights, gradients)
+        if self.importance == "smoothed":
+            smooth_(stack.mean, stack.uncertainty, current, self.beta1, self.beta2)
+        else:
+            stack.mean.copy_(current)
+
+    def _scores(self, state: AdaLoRAState) -> Tensor:
+        """S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij) for every triplet, [R] (eq. 7)."""
+        scores = torch.zeros_like(state.flat_gates())
+        if self.importance == "magnitude":
+            return state.flat_gates().abs()
+        for stack in state.stacks:
+            elements = stack.mean * stack.uncertainty if self.importance == "smoothed" else stack.mean
+            scores.index_add_(0, stack.positions.to(scores.device), per_rank(elements, stack.rank_dim).flatten())
+        return scores
+
+    def _select(self, state: AdaLoRAState, budget: int) -> Tensor:
+        """The triplets that stay under a budget, boolean [R]."""
+        scores = self._scores(state)
+        if self.budget.unit == "ranks":
+            return agree(keep_top(scores, budget))
+        return agree(keep_within(scores, state.costs(), budget))
+
+    def _close_for_good(self, state: AdaLoRAState, keep: Tensor) -> None:
+        """Mask triplets out of the model and of the penalty."""
+        state.zero_gates(keep)
+        for site, kept in zip(state.sites, state.split(keep), strict=True):
+            site.set_scale(kept, first_step_gain(site.outputs, self.parity))
+        for stack in state.stacks:
+            stack.open = keep[stack.positions.to(keep.device)].view_as(stack.open)
+
+
+def first_step_gain(outputs: int, parity: Parity | None) -> float:
+    """ρ: how much larger a gate must act for the first step to move the weights as far as LoRA's.
+
+    With A as PEFT draws it (rows of expected squared norm 1/3) and P, Q orthonormal (docs/step-parity.md):
+
+        adam   ‖ΔW‖ = lr · s · √(out · r / 3) for LoRA, lr · s · ρ · √r here           ρ = √(out / 3)
+        sgd    ‖ΔW‖ ≈ lr · s²/3 · √(r / in) · ‖G‖, lr · s² · ρ² · √(r / (in · out)) · ‖G‖   ρ = ⁴√out / √3
+
+    >>> round(first_step_gain(768, "adam"), 6), first_step_gain(768, None)
+    (16.0, 1.0)
+    """
+    if parity is None:
+        return 1.0
+    return math.sqrt(outputs / 3) if parity == "adam" else outputs**0.25 / math.sqrt(3)
+
+
+@dataclass(eq=False)
+class _Stack:
+    """Equal-shaped tensors of one kind, and the running averages of their entries' sensitivities.
+
+    Attributes:
+        symbol: "A" (= Q), "B" (= P) or "gate" (= λ).
+        rank_dim: The dimension of a stack that is the rank.
+        sites: The sites they belong to.
+        positions: [n · r]: where their ranks stand among all ranks.
+        open: Boolean [n, r]; False for triplets closed for good.
+        mean: Ī, in the shape of the stack; this step's I where nothing is smoothed.
+        uncertainty: Ū, likewise.
+    """
+
+    symbol: Symbol
+    rank_dim: int
+    sites: Sequence[Site]
+    positions: Tensor
+    open: Tensor
+    mean: Tensor
+    uncertainty: Tensor
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [getattr(site, self.symbol) for site in self.sites]
+
+    def weights(self) -> Tensor:
+        """Stack the values, in the dtype of the running averages."""
+        weights = torch.stack([parameter.detach() for parameter in self._parameters()]).to(self.mean.dtype)
+        if self.mean.device != weights.device:  # the model was moved after attaching
+            self.mean, self.uncertainty = self.mean.to(weights.device), self.uncertainty.to(weights.device)
+            self.open = self.open.to(weights.device)
+        return weights
+
+    def gradients(self) -> Tensor:
+        """Stack the gradients; a parameter that took no part in the step has none and counts as zero."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters()]
+        return torch.stack(gradients).to(self.mean.dtype)
+
+    def add_to_gradients(self, extra: Tensor) -> Tensor:
+        """Add a stack to the gradients that exist; return it."""
+        pairs = [(p.grad, e) for p, e in zip(self._parameters(), extra.unbind(), strict=True) if p.grad is not None]
+        if pairs:
+            torch._foreach_add_([grad for grad, _ in pairs], [e.to(grad.dtype) for grad, e in pairs])
+        return extra
+
+
+@dataclass(eq=False)
+class AdaLoRAState:
+    """What changes during a run.
+
+    Attributes:
+        sites: The gated layers.
+        stacks: Their tensors by kind and shape.
+        final: The final selection, boolean [R]; None until it is made.
+        measure_after_step: Whether the current step's sensitivities are still to be measured (order `reference`).
+    """
+
+    sites: Sequence[Site]
+    stacks: Sequence[_Stack]
+    final: Tensor | None = None
+    measure_after_step: bool = False
+
+    def flat_gates(self) -> Tensor:
+        """All λ, [R], on the device of the first site."""
+        device = self.sites[0].gate.device
+        return torch.cat([site.gate.detach().to(device) for site in self.sites])
+
+    def costs(self) -> Tensor:
+        """Parameters of each rank, [R]."""
+        return torch.tensor([site.cost for site in self.sites for _ in range(site.rank)])
+
+    def split(self, flat: Tensor) -> Sequence[Tensor]:
+        """[R] to one [r] per site, each on the site's device."""
+        parts = flat.split([site.rank for site in self.sites])
+        return [part.to(site.gate.device) for part, site in zip(parts, self.sites, strict=True)]
+
+    @torch.no_grad()
+    def zero_gates(self, keep: Tensor) -> None:
+        """λ ← 0 outside `keep`. P, Q and the optimizer's moments stay as they are."""
+        gates = self.flat_gates()
+        torch._foreach_copy_(
+            [site.gate for site in self.sites],
+            list(self.split(torch.where(keep.to(gates.device), gates, torch.zeros_like(gates)))),
+        )
+
+
+def _stacks(sites: Sequence[Site]) -> list[_Stack]:
+    """Group the tensors of all sites by kind, shape and device."""
+    first = dict(zip(sites, accumulate((site.rank for site in sites), initial=0), strict=False))
+    stacks = []
+    for symbol, rank_dim in _RANK_DIMS.items():
+        groups: dict[tuple[torch.Size, torch.device], list[Site]] = {}
+        for site in sites:
+            tensor = getattr(site, symbol)
+            groups.setdefault((tensor.shape, tensor.device), []).append(site)
+        for (shape, device), members in groups.items():
+            rank = members[0].rank
+            zeros = torch.zeros(len(members), *shape, dtype=members[0].gate.dtype, device=device)
+            positions = torch.tensor([first[site] + i for site in members for i in range(rank)], device=device)
+            everything = torch.ones(len(members), rank, dtype=torch.bool, device=device)
+            stacks.append(_Stack(symbol, rank_dim, members, positions, everything, zeros, zeros.clone()))
+    return stacks
+
+
+def _check_fresh(site: Site) -> None:
+    if site.B.detach().any():
+        raise UserError(
+            f"{site.name}: the adapter has been trained already (B is not zero) and AdaLoRA would draw it anew; "
+            "start from a fresh adapter, or finish the run it belongs to from its checkpoint"
+        )
+    if site.rank > min(site.inputs, site.outputs):
+        raise UserError(
+            f"{site.name}: rank {site.rank} is above the layer's {min(site.inputs, site.outputs)} dimensions; lower "
+            f'LoraConfig.r or give the layer its own: rank_pattern={{"{site.name}": {min(site.inputs, site.outputs)}}}'
+        )
+
+
+@torch.no_grad()
+def _initialise(site: Site, parity: Parity | None) -> None:
+    """Draw P and Q on the CPU, so that a seed means the same on every device, and set λ = 0."""
+    for factor in (site.B, site.A):
+        drawn = torch.empty(factor.shape, dtype=site.gate.dtype)
+        if parity is None:
+            torch.nn.init.normal_(drawn, std=PUBLISHED_STD)
+        else:
+            torch.nn.init.orthogonal_(drawn)
+        factor.copy_(drawn)
+    site.gate.zero_()
+    site.set_scale(torch.ones_like(site.gate, dtype=torch.bool), first_step_gain(site.outputs, parity))

@@ -1,0 +1,167 @@
+"""The rank plan: which rank every adapted module has. A file (`ranks.json`) that any run can write or start from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+class PlanError(ValueError):
+    """A file is not a usable rank plan; the message names the file, the entry and the rule."""
+
+
+@dataclass(frozen=True)
+class ModuleRank:
+    """One adapted module.
+
+    Attributes:
+        rank: Ranks kept, 0 ≤ rank ≤ start.
+        start: Ranks at the start of training.
+        inputs: Input features of the layer.
+        outputs: Output features of the layer.
+        scale: Factor of B·A while training; the plan keeps it so that retraining at another rank does not change it.
+    """
+
+    rank: int
+    start: int
+    inputs: int
+    outputs: int
+    scale: float
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in A and B at the kept rank: rank · (inputs + outputs)."""
+        return self.rank * (self.inputs + self.outputs)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks by full module name, with what they cost and where they come from.
+
+    Attributes:
+        method: Id of the method that found the plan, for example `adalora`.
+        modules: Full module name to its ranks, in the model's order.
+        budget: The budget as the user gave it, for example `{"average_rank": 8}`; empty for none.
+        peak: Most ranks that were on at any time.
+        provenance: Free-form record: versions, settings, steps.
+    """
+
+    method: str
+    modules: Mapping[str, ModuleRank]
+    budget: Mapping[str, float] = field(default_factory=dict)
+    peak: int | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Full module name to kept rank.
+
+        >>> plan = RankPlan("adalora", {"q_proj": ModuleRank(rank=3, start=4, inputs=8, outputs=8, scale=2.0)})
+        >>> plan.ranks, plan.parameters
+        ({'q_proj': 3}, 48)
+        """
+        return {name: module.rank for name, module in self.modules.items()}
+
+    @property
+    def total_rank(self) -> int:
+        """Sum of the kept ranks."""
+        return sum(module.rank for module in self.modules.values())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all kept A and B: Σ rank · (inputs + outputs). Heads are not counted."""
+        return sum(module.parameters for module in self.modules.values())
+
+    @property
+    def start_parameters(self) -> int:
+        """The same count at the starting ranks."""
+        return sum(module.start * (module.inputs + module.outputs) for module in self.modules.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as written to `ranks.json`."""
+        start_rank = sum(module.start for module in self.modules.values())
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "modules": {
+                name: {"rank": m.rank, "start": m.start, "in": m.inputs, "out": m.outputs, "scale": m.scale}
+                for name, m in self.modules.items()
+            },
+            "budget": dict(self.budget),
+            "cost": {
+                "start": {"ranks": start_rank, "parameters": self.start_parameters},
+                "peak": {"ranks": start_rank if self.peak is None else self.peak},
+                "final": {"ranks": self.total_rank, "parameters": self.parameters},
+            },
+            "provenance": dict(self.provenance),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; an existing file stays whole until the new one is complete."""
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RankPlan:
+        """Read a plan.
+
+        Raises:
+            PlanError: The file is missing, not JSON, of another format, or an entry breaks its rule.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"{path}: cannot read the rank plan ({error.strerror})") from error
+        except ValueError as error:
+            raise PlanError(f"{path}: not JSON ({error})") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("modules"), dict):
+            raise PlanError(f'{path}: not a rank plan: it must have "format": {FORMAT} and "modules"')
+        modules = {name: _module(path, name, entry) for name, entry in data["modules"].items()}
+        return cls(
+            method=str(data.get("method", "")),
+            modules=modules,
+            budget=data.get("budget", {}),
+            peak=data.get("cost", {}).get("peak", {}).get("ranks"),
+            provenance=data.get("provenance", {}),
+        )
+
+
+def _module(path: Path, name: str, entry: Any) -> ModuleRank:
+    """Check one entry before anything is allocated from it."""
+    try:
+        numbers = {key: entry[key] for key in ("rank", "start", "in", "out", "scale")}
+    except (KeyError, TypeError) as error:
+        raise PlanError(f'{path}: module "{name}" needs rank, start, in, out and scale, got {entry!r}') from error
+    rank, start, inputs, outputs, scale = numbers.values()
+    if any(type(n) is not int for n in (rank, start, inputs, outputs)) or not 0 <= rank <= start <= max(
+        inputs, outputs
+    ):
+        raise PlanError(
+            f'{path}: module "{name}" must have whole numbers with 0 <= rank <= start <= max(in, out), '
+            f"got rank={rank!r}, start={start!r}, in={inputs!r}, out={outputs!r}"
+        )
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        raise PlanError(f'{path}: the scale of module "{name}" must be a finite number, got {scale!r}')
+    return ModuleRank(rank, start, inputs, outputs, float(scale))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write text so that a reader, or a crash, sees the old file or the new one, never half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,77 @@
+"""Measure how much each rank matters: sensitivity, its smoothing, the orthogonality penalty. Tensors in, tensors out.
+
+Sites of equal shape are stacked, so that each function is a few tensor operations for many sites at once. Stacks of A
+are [n, r, in] (`rank_dim=1`), stacks of B are [n, out, r] (`rank_dim=2`), stacks of gates are [n, r] (`rank_dim=1`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Penalty = Literal["reference", "paper"]
+
+
+def sensitivity(weights: Tensor, gradients: Tensor) -> Tensor:
+    """I(w) = |w · ∂L/∂w| (AdaLoRA, eq. 10): to first order, the change of the loss if w were set to zero."""
+    return (weights * gradients).abs_()
+
+
+def smooth_(mean: Tensor, uncertainty: Tensor, current: Tensor, beta1: float, beta2: float) -> None:
+    """Update the two running averages of AdaLoRA in place (eq. 11 and 12, no bias correction).
+
+        mean        ← β₁ · mean        + (1 − β₁) · I
+        uncertainty ← β₂ · uncertainty + (1 − β₂) · |I − mean|      with the mean just updated
+
+    `current` is used up as work space.
+    """
+    mean.lerp_(current, 1 - beta1)
+    uncertainty.lerp_(current.sub_(mean).abs_(), 1 - beta2)
+
+
+def per_rank(element_scores: Tensor, rank_dim: int) -> Tensor:
+    """Average a stack of element scores over the features of each rank (eq. 9): [n, r, in] or [n, out, r] -> [n, r]."""
+    return element_scores if element_scores.dim() == 2 else element_scores.mean(dim=3 - rank_dim)
+
+
+def penalty_gradient(stack: Tensor, rank_dim: int, open_ranks: Tensor, kind: Penalty, matrices: int) -> Tensor:
+    """Gradient of the orthogonality penalty with respect to a stack of factors.
+
+    With G the r×r Gram matrix of a factor (Q Qᵀ or PᵀP) and E = G − I:
+
+        paper      (eq. 4):  Σ ‖E‖²_F over all factors               gradient 4 E Q    or 4 P E
+        reference  (code):   mean of ‖E‖_F over all factors          gradient 2 E Q / (‖E‖_F · matrices), likewise for P
+
+    The unsquared norm has a gradient of constant length down to E = 0, where only rounding is left of its direction;
+    an optimizer such as Adam would blow that noise up to full steps. It counts as zero there.
+
+    Args:
+        stack: [n, r, in] or [n, out, r].
+        rank_dim: Which dimension is the rank: 1 or 2.
+        open_ranks: [n, r]; ranks closed for good take no part. Boolean.
+        kind: Which of the two penalties.
+        matrices: Number of factors over which `reference` averages: two per site.
+
+    Returns:
+        The gradient, in the shape of `stack`; rows (columns) of closed ranks are zero.
+    """
+    on = open_ranks.to(stack.dtype)
+    factor = stack * (on[:, :, None] if rank_dim == 1 else on[:, None, :])
+    gram = torch.bmm(factor, factor.mT) if rank_dim == 1 else torch.bmm(factor.mT, factor)
+    error = gram - torch.diag_embed(on)
+    if kind == "paper":
+        error = 4 * error
+    else:
+        norm = torch.linalg.matrix_norm(error, keepdim=True)
+        noise = 16 * torch.finfo(stack.dtype).eps * stack.shape[rank_dim]
+        error = torch.where(norm > noise, 2 * error / (norm * matrices), 0.0)
+    return torch.bmm(error, factor) if rank_dim == 1 else torch.bmm(factor, error)
+
+
+def penalty_value(stack: Tensor, rank_dim: int, kind: Penalty, matrices: int) -> Tensor:
+    """The penalty itself, summed over a stack: Σ ‖E‖²_F (`paper`) or Σ ‖E‖_F / matrices (`reference`)."""
+    gram = torch.bmm(stack, stack.mT) if rank_dim == 1 else torch.bmm(stack.mT, stack)
+    norm = torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    return norm.square().sum() if kind == "paper" else norm.sum() / matrices

@@ -1,0 +1,1 @@
+"""Training: the allocation as a Trainer callback and for own loops, and the trainer behind `loralloc train`."""

@@ -1,0 +1,227 @@
+"""Rank allocation in a transformers Trainer, as one callback. Works with TRL's trainers alike."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING
+
+from loralloc.errors import UserError
+from loralloc.methods.base import Method
+from loralloc.plan import RankPlan, write_atomically
+from loralloc.training.run import AllocationRun, Event
+
+TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
+"""Files beside each checkpoint. The marker says that the adapter in it is unfinished: its gates are not folded."""
+
+
+class RankAllocation(TrainerCallback):
+    """Allocate LoRA ranks while a Trainer trains.
+
+        allocation = RankAllocation(AdaLoRA(Budget(average_rank=8)))
+        Trainer(model=model, args=args, train_dataset=data, callbacks=[allocation]).train()
+        allocation.plan.ranks
+
+    The model must be a `PeftModel` with a fresh LoRA adapter (or, for TRL, a `peft_config` that makes one). After
+    `train()` it is plain LoRA. Each checkpoint carries the allocation's state; resuming restores it.
+
+    Args:
+        method: For example `AdaLoRA(Budget(average_rank=8))`.
+        trace: File to append allocation events to, one JSON object a line; None for none.
+        provenance: What to record in the plan beyond versions, settings and steps.
+
+    Raises:
+        UserError: From the Trainer's constructor or from `train()`, before the first step: the model, the budget, the
+            schedule or an argument of the Trainer does not allow the allocation. The message says what to change.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        trace: str | Path | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        self.method = method
+        self.plan: RankPlan | None = None
+        self._trace = None if trace is None else Path(trace)
+        self._provenance = provenance
+        self._run: AllocationRun | None = None
+
+    @property
+    def run(self) -> AllocationRun:
+        """The attached run.
+
+        Raises:
+            UserError: No Trainer has attached it.
+        """
+        if self._run is None:
+            raise UserError(
+                "the allocation is not attached: pass it to the Trainer's constructor, callbacks=[allocation]"
+            )
+        return self._run
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Attach the gates: the optimizer, built later, must see them."""
+        if self._run is not None:
+            raise UserError("this RankAllocation belongs to a Trainer already; make a new one for each Trainer")
+        self._run = AllocationRun(kwargs["model"], self.method)
+        if self._trace is not None:
+            self._run.on_event = self._append_event
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Fix the schedule, refuse what would go wrong, and restore a resumed run."""
+        if self.plan is not None:
+            raise UserError("this allocation has finished; to train on, use the plain LoRA model without it")
+        run = self.run
+        run.begin(state.max_steps)
+        _refuse_engines(args)
+        run.check_optimizer(kwargs["optimizer"])
+        _refuse_ignored_accumulation(args, kwargs["model"])
+        _refuse_early_best_model(args, state, run.schedule.final)
+        if state.global_step > 0:
+            self._resume(_checkpoint(args, state))
+        elif self._trace is not None and args.should_save:
+            self._trace.parent.mkdir(parents=True, exist_ok=True)
+            self._trace.write_text("")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are complete and clipped, weights still old."""
+        self.run.before_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Weights are new, gradients still there."""
+        self.run.after_step(kwargs["optimizer"])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add rank statistics to the training logs."""
+        if logs is not None and "loss" in logs and self.plan is None:
+            statistics = self.run.statistics()
+            logs.update(statistics)
+            state.log_history[-1].update(statistics)  # the Trainer has appended a copy already
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the allocation's state beside the checkpoint, the marker last."""
+        if not state.is_world_process_zero or self.plan is not None:
+            return
+        folder = _checkpoint(args, state)
+        tensors, numbers = self.run.state_dict()
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
+        write_atomically(folder / MARKER, json.dumps({"finished": False, **numbers}) + "\n")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Fold the gates: the model is plain LoRA from here on."""
+        self.plan = self.run.finish(self._provenance)
+
+    def _resume(self, folder: Path) -> None:
+        try:
+            numbers = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+            tensors = load_file(folder / TENSORS)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{folder} has no usable rank-allocation state ({error}); resume from a checkpoint that was written "
+                "with this callback, in the same output_dir"
+            ) from error
+        self.run.load_state_dict(tensors, numbers)
+        if self._trace is not None and self._trace.exists():
+            lines = self._trace.read_text(encoding="utf-8").splitlines(keepends=True)
+            before = [line for line in lines if json.loads(line)["step"] < self.run.step]
+            write_atomically(self._trace, "".join(before))
+
+    def _append_event(self, event: Event) -> None:
+        assert self._trace is not None
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            with self._trace.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder in which the Trainer keeps the checkpoint of the current step."""
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Refuse an adapter folder whose gates have not been folded.
+
+    Raises:
+        UserError: The folder is a mid-run checkpoint.
+    """
+    if (folder / MARKER).exists():
+        raise UserError(
+            f"{folder} is a checkpoint of an unfinished allocation: its gates are not folded into the adapter, so "
+            "loading it as LoRA would give another function; resume the run, or use the adapter it exports at the end"
+        )
+
+
+def _refuse_engines(args: TrainingArguments) -> None:
+    """Refuse, in one sentence, the engines under which gates or scores would silently be wrong."""
+    if getattr(args, "deepspeed", None):
+        raise UserError("DeepSpeed is not supported: it hides the gradients that scores are made of; use DDP")
+    if getattr(args, "fsdp", None):
+        raise UserError("FSDP is not supported yet: it shards the factors that scores are made of; use DDP")
+    if args.n_gpu > 1:
+        raise UserError("torch.nn.DataParallel is not supported; launch with torchrun or accelerate launch (DDP)")
+    if args.fp16 and not args.max_grad_norm:
+        raise UserError(
+            "fp16 without gradient clipping leaves the loss scale in the gradients that scores are made of; set "
+            "max_grad_norm=1.0, or use bf16"
+        )
+
+
+def _refuse_ignored_accumulation(args: TrainingArguments, model: nn.Module) -> None:
+    """Refuse accumulation where the Trainer leaves the averaging to a model whose loss ignores it.
+
+    A model whose forward takes **kwargs is passed `num_items_in_batch` and trusted to divide by it. Losses of
+    classifiers do not, so gradients (and with them scores) would grow with the number of accumulated batches.
+    """
+    if args.gradient_accumulation_steps == 1:
+        return
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not getattr(inner, "accepts_loss_kwargs", True):
+        return
+    parameters = inspect.signature(inner.forward).parameters.values()
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    loss = LOSS_MAPPING.get(getattr(inner, "loss_type", None) or "")
+    if loss is None or "num_items_in_batch" not in inspect.signature(loss).parameters:
+        raise UserError(
+            f"the loss of {type(inner).__name__} ignores gradient accumulation, so gradients would be "
+            f"{args.gradient_accumulation_steps} times too large; set model.accepts_loss_kwargs = False on the base "
+            "model before building the Trainer (it then divides by the number of accumulated batches), or use "
+            "gradient_accumulation_steps=1"
+        )
+
+
+def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final: int) -> None:
+    """Refuse to let a checkpoint win that was evaluated before the ranks were final."""
+    if not args.load_best_model_at_end:
+        return
+    steps_per_unit = 1.0 if args.eval_strategy == "steps" else state.max_steps / max(state.num_train_epochs, 1)
+    if args.eval_delay * steps_per_unit <= final + 1:
+        raise UserError(
+            f"load_best_model_at_end could bring back a checkpoint from before step {final + 2}, when the ranks become "
+            f"final; set eval_delay={final + 2} with eval_strategy='steps' (or its equivalent in epochs), or "
+            "load_best_model_at_end=False"
+        )

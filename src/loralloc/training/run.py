@@ -1,0 +1,299 @@
+"""A rank allocation attached to a model: what the Trainer callback drives, and what an own loop calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralloc._version import __version__
+from loralloc.budget import BudgetSchedule
+from loralloc.errors import UserError
+from loralloc.gating import Site, attach_gates, fold_gates
+from loralloc.methods.base import Decision, Method, Probe, any_process, rank_plan, ranks_by_site, site_budget
+from loralloc.plan import RankPlan
+
+MAX_BAD_STEPS = 50
+"""Consecutive steps with a non-finite gradient after which a run is given up: more than any loss scaler needs."""
+
+Event = dict[str, Any]
+
+
+def attach(model: nn.Module, method: Method, total_steps: int, adapter: str | None = None) -> AllocationRun:
+    """Attach a method to a `PeftModel` for a training loop of your own.
+
+    Call it before the optimizer is built, since gates are parameters:
+
+        run = attach(model, AdaLoRA(Budget(average_rank=8)), total_steps=1000)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        for batch in batches:
+            model(**batch).loss.backward()
+            run.before_step()
+            optimizer.step()
+            run.after_step(optimizer)
+            optimizer.zero_grad()
+        plan = run.finish()
+
+    Args:
+        model: A `PeftModel` with one active LoRA adapter, fresh.
+        method: For example `AdaLoRA(Budget(average_rank=8))`.
+        total_steps: Optimizer steps of the whole run.
+        adapter: Name of the adapter; the active one by default.
+
+    Raises:
+        UserError: The model, the adapter, the budget or the schedule does not allow it; the message says why.
+    """
+    run = AllocationRun(model, method, adapter)
+    run.begin(total_steps)
+    return run
+
+
+class AllocationRun:
+    """One method on one model, from attaching to the plain adapter.
+
+    Attributes:
+        step: Optimizer steps done.
+        bad_steps: Steps that were skipped because a gradient was not finite.
+        plan: The rank plan, once finished.
+        on_event: Called with every allocation event, a JSON-able dictionary (the lines of trace.jsonl).
+    """
+
+    def __init__(self, model: nn.Module, method: Method, adapter: str | None = None) -> None:
+        self.method = method
+        self.model = model
+        self.sites: list[Site] = attach_gates(model, adapter)
+        try:
+            self.start, self.target = site_budget(self.sites, method.budget)
+            self.state = method.prepare(self.sites)
+        except BaseException:
+            fold_gates(self.sites)
+            raise
+        self.step = 0
+        self.bad_steps = 0
+        self.plan: RankPlan | None = None
+        self.on_event: Callable[[Event], None] | None = None
+        self._schedule: BudgetSchedule | None = None
+        self._ranks = [site.rank for site in self.sites]
+        self._bad_in_a_row = 0
+
+    @property
+    def schedule(self) -> BudgetSchedule:
+        """The budget over the run; known once the number of steps is."""
+        if self._schedule is None:
+            raise RuntimeError("the run has not begun: call begin(total_steps) first")
+        return self._schedule
+
+    def begin(self, total_steps: int) -> None:
+        """Fix the schedule.
+
+        Raises:
+            UserError: The phases do not fit into this many steps.
+        """
+        self._schedule = self.method.schedule(total_steps, self.start, self.target)
+
+    def before_step(self) -> bool:
+        """Run between `backward()` (and clipping) and `optimizer.step()`.
+
+        A step with a non-finite gradient on any process is skipped everywhere: all gradients are set to None, so that
+        the optimizer moves nothing, not even by momentum, and no score sees the step.
+
+        Returns:
+            Whether the step is sound.
+
+        Raises:
+            FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
+        """
+        if self.step == 0:
+            self._emit_start()
+        if self._gradients_are_finite():
+            self._bad_in_a_row = 0
+            with torch.no_grad():
+                self.method.on_gradients(self.state, self.schedule, self.step)
+            return True
+        self.bad_steps += 1
+        self._bad_in_a_row += 1
+        self._emit({"event": "bad_step", "step": self.step})
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self._bad_in_a_row > MAX_BAD_STEPS:
+            raise FloatingPointError(
+                f"{self._bad_in_a_row} optimizer steps in a row had a non-finite gradient (last: step {self.step}); "
+                "lower the learning rate, or use bf16 instead of fp16"
+            )
+        return False
+
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None, probe: Probe | None = None) -> None:
+        """Run after `optimizer.step()`, before gradients are cleared.
+
+        Args:
+            optimizer: When given, the moments of ranks that are closed for good are cleared.
+            probe: Loss of the next batch of a stream, for methods that need data.
+        """
+        with torch.no_grad():
+            decision = self.method.on_step(self.state, self.schedule, self.step, probe)
+        if decision is not None:
+            self._record(decision)
+            if decision.frozen and optimizer is not None:
+                clear_moments(optimizer, self.sites, decision.kept)
+        self.step += 1
+
+    def finish(self, provenance: Mapping[str, Any] | None = None) -> RankPlan:
+        """Freeze the ranks, fold the gates into B and remove them: the model is plain LoRA from here on.
+
+        Args:
+            provenance: What to record in the plan beyond versions, settings and steps.
+
+        Returns:
+            The rank plan; it meets the budget, also when the run was stopped early.
+        """
+        with torch.no_grad():
+            kept = self.method.finish(self.state, self.target)
+        record = {
+            "loralloc": __version__,
+            "total_steps": self.schedule.total_steps,
+            "steps": self.step,
+            "bad_steps": self.bad_steps,
+            **(provenance or {}),
+        }
+        self.plan = rank_plan(self.method, self.sites, kept, record)
+        self._ranks = list(self.plan.ranks.values())
+        fold_gates(self.sites)
+        self._emit({"event": "finish", "step": self.step, "ranks": self._ranks, "parameters": self.plan.parameters})
+        return self.plan
+
+    def statistics(self) -> dict[str, float]:
+        """Return the rank statistics for a training log."""
+        return {
+            "rank/total": sum(self._ranks),
+            "rank/min": min(self._ranks),
+            "rank/max": max(self._ranks),
+            "budget": self.schedule.budget(max(self.step - 1, 0)),
+            "params/active": self._parameters(),
+        }
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that does not know the gates.
+
+        Raises:
+            UserError: It was built before the allocation was attached.
+        """
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [site.name for site in self.sites if id(site.gate) not in known]
+        if missing:
+            raise UserError(
+                f"the optimizer does not hold the gates of {len(missing)} modules ({missing[0]}, ...): it was built "
+                "before the allocation was attached; let the Trainer build it, or build it after attach()"
+            )
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return (tensors, numbers) that a resumed run needs beyond the model's and the optimizer's own."""
+        numbers = {
+            "method": self.method.id,
+            "step": self.step,
+            "bad_steps": self.bad_steps,
+            "ranks": self._ranks,
+            "sites": {site.name: [site.rank, site.inputs, site.outputs] for site in self.sites},
+            "schedule": vars(self.schedule),
+        }
+        return self.method.state_dict(self.state), numbers
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            UserError: The state is of another method, model or schedule; the message says what differs.
+        """
+        _, mine = self.state_dict()
+        for key in ("method", "sites", "schedule"):
+            if numbers[key] != mine[key]:
+                raise UserError(
+                    f"the checkpoint belongs to another run: its {key} {_difference(numbers[key], mine[key])}; resume "
+                    "with the settings it was made with"
+                )
+        self.step, self.bad_steps = int(numbers["step"]), int(numbers["bad_steps"])
+        self._ranks = list(numbers["ranks"])
+        with torch.no_grad():
+            self.method.load_state_dict(self.state, tensors)
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not gradients:
+            return True
+        device = gradients[0].device
+        norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(gradients, float("inf"))])
+        return not any_process(~torch.isfinite(norms).all())
+
+    def _parameters(self) -> int:
+        return sum(rank * site.cost for rank, site in zip(self._ranks, self.sites, strict=True))
+
+    def _record(self, decision: Decision) -> None:
+        ranks = ranks_by_site(self.sites, decision.kept)
+        if ranks != self._ranks or decision.frozen:
+            self._ranks = ranks
+            event = "freeze" if decision.frozen else "allocate"
+            self._emit(
+                {
+                    "event": event,
+                    "step": self.step,
+                    "budget": decision.budget,
+                    "ranks": ranks,
+                    "parameters": self._parameters(),
+                }
+            )
+
+    def _emit_start(self) -> None:
+        schedule = self.schedule
+        self._emit(
+            {
+                "event": "start",
+                "step": 0,
+                "total_steps": schedule.total_steps,
+                "schedule": {
+                    "warmup": schedule.warmup,
+                    "final": schedule.final,
+                    "interval": schedule.interval,
+                },
+                "unit": self.method.budget.unit,
+                "start_budget": schedule.start,
+                "target_budget": schedule.target,
+                "sites": [site.name for site in self.sites],
+                "in": [site.inputs for site in self.sites],
+                "out": [site.outputs for site in self.sites],
+                "ranks": self._ranks,
+            }
+        )
+
+    def _emit(self, event: Event) -> None:
+        if self.on_event is not None:
+            self.on_event(event)
+
+
+@torch.no_grad()
+def clear_moments(optimizer: torch.optim.Optimizer, sites: Iterable[Site], kept: Tensor) -> None:
+    """Zero the optimizer's per-element state of closed ranks, so that no momentum moves them any more.
+
+    Args:
+        optimizer: Any optimizer whose state holds tensors in the shape of the parameter (Adam's moments, momentum).
+        sites: The sites, in the order of `kept`.
+        kept: Boolean [R].
+    """
+    first = 0
+    for site in sites:
+        closed = ~kept[first : first + site.rank].to(site.gate.device)
+        first += site.rank
+        for parameter, index in ((site.A, closed), (site.B, (slice(None), closed)), (site.gate, closed)):
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[index] = 0
+
+
+def _difference(theirs: Any, mine: Any) -> str:
+    """Name the first entry in which two records differ."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in [*theirs, *mine]:
+            if theirs.get(key) != mine.get(key):
+                return f"has {key}={json.dumps(theirs.get(key))} where this run has {json.dumps(mine.get(key))}"
+    return f"is {theirs!r}, this run's is {mine!r}"
