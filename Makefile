@@ -1,0 +1,61 @@
+# `make demo` and `make test` need Python 3.11 or newer and make, nothing else. Both create .venv on the first call and
+# install again only when pyproject.toml or constraints.txt is newer than the last installation that succeeded.
+
+# The interpreter that .venv is made of, and the number of test processes.
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
+# One thread a process: two processes with two threads each are slower on two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+
+# pyright would ask the network whether a newer release exists.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint format clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.demo ## fine-tune a small pretrained encoder under a rank budget, offline, and write a report
+	$(BIN)/loralloc demo
+
+test: lint ## lint, types, and the fast tests with all doctests
+	$(PYTEST) -m "not slow"
+
+check: .venv/.dev ## the slow tests: minutes of training
+	$(PYTEST) -m slow --dist loadfile
+
+lint: .venv/.dev ## ruff and pyright, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: .venv/.dev ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and build products; runs/ stays
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Each stamp is the last thing its recipe writes, so a failed or interrupted installation is repeated by the next call.
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  have=$$($(PYTHON) --version 2>&1) || have=missing; \
+	  echo "loralloc needs Python 3.11 or newer, but $(PYTHON) is $$have: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(INSTALL) --upgrade pip
+	@touch $@
+
+.venv/.demo: .venv/.created pyproject.toml constraints.txt
+	$(INSTALL) --build-constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+.venv/.dev: .venv/.created pyproject.toml constraints.txt
+	$(INSTALL) --build-constraint constraints.txt --editable '.[demo]' --group dev
+	@touch $@ .venv/.demo

@@ -1,0 +1,42 @@
+"""What every test may rely on: no network, no state of this machine, one thread, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+
+# The libraries read these when they are imported, so they come before the imports; subprocesses inherit them.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="loralloc-tests-")  # no cached data outlives the test run
+os.environ.update(
+    HF_HOME=_HF_HOME.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    TRANSFORMERS_VERBOSITY="error",
+    MPLBACKEND="Agg",
+    NO_COLOR="1",
+    COLUMNS="120",
+)
+os.environ.pop("FORCE_COLOR", None)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# More threads would change the order of summation, and with it the last bits, from machine to machine.
+torch.set_num_threads(1)
+
+settings.register_profile("default", derandomize=True, deadline=None, max_examples=50, database=None)
+settings.register_profile("thorough", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,306 @@
+"""The promises that the source tree itself makes.
+
+The files: imports point downwards, the low layers stay light, nothing unpickles, no file outgrows a sitting.
+The package: the command line starts without torch, and the wheel carries every file.
+The pages around it: what the README shows exists and compiles; every dependency is pinned within its range.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "loralloc"
+
+LAYERS = (  # top to bottom; the units of one layer are siblings
+    ("cli",),
+    ("config",),
+    ("recipe_source",),
+    ("training", "tasks", "report"),
+    ("export",),
+    ("methods",),
+    ("gating",),
+    ("kernel", "budget", "scores", "allocate"),
+    ("plan", "recipes"),
+    ("errors", "_version"),
+)
+DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
+MAY_IMPORT_FROM_SAME_LAYER = {"kernel", "budget", "scores", "allocate"}  # pure functions share pieces
+
+FOREIGN: dict[
+    str, set[str]
+] = {  # third-party packages a unit may import; units that are not listed may import any dependency
+    "_version": set(),
+    "errors": set(),
+    "recipes": set(),
+    "plan": set(),
+    "kernel": {"torch"},
+    "budget": {"torch"},
+    "scores": {"torch"},
+    "allocate": {"torch"},
+    "gating": {"torch", "peft"},
+    "methods": {"torch"},
+    "report": {"matplotlib", "numpy", "yaml"},
+    "recipe_source": {"yaml"},
+    "config": {"pydantic", "pydantic_core", "yaml"},
+}
+UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+LONGEST_FILE = 450
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def unit_of(path: Path) -> str:
+    """The layer entry a file belongs to; the package's own __init__ is "loralloc"."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "loralloc" if first == "__init__" else first
+
+
+@functools.cache
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield ("file:line", dotted name) for every import, those in functions and under TYPE_CHECKING too."""
+    package = ("loralloc", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((f"{place(path)}:{node.lineno}", name) for name in names)
+
+
+def own_imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield ("file:line", unit) per import of the package itself; a name of its __init__ is "loralloc"."""
+    for where, name in imports(path):
+        top, *rest = name.split(".")
+        if top == "loralloc":
+            yield where, rest[0] if rest and rest[0] in DEPTH else "loralloc"
+
+
+class TestSource:
+    def test_every_file_has_a_layer(self) -> None:
+        unknown = {unit_of(path) for path in sources()} - set(DEPTH) - {"loralloc"}
+        assert not unknown, f"add {sorted(unknown)} to LAYERS"
+
+    def test_imports_point_downwards(self) -> None:
+        wrong = []
+        for path in sources():
+            unit = unit_of(path)
+            for where, target in own_imports(path):
+                if unit == "loralloc":  # the public interface stands above all but the command line
+                    allowed = target not in ("cli", "loralloc")
+                elif target == "loralloc":  # back through the top: a cycle
+                    allowed = False
+                else:
+                    sideways = DEPTH[target] == DEPTH[unit] and unit in MAY_IMPORT_FROM_SAME_LAYER
+                    allowed = target == unit or DEPTH[target] > DEPTH[unit] or sideways
+                if not allowed:
+                    wrong.append(f"{where}: {unit} imports {target}")
+        assert not wrong, "\n".join(wrong)
+
+    def test_low_layers_import_only_what_they_need(self) -> None:
+        wrong = []
+        for path in sources():
+            if unit_of(path) not in FOREIGN:
+                continue
+            allowed = sys.stdlib_module_names | FOREIGN[unit_of(path)] | {"loralloc"}
+            for where, name in imports(path):
+                if name.split(".")[0] not in allowed:
+                    wrong.append(f"{where}: {unit_of(path)} imports {name}")
+        assert not wrong, "\n".join(wrong)
+
+    def test_only_gating_knows_the_internals_of_peft(self) -> None:
+        wrong = []
+        for path in sources():
+            if unit_of(path) == "gating":
+                continue
+            wrong += [f"{where}: {name}" for where, name in imports(path) if name.startswith("peft.tuners")]
+            wrong += [
+                f"{place(path)}:{node.lineno}: peft.tuners"
+                for node in ast.walk(syntax(path))
+                if isinstance(node, ast.Attribute) and ast.unparse(node) == "peft.tuners"
+            ]
+        assert not wrong, "\n".join(wrong)
+
+    def test_nothing_unpickles(self) -> None:
+        wrong = []
+        for path in sources():
+            wrong += [f"{where}: {name}" for where, name in imports(path) if name.split(".")[0] in UNPICKLERS]
+            wrong += [f"{where}: {name}" for where, name in imports(path) if name == "torch.load"]
+            for node in ast.walk(syntax(path)):
+                if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.jit.load"):
+                    wrong.append(f"{place(path)}:{node.lineno}: {ast.unparse(node)}")
+                if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                    wrong.append(f"{place(path)}:{node.value.lineno}: allow_pickle")
+        assert not wrong, "\n".join(wrong)
+
+    def test_only_the_command_line_prints(self) -> None:
+        wrong = [
+            f"{place(path)}:{node.lineno}"
+            for path in sources()
+            if unit_of(path) != "cli"
+            for node in ast.walk(syntax(path))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        ]
+        assert not wrong, "\n".join(wrong)
+
+    def test_files_are_short(self) -> None:
+        folders = (ROOT / name for name in ("src", "tests", "benchmarks", "examples"))
+        lengths = {
+            place(path): path.read_text(encoding="utf-8").count("\n")
+            for folder in folders
+            for path in folder.rglob("*.py")
+        }
+        assert not {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE}
+
+
+class TestStartUp:
+    HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "matplotlib")
+
+    @staticmethod
+    def modules_after(code: str) -> set[str]:
+        """Top-level modules that are loaded in a new interpreter once it has run `code`."""
+        last = "import sys; sys.stderr.write('\\n'.join({name.split('.')[0] for name in sys.modules}))"
+        done = subprocess.run(
+            [sys.executable, "-c", f"{code}\n{last}"], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return set(done.stderr.split())
+
+    @pytest.mark.parametrize("unit", ["errors", "plan", "recipes", "config", "report", "cli.main"])
+    def test_light_units_load_without_torch(self, unit: str) -> None:
+        modules = [f"loralloc.{unit}"]
+        if unit == "report":
+            modules += [f"loralloc.report.{path.stem}" for path in (PACKAGE / "report").glob("[!_]*.py")]
+        assert "torch" not in self.modules_after(f"import {', '.join(modules)}")
+
+    def test_help_loads_nothing_heavy(self) -> None:
+        code = (
+            "import sys; sys.argv = ['loralloc', '--help']\n"
+            "from loralloc.cli.main import main\n"
+            "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code"
+        )
+        assert not self.modules_after(code) & set(self.HEAVY)
+
+    def test_help_answers_within_half_a_second(self) -> None:
+        command = [Path(sys.executable).with_name("loralloc"), "--help"]
+        seconds = []
+        for _ in range(3):  # the best of three: the other core may be busy with other tests
+            started = time.perf_counter()
+            subprocess.run(command, capture_output=True, check=True, timeout=60)
+            seconds.append(time.perf_counter() - started)
+        assert min(seconds) < 0.5
+
+
+class TestPackaging:
+    @staticmethod
+    def pins() -> dict[str, str]:
+        found = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+        return {canonicalize_name(name): version for name, version in found}
+
+    def test_every_dependency_is_pinned_within_its_range(self) -> None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        lines = [
+            *project["build-system"]["requires"],
+            *project["project"]["dependencies"],
+            *(line for extra in project["project"]["optional-dependencies"].values() for line in extra),
+            *(line for group in project["dependency-groups"].values() for line in group),
+        ]
+        pins = self.pins()
+        for requirement in map(Requirement, lines):
+            pin = pins.get(canonicalize_name(requirement.name))
+            assert pin, f"constraints.txt has no pin for {requirement.name}"
+            assert requirement.specifier.contains(pin), f"{requirement} in pyproject.toml, but {pin} in constraints.txt"
+
+    @pytest.mark.slow
+    def test_the_wheel_carries_every_file_of_the_package(self, tmp_path: Path) -> None:
+        project = tmp_path / "project"  # a copy, because setuptools writes into the folder it builds
+        package = project / "src" / "loralloc"
+        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, project)
+        build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+        subprocess.run([*build, "-w", tmp_path, project], capture_output=True, check=True, timeout=300)
+        (wheel,) = tmp_path.glob("loralloc-*.whl")
+        carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("loralloc/")}
+        files = [path for path in package.rglob("*") if path.is_file()]
+        assert carried == {path.relative_to(project / "src").as_posix() for path in files}
+
+
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
+BRANCHES = re.compile(r"[│├└─]")
+
+
+def tree_paths(text: str) -> list[str]:
+    """Paths of the file tree: the fenced block that names src/, one entry a line, nested by indentation."""
+    bodies = [body for _, body in FENCE.findall(text) if re.search(r"^\W*src/", body, re.M)]
+    assert len(bodies) == 1, f"expected one fenced file tree with a line for src/, found {len(bodies)}"
+    paths, parents = [], []
+    for line in BRANCHES.sub(" ", bodies[0]).splitlines():
+        entry = re.match(r"( *)(\S+)", line)
+        if not entry or (not paths and entry[2] in (".", "loralloc/")):  # the root is the repository itself
+            continue
+        while parents and parents[-1][0] >= len(entry[1]):
+            parents.pop()
+        path = (parents[-1][1] if parents else "") + entry[2]
+        parents.append((len(entry[1]), path if path.endswith("/") else path + "/"))
+        paths.append(path)
+    return paths
+
+
+class TestDocumentation:
+    README = ROOT / "README.md"
+
+    def test_python_examples_compile(self) -> None:
+        found = 0
+        for page in [self.README, *(ROOT / "docs").rglob("*.md")]:
+            for language, code in FENCE.findall(page.read_text(encoding="utf-8")):
+                if language == "python":
+                    compile(code, place(page), "exec")
+                    found += page == self.README
+        assert found, "README.md shows no ```python example"
+
+    def test_the_file_tree_of_the_readme_is_the_real_one(self) -> None:
+        paths = tree_paths(self.README.read_text(encoding="utf-8"))
+        assert [path for path in paths if not (ROOT / path).exists()] == []
+        named = {path.rstrip("/") for path in paths}
+        units = {p for p in PACKAGE.iterdir() if p.suffix == ".py" or any(p.glob("*.*"))}
+        assert [place(p) for p in sorted(units) if not p.name.startswith("_") and place(p) not in named] == []
+
+    def test_the_tree_reader_follows_indentation(self) -> None:
+        rows = (
+            "loralloc/",
+            "├── src/loralloc/",
+            "│   ├── plan.py   a file",
+            "│   └── cli/",
+            "└── tests/   its mirror",
+        )
+        drawn = "\n".join(("```text", *rows, "```", ""))
+        assert tree_paths(drawn) == ["src/loralloc/", "src/loralloc/plan.py", "src/loralloc/cli/", "tests/"]
