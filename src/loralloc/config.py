@@ -1,0 +1,389 @@
+"""Recipes: one YAML file for the whole life of a run, checked as a whole before anything is loaded.
+
+Values come from the defaults here, then the file, then flags. Nothing is coerced: `"12x"` is no number
+and `1.5` no step count. Relative paths of data and output are relative to the current directory, not to
+the recipe. This module imports neither torch nor transformers, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from loralloc.errors import closest
+from loralloc.recipe_source import Key, apply_overrides, dotted, dump_yaml, read_recipe_file, suggest
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _check_phase(value: Any) -> Any:
+    if _is_number(value) and value >= 0 and (isinstance(value, int) or value < 1):
+        return value
+    raise ValueError("must be a fraction of the run below 1, such as 0.1, or a whole number of steps")
+
+
+def _check_share_or_path(value: Any) -> Any:
+    if _is_text(value) or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError("must be a fraction between 0 and 1, such as 0.1, or a path")
+
+
+def _check_names(value: Any) -> Any:
+    if _is_text(value) or (isinstance(value, list) and value and all(map(_is_text, value))):
+        return value
+    raise ValueError("must be a name or a list of names")
+
+
+def _check_labels(value: Any) -> Any:
+    if value is None or value == "regression":
+        return value
+    known = isinstance(value, list) and all(isinstance(label, str | int) for label in value)
+    if known and len({str(label) for label in value}) == len(value) >= 2:
+        return value
+    raise ValueError("must be a list of at least two different labels, or regression, or null")
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Number = int | float  # keeps 8 apart from 8.0, so that a resolved recipe reads as it was written
+Positive = Annotated[Number, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Phase = Annotated[Number, BeforeValidator(_check_phase)]
+Names = Annotated[str | list[str], BeforeValidator(_check_names)]
+Labels = Annotated[Literal["regression"] | list[str | int | bool] | None, BeforeValidator(_check_labels)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """The pretrained model."""
+
+    name: Text = Field(description="a local path, a name on the Hub, or demo:minilm")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(default="float32", description="type of the frozen weights")
+    trust_remote_code: bool = Field(default=False, description="run Python code that the model's repository carries")
+
+
+class DataConfig(_Section):
+    """The data, and which of its columns mean what. Relative paths start at the current directory."""
+
+    train: Text = Field(
+        description="a .jsonl, .json, .csv, .tsv, .parquet or .txt file (each also .gz), "
+        "hub:NAME[/CONFIG][@SPLIT], or demo:docstrings[@SPLIT]"
+    )
+    validation: Annotated[float | str, BeforeValidator(_check_share_or_path)] = Field(
+        default=0.1, description="a fraction cut from the training data (by training.seed), or data as in train"
+    )
+    test: Text | None = Field(default=None, description="data as in train, evaluated once at the end")
+    text: Text | None = Field(default=None, description="column with the text")
+    text_pair: Text | None = Field(default=None, description="column with a second text (sequence-classification)")
+    label: Text | None = Field(default=None, description="column with the label (sequence-classification)")
+    labels: Labels = Field(
+        default=None, description="null: found in the training data; or the list of labels; or regression"
+    )
+    prompt: Text | None = Field(default=None, description="column with the prompt (causal-lm)")
+    completion: Text | None = Field(default=None, description="column with the answer, which alone is learned")
+    messages: Text | None = Field(default=None, description="column with a chat (causal-lm)")
+    max_length: Count = Field(default=128, description="tokens kept of each example")
+
+
+class BudgetConfig(_Section):
+    """What the ranks may cost at the end: exactly one of four units."""
+
+    average_rank: Positive | None = Field(default=None, description="ranks per adapted layer, on average")
+    total_rank: Count | None = Field(default=None, description="ranks of all adapted layers together")
+    parameters: Count | None = Field(default=None, description="parameters of all kept ranks together")
+    fraction: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        default=None, description="fraction of the starting parameters"
+    )
+
+
+class AdaLoRAConfig(_Section):
+    """AdaLoRA: prune singular values by their importance while the budget falls."""
+
+    name: Literal["adalora"] = Field(description="the method")
+    budget: BudgetConfig = Field(description="one of average_rank, total_rank, parameters, fraction")
+    warmup: Phase = Field(default=0.15, description="start at full rank: fraction of the run, or steps")
+    cooldown: Phase = Field(default=0.45, description="end at the final budget: fraction of the run, or steps")
+    interval: Count | None = Field(
+        default=None, description="steps between two allocations; null: about 500 allocations over the run"
+    )
+    beta1: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.85, description="smoothing of the sensitivity")
+    beta2: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.85, description="smoothing of the uncertainty")
+    importance: Literal["smoothed", "sensitivity", "magnitude"] = Field(
+        default="smoothed", description="score of a rank: smoothed is sensitivity times uncertainty"
+    )
+    order: Literal["paper", "reference"] = Field(
+        default="paper", description="score weights before the update (paper) or after it (reference code)"
+    )
+    penalty: Literal["reference", "paper"] = Field(
+        default="reference", description="orthogonality penalty: mean norm (reference code) or summed squares (paper)"
+    )
+    gamma: Annotated[float, Field(ge=0)] = Field(default=0.1, description="weight of the penalty; 0 turns it off")
+    parity: Literal["adam", "sgd", "none"] = Field(
+        default="adam", description="optimizer whose LoRA learning rate is to fit; none is the paper's step"
+    )
+
+
+class LoRAConfigSection(_Section):
+    """Plain LoRA, the baseline: every layer keeps rank lora.r."""
+
+    name: Literal["lora"] = Field(description="the method")
+
+
+MethodConfig = AdaLoRAConfig | LoRAConfigSection  # a further method is one class here
+METHODS: dict[str, type[_Section]] = {
+    get_args(method.model_fields["name"].annotation)[0]: method for method in get_args(MethodConfig)
+}
+
+
+class LoraSection(_Section):
+    """The adapter that ranks are allocated in; names as in PEFT's LoraConfig."""
+
+    r: Count = Field(default=12, description="rank of every layer at the start; no layer can exceed it")
+    alpha: Positive = Field(default=24, description="scale of the update: alpha / r, fixed for the whole run")
+    dropout: Share = Field(default=0.0, description="dropout before the adapter")
+    target_modules: Names = Field(default="all-linear", description="all-linear, a list of names, or a pattern")
+    exclude_modules: Names | None = Field(default=None, description="a list of names, or a pattern, left alone")
+    modules_to_save: list[Text] | None = Field(default=None, description="modules trained and saved in full")
+
+
+class TrainingConfig(_Section):
+    """The run. Exactly one of steps and epochs."""
+
+    steps: Count | None = Field(default=None, description="optimizer steps")
+    epochs: Positive | None = Field(default=None, description="passes over the training data")
+    batch_size: Count = Field(default=16, description="examples per device and forward pass")
+    accumulation: Count = Field(default=1, description="forward passes per optimizer step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="peak learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="learning rate after its warm-up"
+    )
+    warmup: Phase = Field(default=0.1, description="learning rate warm-up: fraction of the run, or steps")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(default=1.0, description="gradient clipping; 0 turns it off")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="seed of everything that is random")
+    eval_every: Count | None = Field(default=None, description="steps between evaluations; null: only at the end")
+    save_every: Count | None = Field(default=None, description="steps between checkpoints; null: none")
+    log_every: Count = Field(default=10, description="steps between log lines")
+    bf16: bool = Field(default=False, description="bfloat16 autocast")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations: slower, less memory")
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    task: Literal["sequence-classification", "causal-lm"] = Field(description="what the model learns to do")
+    model: ModelConfig = Field(description="the pretrained model")
+    data: DataConfig = Field(description="the data and its columns")
+    method: MethodConfig = Field(discriminator="name", description="how ranks are allocated")
+    lora: LoraSection = Field(default=LoraSection(), description="the adapter")
+    training: TrainingConfig = Field(description="the run")
+    output: Text = Field(description="folder of the run")
+
+    @model_validator(mode="after")
+    def _obeys_rules(self) -> Recipe:
+        broken = [f"{dotted(key)}: {message}" for key, message in _broken_rules(self.model_dump())]
+        if broken:
+            raise ValueError("; ".join(broken))
+        return self
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    kinds = [annotation, *get_args(annotation)]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _walk_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        yield prefix + name, field.description or ""
+        for section in _models(field.annotation):
+            yield from _walk_keys(section, f"{prefix}{name}.")
+
+
+RECIPE_KEYS: dict[str, str] = dict(_walk_keys(Recipe))  # every key with dots -> its description
+_EXCLUSIVE: dict[Key, tuple[str, ...]] = {
+    ("method", "budget"): tuple(BudgetConfig.model_fields),
+    ("training",): ("steps", "epochs"),
+}
+_COLUMNS = {  # task -> the keys of `data` that have a meaning for it
+    "sequence-classification": ("text", "text_pair", "label", "labels"),
+    "causal-lm": ("text", "prompt", "completion", "messages"),
+}
+
+
+def _get(tree: Any, *key: str) -> Any:
+    for part in key:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """Check what no single key can: yields (key, message). The values may be of any type."""
+    for section, members in _EXCLUSIVE.items():
+        values = _get(tree, *map(str, section))
+        if isinstance(values, Mapping):
+            given = [name for name in members if values.get(name) is not None]
+            if len(given) != 1:
+                found = " and ".join(given) or "none of them"
+                key = (*section, given[-1]) if given else section
+                yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {found}"
+    yield from _broken_columns(tree)
+    yield from _broken_phases(tree)
+    capacity, target = _get(tree, "lora", "r"), _get(tree, "method", "budget", "average_rank")
+    capacity = LoraSection.model_fields["r"].default if capacity is None else capacity
+    if _is_number(capacity) and _is_number(target) and target > capacity:
+        yield (
+            ("method", "budget", "average_rank"),
+            f"method.budget.average_rank is {target}, but no layer can exceed lora.r, which is {capacity}. "
+            "Lower the one or raise the other (AdaLoRA starts at about 1.5 times its target)",
+        )
+
+
+def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    task, data = tree.get("task"), tree.get("data")
+    if not isinstance(task, str) or task not in _COLUMNS or not isinstance(data, Mapping):
+        return
+    given = {name for name, value in data.items() if value is not None}
+    for other, columns in _COLUMNS.items():
+        for name in columns:
+            if name in given and name not in _COLUMNS[task]:
+                yield ("data", name), f"data.{name} is for task {other}, but the task is {task}"
+    if task == "sequence-classification":
+        for name in ("text", "label"):
+            if name not in given:
+                yield ("data", name), f'missing "{name}" in "data": {RECIPE_KEYS[f"data.{name}"]}'
+        return
+    kinds = [kind for kind in ("text", "prompt", "messages") if kind in given]
+    if len(kinds) != 1 and (kinds or "completion" not in given):
+        rule = "data needs exactly one of text, prompt with completion, messages for task causal-lm"
+        yield ("data", *kinds[-1:]), f"{rule}; got {' and '.join(kinds) or 'none of them'}"
+    for name, other in (("prompt", "completion"), ("completion", "prompt")):
+        if name in given and other not in given:
+            yield ("data", name), f"data.{name} needs data.{other} as well"
+
+
+def _broken_phases(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    method, steps = _get(tree, "method"), _get(tree, "training", "steps")
+    name = _get(method, "name")
+    fields = METHODS[name].model_fields if isinstance(name, str) and name in METHODS else {}
+    if "cooldown" not in fields:
+        return
+    phases = {phase: method.get(phase, fields[phase].default) for phase in ("warmup", "cooldown")}
+    terms = " + ".join(f"method.{phase} ({value})" for phase, value in phases.items())
+    key = ("method", "cooldown" if "cooldown" in method else "warmup")
+    total = sum(value for value in phases.values() if _is_number(value))
+    if all(isinstance(value, float) for value in phases.values()) and round(total, 9) >= 1:
+        yield key, f"{terms} is {total:g} of the run: keep it below 1, so that the budget can fall in between"
+    counts = (*phases.values(), steps)
+    if all(isinstance(value, int) for value in counts) and total >= steps:
+        yield (
+            key,
+            f"{terms} is {total} of {steps} steps: keep it below, so that the budget can fall in between",
+        )
+
+
+def _in_section(key: Key) -> str:
+    return f' in "{dotted(key[:-1])}"' if key[:-1] else ""
+
+
+def _unknown(key: Key, tree: Mapping[str, Any]) -> str:
+    name, where = key[-1], _in_section(key)
+    if dotted(key) in RECIPE_KEYS:
+        return f'"{name}"{where} does not apply to method {_get(tree, "method", "name")}: remove it'
+    return f'unknown key "{name}"{where}.{suggest(key, RECIPE_KEYS)}'
+
+
+_RULES = {  # kinds of pydantic errors, in our words
+    "int_type": "an integer",
+    "float_type": "a number",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "finite_number": "a finite number",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
+}
+
+
+def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
+    kind, context = error["type"], error.get("ctx", {})
+    key: Key = tuple(error["loc"])
+    if key[:1] == ("method",) and key[1:2] and key[1] in METHODS:  # pydantic adds which class it tried
+        key = (key[0], *key[2:])
+    if kind == "extra_forbidden":
+        return key, _unknown(key, tree)
+    if kind == "union_tag_not_found":
+        key = (*key, "name")
+    if kind in ("missing", "union_tag_not_found"):
+        return key, f'missing "{key[-1]}"{_in_section(key)}: {RECIPE_KEYS[dotted(key)]}'
+    value, hint = error["input"], ""
+    if kind == "union_tag_invalid":
+        key, value = (*key, "name"), context["tag"]
+        rule, hint = f"must be {' or '.join(METHODS)}", closest(str(value), METHODS)
+    elif kind in _RULES:
+        limits = {name: f"{limit:.10g}" if _is_number(limit) else limit for name, limit in context.items()}
+        rule = "must be " + _RULES[kind].format(**limits).replace("'", "")
+    else:
+        rule = str(context.get("error", error["msg"]))
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return key, f"{dotted(key)} {rule}, got {shown}.{hint}".removesuffix(".")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: defaults, then the file, then flags.
+
+    Args:
+        path: The YAML file.
+        overrides: Words left over on the command line, such as `["--training.steps", "100"]` or
+            `["--learning-rate=5e-4"]`.
+
+    Returns:
+        The recipe, complete and checked.
+
+    Raises:
+        loralloc.errors.UserError: With every mistake, one a line, each with its line or flag.
+    """
+    source = read_recipe_file(path)
+    apply_overrides(source, overrides, RECIPE_KEYS, _EXCLUSIVE)
+    source.report(_broken_rules(source.tree))
+    try:
+        recipe = Recipe.model_validate(source.tree)
+    except ValidationError as error:
+        # An error without a location repeats the broken rules.
+        source.report(_explain(detail, source.tree) for detail in error.errors() if detail["loc"])
+        source.raise_problems()
+        raise
+    source.raise_problems()  # keys that stand twice, flags that mean nothing
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe with all its defaults, as YAML that loads back to an equal recipe.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        The text. Keys that are not set (null) are left out.
+    """
+    return dump_yaml(recipe.model_dump(exclude_none=True))

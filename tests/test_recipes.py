@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from loralloc.config import RECIPE_KEYS, dump_recipe, load_recipe
+from loralloc.errors import UserError
+from loralloc.recipes import list_recipes, recipe_text
+
+NAMES = [
+    f"{task}/{method}" for task in ("causal-lm", "demo", "sequence-classification") for method in ("adalora", "lora")
+]
+
+
+def test_the_list_is_complete_and_sorted() -> None:
+    assert list(list_recipes()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestEveryRecipe:
+    def test_loads_and_comes_back_from_its_dump(self, name: str, tmp_path: Path) -> None:
+        recipe = load_recipe(list_recipes()[name])
+        copy = tmp_path / "recipe.yaml"
+        copy.write_text(dump_recipe(recipe), encoding="utf-8")
+        assert load_recipe(copy) == recipe
+        assert recipe.method.name == name.partition("/")[2]
+
+    def test_its_override_line_works(self, name: str) -> None:
+        (words,) = re.findall(r"^# +override +loralloc train \S+ (.+)$", recipe_text(name), re.M)
+        file = list_recipes()[name]
+        assert load_recipe(file, words.split()) != load_recipe(file)
+
+    def test_says_how_to_copy_and_run_it(self, name: str) -> None:
+        text = recipe_text(name)
+        assert text.startswith("# ")
+        assert f"#   copy        loralloc init {name}" in text
+        assert f"#   run         loralloc train {name.partition('/')[2]}.yaml\n" in text
+        assert "# Assumes: " in text
+
+    def test_commented_keys_are_keys(self, name: str) -> None:
+        text = recipe_text(name)
+        known = {key.rpartition(".")[2] for key in RECIPE_KEYS}
+        assert set(re.findall(r"^ *# (\w+): ", text, re.M)) - {"Assumes"} <= known
+
+
+@pytest.mark.parametrize("folder", ["causal-lm", "demo", "sequence-classification"])
+def test_the_baseline_costs_what_adalora_keeps_and_differs_in_nothing_else(folder: str) -> None:
+    ours = load_recipe(list_recipes()[f"{folder}/adalora"])
+    baseline = load_recipe(list_recipes()[f"{folder}/lora"])
+    assert ours.method.name == "adalora"
+    assert ours.method.budget.average_rank == baseline.lora.r
+    assert ours.lora.alpha / ours.lora.r == baseline.lora.alpha / baseline.lora.r
+    same = {"task", "model", "data", "training"}
+    assert ours.model_dump(include=same) == baseline.model_dump(include=same)
+
+
+def test_the_demo_is_small_seeded_and_offline() -> None:
+    recipe = load_recipe(list_recipes()["demo/adalora"])
+    assert recipe.model.name == "demo:minilm"
+    assert recipe.data.train == "demo:docstrings"
+    assert (recipe.training.steps, recipe.training.batch_size, recipe.data.max_length) == (300, 16, 64)
+    assert (recipe.training.seed, recipe.training.eval_every) == (0, None)
+
+
+def test_an_unknown_name_meets_the_nearest_and_the_list() -> None:
+    with pytest.raises(UserError) as error:
+        recipe_text("causal-lm/adalor")
+    assert str(error.value) == (
+        'there is no recipe "causal-lm/adalor". Did you mean "causal-lm/adalora"? Recipes: ' + ", ".join(NAMES)
+    )
