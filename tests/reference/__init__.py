@@ -1,0 +1,1 @@
+"""Naive twins: each published method once more, slow and plain, to hold the package against."""
