@@ -204,7 +204,7 @@ def _plain_config(model: PeftModel, adapter: str, fields: Mapping[str, Any], lef
         setattr(config, key, value)
     if left_out and isinstance(config.exclude_modules, str):
         # A pattern and names cannot be joined: name the modules that stay instead.
-        config.target_modules, config.exclude_modules = set(fields["rank_pattern"]), None
+        config.target_modules, config.exclude_modules = list(fields["rank_pattern"]), None
     elif left_out:
         config.exclude_modules = sorted({*(config.exclude_modules or ()), *left_out})
     return config
@@ -276,7 +276,7 @@ def _compare(expected: Tensor, actual: Tensor) -> float:
 
 def _made_up_batch(model: PeftModel) -> dict[str, Tensor]:
     """Draw token ids for the check."""
-    inner = model.get_base_model()
+    inner: Any = model.get_base_model()
     if getattr(inner, "main_input_name", None) != "input_ids":
         raise UserError(
             f"{type(inner).__name__} does not take token ids: pass batch={{...}}, inputs for the check of the export"

@@ -1,0 +1,111 @@
+"""From a recipe to objects: data, method, adapted model, training arguments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+from loralloc.budget import Budget
+from loralloc.cli.folder import RunFolder
+from loralloc.config import AdaLoRAConfig, MethodConfig, Recipe, TrainingConfig
+from loralloc.errors import UserError
+from loralloc.methods.adalora import AdaLoRA
+from loralloc.methods.base import Method
+from loralloc.tasks import prepare
+from loralloc.tasks.base import TaskData
+
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+"""Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
+
+TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
+
+
+def task_data(recipe: Recipe) -> TaskData:
+    """Load the model and the data of a recipe."""
+    return prepare(recipe.task, recipe.model, recipe.data, recipe.training.seed)
+
+
+def method_of(section: MethodConfig) -> Method | None:
+    """Return the allocating method of a recipe; None for plain LoRA."""
+    if not isinstance(section, AdaLoRAConfig):
+        return None
+    settings = section.model_dump(exclude={"name", "budget", "parity"})
+    budget = Budget(**section.budget.model_dump(exclude_none=True))
+    return AdaLoRA(budget, parity=None if section.parity == "none" else section.parity, **settings)
+
+
+def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """Put a fresh LoRA adapter on a model.
+
+    Raises:
+        UserError: No module matches; the message lists what the model has.
+    """
+    set_seed(recipe.training.seed)
+    lora = recipe.lora
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it as int and takes any number
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        exclude_modules=lora.exclude_modules,
+        modules_to_save=lora.modules_to_save,
+        task_type=TASK_TYPES[recipe.task],
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"lora.target_modules: {lora.target_modules} fits no module that can be adapted; the model has "
+            f"{_linear_modules(model)} ({str(error).splitlines()[0]})"
+        ) from error
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArguments:
+    """Translate a recipe's `training` section for the Trainer; checkpoints go to `folder`."""
+    length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=2 * settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=settings.bf16,
+        activation_checkpointing=settings.gradient_checkpointing,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if settings.eval_every else "no",
+        eval_steps=settings.eval_every,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 500,
+        save_total_limit=2,  # one may be incomplete when the process is killed
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        **length,  # type: ignore[arg-type]
+    )
+
+
+def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData]:
+    """Load the base model and the data of a run and, with stock PEFT, the adapter it exported."""
+    data = task_data(recipe)
+    return PeftModel.from_pretrained(data.model, str(folder.adapter)), data
+
+
+def _linear_modules(model: torch.nn.Module) -> str:
+    """Names of linear layers with how often they occur, for a message."""
+    names = Counter(
+        name.rpartition(".")[2] for name, module in model.named_modules() if "Linear" in type(module).__name__
+    )
+    return ", ".join(f"{name} ({count})" for name, count in names.most_common()) or "no linear layers"

@@ -1,0 +1,44 @@
+"""`loralloc export`: write the adapter of a run for another consumer."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Profile(StrEnum):
+    """The profiles of loralloc.export, spelled out so that --help imports no torch."""
+
+    ragged = "ragged"
+    uniform = "uniform"
+    merged = "merged"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    profile: Annotated[
+        Profile,
+        typer.Option(
+            help="ragged: each module at its rank (PEFT, vLLM >= 0.32, llama.cpp); uniform: padded to the largest rank "
+            "(everything that reads LoRA); merged: the whole model."
+        ),
+    ] = Profile.ragged,
+    to: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/PROFILE.")] = None,
+) -> None:
+    """Write the adapter for its consumer, reload it with stock PEFT and compare the logits."""
+    from loralloc.cli import terminal
+    from loralloc.cli.build import load_adapted
+    from loralloc.cli.folder import RunFolder
+    from loralloc.export import export_adapter
+
+    terminal.quiet_libraries()
+    folder = RunFolder.finished(run)
+    model, data = load_adapted(folder, folder.load_recipe())
+    exported = export_adapter(model, to or folder.root / profile.value, profile.value, tokenizer=data.tokenizer)
+    typer.echo(f"wrote {exported.path} ({profile.value}, largest rank {exported.max_rank})")
+    typer.echo(f"checked: reloaded by stock PEFT, largest difference of a logit {exported.difference:.1e}")
+    for line in exported.serving:
+        typer.echo(f"serve:  {line}")

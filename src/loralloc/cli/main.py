@@ -1,0 +1,58 @@
+"""`loralloc`: the table of verbs, and what happens to errors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from loralloc._version import __version__
+from loralloc.cli import demo, env, evaluate, export, init, report, train
+from loralloc.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models with LoRA ranks that allocate themselves.",
+)
+
+LEFTOVER_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For verbs that take `--key value` for any key of a recipe; the recipe's reader checks them."""
+
+app.command("demo")(demo.demo)
+app.command("init")(init.init)
+app.command("train", context_settings=LEFTOVER_WORDS)(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
+app.command("report")(report.report)
+app.command("env")(env.env)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"loralloc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fine-tune language models with LoRA ranks that allocate themselves."""
+    del version  # acted on by its callback
+
+
+def main() -> None:
+    """Run the command line: a mistake in the input ends with one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; a run with checkpoints continues with --resume", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,16 @@
+"""`loralloc report`: write the page of a run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(run: Annotated[Path, typer.Argument(help="The run folder.")]) -> None:
+    """Write RUN/report.html and the figures beside it."""
+    from loralloc.cli.folder import RunFolder
+    from loralloc.report import write_report
+
+    typer.echo(f"wrote {write_report(RunFolder.existing(run).root)}")

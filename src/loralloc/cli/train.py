@@ -1,0 +1,29 @@
+"""`loralloc train`: train, allocate, export, evaluate, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loralloc.config import load_recipe
+
+
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file; see `loralloc init`.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Start over in the folder of an earlier run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load everything, show budget and schedule, train nothing.")
+    ] = False,
+) -> None:
+    """Train, allocate, export, evaluate. Every key of the recipe is also a flag: --training.learning_rate 5e-4."""
+    settings = load_recipe(recipe, context.args)
+    from loralloc.cli import pipeline
+
+    if dry_run:
+        pipeline.show_plan(settings)
+    else:
+        pipeline.run(settings, resume=resume, replace=replace)

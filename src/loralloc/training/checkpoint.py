@@ -1,0 +1,80 @@
+"""Checkpoints of `loralloc train`: safetensors and JSON only, complete or not there.
+
+Each checkpoint folder ends with `complete.json`, written last; a run resumes from the newest folder that has it, so a
+process killed in the middle of a save loses that save and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loralloc.plan import write_atomically
+
+COMPLETE = "complete.json"
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """Return the checkpoint with the highest step that is complete, or None."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def mark_complete(checkpoint: Path, step: int) -> None:
+    """Declare a checkpoint complete: everything else in it has been written."""
+    write_atomically(checkpoint / COMPLETE, json.dumps({"step": step}) + "\n")
+
+
+def save_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Write the states of optimizer and learning-rate schedule."""
+    state = optimizer.state_dict()
+    tensors, numbers = {}, {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            target = tensors if isinstance(value, Tensor) else numbers
+            target[f"{index}.{key}"] = value.contiguous().cpu() if isinstance(value, Tensor) else value
+    save_file(tensors, checkpoint / "optimizer.safetensors")
+    record = {"state": numbers, "param_groups": state["param_groups"], "scheduler": scheduler.state_dict()}
+    write_atomically(checkpoint / "optimizer.json", json.dumps(record) + "\n")
+
+
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Restore what `save_optimizer` wrote."""
+    record = json.loads((checkpoint / "optimizer.json").read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**load_file(checkpoint / "optimizer.safetensors"), **record["state"]}.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
+    scheduler.load_state_dict(record["scheduler"])
+
+
+def save_random_state(path: Path) -> None:
+    """Write the states of Python's, NumPy's and torch's generators as JSON."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    record = {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+    write_atomically(path, json.dumps(record) + "\n")
+
+
+def load_random_state(path: Path) -> None:
+    """Restore what `save_random_state` wrote."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    version, internal, gauss = record["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = record["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(record["torch"], dtype=torch.uint8))
+    if record["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in record["cuda"]])

@@ -1,0 +1,127 @@
+"""The trainer behind `loralloc train`: transformers' Trainer, with checkpoints that hold no pickle, and a run's log."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loralloc.plan import write_atomically
+from loralloc.training import checkpoint as files
+
+
+class PlainTrainer(Trainer):
+    """A Trainer whose checkpoints are safetensors and JSON, and complete or not there."""
+
+    def __init__(self, *args: Any, log: Path, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+        # The last callback: when it declares a checkpoint complete, all others have written.
+        super().__init__(*args, callbacks=[*callbacks, _RunLog(log), _Completion(self)], **kwargs)
+        self.remove_callback(PrinterCallback)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert isinstance(self.model, PeftModel)
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / files.COMPLETE).unlink(missing_ok=True)
+        self.model.save_pretrained(str(folder), state_dict=state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            files.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            files.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        files.save_random_state(self._random_state(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            files.load_random_state(self._random_state(checkpoint))
+
+    def _random_state(self, folder: str) -> Path:
+        return Path(folder) / f"random-{self.args.process_index}.json"
+
+
+class _Completion(TrainerCallback):
+    """Keep the loss of the logging window that a checkpoint cuts, and declare the checkpoint complete."""
+
+    FILE = "window.json"
+
+    def __init__(self, trainer: PlainTrainer) -> None:
+        self._trainer = trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        trainer = self._trainer
+        record = {
+            "loss": trainer._tr_loss.item(),
+            "total": trainer._total_loss_scalar,
+            "logged": trainer._globalstep_last_logged,
+        }
+        write_atomically(folder / self.FILE, json.dumps(record) + "\n")
+        files.mark_complete(folder, state.global_step)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            return
+        path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE
+        record = json.loads(path.read_text(encoding="utf-8"))
+        self._trainer._tr_loss += torch.tensor(record["loss"], device=self._trainer._tr_loss.device)
+        self._trainer._total_loss_scalar = record["total"]
+        self._trainer._globalstep_last_logged = record["logged"]
+
+
+class _RunLog(TrainerCallback):
+    """Write every log row to RUN/log.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.should_save:
+            rows = read_jsonl(self._path) if state.global_step else []
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
+            write_atomically(self._path, "".join(kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.should_save and logs and state.global_step:
+            row = {"step": state.global_step} | {key: _finite(value) for key, value in logs.items()}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a loss that is not finite is written as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
