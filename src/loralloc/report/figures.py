@@ -1,0 +1,241 @@
+"""The figures of the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from loralloc.report.canvas import end_labels, shade_phases, short, step_axes
+from loralloc.report.grid import Grid
+from loralloc.report.palette import LIGHT, RAMP_STEPS, SERIES, ramp, step_of, text_on
+from loralloc.report.run_folder import RunFolder, Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOMENTS = 160  # samples of the ranks along the time axis
+SMOOTH_FROM = 30  # logged losses from which on a smoothed line helps
+
+
+def budget_figure(run: RunFolder, trace: Trace) -> Figure:
+    """The budget and what the ranks use of it, over the steps."""
+    figure, axes = step_axes(run, trace.unit)
+    end = run.reached
+    steps = [event.step for event in trace.events]
+    used = [trace.used(event) for event in trace.events]
+    axes.fill_between([*steps, end], [*used, used[-1]], step="post", color=LIGHT["area"], alpha=0.55, linewidth=0)
+    axes.plot([*steps, end], [*used, used[-1]], drawstyle="steps-post", color=LIGHT["series-1"])
+    exact = used[-1] == trace.target
+    labels = [(used[-1], f"{short(used[-1])}, {'the budget' if exact else 'in use'}", "series-1")]
+    budget = _budget_points(run, trace)
+    if budget and trace.target is not None:
+        axes.plot(*zip(*budget, strict=True), color=LIGHT["ink"], linewidth=1, linestyle=(0, (4, 3)))
+        labels += [] if exact else [(trace.target, f"{short(trace.target)}, the budget", "ink")]
+    top = max([*used, *(value for _, value in budget)])
+    axes.set_ylim(0, top * 1.16 or 1)
+    end_labels(axes, labels)
+    shade_phases(axes, trace, run, named=True)
+    return figure
+
+
+def _budget_points(run: RunFolder, trace: Trace) -> list[tuple[int, int]]:
+    """The budget wherever it was recorded: it falls also at steps at which no rank changed."""
+    points = {event.step: event.budget for event in trace.events if event.budget is not None} | dict(run.budgets)
+    start = trace.events[0].budget
+    if trace.phases and start is not None:
+        points.setdefault(trace.phases[0], start)
+    if run.finished and trace.target is not None:
+        points[run.reached] = trace.target
+    return sorted(points.items())
+
+
+def types_figure(run: RunFolder, trace: Trace, grid: Grid) -> Figure:
+    """The mean rank of each module type, over the steps."""
+    figure, axes = step_axes(run, "mean rank")
+    steps = [event.step for event in trace.events]
+    picked = sorted({round(i * (len(steps) - 1) / (MOMENTS * 2)) for i in range(MOMENTS * 2 + 1)})
+    position = {name: i for i, name in enumerate(trace.sites)}
+    groups = _groups(grid)
+    means = {
+        label: [sum(trace.events[at].ranks[position[n]] for n in names) / len(names) for at in picked]
+        for label, names in groups.items()
+    }
+    order = sorted(means, key=lambda label: -means[label][-1])
+    # Too many to tell apart: the extremes get a colour and a name, the others stay in the background.
+    named = order if len(order) <= SERIES else order[: SERIES // 2] + order[-SERIES // 2 :]
+    labels = []
+    for label in order:
+        colour = f"series-{named.index(label) + 1}" if label in named else "rule"
+        values = means[label]
+        axes.plot(
+            [*(steps[at] for at in picked), run.reached],
+            [*values, values[-1]],
+            color=LIGHT[colour],
+            drawstyle="steps-post",
+            zorder=3 if label in named else 2,
+        )
+        if label in named:
+            labels.append((values[-1], f"{values[-1]:.1f} {_clip(label)}", colour))
+    axes.set_ylim(0, max(max(values) for values in means.values()) * 1.08 or 1)
+    shade_phases(axes, trace, run)
+    end_labels(axes, labels)
+    return figure
+
+
+def timeline_figure(run: RunFolder, trace: Trace, grid: Grid, top: int) -> Figure:
+    """The rank of every module over the steps: a row for each, grouped by module type, first layer on top."""
+    from matplotlib.colors import ListedColormap
+
+    figure, axes = step_axes(run, "modules")
+    position = {name: i for i, name in enumerate(trace.sites)}
+    groups = _groups(grid)
+    rows = [position[name] for names in groups.values() for name in names]
+    picture = []
+    at = 0
+    for moment in range(MOMENTS):
+        while at + 1 < len(trace.events) and trace.events[at + 1].step <= (moment + 0.5) / MOMENTS * run.reached:
+            at += 1
+        picture.append([step_of(trace.events[at].ranks[row], top) for row in rows])
+    # The page shows the picture of its theme; all else in a figure changes its colour by itself.
+    for theme in ("dark", "light"):
+        axes.imshow(
+            list(zip(*picture, strict=True)),
+            cmap=ListedColormap(ramp(theme)),
+            vmin=0,
+            vmax=RAMP_STEPS,
+            aspect="auto",
+            interpolation="none",
+            extent=(0, max(run.reached, 1), len(rows), 0),
+            gid=theme,
+        )
+    axes.set_xlim(0, max(run.last_step, 1))
+    axes.grid(visible=False)
+    axes.set_yticks([])
+    axes.spines["bottom"].set_visible(False)
+    edge = 0
+    labels = []
+    for label, names in groups.items():
+        if edge:
+            axes.axhline(edge, color=LIGHT["card"], linewidth=1.5)
+        labels.append((edge + len(names) / 2, _clip(label), "ink"))
+        edge += len(names)
+    end_labels(axes, labels if len(labels) <= 2 * SERIES else [])
+    return figure
+
+
+def loss_figure(run: RunFolder) -> Figure:
+    """Losses of training and evaluation, over the steps; values that are not finite leave a gap."""
+    figure, axes = step_axes(run, "loss")
+    labels = []
+    if run.train:
+        steps, values = zip(*run.train, strict=True)
+        smooth = len(values) >= SMOOTH_FROM
+        axes.plot(
+            steps,
+            values,
+            color=LIGHT["area"] if smooth else LIGHT["series-1"],
+            linewidth=0.9 if smooth else 1.6,
+            marker="" if len(values) > 1 else "o",
+        )
+        if smooth:
+            axes.plot(steps, smoothed(values), color=LIGHT["series-1"])
+        labels += _last_label(values, "training", "series-1")
+    if run.evaluations:
+        steps, values = zip(*run.evaluations, strict=True)
+        axes.plot(steps, values, color=LIGHT["series-2"], marker="o", markersize=3.5, markeredgewidth=0)
+        labels += _last_label(values, "evaluation", "series-2")
+    if run.trace:
+        shade_phases(axes, run.trace, run)
+    end_labels(axes, labels)
+    return figure
+
+
+def heat_figure(run: RunFolder, grid: Grid, top: int) -> Figure:
+    """The final ranks, layers by module types; modules outside the grid follow below, in a column of their own."""
+    from matplotlib.figure import Figure
+
+    modules = run.plan.modules
+    columns = [*grid.types, *(["other"] if grid.others else [])]
+    several = len(grid.stacks) > 1
+    rows = [f"{stack} {layer}" if several else f"{layer}" for stack, layer in grid.rows] + list(grid.others)
+    side = 0.5 + 0.075 * max(map(len, rows))
+    width, height = side + 0.95 * len(columns) + 0.2, 0.55 + 0.3 * len(rows) + 0.15
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((side / width, 0.15 / height, 1 - (side + 0.2) / width, 0.3 * len(rows) / height))
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), xticks=[], yticks=[])
+    axes.axis("off")
+    places = [
+        (grid.rows.index((stack, layer)), columns.index(kind), name)
+        for (stack, layer, kind), name in grid.cells.items()
+    ]
+    places += [(len(grid.rows) + i, len(columns) - 1, name) for i, name in enumerate(grid.others)]
+    for row, column, name in places:
+        module = modules[name]
+        colour = ramp("light")[step_of(module.rank, top)]
+        axes.add_patch(_cell(row, column, colour))
+        style: dict[str, Any] = {"color": text_on(colour), "va": "center_baseline"}
+        axes.text(column + 0.48, row + 0.5, f"{module.rank}", ha="right", weight="bold", **style)
+        axes.text(column + 0.5, row + 0.5, f"/{module.start}", ha="left", size=8, **style)
+    for row, label in enumerate(rows):
+        axes.text(-0.08, row + 0.5, label, ha="right", va="center_baseline", color=LIGHT["muted"])
+    for column, label in enumerate(columns):
+        before, _, last = label.rpartition(".")
+        axes.text(column + 0.5, -0.2, f"{_clip(before, 16)}\n{_clip(last, 16)}", ha="center", va="bottom", size=7.5)
+    return figure
+
+
+def _cell(row: int, column: int, colour: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column + 0.03, row + 0.06), 0.94, 0.88, facecolor=colour, edgecolor="none")
+
+
+def _groups(grid: Grid) -> dict[str, list[str]]:
+    """Modules by module type under the shortest names that tell the types apart; the others are a group."""
+    names = short_names(grid.types)
+    groups = {names[module_type]: grid.column(module_type) for module_type in grid.types}
+    return groups | ({"other": list(grid.others)} if grid.others else {})
+
+
+def short_names(types: Sequence[str]) -> dict[str, str]:
+    """Return for each type the shortest run of its parts that no other type has, the last one on a tie.
+
+    >>> short_names(["attention.output.dense", "output.dense", "attention.self.query"])
+    {'attention.output.dense': 'attention.output', 'output.dense': 'output.dense', 'attention.self.query': 'query'}
+    """
+    short = {}
+    for name in types:
+        parts = name.split(".")
+        others = [f".{other}." for other in types if other != name]
+        runs = (
+            ".".join(parts[at : at + length])
+            for length in range(1, len(parts))
+            for at in reversed(range(len(parts) - length + 1))
+        )
+        short[name] = next((run for run in runs if not any(f".{run}." in other for other in others)), name)
+    return short
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Return the means over a window of about a fifteenth of the values; it narrows towards both ends.
+
+    >>> smoothed([1.0, 5.0, 3.0])
+    [1.0, 3.0, 3.0]
+    """
+    reach = max(1, len(values) // 30)
+    means = []
+    for i, value in enumerate(values):
+        half = min(reach, i, len(values) - 1 - i)
+        window = [v for v in values[i - half : i + half + 1] if math.isfinite(v)]
+        means.append(sum(window) / len(window) if math.isfinite(value) else math.nan)
+    return means
+
+
+def _last_label(values: Sequence[float], name: str, colour: str) -> list[tuple[float, str, str]]:
+    last = next((value for value in reversed(values) if math.isfinite(value)), None)
+    return [] if last is None else [(last, f"{last:.3g} {name}", colour)]
+
+
+def _clip(text: str, length: int = 20) -> str:
+    return text if len(text) <= length else "…" + text[-(length - 1) :]

@@ -1,0 +1,86 @@
+"""Module names as a grid: one row per layer, one column per module type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where each module stands in the heat map.
+
+    Attributes:
+        rows: (stack, layer index) from the first layer to the last; the stack is the name before the index.
+        types: Module types, in the order in which the model has them.
+        cells: (stack, layer index, type) to full module name.
+        others: Names without a layer index, or with nothing after it: they have no place in the grid.
+    """
+
+    rows: tuple[tuple[str, int], ...]
+    types: tuple[str, ...]
+    cells: dict[tuple[str, int, str], str]
+    others: tuple[str, ...]
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Stacks of layers: one for most models, two for an encoder with a decoder."""
+        return tuple(dict.fromkeys(stack for stack, _ in self.rows))
+
+    def column(self, module_type: str) -> list[str]:
+        """Return the modules of one type, from the first layer to the last."""
+        keys = ((stack, layer, module_type) for stack, layer in self.rows)
+        return [self.cells[key] for key in keys if key in self.cells]
+
+
+def arrange(names: Iterable[str]) -> Grid:
+    """Split names at their layer index.
+
+    The layer index is the integer that takes most values over the model, the last one on a tie: nearly all models have
+    a single one; T5 (`encoder.block.3.layer.0.SelfAttention.q`) and mixtures of experts have more.
+
+    >>> grid = arrange(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head"])
+    >>> grid.rows, grid.types, grid.others
+    ((('model.layers', 0), ('model.layers', 1)), ('mlp.up_proj',), ('lm_head',))
+    """
+    names = list(names)
+    values: dict[str, set[str]] = {}
+    for name in names:
+        for place, index in _indices(name):
+            values.setdefault(place, set()).add(index)
+    cells: dict[tuple[str, int, str], str] = {}
+    others = []
+    for name in names:
+        places = _indices(name)
+        if not places:
+            others.append(name)
+            continue
+        at = max(range(len(places)), key=lambda i: (len(values[places[i][0]]), i))
+        depth = places[at][0].count(".")
+        parts = name.split(".")
+        key = ".".join(parts[:depth]), int(parts[depth]), ".".join(parts[depth + 1 :])
+        if key[2] and key not in cells:
+            cells[key] = name
+        else:
+            others.append(name)
+    stacks = list(dict.fromkeys(stack for stack, _, _ in cells))
+    rows = sorted({(stack, layer) for stack, layer, _ in cells}, key=lambda row: (stacks.index(row[0]), row[1]))
+    types = tuple(dict.fromkeys(module_type for _, _, module_type in cells))
+    return Grid(tuple(rows), types, cells, tuple(others))
+
+
+def _indices(name: str) -> list[tuple[str, str]]:
+    """Integers in a name, each with its place: the name up to it, other integers as `*`.
+
+    >>> _indices("encoder.block.3.layer.0.q")
+    [('encoder.block.*', '3'), ('encoder.block.*.layer.*', '0')]
+    """
+    found = []
+    place: list[str] = []
+    for part in name.split("."):
+        # `isdecimal` alone also accepts the digits of other scripts, `isdigit` superscripts.
+        integer = part.isascii() and part.isdecimal()
+        place.append("*" if integer else part)
+        if integer:
+            found.append((".".join(place), part))
+    return found

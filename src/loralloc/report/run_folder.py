@@ -1,0 +1,300 @@
+"""Read a run folder: the plan, the trace of its ranks, the logged losses, the final figures and the recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loralloc.errors import UserError
+from loralloc.plan import ModuleRank, PlanError, RankPlan
+
+
+@dataclass(frozen=True)
+class RankEvent:
+    """The ranks of all sites after one step, in the order of `Trace.sites`."""
+
+    step: int
+    ranks: tuple[int, ...]
+    budget: int | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How the ranks developed.
+
+    Attributes:
+        sites: Full module names, in the model's order.
+        inputs: Input features of each site.
+        outputs: Output features of each site.
+        unit: What the budget counts: "ranks" or "parameters".
+        total_steps: Optimizer steps of the run; 0 when the trace does not say.
+        phases: Last step of the warm-up and last step at which the budget falls; None without a schedule.
+        target: Budget at the end; None without a budget.
+        events: Every change of the ranks, the start first.
+        bad_steps: Steps that were skipped because their gradient was not finite.
+    """
+
+    sites: tuple[str, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    unit: str
+    total_steps: int
+    phases: tuple[int, int] | None
+    target: int | None
+    events: tuple[RankEvent, ...]
+    bad_steps: tuple[int, ...]
+
+    @property
+    def constant(self) -> bool:
+        """Whether no module ever changed its rank."""
+        return all(event.ranks == self.events[0].ranks for event in self.events)
+
+    def used(self, event: RankEvent) -> int:
+        """Return what the ranks of an event cost, in the unit of the budget."""
+        if self.unit == "ranks":
+            return sum(event.ranks)
+        sizes = zip(event.ranks, self.inputs, self.outputs, strict=True)
+        return sum(rank * (inputs + outputs) for rank, inputs, outputs in sizes)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Everything the report shows, as found on disk.
+
+    Attributes:
+        path: The folder as the user named it.
+        plan: Final ranks, or those of the latest trace event while training runs.
+        finished: Whether the plan is final.
+        trace: None when there is no trace.jsonl.
+        train: (step, loss) of training; losses may be NaN.
+        evaluations: (step, loss) of evaluation; losses may be NaN.
+        budgets: (step, budget) as logged.
+        metrics: metrics.json; empty when there is none.
+        recipe_text: recipe.yaml as written; None when there is none.
+        recipe: recipe.yaml parsed; empty when it is missing or not a mapping.
+        absent: What is not in the folder, each as a sentence.
+    """
+
+    path: Path
+    plan: RankPlan
+    finished: bool
+    trace: Trace | None
+    train: tuple[tuple[int, float], ...]
+    evaluations: tuple[tuple[int, float], ...]
+    budgets: tuple[tuple[int, int], ...]
+    metrics: dict[str, Any]
+    recipe_text: str | None
+    recipe: dict[str, Any]
+    absent: tuple[str, ...]
+
+    @property
+    def last_step(self) -> int:
+        """The end of the time axis: the planned length of the run, or what has been reached if that is more."""
+        return max(self.reached, self.trace.total_steps if self.trace else 0)
+
+    @property
+    def reached(self) -> int:
+        """The last step anything is known of."""
+        known = [step for step, _ in (*self.train, *self.evaluations)]
+        known += [event.step for event in self.trace.events] if self.trace else []
+        return max(known, default=0)
+
+    @property
+    def bad_steps(self) -> int:
+        """Number of skipped steps, from the trace or, without one, from the plan."""
+        if self.trace:
+            return len(self.trace.bad_steps)
+        recorded = number(self.plan.provenance.get("bad_steps"))
+        return int(recorded) if math.isfinite(recorded) else 0
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Return one mapping of the recipe; empty when it is not there."""
+        value = self.recipe.get(name)
+        return value if isinstance(value, dict) else {}
+
+
+def read_run(path: Path) -> RunFolder:
+    """Read a run folder, finished or not.
+
+    Args:
+        path: The folder that `loralloc train` wrote.
+
+    Raises:
+        UserError: The folder is not a run, or one of its files is damaged.
+    """
+    files = {name: path / name for name in ("ranks.json", "trace.jsonl", "log.jsonl", "metrics.json", "recipe.yaml")}
+    absent = []
+    trace = _read_trace(files["trace.jsonl"])
+    finished = files["ranks.json"].is_file()
+    if not finished and trace is None:
+        raise UserError(
+            f"{path} is not a run folder: it has neither ranks.json nor a trace.jsonl with a start event. "
+            "Give the folder that `loralloc train` wrote, the recipe's `output`"
+        )
+    recipe_text, recipe = _read_recipe(files["recipe.yaml"])
+    if finished:
+        plan = _read_plan(files["ranks.json"])
+    else:
+        assert trace is not None
+        plan = _plan_so_far(trace, recipe)
+        absent.append("ranks.json: training has not finished; the ranks shown are the latest in the trace.")
+    if not plan.modules:
+        raise UserError(f"{path}: the run has no adapted modules, so there is nothing to report")
+    if trace is None:
+        absent.append("trace.jsonl: how the ranks developed is not known.")
+    train, evaluations, budgets = _read_log(files["log.jsonl"])
+    if not train and not evaluations:
+        absent.append("log.jsonl: no losses have been logged.")
+    metrics = _read_object(files["metrics.json"])
+    if not metrics:
+        absent.append("metrics.json: the final figures are written when training has finished.")
+    if recipe_text is None:
+        absent.append("recipe.yaml: the recipe of this run is not in the folder.")
+    return RunFolder(
+        path, plan, finished, trace, train, evaluations, budgets, metrics, recipe_text, recipe, tuple(absent)
+    )
+
+
+def _read_plan(path: Path) -> RankPlan:
+    try:
+        return RankPlan.load(path)
+    except PlanError as error:
+        raise UserError(f"{error}; restore the file, or train again") from error
+
+
+def _plan_so_far(trace: Trace, recipe: dict[str, Any]) -> RankPlan:
+    """The ranks of a run that has not finished."""
+    rows = zip(trace.sites, trace.events[-1].ranks, trace.events[0].ranks, trace.inputs, trace.outputs, strict=True)
+    modules = {
+        # The scale is only known to the plan, and the report does not show it.
+        name: ModuleRank(rank, start, inputs, outputs, scale=math.nan)
+        for name, rank, start, inputs, outputs in rows
+    }
+    method = recipe.get("method")
+    return RankPlan(str(method.get("name", "")) if isinstance(method, dict) else "", modules)
+
+
+def _read_trace(path: Path) -> Trace | None:
+    rows = _read_rows(path)
+    at = next((i for i, row in enumerate(rows) if row.get("event") == "start"), None)
+    if at is None:
+        return None
+    start = rows[at]
+    try:
+        return _trace(path, start, rows[at:])
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: an event lacks a field or has a wrong one ({error!r}); restore the file") from error
+
+
+def _trace(path: Path, start: dict[str, Any], rows: list[dict[str, Any]]) -> Trace:
+    sites = tuple(map(str, start["sites"]))
+    events = []
+    for row in (start, *(row for row in rows[1:] if "ranks" in row)):
+        ranks = tuple(map(int, row["ranks"]))
+        if len(ranks) != len(sites):
+            raise UserError(
+                f"{path}: {len(ranks)} ranks for {len(sites)} sites at step {row['step']}; restore the file"
+            )
+        budget = row.get("start_budget" if row is start else "budget")
+        events.append(RankEvent(int(row["step"]), ranks, None if budget is None else int(budget)))
+    schedule = start.get("schedule") or {}
+    phases = (int(schedule["warmup"]), int(schedule["final"])) if {"warmup", "final"} <= schedule.keys() else None
+    target = start.get("target_budget")
+    return Trace(
+        sites=sites,
+        inputs=tuple(map(int, start["in"])),
+        outputs=tuple(map(int, start["out"])),
+        unit=str(start.get("unit", "ranks")),
+        total_steps=int(start.get("total_steps") or 0),
+        phases=phases,
+        target=None if target is None else int(target),
+        events=tuple(events),
+        bad_steps=tuple(sorted({row["step"] for row in rows if row.get("event") == "bad_step"})),
+    )
+
+
+Points = tuple[tuple[int, float], ...]
+
+
+def _read_log(path: Path) -> tuple[Points, Points, tuple[tuple[int, int], ...]]:
+    """Losses of training, losses of evaluation, budgets."""
+    rows = _read_rows(path)
+    train = tuple((int(row["step"]), number(row["loss"])) for row in rows if "loss" in row)
+    evaluations = tuple((int(row["step"]), number(row["eval_loss"])) for row in rows if "eval_loss" in row)
+    budgets = ((int(row["step"]), number(row.get("budget"))) for row in rows)
+    return train, evaluations, tuple((step, int(value)) for step, value in budgets if math.isfinite(value))
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file in order of steps; none when there is no file.
+
+    A run that was killed may leave half a last line, which is skipped; one that was resumed from an earlier checkpoint
+    repeats steps, of which the later ones count.
+    """
+    if not path.is_file():
+        return []
+    lines = _read_text(path).split("\n")
+    rows: list[dict[str, Any]] = []
+    for place, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            step = row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if place == len(lines):
+                break
+            raise UserError(
+                f"{path}, line {place}: not a JSON object with a step: {line[:80]!r}; restore the file"
+            ) from error
+        if rows and rows[-1]["step"] > step:
+            rows = [earlier for earlier in rows if earlier["step"] < step]
+        rows.append(row)
+    return rows
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(_read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); restore the file, or delete it to report without it") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}; restore the file")
+    return data
+
+
+def _read_recipe(path: Path) -> tuple[str | None, dict[str, Any]]:
+    if not path.is_file():
+        return None, {}
+    text = _read_text(path)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError:
+        # The text is shown as it is; only the lines for loading the adapter become less specific.
+        data = None
+    return text, data if isinstance(data, dict) else {}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); restore the file") from error
+
+
+def number(value: object) -> float:
+    """Return a JSON value as a number, NaN for anything that is none.
+
+    >>> number(3), number("3"), number(None), number(True)
+    (3.0, nan, nan, nan)
+    """
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

@@ -1,0 +1,143 @@
+"""Names and numbers of a run in words, and the lines of code that load it. Plain text: escaping is up to the page."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from loralloc.report.run_folder import RunFolder, number
+
+METHODS = {
+    "adalora": "AdaLoRA",
+    "ablora": "AB-LoRA",
+    "autolora": "AutoLoRA",
+    "allora": "ALLoRA",
+    "lora": "plain LoRA",
+}
+TASKS = {"sequence-classification": "sequence classification", "causal-lm": "causal language modelling"}
+AUTO_CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+
+
+def method_name(run: RunFolder) -> str:
+    """Return the method as its paper writes it."""
+    return METHODS.get(run.plan.method, run.plan.method or "LoRA")
+
+
+def task_name(run: RunFolder) -> str:
+    """Return the task in words."""
+    task = _task(run)
+    return TASKS.get(task, task.replace("-", " ") or "task unknown")
+
+
+def model_name(run: RunFolder) -> str:
+    """Return the base model as the run names it."""
+    return str(run.section("model").get("name") or run.plan.provenance.get("base_model") or "model unknown")
+
+
+def _task(run: RunFolder) -> str:
+    return str(run.metrics.get("task") or run.recipe.get("task") or "")
+
+
+def count(number: int, thing: str) -> str:
+    """Return a number and its noun.
+
+    >>> count(1, "module"), count(1200, "step")
+    ('1 module', '1,200 steps')
+    """
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def measure(value: float) -> str:
+    """Write a figure with as many digits as can be compared.
+
+    >>> measure(0.62), measure(12.345), measure(1234.5), measure(float("nan"))
+    ('0.620', '12.35', '1,234.5', 'not finite')
+    """
+    if not math.isfinite(value):
+        return "not finite"
+    digits = 3 if abs(value) < 10 else 2 if abs(value) < 1000 else 1
+    return f"{value:,.{digits}f}"
+
+
+def change(start: float, final: float) -> str:
+    r"""Write how much a number grew or shrank.
+
+    >>> change(432, 288), change(10, 10), change(0, 1)
+    ('−33\xa0%', '±0\xa0%', '')
+    """
+    if not start:
+        return ""
+    percent = round(100 * (final / start - 1))
+    sign = "+" if percent > 0 else "\N{MINUS SIGN}" if percent < 0 else "±"
+    return f"{sign}{abs(percent)}\N{NO-BREAK SPACE}%"
+
+
+def duration(seconds: float) -> str:
+    """Write a time.
+
+    >>> duration(0.42), duration(42), duration(192), duration(7500)
+    ('0.4 s', '42 s', '3 min 12 s', '2 h 05 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def budget_words(run: RunFolder) -> str:
+    """Return the budget as the user gave it, for example `average rank 8`, or as the trace knows it."""
+    if not run.finished and run.trace and run.trace.target is not None:
+        return f"{run.trace.target:,} {run.trace.unit}"
+    return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in run.plan.budget.items())
+
+
+def loading_code(run: RunFolder) -> str:
+    """Return the lines that load the adapter with stock PEFT.
+
+    The names stand in the code as JSON strings, which are Python strings too.
+    """
+    auto = AUTO_CLASSES.get(_task(run), "AutoModel")
+    base = str(run.plan.provenance.get("base_model") or run.section("model").get("name") or "BASE_MODEL")
+    lines = ["from peft import PeftModel", f"from transformers import {auto}", ""]
+    if base.startswith("demo:"):
+        lines.append(f"# {base} came with a package; write the folder or hub name of the same model here.")
+    lines.append(f"base = {auto}.from_pretrained({json.dumps(base)}{_head(run)})")
+    lines.append(f"model = PeftModel.from_pretrained(base, {json.dumps(adapter_path(run))})")
+    return "\n".join(lines)
+
+
+def adapter_path(run: RunFolder) -> str:
+    """Return the adapter's folder, as the user named the run."""
+    return (run.path / "adapter").as_posix()
+
+
+def _head(run: RunFolder) -> str:
+    """The argument that sizes a classification head, where the recipe tells."""
+    labels = run.section("data").get("labels")
+    if _task(run) != "sequence-classification" or labels is None:
+        return ""
+    return f", num_labels={len(labels) if isinstance(labels, list) else 1}"
+
+
+def metric_values(run: RunFolder) -> dict[str, float]:
+    """Return the run's metric by where it was measured, best evidence first: test, validation, references.
+
+    Only what was measured is there.
+    """
+    metric = str(run.metrics.get("metric", ""))
+    found = {}
+    for name in ("test", "validation"):
+        part = run.metrics.get(name)
+        if isinstance(part, dict) and metric in part:
+            found[name] = number(part[metric])
+    references = run.metrics.get("reference")
+    if isinstance(references, dict):
+        found |= {name: number(value) for name, value in references.items() if value is not None}
+    return found

@@ -1,0 +1,372 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loralloc.errors import UserError
+from loralloc.report import write_report
+
+from .dom import Element, check_page, heat_cells, read_page
+from .fabricate import Fabricated, Shapes, bert, gpt2, layered, lines, llama
+
+PNGS = ("budget.png", "loss.png", "ranks.png")
+
+
+def report(run: Path) -> Element:
+    """Write a report and check what holds for all of them."""
+    path = write_report(run)
+    assert path == run / "report.html"
+    page = read_page(path)
+    check_page(page)
+    return page
+
+
+def words(element: Element) -> str:
+    return re.sub(r"\s+", " ", element.text)
+
+
+def pictures(run: Path) -> set[str]:
+    for path in (run / "figures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+    return {path.name for path in (run / "figures").iterdir()}
+
+
+def tile(page: Element, label: str) -> str:
+    (found,) = (words(li) for li in page.all("li", "tile") if li.all("span", "label")[0].text == label)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made() -> Fabricated:
+    return Fabricated(bert(3), bad_steps=(17, 90))
+
+
+@pytest.fixture(scope="module")
+def run(made: Fabricated, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made.write(tmp_path_factory.mktemp("contents") / "my-run")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Element:
+    return report(run)
+
+
+class TestContents:
+    def test_title_names_method_task_and_model(self, page: Element) -> None:
+        assert page.one("title").text == "AdaLoRA, sequence classification, demo:minilm"
+        assert page.one("h1").text == "AdaLoRA on sequence classification"
+        header = words(page.one("header"))
+        assert "my-run" in header
+        assert "Started with 216 ranks and kept 144 of them, over 18 modules in 300 steps." in header
+        assert "Not in this run folder" not in header
+
+    def test_headline_figures(self, page: Element, made: Fabricated) -> None:
+        accuracy = tile(page, "Accuracy")
+        assert "0.620on the validation data; majority class 0.125, untrained 0.120" in accuracy
+        assert "144 of 2168 per module; budget: average rank 8" in tile(page, "Ranks")
+        start, final = made.parameters([12] * 18), made.parameters(made.ranks)
+        parameters = tile(page, "LoRA parameters")
+        assert f"{final:,}" in parameters
+        assert f"from {start:,} at the start" in parameters
+        assert "3 min 12 s300 steps, 0.641 s each" in tile(page, "Training time")
+        assert "3.1e-07✓" in tile(page, "Adapter check")
+
+    def test_every_rank_is_in_its_cell(self, page: Element, made: Fabricated) -> None:
+        expected = {}
+        for name, rank in zip(made.modules, made.ranks, strict=True):
+            layer, kind = name.removeprefix("bert.encoder.layer.").split(".", 1)
+            before, _, last = kind.rpartition(".")
+            expected[f"{layer} {before}{last}"] = (rank, 12)
+        assert heat_cells(page) == expected
+
+    def test_cells_say_the_full_name(self, page: Element, made: Fabricated) -> None:
+        titles = [cell.attributes["title"] for cell in page.section("ranks").all("td", "cell")]
+        assert titles[5] == f"bert.encoder.layer.0.output.dense: rank {made.ranks[5]} of 12, 1,536 × 384"  # noqa: RUF001
+
+    def test_sums_of_layers_and_types_equal_the_plan(self, page: Element, made: Fabricated) -> None:
+        table = page.section("ranks").one("table", "heat")
+        layers = [int(row.one("td", "sum").text.split("/")[0]) for row in table.one("tbody").all("tr")]
+        assert layers == [sum(made.ranks[6 * i : 6 * i + 6]) for i in range(3)]
+        *types, total = [int(cell.text.split("/")[0]) for cell in table.one("tfoot").all("td", "sum")]
+        assert types == [sum(made.ranks[i::6]) for i in range(6)]
+        assert total == sum(types) == sum(layers) == sum(made.ranks) == 144
+
+    def test_colours_follow_the_ranks(self, page: Element) -> None:
+        for cell in page.section("ranks").all("td", "cell"):
+            rank = int(cell.text.split("/")[0])
+            assert cell.attributes["class"] == f"cell r{2 * rank}"
+
+    def test_every_module_is_in_the_table(self, page: Element, made: Fabricated) -> None:
+        table = page.one("table", "modules")
+        rows = [[cell.text for cell in row.all("td")] for row in table.one("tbody").all("tr")]
+        assert rows == [
+            [name, f"{rank}", "12", f"{a:,}", f"{b:,}", f"{rank * (a + b):,}"]
+            for rank, (name, (a, b)) in zip(made.ranks, made.modules.items(), strict=True)
+        ]
+        total = [cell.text for cell in table.one("tfoot").all("td")]
+        assert total == ["total", "144", "216", "", "", f"{made.parameters(made.ranks):,}"]
+
+    def test_figures_are_inline_and_in_files(self, page: Element, run: Path) -> None:
+        headings = [figure.one("h3").text for figure in page.all("figure")]
+        assert headings == ["Budget", "Ranks by module type", "Ranks of every module", "Loss"]
+        assert len(page.all("svg")) == 4
+        assert pictures(run) == set(PNGS)
+        assert "216 ranks until step 45, 144 from step 165" in words(page.all("figure")[0])
+
+    def test_code_loads_the_adapter_with_stock_peft(self, page: Element, run: Path) -> None:
+        code = page.section("load").one("pre").text
+        compile(code, "load", "exec")
+        assert "from transformers import AutoModelForSequenceClassification" in code
+        assert 'AutoModelForSequenceClassification.from_pretrained("demo:minilm", num_labels=3)' in code
+        assert code.endswith(f'model = PeftModel.from_pretrained(base, "{run}/adapter")')
+
+    def test_bad_steps_are_listed(self, page: Element) -> None:
+        assert "2 steps had gradients that were not finite" in words(page.section("bad-steps"))
+        assert "Steps 17, 90." in words(page.section("bad-steps"))
+
+    def test_recipe_is_shown_as_written(self, page: Element, run: Path) -> None:
+        assert (run / "recipe.yaml").read_text() in [pre.text for pre in page.section("details").all("pre")]
+
+    def test_provenance_is_shown(self, page: Element) -> None:
+        assert "settings.warmup0.15" in words(page.section("details"))
+        assert "Run by loralloc 0.1.0." in words(page.one("footer"))
+
+    def test_bytes_are_the_same_every_time(self, run: Path, page: Element, tmp_path: Path) -> None:
+        files = [run / "report.html", *(run / "figures" / name for name in PNGS)]
+        before = [path.read_bytes() for path in files]
+        write_report(run)
+        assert [path.read_bytes() for path in files] == before
+
+    def test_themes_and_paper_are_in_the_style(self, page: Element) -> None:
+        style = page.one("style").text
+        assert "@media screen and (prefers-color-scheme: dark)" in style
+        assert "@media print" in style
+        used = set(re.findall(r"var\((--[\w-]+)\)", style + (page.text)))
+        used |= {
+            name for e in page.walk() for v in e.attributes.values() for name in re.findall(r"var\((--[\w-]+)\)", v)
+        }
+        assert used - {"--columns"} <= set(re.findall(r"(--[\w-]+):", style))
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        ("modules", "heads"),
+        [
+            (llama(2), ["self_attnq_proj", "self_attnk_proj", "self_attnv_proj", "self_attno_proj"]),
+            (gpt2(2), ["attnc_attn", "attnc_proj", "mlpc_fc", "mlpc_proj"]),
+        ],
+        ids=["llama", "gpt2"],
+    )
+    def test_other_names_fit_the_grid(self, modules: Shapes, heads: list[str], tmp_path: Path) -> None:
+        made = Fabricated(modules, task="causal-lm", model="org/model")
+        page = report(made.write(tmp_path / "run"))
+        cells = heat_cells(page)
+        assert [rank for rank, _ in cells.values()] == made.ranks
+        assert list(cells)[:4] == [f"0 {head}" for head in heads]
+        assert 'AutoModelForCausalLM.from_pretrained("org/model")' in page.section("load").text
+        assert "lower is better" in tile(page, "Perplexity")
+
+    def test_modules_outside_the_layers_are_listed(self, tmp_path: Path) -> None:
+        made = Fabricated(gpt2(2) | {"lm_head": (768, 5000), "score": (768, 2)})
+        page = report(made.write(tmp_path / "run"))
+        cells = heat_cells(page)
+        assert len(cells) == 10
+        assert [cells["lm_head"][0], cells["score"][0]] == made.ranks[-2:]
+        assert "outside the layers" in words(page.section("ranks"))
+
+    def test_two_stacks_have_a_heading_each(self, tmp_path: Path) -> None:
+        types = {"layer.0.SelfAttention.q": (64, 64), "layer.1.DenseReluDense.wi": (64, 256)}
+        modules = layered("encoder.block", 3, types) | layered("decoder.block", 3, types)
+        made = Fabricated(modules)
+        cells = heat_cells(report(made.write(tmp_path / "run")))
+        assert [rank for rank, _ in cells.values()] == made.ranks
+        assert list(cells)[-1] == "decoder.block 2 layer.1.DenseReluDensewi"
+
+    def test_one_module(self, tmp_path: Path) -> None:
+        made = Fabricated({"classifier": (384, 8)}, start=4, average=2, steps=20)
+        page = report(made.write(tmp_path / "run"))
+        assert heat_cells(page) == {"classifier": (2, 4)}
+        assert "over 1 module in 20 steps" in words(page.one("header"))
+
+    def test_hundreds_of_modules(self, tmp_path: Path) -> None:
+        made = Fabricated(llama(64))
+        run = made.write(tmp_path / "run")
+        page = report(run)
+        assert [rank for rank, _ in heat_cells(page).values()] == made.ranks
+        assert len(made.ranks) == 448
+        assert (run / "report.html").stat().st_size < 500_000
+
+    def test_ranks_that_were_all_closed(self, tmp_path: Path) -> None:
+        made = Fabricated(bert(1), average=0)
+        assert made.ranks == [0] * 6
+        page = report(made.write(tmp_path / "run"))
+        assert "6 modules have no rank left" in words(page.section("ranks"))
+
+
+class TestMissingPieces:
+    def test_no_metrics(self, tmp_path: Path) -> None:
+        page = report(Fabricated(bert(1)).write(tmp_path / "run", without=["metrics.json"]))
+        assert "metrics.json: the final figures are written when training has finished." in words(page.one("aside"))
+        assert "Measured when training has finished." in tile(page, "Metric")
+        assert "has not been compared" in tile(page, "Adapter check")
+        assert "300 steps planned" in tile(page, "Training time")
+
+    def test_no_trace(self, tmp_path: Path) -> None:
+        run = Fabricated(bert(1), bad_steps=(3,)).write(tmp_path / "run", without=["trace.jsonl"])
+        page = report(run)
+        assert "trace.jsonl: how the ranks developed is not known." in words(page.one("aside"))
+        assert [figure.one("h3").text for figure in page.all("figure")] == ["Loss"]
+        assert pictures(run) == {"ranks.png", "loss.png"}
+        assert "1 step had gradients that were not finite" in words(page.section("bad-steps"))
+
+    def test_no_log(self, tmp_path: Path) -> None:
+        run = Fabricated(bert(1)).write(tmp_path / "run", without=["log.jsonl"])
+        page = report(run)
+        assert "No losses have been logged." in words(page.section("history"))
+        assert pictures(run) == {"ranks.png", "budget.png"}
+
+    def test_no_recipe(self, tmp_path: Path) -> None:
+        page = report(Fabricated(bert(1)).write(tmp_path / "run", without=["recipe.yaml"]))
+        assert "recipe.yaml: the recipe of this run is not in the folder." in words(page.one("aside"))
+        assert 'from_pretrained("demo:minilm")' in page.section("load").text
+
+    def test_the_plan_alone(self, tmp_path: Path) -> None:
+        others = ["trace.jsonl", "log.jsonl", "metrics.json", "recipe.yaml"]
+        run = Fabricated(bert(1)).write(tmp_path / "run", without=others)
+        shutil.rmtree(run / "adapter")
+        page = report(run)
+        assert [li.text.split(":")[0] for li in page.one("aside").all("li")] == others
+        assert page.one("title").text == "AdaLoRA, task unknown, demo:minilm"
+        assert "is not there yet" in words(page.section("load"))
+        assert page.all("figure") == []
+
+    def test_a_run_under_way(self, tmp_path: Path) -> None:
+        made = Fabricated(bert(1))
+        run = made.write(tmp_path / "run", without=["ranks.json", "metrics.json"])
+        (run / "trace.jsonl").write_text(lines([row for row in made.trace() if row["step"] <= 100]))
+        (run / "log.jsonl").write_text(lines(made.log()[:20]))
+        page = report(run)
+        assert "Training has not finished" in words(page.one("header"))
+        assert "budget: 48 ranks" in tile(page, "Ranks so far")
+
+    def test_no_evaluation(self, tmp_path: Path) -> None:
+        made = Fabricated(bert(1))
+        run = made.write(tmp_path / "run")
+        (run / "log.jsonl").write_text(lines(row for row in made.log() if "loss" in row))
+        assert "No evaluation has been logged during training." in words(report(run).section("history"))
+
+    def test_one_log_row(self, tmp_path: Path) -> None:
+        made = Fabricated(bert(1))
+        run = made.write(tmp_path / "run")
+        (run / "log.jsonl").write_text(lines(made.log()[:1]))
+        page = report(run)
+        assert "Only one training loss has been logged." in words(page.section("history"))
+        (loss,) = (f for f in page.all("figure") if f.one("h3").text == "Loss")
+        assert loss.all("use"), "a single point needs a marker"
+
+    def test_losses_that_are_not_finite(self, tmp_path: Path) -> None:
+        made = Fabricated(bert(1))
+        run = made.write(tmp_path / "run")
+        rows = made.log()
+        rows[3]["loss"] = rows[4]["loss"] = float("nan")
+        (run / "log.jsonl").write_text(lines(rows))
+        assert "2 logged losses were not finite and are left out." in words(report(run).section("history"))
+        (run / "log.jsonl").write_text(lines([{"step": 5, "loss": float("nan")}]))
+        page = report(run)
+        assert "1 logged loss was not finite and is left out." in words(page.section("history"))
+
+    def test_plain_lora(self, tmp_path: Path) -> None:
+        run = Fabricated(bert(1), method="lora", average=12).write(tmp_path / "run")
+        page = report(run)
+        assert page.one("h1").text == "Plain LoRA on sequence classification"
+        assert "every module kept the rank it started with" in words(page.one("header"))
+        assert "The ranks are constant" in words(page.section("history"))
+        assert "budget: none" in tile(page, "Ranks")
+        assert "as at the start" in tile(page, "LoRA parameters")
+        assert pictures(run) == {"ranks.png", "loss.png"}
+
+    def test_a_figure_that_no_longer_holds_is_removed(self, tmp_path: Path) -> None:
+        run = Fabricated(bert(1)).write(tmp_path / "run")
+        report(run)
+        (run / "figures" / "mine.png").write_bytes(b"\x89PNG")
+        (run / "log.jsonl").unlink()
+        report(run)
+        assert pictures(run) == {"ranks.png", "budget.png", "mine.png"}
+
+    @pytest.mark.parametrize(
+        ("change", "shown"),
+        [
+            ({"reference": None}, "0.620on the validation data; nothing to compare with"),
+            ({"reference": {"majority": None, "untrained": 0.2}}, "0.620on the validation data; untrained 0.200"),
+            ({"test": {"accuracy": 0.6}}, "0.600on the test data; majority class 0.125, untrained 0.120"),
+            ({"validation": {"accuracy": None}}, "not finiteon the validation data"),
+            ({"validation": None}, "Measured when training has finished."),
+        ],
+    )
+    def test_metrics_in_part(self, change: dict[str, Any], shown: str, tmp_path: Path) -> None:
+        made = Fabricated({"layers.0.q": (8, 8)}, start=4, average=2)
+        run = made.write(tmp_path / "run", without=["log.jsonl", "trace.jsonl"])
+        (run / "metrics.json").write_text(json.dumps(made.metrics() | change))
+        assert shown in tile(report(run), "Accuracy")
+
+    @pytest.mark.parametrize(
+        ("value", "shown"), [(2e-3, "2.0e-03✗ above 1e-5"), (float("nan"), "not finite✗"), (0.0, "0.0e+00✓")]
+    )
+    def test_an_adapter_check_that_fails_says_so(self, value: float, shown: str, tmp_path: Path) -> None:
+        made = Fabricated({"layers.0.q": (8, 8)}, start=4, average=2)
+        run = made.write(tmp_path / "run", without=["log.jsonl", "trace.jsonl"])
+        (run / "metrics.json").write_text(json.dumps(made.metrics() | {"adapter_check": value}))
+        assert shown in tile(report(run), "Adapter check")
+
+
+class TestEscaping:
+    EVIL = "<script>alert('1')</script>&\"'><img src=x onerror=alert(2)>"
+
+    def test_names_from_a_run_are_text(self, tmp_path: Path) -> None:
+        modules = {
+            f"layers.0.{self.EVIL}": (8, 8),
+            f"layers.1.{self.EVIL}": (8, 8),
+            f"{self.EVIL}.2.q": (8, 8),
+            f"head {self.EVIL}": (8, 8),
+        }
+        made = Fabricated(modules, start=4, average=2, method=self.EVIL, task=self.EVIL, model=self.EVIL)
+        run = made.write(tmp_path / "run")
+        metrics = {
+            "task": self.EVIL,
+            "metric": self.EVIL,
+            "validation": {self.EVIL: 0.5},
+            "reference": {self.EVIL: 0.25},
+            "adapter_check": self.EVIL,
+        }
+        (run / "metrics.json").write_text(json.dumps(metrics))
+        plan = made.plan()
+        plan["budget"] = {self.EVIL: 8}
+        plan["provenance"] = {self.EVIL: self.EVIL, "loralloc": self.EVIL, "bad_steps": self.EVIL}
+        (run / "ranks.json").write_text(json.dumps(plan))
+        trace = made.trace()
+        trace[0]["unit"] = self.EVIL
+        (run / "trace.jsonl").write_text(lines(trace))
+        (run / "recipe.yaml").write_text(f"task: {json.dumps(self.EVIL)}\nnote: </pre></style>{self.EVIL}\n")
+        page = report(run)
+        shown = page.text
+        for name in modules:
+            assert name in shown
+        assert f"</pre></style>{self.EVIL}" in shown
+        compile(page.section("load").one("pre").text, "load", "exec")
+
+    def test_a_folder_name_is_text(self, tmp_path: Path) -> None:
+        run = Fabricated({"layers.0.q": (8, 8)}, start=4, average=2).write(tmp_path / 'a<b>"$title"')
+        page = report(run)
+        assert 'a<b>"$title"' in page.one("header").text
+        compile(page.section("load").one("pre").text, "load", "exec")
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run folder"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
