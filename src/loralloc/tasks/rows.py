@@ -1,0 +1,162 @@
+"""Rows of data that remember where they came from, so that an error can point at one of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from datasets import Dataset
+
+from loralloc.errors import UserError, closest
+
+QUOTE_LENGTH = 120
+
+
+def shorten(text: str, length: int = QUOTE_LENGTH) -> str:
+    """Cut a text to be quoted in a message.
+
+    >>> shorten("abcdefgh", 5)
+    'ab...'
+    """
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def quote(value: object) -> str:
+    """Quote a row or a value in a message, on one line and short."""
+    return shorten(json.dumps(value, ensure_ascii=False, default=str))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one source."""
+
+    source: str
+    """The file or Hub name, as the user wrote it."""
+    columns: tuple[str, ...]
+    """Names of the columns, in the order of the source."""
+    records: list[dict[str, Any]] | Dataset
+    """One mapping from column to value per row."""
+    numbers: Sequence[int]
+    """Where each row stands in the source, counted from 1."""
+    unit: Literal["line", "row"] = "line"
+    """What `numbers` counts: lines of a text file, or rows."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def place(self, index: int) -> str:
+        """Say where a row stands: `train.jsonl:17`, or `train.parquet, row 17`."""
+        number = self.numbers[index]
+        return f"{self.source}:{number}" if self.unit == "line" else f"{self.source}, row {number}"
+
+    def quoted(self, index: int) -> str:
+        """Quote a row for a message."""
+        return quote(dict(self.records[index]))
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        """Take some of the rows, in the order given."""
+        if isinstance(self.records, Dataset):
+            records = self.records.select(indices)
+        else:
+            records = [self.records[i] for i in indices]
+        return replace(self, records=records, numbers=[self.numbers[i] for i in indices])
+
+    def values(self, column: str, key: str) -> list[Any]:
+        """Read a column in which every row must have a value.
+
+        Args:
+            column: Name of the column.
+            key: The recipe key that named the column, for the message.
+
+        Returns:
+            One value per row.
+
+        Raises:
+            UserError: There is no such column, or a row has no value in it.
+        """
+        if column not in self.columns:
+            raise UserError(
+                f'{self.source} has no column "{column}" ({key}). Its columns: {", ".join(self.columns)}.'
+                f"{closest(column, self.columns)}"
+            )
+        if isinstance(self.records, Dataset):
+            values = list(self.records[column])
+        else:
+            values = [row.get(column) for row in self.records]
+        for index, value in enumerate(values):
+            if value is None:
+                raise UserError(f'{self.place(index)}: no value in column "{column}" ({key}): {self.quoted(index)}')
+        return values
+
+    def strings(self, column: str, key: str, *, blank: bool = False) -> list[str]:
+        """Read a column of texts.
+
+        Args:
+            column: Name of the column.
+            key: The recipe key that named the column, for the message.
+            blank: Whether a text may be empty.
+
+        Returns:
+            One text per row.
+
+        Raises:
+            UserError: No such column, a missing value, a value that is not a text, or a blank one.
+        """
+        values = self.values(column, key)
+        for index, value in enumerate(values):
+            if not isinstance(value, str):
+                raise UserError(
+                    f'{self.place(index)}: column "{column}" ({key}) must hold text, '
+                    f"found {type(value).__name__} {quote(value)}"
+                )
+            if not blank and not value.strip():
+                raise UserError(f'{self.place(index)}: empty text in column "{column}" ({key}): {self.quoted(index)}')
+        return values
+
+
+def split(rows: Rows, fraction: float, seed: int, stratify_by: Sequence[Hashable] | None = None) -> tuple[Rows, Rows]:
+    """Cut a share of the rows off, at random but always the same for a seed.
+
+    Args:
+        rows: All rows.
+        fraction: Share to cut off, between 0 and 1.
+        seed: Seed of the choice.
+        stratify_by: One group per row: every group gives its share (largest remainders), none its last row.
+
+    Returns:
+        The rows that stay and the rows cut off, each in their original order.
+
+    Raises:
+        UserError: There are too few rows to leave at least one on either side.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(stratify_by or [None] * len(rows)):
+        groups.setdefault(group, []).append(index)
+
+    generator = random.Random(seed)
+    chosen: set[int] = set()
+    for members, share in zip(groups.values(), _shares(groups, fraction, len(rows)), strict=True):
+        chosen.update(generator.sample(members, share))
+    if not chosen:
+        raise UserError(
+            f"{rows.source} has {len(rows)} rows: too few to cut {fraction:g} of them off for validation. "
+            "Give more rows, or name a file in data.validation."
+        )
+    kept = [index for index in range(len(rows)) if index not in chosen]
+    return rows.select(kept), rows.select(sorted(chosen))
+
+
+def _shares(groups: Mapping[Hashable, Sequence[int]], fraction: float, count: int) -> list[int]:
+    """Divide the rows to cut off among the groups by largest remainders; a group keeps at least one row."""
+    wanted = max(1, round(fraction * count))
+    sizes = [len(members) for members in groups.values()]
+    shares = [min(int(fraction * size), size - 1) for size in sizes]
+    # First come the groups whose exact share was rounded down most; ties go to the group seen first.
+    order = sorted(range(len(sizes)), key=lambda g: shares[g] - fraction * sizes[g])
+    for group in order:
+        if sum(shares) < wanted and shares[group] < sizes[group] - 1:
+            shares[group] += 1
+    return shares

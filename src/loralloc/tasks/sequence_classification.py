@@ -1,0 +1,311 @@
+"""Sequence classification: one text or a pair to a class, or to a number (regression)."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+)
+
+from loralloc.errors import UserError, closest
+from loralloc.tasks import metrics
+from loralloc.tasks.base import CHUNK, DataSection, ModelSection, TaskData, first_output, to_dataset
+from loralloc.tasks.data import Splits, load_splits
+from loralloc.tasks.pretrained import Checkpoint, check_length, load_config, load_model, load_tokenizer, locate
+from loralloc.tasks.rows import Rows, quote
+
+logger = logging.getLogger(__name__)
+
+REGRESSION = "regression"
+
+
+def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
+    """Make everything a Trainer needs to classify sequences.
+
+    Args:
+        model: The recipe's model section.
+        data: The recipe's data section.
+        seed: Seed of the validation cut and of the new head.
+
+    Returns:
+        Model, data and metrics. The metric is the accuracy, with the share of the training data's most frequent
+        class as its reference, or Pearson's correlation for a regression.
+
+    Raises:
+        UserError: The recipe, the data or the model is at fault.
+    """
+    if data.text is None or data.label is None:
+        raise UserError("Sequence classification needs data.text and data.label, the columns to read.")
+    # All data are read and checked before the model is loaded: a mistake should show in a second.
+    if data.labels == REGRESSION:
+        splits, goal = _read_regression(data, data.label, seed)
+    else:
+        splits, goal = _read_classes(data, data.label, seed)
+    texts = [_read_texts(rows, data) for rows in splits.all()]
+
+    checkpoint = locate(model)
+    config = load_config(checkpoint)
+    check_length(data.max_length, config, model.name)
+    tokenizer = load_tokenizer(checkpoint)
+    options = {**goal.options, "ignore_mismatched_sizes": _replaces_head(checkpoint, config, goal)}
+    classifier = load_model(AutoModelForSequenceClassification, checkpoint, tokenizer, seed, **options)
+    # A classifier's loss is a mean over the batch, but its forward takes any keyword, so a Trainer believes that
+    # it divides by the number of items in all accumulated batches and leaves the division out.
+    classifier.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
+
+    keys = inspect.signature(classifier.forward).parameters.keys()
+    encoded = [
+        to_dataset(_tokenize(tokenizer, columns, targets, data.max_length, keys), goal.label_type)
+        for columns, targets in zip(texts, goal.targets, strict=True)
+    ]
+    return TaskData(
+        model=classifier,
+        tokenizer=tokenizer,
+        train=encoded[0],
+        validation=encoded[1],
+        test=encoded[2] if splits.test is not None else None,
+        collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=goal.compute_metrics,
+        preprocess_logits=first_output,
+        metric=goal.metric,
+        reference=goal.reference,
+    )
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Compute accuracy, macro F1 and Matthews' correlation of logits.
+
+    Args:
+        prediction: Logits `[n, classes]` and targets `[n]`.
+
+    Returns:
+        `accuracy`, `macro_f1` and `matthews`.
+    """
+    logits, target = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    # Where a logit is not a number, argmax gives its place: a broken model would predict some class.
+    predicted = np.where(np.isnan(logits).any(axis=-1), -1, logits.argmax(axis=-1))
+    return {
+        "accuracy": metrics.accuracy(predicted, target),
+        "macro_f1": metrics.macro_f1(predicted, target),
+        "matthews": metrics.matthews(predicted, target),
+    }
+
+
+def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Compute Pearson's and Spearman's correlations and the mean squared error.
+
+    Args:
+        prediction: Outputs `[n, 1]` and targets `[n]`.
+
+    Returns:
+        `pearson`, `spearman` and `mse`.
+    """
+    predicted = np.asarray(prediction.predictions).reshape(-1)
+    target = np.asarray(prediction.label_ids).reshape(-1)
+    return {
+        "pearson": metrics.pearson(predicted, target),
+        "spearman": metrics.spearman(predicted, target),
+        "mse": metrics.mean_squared_error(predicted, target),
+    }
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What the head is to learn."""
+
+    targets: list[list[int]] | list[list[float]]
+    """One target per row, for each split."""
+    options: Mapping[str, Any]
+    """Arguments of the model's `from_pretrained`."""
+    label_type: Value
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    metric: str
+    reference: Mapping[str, float] = field(default_factory=dict)
+
+
+def _read_regression(data: DataSection, column: str, seed: int) -> tuple[Splits, _Goal]:
+    splits = load_splits(data, seed)
+    return splits, _Goal(
+        targets=[numbers(rows, column) for rows in splits.all()],
+        options={"num_labels": 1, "problem_type": REGRESSION},
+        label_type=Value("float32"),
+        compute_metrics=regression_metrics,
+        metric="pearson",
+    )
+
+
+def _read_classes(data: DataSection, column: str, seed: int) -> tuple[Splits, _Goal]:
+    splits = load_splits(data, seed, groups=lambda rows: label_names(rows, column))
+    found = [label_names(rows, column) for rows in splits.all()]
+    names = _label_set(data, found[0])
+    index = {name: i for i, name in enumerate(names)}
+    targets = [
+        _to_indices(rows, labels, index, given=data.labels is not None)
+        for rows, labels in zip(splits.all(), found, strict=True)
+    ]
+    majority = Counter(targets[0]).most_common(1)[0][0]
+    return splits, _Goal(
+        targets=targets,
+        options={
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": index,
+            "problem_type": "single_label_classification",
+        },
+        label_type=Value("int64"),
+        compute_metrics=classification_metrics,
+        metric="accuracy",
+        reference={"majority": targets[-1].count(majority) / len(targets[-1])},
+    )
+
+
+def label_names(rows: Rows, column: str) -> list[str]:
+    """Read a column of class labels as names.
+
+    Args:
+        rows: The rows.
+        column: Name of the column: texts, whole numbers or truth values.
+
+    Returns:
+        One name per row. A Hub data set that numbers its classes gives their names.
+
+    Raises:
+        UserError: No such column, a missing value, or a value of another type.
+    """
+    values = rows.values(column, "data.label")
+    kind = rows.records.features[column] if isinstance(rows.records, Dataset) else None
+    classes = kind.names if isinstance(kind, ClassLabel) else []
+    names = []
+    for i, value in enumerate(values):
+        if isinstance(value, bool):
+            names.append(str(value).lower())
+        elif isinstance(value, int) and 0 <= value < len(classes):
+            names.append(classes[value])
+        elif isinstance(value, str | int):
+            names.append(str(value))
+        elif isinstance(value, float) and value.is_integer():  # how pandas writes whole numbers beside a gap
+            names.append(str(int(value)))
+        else:
+            raise UserError(
+                f'{rows.place(i)}: column "{column}" (data.label) must hold a text or a whole number, '
+                f"found {quote(value)}. For numbers to predict set data.labels: regression."
+            )
+    return names
+
+
+def sort_labels(names: Sequence[str]) -> list[str]:
+    """Sort distinct labels: as numbers when all are whole numbers, else as texts.
+
+    >>> sort_labels(["10", "9", "9"])
+    ['9', '10']
+    >>> sort_labels(["b", "10", "9"])
+    ['10', '9', 'b']
+    """
+    distinct = set(names)
+    whole = all(name.removeprefix("-").isdecimal() for name in distinct)
+    return sorted(distinct, key=int) if whole else sorted(distinct)
+
+
+def numbers(rows: Rows, column: str) -> list[float]:
+    """Read a column of numbers to predict.
+
+    Args:
+        rows: The rows.
+        column: Name of the column: numbers, or texts that write one.
+
+    Returns:
+        One finite number per row.
+
+    Raises:
+        UserError: No such column, a missing value, or a value that is not a finite number.
+    """
+    result = []
+    for i, value in enumerate(rows.values(column, "data.label")):
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(
+                f'{rows.place(i)}: column "{column}" (data.label) must hold a finite number '
+                f"(data.labels: regression), found {quote(value)}"
+            )
+        result.append(number)
+    return result
+
+
+def _label_set(data: DataSection, found: Sequence[str]) -> list[str]:
+    if isinstance(data.labels, str):
+        raise UserError(
+            f'data.labels must be a list of labels or "{REGRESSION}", found "{data.labels}".'
+            f"{closest(data.labels, [REGRESSION])}"
+        )
+    names = sort_labels(found) if data.labels is None else [str(label) for label in data.labels]
+    if len(names) < 2:
+        raise UserError(
+            f"Classification needs two labels or more; {data.train} has {', '.join(names) or 'none'}. "
+            "For numbers to predict set data.labels: regression."
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"data.labels names a label twice: {', '.join(names)}.")
+    return names
+
+
+def _to_indices(rows: Rows, names: Sequence[str], index: Mapping[str, int], *, given: bool) -> list[int]:
+    for i, name in enumerate(names):
+        if name not in index:
+            owner = "data.labels" if given else "the labels of the training data"
+            raise UserError(
+                f'{rows.place(i)}: label "{name}" is not among {owner} ({quote(list(index))[1:-1]}).'
+                f"{closest(name, index)}"
+            )
+    return [index[name] for name in names]
+
+
+def _read_texts(rows: Rows, data: DataSection) -> list[list[str]]:
+    """Read the one or two columns of text."""
+    columns = {"data.text": data.text, "data.text_pair": data.text_pair}
+    return [rows.strings(column, key) for key, column in columns.items() if column is not None]
+
+
+def _replaces_head(checkpoint: Checkpoint, config: Any, goal: _Goal) -> bool:
+    """Tell whether the checkpoint's own classifier must give way to one for other labels."""
+    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    count = goal.options["num_labels"]
+    if not trained or config.num_labels == count:
+        return False
+    logger.warning(
+        'The head of model "%s" has %d outputs, the data need %d: it is replaced by a new one.',
+        checkpoint.name,
+        config.num_labels,
+        count,
+    )
+    return True
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[Sequence[str]],
+    targets: Sequence[int] | Sequence[float],
+    max_length: int,
+    keys: Collection[str],
+) -> Iterator[dict[str, Any]]:
+    """Tokenize texts or pairs, keeping what the model's forward takes."""
+    for start in range(0, len(targets), CHUNK):
+        text, *pair = [list(column[start : start + CHUNK]) for column in columns]
+        encoded = tokenizer(text, pair[0] if pair else None, truncation=True, max_length=max_length)
+        kept = [key for key in encoded if key in keys]
+        for i in range(len(text)):
+            yield {**{key: encoded[key][i] for key in kept}, "labels": targets[start + i]}
