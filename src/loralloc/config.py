@@ -190,6 +190,7 @@ class Recipe(_Section):
     data: DataConfig = Field(description="the data and its columns")
     method: MethodConfig = Field(discriminator="name", description="how ranks are allocated")
     lora: LoraSection = Field(default=LoraSection(), description="the adapter")
+    plan: Text | None = Field(default=None, description="ranks.json of another run: start at its ranks and scale")
     training: TrainingConfig = Field(description="the run")
     output: Text = Field(description="folder of the run")
 

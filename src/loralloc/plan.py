@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loralloc.errors import UserError
+
 FORMAT = 1
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """A file is not a usable rank plan; the message names the file, the entry and the rule."""
 
 

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
 from loralloc.config import AdaLoRAConfig, MethodConfig, Recipe, TrainingConfig
-from loralloc.errors import UserError
+from loralloc.errors import UserError, closest
 from loralloc.methods.adalora import AdaLoRA
 from loralloc.methods.base import Method
+from loralloc.plan import RankPlan
 from loralloc.tasks import prepare
 from loralloc.tasks.base import TaskData
 
@@ -55,6 +56,8 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         modules_to_save=lora.modules_to_save,
         task_type=TASK_TYPES[recipe.task],
     )
+    if recipe.plan is not None:
+        _start_from(config, RankPlan.load(recipe.plan), model, recipe.plan)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -101,6 +104,30 @@ def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData
     """Load the base model and the data of a run and, with stock PEFT, the adapter it exported."""
     data = task_data(recipe)
     return PeftModel.from_pretrained(data.model, str(folder.adapter)), data
+
+
+def _start_from(config: LoraConfig, plan: RankPlan, model: torch.nn.Module, source: str) -> None:
+    """Start at the ranks of a plan, and keep its scale.
+
+    Raises:
+        UserError: The plan belongs to another model.
+    """
+    modules = dict(model.named_modules())
+    for name, planned in plan.modules.items():
+        weight = getattr(modules.get(name), "weight", None)
+        shape = None if weight is None else sorted(weight.shape)
+        if shape != sorted((planned.inputs, planned.outputs)):
+            found = f"there is no such module.{closest(name, modules)}" if shape is None else f"the model's is {shape}"
+            raise UserError(
+                f"{source}: the plan belongs to another model: {name} is {planned.inputs} x {planned.outputs}, {found}"
+            )
+    kept = {name: planned for name, planned in plan.modules.items() if planned.rank > 0}
+    config.r = max(planned.rank for planned in kept.values())
+    config.target_modules, config.exclude_modules = list(kept), None
+    # PEFT takes the first pattern that matches the end of a module's name: longer names first.
+    names = sorted(kept, key=len, reverse=True)
+    config.rank_pattern = {name: kept[name].rank for name in names}
+    config.alpha_pattern = {name: kept[name].scale * kept[name].rank for name in names}
 
 
 def _linear_modules(model: torch.nn.Module) -> str:
