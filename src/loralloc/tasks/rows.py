@@ -141,8 +141,9 @@ def split(rows: Rows, fraction: float, seed: int, stratify_by: Sequence[Hashable
     for members, share in zip(groups.values(), _shares(groups, fraction, len(rows)), strict=True):
         chosen.update(generator.sample(members, share))
     if not chosen:
+        kinds = f" with {len(groups)} different labels" if stratify_by is not None else ""
         raise UserError(
-            f"{rows.source} has {len(rows)} rows: too few to cut {fraction:g} of them off for validation. "
+            f"{rows.source}: {len(rows)} rows{kinds} are too few to cut {fraction:g} of them off for validation. "
             "Give more rows, or name a file in data.validation."
         )
     kept = [index for index in range(len(rows)) if index not in chosen]

@@ -189,20 +189,23 @@ def label_names(rows: Rows, column: str) -> list[str]:
     classes = kind.names if isinstance(kind, ClassLabel) else []
     names = []
     for i, value in enumerate(values):
-        if isinstance(value, bool):
-            names.append(str(value).lower())
-        elif isinstance(value, int) and 0 <= value < len(classes):
-            names.append(classes[value])
-        elif isinstance(value, str | int):
-            names.append(str(value))
-        elif isinstance(value, float) and value.is_integer():  # how pandas writes whole numbers beside a gap
-            names.append(str(int(value)))
-        else:
+        name = classes[value] if type(value) is int and 0 <= value < len(classes) else _name(value)
+        if name is None:
             raise UserError(
                 f'{rows.place(i)}: column "{column}" (data.label) must hold a text or a whole number, '
                 f"found {quote(value)}. For numbers to predict set data.labels: regression."
             )
+        names.append(name)
     return names
+
+
+def _name(label: object) -> str | None:
+    """Name a label; None for what cannot be one."""
+    if isinstance(label, bool):
+        return str(label).lower()
+    if isinstance(label, float) and label.is_integer():  # how pandas writes whole numbers beside a gap
+        return str(int(label))
+    return str(label) if isinstance(label, int) or (isinstance(label, str) and label.strip()) else None
 
 
 def sort_labels(names: Sequence[str]) -> list[str]:
@@ -252,7 +255,7 @@ def _label_set(data: DataSection, found: Sequence[str]) -> list[str]:
             f'data.labels must be a list of labels or "{REGRESSION}", found "{data.labels}".'
             f"{closest(data.labels, [REGRESSION])}"
         )
-    names = sort_labels(found) if data.labels is None else [str(label) for label in data.labels]
+    names = sort_labels(found) if data.labels is None else [_name(label) or "" for label in data.labels]
     if len(names) < 2:
         raise UserError(
             f"Classification needs two labels or more; {data.train} has {', '.join(names) or 'none'}. "
