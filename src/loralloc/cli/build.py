@@ -7,7 +7,16 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 
 from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
@@ -18,11 +27,15 @@ from loralloc.methods.base import Method
 from loralloc.plan import RankPlan
 from loralloc.tasks import prepare
 from loralloc.tasks.base import TaskData
+from loralloc.tasks.pretrained import load_model, locate
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
+
+
+AUTO_MODELS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 
 
 def task_data(recipe: Recipe) -> TaskData:
@@ -98,6 +111,15 @@ def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArgume
         report_to=[],
         **length,  # type: ignore[arg-type]
     )
+
+
+def load_for_export(folder: RunFolder) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the base model of a run and, with stock PEFT, the adapter it exported; the data are not needed."""
+    recipe = folder.load_recipe()
+    tokenizer = AutoTokenizer.from_pretrained(folder.model)
+    options = {"config": AutoConfig.from_pretrained(folder.model), "ignore_mismatched_sizes": True}
+    base = load_model(AUTO_MODELS[recipe.task], locate(recipe.model), tokenizer, recipe.training.seed, **options)
+    return PeftModel.from_pretrained(base, str(folder.adapter)), tokenizer
 
 
 def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData]:

@@ -30,14 +30,14 @@ def export(
 ) -> None:
     """Write the adapter for its consumer, reload it with stock PEFT and compare the logits."""
     from loralloc.cli import terminal
-    from loralloc.cli.build import load_adapted
+    from loralloc.cli.build import load_for_export
     from loralloc.cli.folder import RunFolder
     from loralloc.export import export_adapter
 
     terminal.quiet_libraries()
     folder = RunFolder.finished(run)
-    model, data = load_adapted(folder, folder.load_recipe())
-    exported = export_adapter(model, to or folder.root / profile.value, profile.value, tokenizer=data.tokenizer)
+    model, tokenizer = load_for_export(folder)
+    exported = export_adapter(model, to or folder.root / profile.value, profile.value, tokenizer=tokenizer)
     typer.echo(f"wrote {exported.path} ({profile.value}, largest rank {exported.max_rank})")
     typer.echo(f"checked: reloaded by stock PEFT, largest difference of a logit {exported.difference:.1e}")
     for line in exported.serving:

@@ -38,6 +38,11 @@ class RunFolder:
         return self.root / "adapter"
 
     @property
+    def model(self) -> Path:
+        """Configuration (with the task's labels) and tokenizer of the base model; its weights stay where they are."""
+        return self.root / "model"
+
+    @property
     def trace(self) -> Path:
         """Allocation events."""
         return self.root / "trace.jsonl"

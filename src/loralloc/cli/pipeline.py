@@ -63,6 +63,8 @@ def run(recipe: Recipe, resume: bool = False, replace: bool = False) -> Outcome:
     plan = allocation.plan if allocation is not None else _constant_plan(recipe, data, model, folder, trainer)
     assert plan is not None
     plan.save(folder.plan)
+    data.model.config.save_pretrained(folder.model)
+    data.tokenizer.save_pretrained(folder.model)
     export = export_adapter(model, folder.adapter)
     metrics = _final_metrics(recipe, data, trainer, plan, export, untrained, seconds)
     folder.write_json(folder.metrics, metrics)
@@ -97,7 +99,7 @@ def make_trainer(
     if method is not None:
         provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}
         allocation = RankAllocation(method, trace=folder.trace, provenance=provenance)
-    callbacks = [callback for callback in (allocation, terminal.Progress()) if callback is not None]
+    callbacks = [callback for callback in (allocation, terminal.Progress(allocation)) if callback is not None]
     trainer = PlainTrainer(
         model=model,
         args=training_arguments(recipe.training, folder.checkpoints),

@@ -24,6 +24,7 @@ from loralloc.gating import plain_sites
 from loralloc.plan import RankPlan
 from loralloc.report.grid import arrange
 from loralloc.tasks.base import TaskData
+from loralloc.training.callback import RankAllocation
 from loralloc.training.run import AllocationRun
 
 _WIDTH_WITHOUT_TERMINAL = 110
@@ -163,7 +164,8 @@ print(model(**tokenizer("Open a socket and connect to the server.", return_tenso
 class Progress(TrainerCallback):
     """A progress bar with the loss and the ranks; where output is no terminal, a line per tenth of the run."""
 
-    def __init__(self) -> None:
+    def __init__(self, allocation: RankAllocation | None) -> None:
+        self._allocation = allocation
         self._bar = Bar(
             TextColumn("  training"),
             BarColumn(),
@@ -176,7 +178,9 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the bar."""
+        """Show the schedule, which is known by now, and start the bar."""
+        if self._allocation is not None:
+            show_schedule(self._allocation.run)
         self._bar.start()
         self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
 

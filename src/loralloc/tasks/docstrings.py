@@ -57,7 +57,6 @@ LIMITS = {"test": 75, "validation": 60, "train": 450}
 SHARES = {"test": 0.2, "validation": 0.15}
 """Most of the smallest area in each held-out split: these have the same number of every area."""
 MASK = "_"
-NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 Row = dict[str, str]
 Modules = Mapping[str, list[str]]
@@ -119,12 +118,21 @@ def _docstrings(path: Path, common: set[str]) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library has old escapes that newer Pythons frown upon
         tree = ast.parse(path.read_bytes())
-    named = [node for node in ast.walk(tree) if isinstance(node, NAMED)]
+    named = list(_definitions(tree))
     telling = common | {node.name.lower() for node in named}
     for node in [tree, *named]:
         text = mask(" ".join((ast.get_docstring(node) or "").split()), telling)
         if len(re.findall(r"[A-Za-z]+", text)) >= MINIMUM_WORDS:
             yield text
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Find the classes and functions at any depth below a node."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        if not isinstance(child, ast.expr):  # most of a tree, and without definitions
+            yield from _definitions(child)
 
 
 def _words(name: str) -> set[str]:
