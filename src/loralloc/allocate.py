@@ -19,9 +19,14 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
     Returns:
         Boolean [R] with exactly `count` True.
 
+    Raises:
+        ValueError: `count` is out of range.
+
     >>> keep_top(torch.tensor([0.5, 0.5, float("nan"), 0.1]), 2).tolist()
     [True, True, False, False]
     """
+    if not 0 <= count <= scores.numel():
+        raise ValueError(f"cannot keep {count} of {scores.numel()} ranks")
     keep = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     keep[_by_score(scores)[:count]] = True
     return keep
@@ -49,7 +54,7 @@ def keep_within(scores: Tensor, costs: Tensor, limit: int) -> Tensor:
         if price[position] <= limit:
             keep[position] = True
             limit -= price[position]
-    return torch.tensor(keep, device=scores.device)
+    return torch.tensor(keep, dtype=torch.bool, device=scores.device)
 
 
 def _by_score(scores: Tensor) -> Tensor:

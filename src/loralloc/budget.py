@@ -45,6 +45,8 @@ class Budget:
         ((name, value),) = given.items()
         if not value > 0:
             raise UserError(f"the budget must be positive, got {name}={value}")
+        if name in ("total_rank", "parameters") and type(value) is not int:
+            raise UserError(f"the budget in {name} must be a whole number, got {value!r}")
         if name == "fraction" and value > 1:
             raise UserError(f"a budget as a fraction of the starting parameters is at most 1, got fraction={value}")
 
@@ -73,16 +75,13 @@ class Budget:
         2400
         """
         available, smallest = start_budget(ranks, costs, self.unit), 1 if self.unit == "ranks" else min(costs)
-        if self.average_rank is not None:
-            target = int(self.average_rank * len(ranks) + 1e-9)
-        elif self.fraction is not None:
-            target = int(self.fraction * available + 1e-9)
-        else:
-            target = int(self.total_rank if self.total_rank is not None else self.parameters or 0)
         ((name, value),) = self.to_dict().items()
+        # The margin is for products such as 0.7 · 10, which come out a hair below their whole number.
+        wanted = value * {"average_rank": len(ranks), "fraction": available}.get(name, 1) * (1 + 1e-12)
+        target = int(wanted) if wanted < available + 1 else wanted
         if target > available:
             raise UserError(
-                f"the budget {name}={value} asks for {target} {self.unit}, but the {len(ranks)} adapted modules start "
+                f"the budget {name}={value} asks for {target:.12g} {self.unit}, but the {len(ranks)} adapted modules start "
                 f"with {available}; lower the budget or raise LoraConfig.r"
             )
         if target < smallest:
@@ -90,7 +89,7 @@ class Budget:
                 f"the budget {name}={value} leaves {target} {self.unit} for {len(ranks)} modules: not even one rank "
                 f"(the cheapest costs {smallest})"
             )
-        return target
+        return int(target)
 
 
 def start_budget(ranks: Sequence[int], costs: Sequence[int], unit: Unit) -> int:
@@ -154,7 +153,7 @@ def cubic_schedule(
     Args:
         total_steps: Optimizer steps of the run.
         warmup: Steps at the full budget: a whole number of steps (int), or a fraction of the run (float below 1).
-        cooldown: Steps at the final budget, likewise. At least one step.
+        cooldown: Steps at the final budget, likewise. At least two: one to close ranks for good, one to train on.
         interval: Steps between closings; None for about 500 over the run.
         start: Budget at the start, in ranks or parameters.
         target: Budget at the end.
@@ -165,12 +164,12 @@ def cubic_schedule(
     >>> cubic_schedule(3000, 500, 0.5, None, 864, 576).budget(1000)
     612
     """
-    if total_steps < 2:
-        raise UserError(f"allocating ranks takes at least 2 optimizer steps, the run has {total_steps}")
+    if total_steps < 3:
+        raise UserError(f"allocating ranks takes at least 3 optimizer steps, the run has {total_steps}")
     if interval is not None and interval < 1:
         raise UserError(f"interval must be at least 1 step, got {interval}")
     warmup_steps = phase_steps("warmup", warmup, total_steps)
-    cooldown_steps = max(1, phase_steps("cooldown", cooldown, total_steps))
+    cooldown_steps = max(2, phase_steps("cooldown", cooldown, total_steps))
     if warmup_steps + cooldown_steps >= total_steps:
         raise UserError(
             f"no step is left in which the budget could fall: warmup={warmup} ({warmup_steps} steps) and "

@@ -18,8 +18,9 @@ Notable choices:
 | bf16                 | fp32 | off      | fp32        | bf16 | fp32                   |
 | any                  | any  | bf16     | bf16        | as base_out | dtype of the parameter |
 
-Autocast is read once, in forward: backward runs outside it and uses the same dtype. The gate is always applied in
-fp32 or wider before it is rounded to the dtype of the products.
+Each gradient comes back in the dtype of its tensor; gates are fp32 or wider. The sum with base_out is formed in the
+wider of the two dtypes. Autocast is read once, in forward: backward uses the same dtype, whatever surrounds it. Scale
+and gate are multiplied in fp32 or wider and rounded once, to the dtype of the products.
 """
 
 from __future__ import annotations
@@ -101,39 +102,47 @@ class _GatedLoRA(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        x, A, g, B, h, s, row_scale = ctx.saved_tensors
-        s = ctx.s if s is None else s
-        need_x, need_base, need_A, need_g, need_B, *_ = ctx.needs_input_grad
-        dtype, shape = ctx.dtype, x.shape
-        x_, A_, B_, dy_ = _flat(x, dtype), A.to(dtype), B.to(dtype), _flat(dy, dtype)
-        if torch.is_grad_enabled():  # a second derivative is wanted: h must depend on x and A again
-            h = x_ @ A_.t()
-        gate = _effective_gate(g, s)
+        with torch.autocast(dy.device.type, enabled=False):
+            return _gradients(ctx, dy)
 
-        dx = dA = dg = dB = None
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the seven arguments, None for those not needed."""
+    x, A, g, B, h, s, row_scale = ctx.saved_tensors
+    s = ctx.s if s is None else s
+    need_x, need_base, need_A, need_g, need_B, *_ = ctx.needs_input_grad
+    dtype, shape = ctx.dtype, x.shape
+    x_, A_, B_, dy_ = _flat(x, dtype), A.to(dtype), B.to(dtype), _flat(dy, dtype)
+    if torch.is_grad_enabled():  # a second derivative is wanted: h must depend on x and A again
+        h = x_ @ A_.t()
+    gate = _effective_gate(g, s)
+
+    dx = dA = dg = dB = None
+    t: Any = None
+    if need_x or need_g or (need_A and row_scale is None):
         t = dy_ @ B_  # [N, r]: gradient of the gated activation
-        if need_x:
-            dx = (_gate(t, gate, shape) @ A_).to(x.dtype).view(shape)
-        if need_g:
-            dg = _gate_gradient(t, h, s, g, shape)
-        if need_A:
-            t_rows = t if row_scale is None else dy_ @ (row_scale[:, None] * B).to(dtype)
-            dA = (_gate(t_rows, gate, shape).t() @ x_).to(A.dtype)
-        if need_B:
-            dB = dy_.t() @ _gate(h, gate, shape)
-            dB = (dB if row_scale is None else row_scale[:, None] * dB).to(B.dtype)
-        return dx, dy if need_base else None, dA, dg, dB, None, None
+    if need_x:
+        dx = (_gate(t, gate, shape) @ A_).to(x.dtype).view(shape)
+    if need_g:
+        dg = _gate_gradient(t, h, s, g, shape)
+    if need_A:
+        t_rows = t if row_scale is None else dy_ @ (row_scale[:, None] * B).to(dtype)
+        dA = (_gate(t_rows, gate, shape).t() @ x_).to(A.dtype)
+    if need_B:
+        dB = dy_.t() @ _gate(h, gate, shape)
+        dB = (dB if row_scale is None else row_scale[:, None] * dB).to(B.dtype)
+    return dx, dy if need_base else None, dA, dg, dB, None, None
 
 
 def _gate(h: Tensor, gate: Tensor, shape: torch.Size) -> Tensor:
     """Scale the r-wide activation [N, r] by a gate that is [r] or broadcasts against [..., r]."""
     if gate.dim() == 1:
         return h * gate.to(h.dtype)
-    return (h.view(*shape[:-1], -1) * gate.to(h.dtype)).reshape(h.shape)
+    return (h.view(*shape[:-1], h.shape[-1]) * gate.to(h.dtype)).reshape(h.shape)
 
 
 def _gate_gradient(t: Tensor, h: Tensor, s: float | Tensor, g: Tensor, shape: torch.Size) -> Tensor:
     """Gradient of the gate: s · Σ t ∘ h over every dimension along which the gate was broadcast."""
     product = (t * h).to(torch.promote_types(t.dtype, torch.float32))
-    total = product.sum(0) if g.dim() == 1 else product.view(*shape[:-1], -1).sum_to_size(g.shape)
+    total = product.sum(0) if g.dim() == 1 else product.view(*shape[:-1], h.shape[-1]).sum_to_size(g.shape)
     return (total * s).to(g.dtype)

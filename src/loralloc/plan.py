@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import tempfile
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +100,7 @@ class RankPlan:
             "budget": dict(self.budget),
             "cost": {
                 "start": {"ranks": start_rank, "parameters": self.start_parameters},
-                "peak": {"ranks": start_rank if self.peak is None else self.peak},
+                **({} if self.peak is None else {"peak": {"ranks": self.peak}}),
                 "final": {"ranks": self.total_rank, "parameters": self.parameters},
             },
             "provenance": dict(self.provenance),
@@ -118,20 +118,26 @@ class RankPlan:
             PlanError: The file is missing, not JSON, of another format, or an entry breaks its rule.
         """
         path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"{path}: cannot read the rank plan ({error.strerror})") from error
-        except ValueError as error:
-            raise PlanError(f"{path}: not JSON ({error})") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("modules"), dict):
-            raise PlanError(f'{path}: not a rank plan: it must have "format": {FORMAT} and "modules"')
+        data = _read(path)
+        found = data.get("format") if isinstance(data, dict) else None
+        if type(found) is not int or found != FORMAT or not isinstance(data.get("modules"), dict):
+            raise PlanError(
+                f'{path}: not a rank plan: it must have "format": {FORMAT} and "modules", got format {found!r}'
+            )
+        for key in ("budget", "cost", "provenance"):
+            if not isinstance(data.get(key, {}), dict):
+                raise PlanError(f'{path}: "{key}" must be a mapping, got {data[key]!r}')
         modules = {name: _module(path, name, entry) for name, entry in data["modules"].items()}
+        if not any(module.rank for module in modules.values()):
+            raise PlanError(f"{path}: the plan keeps no rank in any module")
+        peak = data.get("cost", {}).get("peak", {"ranks": None})
+        if not isinstance(peak, dict) or type(peak.get("ranks")) not in (int, type(None)):
+            raise PlanError(f'{path}: "cost.peak" must be {{"ranks": N}}, got {peak!r}')
         return cls(
             method=str(data.get("method", "")),
             modules=modules,
             budget=data.get("budget", {}),
-            peak=data.get("cost", {}).get("peak", {}).get("ranks"),
+            peak=peak["ranks"],
             provenance=data.get("provenance", {}),
         )
 
@@ -143,27 +149,46 @@ def _module(path: Path, name: str, entry: Any) -> ModuleRank:
     except (KeyError, TypeError) as error:
         raise PlanError(f'{path}: module "{name}" needs rank, start, in, out and scale, got {entry!r}') from error
     rank, start, inputs, outputs, scale = numbers.values()
-    if any(type(n) is not int for n in (rank, start, inputs, outputs)) or not 0 <= rank <= start <= max(
-        inputs, outputs
-    ):
+    whole = all(type(n) is int for n in (rank, start, inputs, outputs))
+    if not whole or min(inputs, outputs) < 1 or not 0 <= rank <= start <= max(inputs, outputs):
         raise PlanError(
             f'{path}: module "{name}" must have whole numbers with 0 <= rank <= start <= max(in, out), '
             f"got rank={rank!r}, start={start!r}, in={inputs!r}, out={outputs!r}"
         )
-    if type(scale) not in (int, float) or not math.isfinite(scale):
-        raise PlanError(f'{path}: the scale of module "{name}" must be a finite number, got {scale!r}')
+    if type(scale) not in (int, float) or not 0 < scale < sys.float_info.max:
+        raise PlanError(f'{path}: the scale of module "{name}" must be a positive finite number, got {scale!r}')
     return ModuleRank(rank, start, inputs, outputs, float(scale))
+
+
+def _read(path: Path) -> Any:
+    """Parse a file, and refuse a module that is named twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise PlanError(f'{path}: "{twice}" stands twice')
+        return found
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as error:
+        raise PlanError(f"{path}: cannot read the rank plan ({error.strerror})") from error
+    except PlanError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path}: not JSON ({error})") from error
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write text so that a reader, or a crash, sees the old file or the new one, never half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

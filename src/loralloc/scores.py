@@ -58,7 +58,7 @@ def penalty_gradient(stack: Tensor, rank_dim: int, open_ranks: Tensor, kind: Pen
         The gradient, in the shape of `stack`; rows (columns) of closed ranks are zero.
     """
     on = open_ranks.to(stack.dtype)
-    factor = stack * (on[:, :, None] if rank_dim == 1 else on[:, None, :])
+    factor = torch.where(open_ranks[:, :, None] if rank_dim == 1 else open_ranks[:, None, :], stack, 0.0)
     gram = torch.bmm(factor, factor.mT) if rank_dim == 1 else torch.bmm(factor.mT, factor)
     error = gram - torch.diag_embed(on)
     if kind == "paper":

@@ -115,5 +115,6 @@ def rank_plan(method: Method, sites: Sequence[Site], kept: Tensor, provenance: M
         method=method.id,
         modules=modules,
         budget=method.budget.to_dict(),
+        peak=sum(site.rank for site in sites),
         provenance={**provenance, "settings": settings},
     )

@@ -119,9 +119,14 @@ def adapter_path(run: RunFolder) -> str:
 
 
 def _head(run: RunFolder) -> str:
-    """The argument that sizes a classification head, where the recipe tells."""
+    """The argument that sizes a classification head, from the configuration that the run keeps, or from its recipe."""
+    if _task(run) != "sequence-classification":
+        return ""
     labels = run.section("data").get("labels")
-    if _task(run) != "sequence-classification" or labels is None:
+    config = run.path / "model" / "config.json"
+    if config.is_file():
+        labels = list(json.loads(config.read_text(encoding="utf-8")).get("id2label", ()))
+    if labels is None:
         return ""
     return f", num_labels={len(labels) if isinstance(labels, list) else 1}"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from loralloc.errors import UserError
 from loralloc.tasks.rows import Rows, quote
@@ -86,33 +87,44 @@ def tokenize_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Mess
     Raises:
         UserError: The template refuses a chat, or its text gives no way to find the last turn.
     """
-    marks_turns = GENERATION.search(tokenizer.get_chat_template()) is not None
+    template = tokenizer.get_chat_template()
+    find = _all_turns if GENERATION.search(template) else _last_turn
     for i, chat in enumerate(chats):
         try:
-            yield _all_turns(tokenizer, chat) if marks_turns else _last_turn(tokenizer, chat)
+            text, turns = find(tokenizer, template, chat)
         except (TemplateError, _PrefixError) as error:
             raise UserError(f"{rows.place(i)}: the chat template refuses this chat ({error}).") from error
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # A token may straddle the place where a turn begins: it belongs to the turn, which needs it.
+        learn = [any(begin < end and start < stop for begin, stop in turns) for start, end in encoded["offset_mapping"]]
+        yield encoded["input_ids"], learn
+
+
+Turns = list[tuple[int, int]]
+"""Where the turns to learn begin and end in a text."""
 
 
 class _PrefixError(Exception):
     """The prompt is not the beginning of the whole chat."""
 
 
-def _all_turns(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> Tokens:
-    encoded: Any = tokenizer.apply_chat_template(
-        chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+def _all_turns(tokenizer: PreTrainedTokenizerBase, template: str, chat: list[Message]) -> tuple[str, Turns]:
+    # Not the mask of `apply_chat_template`: where a turn ends with white space that no token holds, it learns all
+    # that follows, the user's turns too.
+    special: dict[str, Any] = {**tokenizer.special_tokens_map}
+    rendered: Any = render_jinja_template([chat], chat_template=template, return_assistant_tokens_mask=True, **special)
+    texts, turns = rendered
+    return texts[0], turns[0]
+
+
+def _last_turn(tokenizer: PreTrainedTokenizerBase, template: str, chat: list[Message]) -> tuple[str, Turns]:
+    whole: Any = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    prompt: Any = tokenizer.apply_chat_template(
+        chat[:-1], chat_template=template, tokenize=False, add_generation_prompt=True
     )
-    return encoded["input_ids"], [bool(learn) for learn in encoded["assistant_masks"]]
-
-
-def _last_turn(tokenizer: PreTrainedTokenizerBase, chat: list[Message]) -> Tokens:
-    whole: Any = tokenizer.apply_chat_template(chat, tokenize=False)
-    prompt: Any = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
-    # Texts are compared, not tokens: a token may straddle the place where the answer begins.
     if not whole.startswith(prompt):
         raise _PrefixError(
             "it renders earlier messages differently once the answer is there; "
             "mark the assistant's turns in it with {% generation %}"
         )
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    return encoded["input_ids"], [end > len(prompt) for _, end in encoded["offset_mapping"]]
+    return whole, [(len(prompt), len(whole))]

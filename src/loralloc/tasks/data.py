@@ -33,7 +33,7 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import is_offline_mode
 
 from loralloc.errors import UserError, closest
-from loralloc.tasks.hub import OFFLINE_CURE, is_reachable
+from loralloc.tasks.hub import is_reachable, out_of_reach
 from loralloc.tasks.rows import Rows, quote, shorten, split
 
 
@@ -300,13 +300,14 @@ def _read_hub(source: str) -> Rows:
         raise UserError(f"{source}: write hub:NAME[/CONFIG][@SPLIT], as in hub:nyu-mll/glue/qnli@train.")
     repository, config = "/".join(words[:2]), (words[2] if len(words) == 3 else None)
     if not is_offline_mode() and not is_reachable(repository, "dataset"):
-        raise UserError(f'The Hub cannot be reached for data set "{repository}". {OFFLINE_CURE}')
+        # Without the variable, `datasets` would try for long before it looks into its cache.
+        raise UserError(f"{source}: {out_of_reach()} HF_HUB_OFFLINE=1 uses what was downloaded before.")
     try:
         return _from_dataset(source, load_dataset(repository, config, split=part or "train"))
     except (OSError, ValueError, RuntimeError) as error:
         reason = shorten(str(error).strip().split("\n")[0], 300)
-        cure = f" {OFFLINE_CURE}" if is_offline_mode() else ""
-        raise UserError(f"{source} cannot be loaded: {reason}{cure}") from error
+        cure = f" {out_of_reach()}" if is_offline_mode() else ""
+        raise UserError(f"{source} cannot be loaded: {reason}.{cure}") from error
 
 
 READERS: dict[str, Callable[[str, Path], Rows]] = {

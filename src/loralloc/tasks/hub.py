@@ -16,10 +16,12 @@ from loralloc.errors import UserError
 
 PROBE_SECONDS = 5.0
 
-OFFLINE_CURE = (
-    "Connect to the network, give a path on this machine, "
-    "or set HF_HUB_OFFLINE=1 to use only what was downloaded before."
-)
+
+def out_of_reach() -> str:
+    """Say why something that was not downloaded before cannot be downloaded now, and what to do."""
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set, so nothing is downloaded: unset it, or give a path on this machine."
+    return "The Hub cannot be reached: connect to the network, or give a path on this machine."
 
 
 def is_reachable(name: str, kind: Literal["model", "dataset"]) -> bool:

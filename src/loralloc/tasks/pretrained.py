@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from loralloc.errors import UserError, closest
 from loralloc.tasks.base import ModelSection
-from loralloc.tasks.hub import OFFLINE_CURE, is_reachable
+from loralloc.tasks.hub import is_reachable, out_of_reach
 from loralloc.tasks.rows import shorten
 
 logger = logging.getLogger(__name__)
@@ -96,13 +96,13 @@ def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and checkpoint.local_only and not Path(checkpoint.path).is_dir():
+            raise UserError(
+                f'Model "{checkpoint.name}" is neither a folder nor was its {part} downloaded before. {out_of_reach()}'
+            ) from error
         reason = shorten(str(error).strip().split("\n")[0], 300)
-        if "trust_remote_code" in str(error) and not checkpoint.trust_remote_code:
-            cure = " If you trust its code, set model.trust_remote_code: true."
-        elif checkpoint.local_only and not Path(checkpoint.path).is_dir():
-            cure = f" The Hub cannot be reached. {OFFLINE_CURE}"
-        else:
-            cure = ""
+        untrusted = "trust_remote_code" in str(error) and not checkpoint.trust_remote_code
+        cure = " If you trust its code, set model.trust_remote_code: true." if untrusted else ""
         raise UserError(f'The {part} of model "{checkpoint.name}" cannot be loaded: {reason}{cure}') from error
 
 

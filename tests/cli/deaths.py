@@ -1,0 +1,74 @@
+"""Ends of a process, acted out in this one, and what a run that goes on afterwards is compared by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from loralloc.cli import terminal
+
+from .command import TIMING, files, log_rows, read_json
+
+
+class KilledError(Exception):
+    """Stands for the signal that ends a process."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """The process ends after an optimizer step, before anything is logged, evaluated or saved."""
+    alive = terminal.Progress.on_step_end
+
+    def die(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KilledError
+        alive(self, args, state, *rest, **kwargs)
+
+    with patch.object(terminal.Progress, "on_step_end", die), pytest.raises(KilledError):
+        yield
+
+
+@contextmanager
+def killed_in(module: Any, name: str, step: int | None = None) -> Iterator[None]:
+    """The process ends where a function would be called; in the one for a checkpoint, when a step is given."""
+    alive = getattr(module, name)
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        if step is None or f"checkpoint-{step}" in str(args[0]):
+            raise KilledError
+        return alive(*args, **kwargs)
+
+    with patch.object(module, name, die), pytest.raises(KilledError):
+        yield
+
+
+def differences(run: Path, other: Path) -> list[str]:
+    """Files in which two runs differ in more than times: bit for bit, but logs by their rows."""
+    ours, theirs = _state(run), _state(other)
+    return [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+
+
+def _state(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = dict(files(run))
+    for name in found:
+        if name.endswith("trainer_state.json"):
+            found[name] = _without_times(json.loads(found[name]))
+    found["log.jsonl"] = _without_times(log_rows(run))
+    found["metrics.json"] = _without_times(read_json(run / "metrics.json"))
+    return found
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_times(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    # train_loss has a test of its own.
+    times = (*TIMING, "train_seconds", "train_loss")
+    return {key: _without_times(item) for key, item in value.items() if not key.endswith(times)}

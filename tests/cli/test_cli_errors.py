@@ -1,0 +1,293 @@
+"""Mistakes in the input: exit code 2, one message that says what is wrong and where, no traceback, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loralloc.cli import pipeline, terminal
+
+from .command import LANGUAGE, PLAIN, RECIPE, defect, done, examples, files, loralloc, read_json, refused, write_rows
+
+Write = Callable[[str], Path]
+
+# Every case: words after `loralloc train recipe.yaml`, and a pattern of the message.
+RECIPE_MISTAKES: dict[str, tuple[list[Any], str]] = {
+    "unknown flag": (
+        ["--learning_rat", 1],
+        r'--learning_rat: unknown key "learning_rat". Did you mean "learning_rate"\?',
+    ),
+    "flag without a value": (["--steps"], "--steps: needs a value"),
+    "ambiguous flag": (["--warmup", 3], "could mean --method.warmup, --training.warmup"),
+    "stray word": (["fast"], "fast: an override is written --key value"),
+    "wrong type": (["--steps", "many"], '--steps: training.steps must be an integer, got "many"'),
+    "out of range": (["--lora.dropout", 1.5], "--lora.dropout: lora.dropout must be below 1, got 1.5"),
+    "unknown method": (["--method", "{name: adalor}"], 'method.name must be .*"adalor". Did you mean "adalora"'),
+    "two budgets": (["--method.budget", "{average_rank: 2, total_rank: 9}"], "needs exactly one of average_rank"),
+    "rank above the capacity": (["--average_rank", 5], "average_rank is 5, but no layer can exceed lora.r, which is 4"),
+    "phases fill the run": (
+        ["--method.warmup", 0.5, "--cooldown", 0.5],
+        r"method.warmup \(0.5\) \+ .* below 1",
+    ),
+    "phases in steps": (["--method.warmup", 10, "--cooldown", 6], r"is 16 of 16 steps: keep it below"),
+    "column of another task": (["--data.messages", "chat"], "data.messages is for task causal-lm"),
+    "column missing": (["--data.label", "null"], 'missing "label" in "data"'),
+}
+MODEL_MISTAKES: dict[str, tuple[list[Any], str]] = {
+    "phases in fractions and steps": (["--method.warmup", 12, "--cooldown", 0.25], "fill the 16 steps of the run"),
+    "run too short": (["--steps", 1], r"at least \d optimizer steps, the run has 1"),
+    "total rank above the start": (["--total_rank", 53], "total_rank=53 asks for 53 ranks, .* start with 52"),
+    "parameters above the start": (["--parameters", 1921], "asks for 1921 parameters, .* start with 1920"),
+    "not one rank": (["--parameters", 31], r"not even one rank \(the cheapest costs 32\)"),
+    "rank above the dimensions": (["--lora.r", 17], "rank 17 is above the layer's 16 dimensions"),
+    "no module matches": (
+        ["--target_modules", "[q_proj, v_proj]"],
+        r"lora.target_modules: \['q_proj', 'v_proj'\] fits no module .* dense \(7\), query \(2\), key \(2\)",
+    ),
+    "modules of the wrong kind": (
+        ["--target_modules", "[LayerNorm]"],
+        r"target_modules: .*LayerNorm.* query \(2\)",
+    ),
+    "embeddings": (["--target_modules", "[word_embeddings]"], "bert.embeddings.word_embeddings: .*Embedding.*look-up"),
+    "everything excluded": (["--exclude_modules", ".*"], "excluded"),
+    "no such folder": (["--model.name", "./nothing"], "model.name: there is no folder ./nothing"),
+    "no model in the folder": (["--model.name", "."], r"model.name: \. holds no model: it has no config.json"),
+    "not found offline": (
+        ["--model.name", "acme/no-such-model"],
+        '"acme/no-such-model".*HF_HUB_OFFLINE.*path on this machine',
+    ),
+    "no such demo model": (["--model.name", "demo:minilm2"], 'Did you mean "demo:minilm"'),
+    "longer than the model": (["--max_length", 33], "data.max_length is 33, but model .* has 32 positions"),
+    "no such plan": (["--plan", "none.json"], "none.json: cannot read the rank plan"),
+}
+DATA_MISTAKES: dict[str, tuple[list[Any], str]] = {
+    "no such file": (["--data.train", "own.json"], r'own.json: no such file. Did you mean "own.jsonl"\?'),
+    "no such test file": (["--data.test", "none.csv"], "none.csv: no such file"),
+    "unknown format": (["--data.train", "recipe.yaml"], 'cannot tell the format from the extension ".yaml"'),
+    "a folder": (["--data.train", "."], r"\. is a folder; name a file in it"),
+    "no such column": (["--data.text", "txt"], r'no column "txt" \(data.text\).*Did you mean "text"\?'),
+    "labels not numbers": (["--data.labels", "regression"], '(?s)train.jsonl:1: column "label".*finite number.*"good"'),
+    "too few labels": (["--data.labels", "[good, bed]"], 'train.jsonl:2: label "bad" is not among data.labels'),
+}
+ROWS: dict[str, tuple[list[dict[str, Any] | str], str]] = {
+    "empty": ([], "own.jsonl is empty: it has no rows"),
+    "cut off": (['{"text": "a film", "label": '], r'own.jsonl:7: not valid JSON \(.*\): {"text": "a film", "label":'),
+    "not an object": (["[1, 2]"], r"own.jsonl:7: a row must be a JSON object, found \[1, 2\]"),
+    "no label": ([{"text": "a film"}], r'own.jsonl:7: no value in column "label" \(data.label\): {"text": "a film"}'),
+    "empty text": ([{"text": " ", "label": "good"}], 'own.jsonl:7: empty text in column "text"'),
+    "label unknown": ([{"text": "a film", "label": "godo"}], '(?s)validation|own.jsonl:7: label "godo"'),
+}
+
+
+@pytest.mark.parametrize("case", RECIPE_MISTAKES)
+def test_mistakes_in_the_recipe(case: str, recipe: Path, here: Path) -> None:
+    words, pattern = RECIPE_MISTAKES[case]
+    before = files(here)
+    assert re.search(pattern, refused("train", recipe, *words))
+    assert files(here) == before
+
+
+@pytest.mark.parametrize("case", {**MODEL_MISTAKES, **DATA_MISTAKES})
+def test_mistakes_about_model_and_data(case: str, recipe: Path, here: Path) -> None:
+    words, pattern = {**MODEL_MISTAKES, **DATA_MISTAKES}[case]
+    (here / "own.jsonl").write_text("kept\n", encoding="utf-8")
+    message = refused("train", recipe, *words)
+    assert re.search(pattern, message), message
+    assert len(message.splitlines()) == 1
+    assert (here / "own.jsonl").read_text(encoding="utf-8") == "kept\n"
+    assert not (here / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_malformed_rows_are_quoted_with_their_place(case: str, recipe: Path, here: Path) -> None:
+    rows, pattern = ROWS[case]
+    write_rows(here / "own.jsonl", [*examples(6), *rows] if rows else [])
+    words = ["--data.labels", "[good, bad]"] if case == "label unknown" else []
+    assert re.search(pattern, refused("train", recipe, "--data.train", "own.jsonl", *words))
+
+
+def test_a_bad_row_of_a_table(recipe: Path, here: Path) -> None:
+    (here / "own.csv").write_text("text,label\na film,good\na film,bad,worse\n", encoding="utf-8")
+    message = refused("train", recipe, "--data.train", "own.csv")
+    assert 'own.csv:3: 3 values, but the header names 2 columns: ["a film", "bad", "worse"]' in message
+
+
+def test_mistakes_in_the_file_are_told_together_with_their_lines(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8").replace("batch_size: 8", "batchsize: 8").replace("r: 4", "r: four")
+    recipe.write_text(text, encoding="utf-8")
+    first, second = (text.splitlines().index(line) + 1 for line in ("  r: four", "  batchsize: 8"))
+    assert refused("train", recipe).splitlines() == [
+        f'{recipe}:{first}: lora.r must be an integer, got "four"',
+        f'{recipe}:{second}: unknown key "batchsize" in "training". Did you mean "batch_size"?',
+    ]
+
+
+def test_no_recipe(here: Path) -> None:
+    assert "none.yaml: there is no such file" in refused("train", "none.yaml")
+    assert "cannot be read" in refused("train", here)
+
+
+def test_a_plan_of_another_model(run: Path, write: Write) -> None:
+    message = refused("train", write(LANGUAGE), "--plan", run / "ranks.json", "--output", "other")
+    assert "the plan belongs to another model: bert.encoder.layer.0.attention.self.query is 16 x 16" in message
+
+
+class TestNothingIsLost:
+    """What stood in the output folder before a mistake stands there after it."""
+
+    @defect("the earlier run is deleted before data, model and budget are looked at")
+    @pytest.mark.parametrize(
+        "words", [["--data.train", "none.jsonl"], ["--target_modules", "[q_proj]"], ["--total_rank", 999]]
+    )
+    def test_replace_with_a_mistake_keeps_the_earlier_run(self, words: list[Any], run: Path, recipe: Path) -> None:
+        before = files(run)
+        refused("train", recipe, "--replace", *words)
+        assert files(run) == before
+
+    @defect("the run folder is made before data and model are looked at, and is then in the way")
+    @pytest.mark.usefixtures("unreported")
+    def test_a_corrected_command_runs(self, recipe: Path) -> None:
+        refused("train", recipe, "--data.train", "none.jsonl")
+        done("train", recipe, "--steps", 3)
+
+    @defect("whatever holds a file recipe.yaml counts as a run")
+    @pytest.mark.usefixtures("unreported")
+    def test_a_folder_with_the_recipe_and_the_data_is_no_run(self, recipe: Path, here: Path) -> None:
+        (here / "data").mkdir()
+        write_rows(here / "data" / "train.jsonl", examples(8))
+        loralloc("train", recipe, "--output", here, "--replace", "--steps", 3)
+        assert (here / "data" / "train.jsonl").exists()
+
+    @defect("the plan that --plan names is deleted with the run it stands in")
+    @pytest.mark.usefixtures("unreported")
+    def test_a_plan_of_the_run_that_is_replaced(self, run: Path, recipe: Path) -> None:
+        result = loralloc("train", recipe, "--plan", run / "ranks.json", "--average_rank", 1, "--replace")
+        assert result.code == 0 or (run / "ranks.json").exists()
+
+
+class TestTracebacks:
+    """Mistakes that end in a traceback today."""
+
+    @defect("KeyError: plain LoRA on embeddings fails after the training")
+    @pytest.mark.usefixtures("unreported")
+    def test_plain_lora_on_embeddings(self, write: Write) -> None:
+        result = loralloc("train", write(PLAIN), "--target_modules", "[word_embeddings]", "--steps", 3)
+        assert result.code == 0 or "word_embeddings" in result.err
+
+    @defect("re.error")
+    def test_a_broken_pattern(self, recipe: Path) -> None:
+        assert "lora.target_modules" in refused("train", recipe, "--target_modules", "(query")
+
+    @defect("ValueError from TrainingArguments")
+    def test_bf16_where_there_is_none(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+        assert "bf16" in refused("train", recipe, "--bf16", "true")
+
+    @defect("FloatingPointError from AdaLoRA, RuntimeError from the export of plain LoRA")
+    @pytest.mark.parametrize("text", [RECIPE, PLAIN])
+    def test_a_learning_rate_that_diverges(self, text: str, write: Write) -> None:
+        message = refused("train", write(text), "--learning_rate", 1e30, "--steps", 60)
+        assert "learning rate" in message
+
+    @defect("NotADirectoryError")
+    def test_an_output_below_a_file(self, recipe: Path, here: Path) -> None:
+        (here / "file").touch()
+        assert "file" in refused("train", recipe, "--output", "file/run")
+
+    @defect("OSError: rmtree on a symbolic link")
+    @pytest.mark.usefixtures("unreported")
+    def test_replace_through_a_link(self, run: Path, recipe: Path, here: Path) -> None:
+        run.rename(here / "disk")
+        run.symlink_to(here / "disk", target_is_directory=True)
+        done("train", recipe, "--replace", "--steps", 3)
+        assert run.is_symlink()
+
+    def test_a_plan_of_zeros(self, run: Path, recipe: Path, here: Path) -> None:
+        plan = read_json(run / "ranks.json")
+        for module in plan["modules"].values():
+            module["rank"] = 0
+        (here / "zeros.json").write_text(json.dumps(plan), encoding="utf-8")
+        assert "zeros.json" in refused("train", recipe, "--plan", "zeros.json", "--output", "other")
+
+    @defect("TypeError of the tokenizer, ValueError or RecursionError of json")
+    @pytest.mark.parametrize(
+        "row", [r'{"text": "half \ud800", "label": "good"}', f'{{"text": "a", "label": {"1" * 5000}}}', "[" * 100_000]
+    )
+    def test_strange_json(self, row: str, recipe: Path, here: Path) -> None:
+        write_rows(here / "own.jsonl", [*examples(6), row])
+        assert "own.jsonl:7" in refused("train", recipe, "--data.train", "own.jsonl")
+
+
+class TestSurprises:
+    """Input that is accepted and then means something else."""
+
+    @defect("checkpoints go to the home directory, everything else to a folder called ~")
+    @pytest.mark.usefixtures("unreported")
+    def test_a_home_directory(self, recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(here / "home"))
+        recipe.write_text(recipe.read_text(encoding="utf-8").replace("output: run", "output: ~/run"), encoding="utf-8")
+        done("train", recipe, "--steps", 4, "--save_every", 2)
+        assert (here / "home" / "run" / "metrics.json").exists()
+        assert not (here / "~").exists()
+
+    @defect("a flag before the recipe is taken for the recipe")
+    def test_flags_may_stand_before_the_recipe(self, recipe: Path) -> None:
+        assert "6 to 9" in done("train", "--steps", 10, recipe, "--dry-run")
+
+    @defect("--replace is ignored without a word")
+    def test_resume_and_replace(self, run: Path, recipe: Path) -> None:
+        assert "--replace" in refused("train", recipe, "--resume", "--replace")
+
+    @defect("every loss is nan, and metrics.json is not JSON")
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_blocks_of_one_token(self, write: Write) -> None:
+        assert "data.max_length" in refused("train", write(LANGUAGE), "--max_length", 1)
+
+    @defect("ranks.json refuses its own ranks when the report reads it, after the training")
+    def test_plain_lora_above_the_dimensions(self, write: Write) -> None:
+        result = loralloc("train", write(PLAIN), "--lora.r", 17, "--steps", 3)
+        assert result.code == 0 or not Path("run/log.jsonl").exists()
+
+
+class TestInterrupt:
+    @pytest.fixture
+    def interrupted(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        def press(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(terminal.Progress, "on_step_end", press)
+        return loralloc("train", recipe)
+
+    def test_ends_with_130_and_no_traceback(self, interrupted: Any) -> None:
+        assert interrupted.code == 130
+        assert "Traceback" not in interrupted.err
+
+    @defect("typer ends the process before the message is printed")
+    def test_says_how_to_go_on(self, interrupted: Any) -> None:
+        assert "--resume" in interrupted.err
+
+    @defect("the bar is only taken down when training ends well")
+    def test_gives_the_cursor_back(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        bars: list[terminal.Progress] = []
+
+        def press(bar: terminal.Progress, *_: object, **__: object) -> None:
+            bars.append(bar)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(terminal.Progress, "on_step_end", press)
+        loralloc("train", recipe)
+        assert not bars[0]._bar.live.is_started
+
+
+def test_an_error_of_ours_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(pipeline, "task_data", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        loralloc("train", recipe)

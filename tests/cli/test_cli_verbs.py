@@ -1,0 +1,312 @@
+"""What the other verbs do with a run, and what surrounds them: demo, init, env, help."""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from loralloc import __version__
+from loralloc.cli import terminal
+from loralloc.config import load_recipe
+from loralloc.recipes import list_recipes, recipe_text
+
+from .command import RECIPE, defect, done, examples, files, loralloc, ranks, read_json, refused, write_rows
+
+Write = Callable[[str], Path]
+
+
+def _row(table: str, name: str) -> dict[str, str]:
+    """A row of a printed table, by the names in its head."""
+    head, *rows = [line.split() for line in table.splitlines() if line.strip()]
+    return next(dict(zip(head, row[1:], strict=True)) for row in rows if row[0].endswith(name))
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, str]:
+    return {name: f"{value:.4f}" for name, value in metrics.items()}
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, folder: Path, rows: int = 8) -> Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer([row["text"] for row in examples(rows, 9)], return_tensors="pt", padding=True)
+    return model.eval()(**batch).logits
+
+
+@pytest.fixture
+def unfinished(run: Path) -> Path:
+    """A run that was killed while it trained."""
+    for name in ("ranks.json", "metrics.json", "report.html"):
+        (run / name).unlink()
+    for name in ("adapter", "figures", "model"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    return run
+
+
+class TestEvaluate:
+    def test_repeats_the_metrics_of_the_run(self, run: Path) -> None:
+        before = files(run)
+        table, metrics = done("evaluate", run), read_json(run / "metrics.json")
+        assert _row(table, "validation") == _shown(metrics["validation"])
+        assert _row(table, "test") == _shown(metrics["test"])
+        assert files(run) == before
+
+    def test_other_data(self, run: Path, data: Path) -> None:
+        shutil.copy(data / "validation.jsonl", "new.jsonl")
+        table = done("evaluate", run, "--data", "new.jsonl")
+        assert _row(table, "new.jsonl") == _shown(read_json(run / "metrics.json")["validation"])
+        assert "validation " not in table
+
+    def test_a_run_may_be_moved(self, run: Path) -> None:
+        moved = run.rename(run.with_name("moved"))
+        assert _row(done("evaluate", moved), "test") == _shown(read_json(moved / "metrics.json")["test"])
+
+    def test_data_that_do_not_fit(self, run: Path, here: Path) -> None:
+        assert "new.jsonl: no such file" in refused("evaluate", run, "--data", "new.jsonl")
+        write_rows(here / "new.jsonl", [{"text": "a film", "label": "god"}])
+        message = refused("evaluate", run, "--data", "new.jsonl")
+        assert 'new.jsonl:1: label "god" is not among' in message
+        assert 'Did you mean "good"?' in message
+
+    @defect("a damaged adapter ends in a traceback of safetensors")
+    def test_a_damaged_adapter(self, run: Path) -> None:
+        (run / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 20)
+        assert "adapter" in refused("evaluate", run)
+
+
+class TestExport:
+    @pytest.mark.parametrize("profile", ["ragged", "uniform"])
+    def test_adapters_compute_what_the_run_computes(self, run: Path, encoder: Path, profile: str) -> None:
+        said = done("export", run, "--profile", profile)
+        base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+        expected = _logits(PeftModel.from_pretrained(base, str(run / "adapter")), encoder)
+        base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+        model = PeftModel.from_pretrained(base, str(run / profile))
+        torch.testing.assert_close(_logits(model, encoder), expected, rtol=0, atol=1e-5)
+        widths = {len(t) for name, t in model.state_dict().items() if ".lora_A." in name}
+        assert widths == ({max(ranks(run).values())} if profile == "uniform" else set(ranks(run).values()) - {0})
+        assert f"wrote {run / profile} ({profile}, largest rank {max(ranks(run).values())})" in said
+        assert "--max-lora-rank 8" in said
+        assert ("vLLM 0.32" in said) == (profile == "ragged")
+
+    def test_merged_is_a_model_by_itself(self, run: Path, encoder: Path) -> None:
+        said = done("export", run, "--profile", "merged")
+        base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+        expected = _logits(PeftModel.from_pretrained(base, str(run / "adapter")), encoder)
+        model = AutoModelForSequenceClassification.from_pretrained(run / "merged")
+        torch.testing.assert_close(_logits(model, run / "merged"), expected, rtol=0, atol=1e-5)
+        assert model.config.id2label == {0: "bad", 1: "good"}
+        assert f"vllm serve {run / 'merged'}" in said
+
+    def test_needs_no_data(self, run: Path, data: Path) -> None:
+        recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
+        (run / "recipe.yaml").write_text(recipe.replace(str(data), "gone"), encoding="utf-8")
+        done("export", run)
+
+    def test_to_a_folder_of_choice_and_again(self, run: Path, here: Path) -> None:
+        before = files(run)
+        done("export", run, "--to", "out/adapter")
+        done("export", run, "--to", "out/adapter", "--profile", "uniform")
+        assert read_json(here / "out/adapter/adapter_config.json")["rank_pattern"] == {}
+        assert [path.name for path in (here / "out").iterdir()] == ["adapter"], "nothing temporary is left"
+        assert files(run) == before
+
+    def test_what_is_no_export_is_left_alone(self, run: Path, here: Path) -> None:
+        (here / "own").mkdir()
+        (here / "own" / "thesis.txt").write_text("years of work", encoding="utf-8")
+        assert "nothing was overwritten" in refused("export", run, "--to", "own")
+        assert "is a file" in refused("export", run, "--to", "own/thesis.txt")
+        assert "nothing was overwritten" in refused("export", run, "--to", run)
+        assert (here / "own" / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+
+    @defect("any folder with a config.json counts as an export and is replaced: here, the base model")
+    def test_the_base_model_is_left_alone(self, run: Path, here: Path, encoder: Path) -> None:
+        shutil.copytree(encoder, here / "base")
+        before = files(here / "base")
+        loralloc("export", run, "--to", "base")
+        assert files(here / "base") == before
+
+    @defect("a file among the parents of the folder ends in a traceback")
+    def test_a_file_on_the_way(self, run: Path, here: Path) -> None:
+        (here / "file").write_text("years of work", encoding="utf-8")
+        assert "file" in refused("export", run, "--to", "file/adapter")
+
+    def test_an_unknown_profile_meets_the_known(self, run: Path) -> None:
+        result = loralloc("export", run, "--profile", "raged")
+        assert result.code == 2
+        assert all(word in result.err for word in ("'raged'", "ragged", "uniform", "merged"))
+        assert "Traceback" not in result.err
+
+
+class TestReport:
+    def test_is_written_again(self, run: Path) -> None:
+        page = run / "report.html"
+        page.unlink()
+        assert f"wrote {page}" in done("report", run)
+        assert "<!doctype html>" in page.read_text(encoding="utf-8").lower()
+
+    def test_of_a_run_that_trains_still(self, unfinished: Path) -> None:
+        done("report", unfinished)
+        assert "training has not finished" in (unfinished / "report.html").read_text(encoding="utf-8")
+
+    def test_of_a_run_that_has_not_begun(self, unfinished: Path) -> None:
+        (unfinished / "trace.jsonl").unlink()
+        assert "neither ranks.json nor a trace.jsonl" in refused("report", unfinished)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export", "report"])
+class TestWhatIsNoRun:
+    def test_no_such_folder(self, verb: str, here: Path) -> None:
+        assert "there is no folder nowhere" in refused(verb, "nowhere")
+
+    def test_a_file(self, verb: str, here: Path) -> None:
+        (here / "file").touch()
+        assert "there is no folder file" in refused(verb, "file")
+
+    def test_another_folder(self, verb: str, here: Path) -> None:
+        (here / "own").mkdir()
+        assert "own is not a run: it has no recipe.yaml" in refused(verb, "own")
+        assert files(here / "own") == {}
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+def test_an_unfinished_run_has_no_adapter(verb: str, unfinished: Path) -> None:
+    before = files(unfinished)
+    message = refused(verb, unfinished)
+    assert "has not finished" in message
+    assert "--resume" in message
+    assert files(unfinished) == before
+
+
+class TestInit:
+    def test_lists_the_recipes(self, here: Path) -> None:
+        said = done("init")
+        assert all(re.search(rf"^{name} +\w", said, re.M) for name in list_recipes())
+
+    def test_copies_one(self, here: Path) -> None:
+        assert "loralloc train adalora.yaml" in done("init", "causal-lm/adalora")
+        assert (here / "adalora.yaml").read_text(encoding="utf-8") == recipe_text("causal-lm/adalora")
+        assert load_recipe(here / "adalora.yaml").task == "causal-lm"
+        done("init", "demo/lora", "--to", "new/mine.yaml")
+        assert (here / "new/mine.yaml").read_text(encoding="utf-8") == recipe_text("demo/lora")
+
+    def test_overwrites_nothing(self, here: Path) -> None:
+        (here / "adalora.yaml").write_text("mine", encoding="utf-8")
+        assert "adalora.yaml exists; nothing was overwritten" in refused("init", "demo/adalora")
+        assert (here / "adalora.yaml").read_text(encoding="utf-8") == "mine"
+
+    def test_an_unknown_name(self, here: Path) -> None:
+        assert 'Did you mean "demo/lora"?' in refused("init", "demo/loar")
+        assert files(here) == {}
+
+    @defect("a file among the parents of the copy ends in a traceback")
+    def test_a_file_on_the_way(self, here: Path) -> None:
+        (here / "file").touch()
+        assert "file" in refused("init", "demo/lora", "--to", "file/recipe.yaml")
+
+
+def test_env_shows_versions() -> None:
+    said = done("env")
+    assert re.search(rf"^loralloc +{re.escape(__version__)}$", said, re.M)
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", said, re.M)
+    assert re.search(r"^gpu +\S", said, re.M)
+
+
+@pytest.fixture
+def small_demo(write: Write, here: Path, unreported: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `loralloc demo` prints when its recipes name eight classes, but a tiny model."""
+    rows = [{"text": row["text"], "label": f"area{index % 8}"} for index, row in enumerate(examples(40, 4))]
+    write_rows(here / "areas.jsonl", rows)
+    recipe = write(RECIPE.replace("{data}/train.jsonl", "areas.jsonl").replace("{data}/validation.jsonl", "0.2"))
+    text = recipe.read_text(encoding="utf-8").replace("  text: text", "  test: areas.jsonl\n  text: text")
+    recipe.write_text(text.replace("steps: 16", "steps: 4"), encoding="utf-8")
+    plain = here / "plain.yaml"
+    plain.write_text(re.sub(r"name: adalora\n.*\n.*\n", "name: lora\n", recipe.read_text(encoding="utf-8")))
+    recipes = {"demo/adalora": recipe, "demo/lora": plain}
+    monkeypatch.setattr("loralloc.recipes.list_recipes", lambda: recipes)
+    return done("demo", "--output", "both")
+
+
+class TestDemo:
+    def test_compares_two_runs(self, small_demo: str, here: Path) -> None:
+        table = small_demo[small_demo.index("The demo") :]
+        for method, total in (("adalora", 26), ("lora", 52)):
+            metrics = read_json(here / "both" / method / "metrics.json")
+            assert metrics["final_ranks"] == total
+            (line,) = re.findall(rf"^{method} +(\S+) +(\S+) ", table, re.M)
+            assert line == (f"{metrics['test']['accuracy']:.3f}", str(total))
+        assert re.search(r"^majority +0.125", table, re.M)
+        assert re.search(r"^untrained +0\.\d", table, re.M)
+
+    def test_prints_lines_that_load_the_adapter(self, small_demo: str) -> None:
+        code = small_demo[small_demo.index("from peft import") :]
+        assert len(code.strip().splitlines()) == 5
+        scope: dict[str, object] = {}
+        exec(compile(code, "printed", "exec"), scope)  # as a user pastes it
+        assert isinstance(scope["model"], PeftModel)
+
+    @defect("the lines to paste are wrapped at the width of the terminal, inside a string")
+    def test_prints_them_whole_in_a_narrow_terminal(
+        self, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    ) -> None:
+        monkeypatch.setattr(terminal, "console", Console(highlight=False, width=80))
+        said = request.getfixturevalue("small_demo")
+        assert len(said[said.index("from peft import") :].strip().splitlines()) == 5
+
+
+class TestProcess:
+    """In a process of its own, as users run it."""
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        code = "from loralloc.cli.main import main; main()"
+        return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+
+    def test_help_is_quick_and_imports_no_torch(self) -> None:
+        code = (
+            "import sys; sys.argv = ['loralloc', '--help']\n"
+            "from loralloc.cli.main import main\n"
+            "try: main()\n"
+            "except SystemExit as end: print(end.code, 'torch' in sys.modules)\n"
+        )
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert result.stdout.splitlines()[-1] == "0 False"
+        verbs = ("demo", "init", "train", "evaluate", "export", "report", "env")
+        assert all(re.search(rf"\b{verb}\b", result.stdout) for verb in verbs)
+        # Processor time, since other processes may hold this one up.
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+    def test_a_mistake_ends_with_two_and_one_message(self, tmp_path: Path) -> None:
+        result = self.run("train", str(tmp_path / "none.yaml"))
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == (
+            f"error: {tmp_path}/none.yaml: there is no such file. `loralloc init` lists recipes to start from\n"
+        )
+
+    def test_version(self) -> None:
+        assert self.run("--version").stdout == f"loralloc {__version__}\n"
+
+
+def test_verbs_have_help() -> None:
+    for verb in ("demo", "init", "train", "evaluate", "export", "report", "env"):
+        assert f"loralloc {verb}" in done(verb, "--help")
+
+
+def test_no_verb_shows_the_verbs() -> None:
+    result = loralloc()
+    assert "train" in result.out + result.err
+    unknown = loralloc("trian")
+    assert unknown.code == 2
+    assert "train" in unknown.err

@@ -1,0 +1,68 @@
+"""Sections of a recipe, files of rows, and two tiny models on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_models import build_tokenizer, save_decoder, save_encoder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a BERT of two layers, without a head, and its tokenizer."""
+    tokenizer = build_tokenizer(
+        "[CLS] $A [SEP]",
+        "[CLS] $A [SEP] $B:1 [SEP]:1",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+    return save_encoder(tmp_path_factory.mktemp("encoder"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a Llama whose tokenizer begins texts with `<s>` and pads with `<unk>`, which texts use too."""
+    tokenizer = build_tokenizer("<s> $A", None, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+    return save_decoder(tmp_path_factory.mktemp("decoder"), tokenizer)
+
+
+@pytest.fixture
+def model_section() -> Callable[..., Any]:
+    """Makes a recipe's model section."""
+
+    def make(name: str, dtype: str = "float32") -> Any:
+        return SimpleNamespace(name=name, dtype=dtype, trust_remote_code=False)
+
+    return make
+
+
+@pytest.fixture
+def data_section() -> Callable[..., Any]:
+    """Makes a recipe's data section."""
+
+    def make(train: str | Path, **given: Any) -> Any:
+        keys = ("test", "text", "text_pair", "label", "labels", "prompt", "completion", "messages")
+        return SimpleNamespace(
+            **{**dict.fromkeys(keys), "validation": 0.25, "max_length": 16, **given, "train": str(train)}
+        )
+
+    return make
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[Iterable[Mapping[str, Any]], str], str]:
+    """Writes rows as JSON lines and gives the path."""
+
+    def make(rows: Iterable[Mapping[str, Any]], name: str = "train.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return make

@@ -1,0 +1,299 @@
+"""Promises: labels become classes or numbers, mistakes in them are found before training, and a Trainer can use it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from tiny_models import build_tokenizer, save_decoder
+from transformers import AutoModelForSequenceClassification, EvalPrediction, Trainer, TrainingArguments
+
+from loralloc.errors import UserError
+from loralloc.tasks.base import TaskData, first_output
+from loralloc.tasks.pretrained import load_model, load_tokenizer, locate
+from loralloc.tasks.rows import Rows
+from loralloc.tasks.sequence_classification import (
+    classification_metrics,
+    label_names,
+    numbers,
+    prepare,
+    regression_metrics,
+)
+
+GOOD, BAD = {"text": "the film is good", "label": "yes"}, {"text": "the film is bad a b", "label": "no"}
+ROWS = [GOOD, BAD] * 6 + [GOOD] * 4
+
+Section = Callable[..., Any]
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def task(encoder: str, model_section: Section, data_section: Section, write: Write) -> Callable[..., TaskData]:
+    """Prepares rows with the tiny encoder."""
+
+    def make(rows: list[dict[str, Any]], dtype: str = "float32", **given: Any) -> TaskData:
+        data = data_section(write(rows), **{"text": "text", "label": "label", **given})
+        return prepare(model_section(encoder, dtype), data, 0)
+
+    return make
+
+
+def test_labels_are_found_in_the_training_data(task: Callable[..., TaskData]) -> None:
+    prepared = task(ROWS)
+    config = prepared.model.config
+    assert (config.id2label, config.label2id) == ({0: "no", 1: "yes"}, {"no": 0, "yes": 1})
+    assert config.problem_type == "single_label_classification"
+    assert (len(prepared.train), len(prepared.validation), prepared.test) == (12, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([10, 9, 9, 10], ["9", "10"]),
+        ([True, False, True, False], ["false", "true"]),
+        ([1.0, 0.0, 1.0, 0.0], ["0", "1"]),
+        (["b", "a", "b", "a"], ["a", "b"]),
+    ],
+)
+def test_labels_of_every_type_are_sorted(task: Callable[..., TaskData], values: list[Any], names: list[str]) -> None:
+    prepared = task([{"text": "a", "label": value} for value in values])
+    assert list(prepared.model.config.id2label.values()) == names
+
+
+def test_labels_may_be_given(task: Callable[..., TaskData]) -> None:
+    prepared = task(ROWS, labels=["yes", "no", "perhaps"])
+    assert prepared.model.config.label2id == {"yes": 0, "no": 1, "perhaps": 2}
+    truth = task([{"text": "a", "label": i % 2 == 0} for i in range(8)], labels=[True, False])
+    assert truth.model.config.label2id == {"true": 0, "false": 1}
+
+
+def test_names_of_numbered_classes_are_used() -> None:
+    features = Features({"label": ClassLabel(names=["no", "yes"])})
+    table = Dataset.from_dict({"label": [1, 0, -1]}, features=features)
+    rows = Rows("hub:x", ("label",), table, range(1, 4), unit="row")
+    assert label_names(rows, "label") == ["yes", "no", "-1"]
+
+
+def test_one_text_and_a_pair(task: Callable[..., TaskData]) -> None:
+    single = task(ROWS).train[0]
+    assert set(single) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
+    pair = task([{**row, "other": "a b"} for row in ROWS], text_pair="other").train[0]
+    assert len(pair["input_ids"]) == len(single["input_ids"]) + 3
+    assert sum(pair["token_type_ids"]) == 3
+
+
+def test_long_texts_are_cut(task: Callable[..., TaskData]) -> None:
+    prepared = task(ROWS, max_length=5)
+    assert {len(ids) for ids in prepared.train["input_ids"]} == {5}
+
+
+def test_a_batch_is_padded_to_its_longest(task: Callable[..., TaskData]) -> None:
+    prepared = task(ROWS)
+    batch = prepared.collator([prepared.train[i] for i in range(4)])
+    lengths = [len(prepared.train[i]["input_ids"]) for i in range(4)]
+    assert batch["input_ids"].shape == (4, max(lengths))
+    assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+    assert batch["labels"].shape == (4,)
+
+
+def test_only_what_the_model_takes_is_kept(
+    tmp_path: Path, model_section: Section, data_section: Section, write: Write
+) -> None:
+    """A decoder's tokenizer gives segment numbers that its model does not know; it has no padding token either."""
+    folder = save_decoder(tmp_path / "decoder", build_tokenizer("$A", None, unk_token="<unk>", eos_token="</s>"))
+    prepared = prepare(model_section(folder), data_section(write(ROWS), text="text", label="label"), 0)
+    assert set(prepared.train.column_names) == {"input_ids", "attention_mask", "labels"}
+    batch = prepared.collator([prepared.train[i] for i in range(4)])
+    assert prepared.model(**batch).logits.shape == (4, 2)
+
+
+def test_the_majority_is_that_of_the_training_data(task: Callable[..., TaskData], write: Write) -> None:
+    test = write([GOOD, BAD, BAD, BAD], "test.jsonl")
+    assert task(ROWS).reference == {"majority": pytest.approx(3 / 4)}
+    assert task(ROWS, test=test).reference == {"majority": 1 / 4}
+
+
+def test_the_same_seed_gives_the_same_data_and_head(task: Callable[..., TaskData]) -> None:
+    first, second = task(ROWS), task(ROWS)
+    assert first.train[:] == second.train[:]
+    assert torch.equal(first.model.classifier.weight, second.model.classifier.weight)
+
+
+def test_regression(task: Callable[..., TaskData]) -> None:
+    rows = [{"text": "a b", "label": "1.5"}, {"text": "a", "label": 2}] * 4
+    prepared = task(rows, labels="regression")
+    assert (prepared.model.config.num_labels, prepared.model.config.problem_type) == (1, "regression")
+    assert (prepared.metric, prepared.greater_is_better, prepared.reference) == ("pearson", True, {})
+    assert set(prepared.train["labels"]) == {1.5, 2.0}
+    batch = prepared.collator([prepared.train[0], prepared.train[1]])
+    assert batch["labels"].dtype == torch.float32
+
+
+def train(prepared: TaskData, folder: Path, **options: Any) -> Trainer:
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        **options,
+    )
+    trainer = Trainer(
+        model=prepared.model,
+        args=arguments,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.validation,
+        data_collator=prepared.collator,
+        compute_metrics=prepared.compute_metrics,
+        preprocess_logits_for_metrics=prepared.preprocess_logits,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("labels", [None, "regression"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trainer_takes_it(task: Callable[..., TaskData], tmp_path: Path, labels: Any, dtype: str) -> None:
+    rows = [{"text": "a b", "label": 1}, {"text": "c", "label": 0}] * 8
+    prepared = task(rows, dtype, labels=labels)
+    metrics = train(prepared, tmp_path / "out").evaluate()
+    assert f"eval_{prepared.metric}" in metrics
+    assert np.isfinite(metrics["eval_loss"])
+
+
+def test_accumulation_changes_nothing(task: Callable[..., TaskData], tmp_path: Path) -> None:
+    """Without the mark on the model, the loss would be as many times too great as batches are accumulated."""
+
+    def weights(name: str, **options: int) -> torch.Tensor:
+        prepared = task(ROWS)
+        prepared.model.eval()
+        for module in prepared.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = train(prepared, tmp_path / name, optim="sgd", learning_rate=0.5, max_grad_norm=0.0, **options)
+        return trainer.model.classifier.weight.detach()
+
+    whole = weights("whole", per_device_train_batch_size=4)
+    parts = weights("parts", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_trained_head_for_other_labels_is_replaced(
+    encoder: str,
+    tmp_path: Path,
+    model_section: Section,
+    data_section: Section,
+    write: Write,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    checkpoint = locate(model_section(encoder))
+    tokenizer = load_tokenizer(checkpoint)
+    trained = load_model(AutoModelForSequenceClassification, checkpoint, tokenizer, 0, num_labels=3)
+    trained.save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    data = data_section(write(ROWS), text="text", label="label")
+    with caplog.at_level(logging.WARNING, logger="loralloc"):
+        prepared = prepare(model_section(str(tmp_path / "trained")), data, 0)
+    assert prepared.model.classifier.out_features == 2
+    assert "has 3 outputs, the data need 2: it is replaced by a new one" in caplog.text
+
+
+def test_columns_must_be_named(task: Callable[..., TaskData]) -> None:
+    for missing in ("text", "label"):
+        with pytest.raises(UserError, match=r"needs data.text and data.label, the columns to read"):
+            task(ROWS, **{missing: None})
+
+
+def test_a_label_that_training_never_saw(task: Callable[..., TaskData], write: Write) -> None:
+    other = write([GOOD, {"text": "a", "label": "yess"}], "other.jsonl")
+    message = r'other.jsonl:2: label "yess" is not among the labels of the training data \("no", "yes"\).*mean "yes"'
+    for split in ("validation", "test"):
+        with pytest.raises(UserError, match=message):
+            task(ROWS, **{split: other})
+
+
+def test_a_label_that_the_recipe_does_not_give(task: Callable[..., TaskData], write: Write) -> None:
+    validation = write([GOOD], "other.jsonl")
+    with pytest.raises(UserError, match=r'train.jsonl:2: label "no" is not among data.labels \("yes", "perhaps"\)'):
+        task(ROWS, labels=["yes", "perhaps"], validation=validation)
+
+
+def test_one_label_is_too_few(task: Callable[..., TaskData]) -> None:
+    with pytest.raises(UserError, match=r"needs two labels or more; .*train.jsonl has yes. For numbers"):
+        task([GOOD] * 8)
+
+
+def test_labels_given_twice_or_misspelt(task: Callable[..., TaskData]) -> None:
+    with pytest.raises(UserError, match=r"data.labels names a label twice: no, yes, no\."):
+        task(ROWS, labels=["no", "yes", "no"])
+    with pytest.raises(UserError, match=r'a list of labels or "regression", found "regresion". Did you mean "regr'):
+        task(ROWS, labels="regresion")
+
+
+@pytest.mark.parametrize("value", [0.5, [1], " "])
+def test_values_that_are_no_label(task: Callable[..., TaskData], value: Any) -> None:
+    message = r'train.jsonl:9: column "label" \(data.label\) must hold a text or a whole number, found .*For numbers'
+    with pytest.raises(UserError, match=message):
+        task([GOOD, BAD] * 4 + [{"text": "a", "label": value}])
+
+
+@pytest.mark.parametrize("value", ["x", True, [1], float("nan"), float("inf")])
+def test_values_that_are_no_number(value: Any) -> None:
+    rows = Rows("train.jsonl", ("label",), [{"label": 1}, {"label": value}], [1, 2])
+    message = (
+        r'train.jsonl:2: column "label" \(data.label\) must hold a finite number \(data.labels: regression\), found'
+    )
+    with pytest.raises(UserError, match=message):
+        numbers(rows, "label")
+
+
+def test_numbers_may_be_written_as_text() -> None:
+    rows = Rows("train.csv", ("label",), [{"label": "1.5"}, {"label": " -2e1 "}], [2, 3])
+    assert numbers(rows, "label") == [1.5, -20.0]
+
+
+def test_a_mistake_shows_before_the_model_is_loaded(
+    model_section: Section, data_section: Section, write: Write
+) -> None:
+    data = data_section(write(ROWS), text="txt", label="label")
+    with pytest.raises(UserError, match=r'no column "txt"'):
+        prepare(model_section("./no/such/model"), data, 0)
+
+
+def test_more_tokens_than_positions(task: Callable[..., TaskData]) -> None:
+    with pytest.raises(UserError, match=r"data.max_length is 33, but model .* has 32 positions"):
+        task(ROWS, max_length=33)
+
+
+def test_metrics_of_logits() -> None:
+    logits = np.array([[2.0, 1.0], [0.0, 1.0], [np.nan, 0.0], [0.0, 3.0]])
+    metrics = classification_metrics(EvalPrediction(logits, np.array([0, 0, 0, 1])))
+    assert metrics["accuracy"] == 0.5  # where a logit is not a number, the prediction is wrong
+    assert set(metrics) == {"accuracy", "macro_f1", "matthews"}
+
+
+def test_metrics_of_a_regression() -> None:
+    metrics = regression_metrics(EvalPrediction(np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 3.0])))
+    assert metrics == pytest.approx({"pearson": 0.981980506, "spearman": 1.0, "mse": 1 / 3})
+
+
+def test_outputs_beside_the_logits_are_dropped() -> None:
+    logits, labels = torch.ones(2, 3), torch.zeros(2)
+    assert first_output((logits, torch.zeros(9)), labels) is logits
+    assert first_output(logits, labels) is logits
+
+
+def test_parquet_rows(encoder: str, tmp_path: Path, model_section: Section, data_section: Section) -> None:
+    features = Features({"text": Value("string"), "label": Value("string")})
+    Dataset.from_list(ROWS, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    data = data_section(tmp_path / "train.parquet", text="text", label="label")
+    assert len(prepare(model_section(encoder), data, 0).train) == 12

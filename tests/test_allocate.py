@@ -1,0 +1,159 @@
+"""Selection: exact, deterministic, and equal to sorting tuples by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loralloc.allocate import keep_top, keep_within
+
+NAN, INF = float("nan"), float("inf")
+
+# Few distinct values, so that ties are the rule, and everything that a diverged run can produce.
+one_score = st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, 2.0**-149, 2.0**127, NAN, INF, -INF]) | st.floats(width=32)
+some_scores = st.lists(one_score, max_size=24)
+
+
+def with_permutation(scores: list[float]) -> st.SearchStrategy[tuple[list[float], list[int]]]:
+    return st.tuples(st.just(scores), st.permutations(range(len(scores))))
+
+
+def ranking(scores: list[float]) -> list[int]:
+    """Positions from best to worst: by score, then by position; NaN is −∞."""
+    return sorted(range(len(scores)), key=lambda i: (INF if math.isnan(scores[i]) else -scores[i], i))
+
+
+def top_twin(scores: list[float], count: int) -> list[bool]:
+    best = set(ranking(scores)[:count])
+    return [i in best for i in range(len(scores))]
+
+
+def within_twin(scores: list[float], costs: list[int], limit: int) -> list[bool]:
+    keep, spent = [False] * len(scores), 0
+    for i in ranking(scores):
+        if spent + costs[i] <= limit:
+            keep[i], spent = True, spent + costs[i]
+    return keep
+
+
+def spent(keep: list[bool], costs: list[int]) -> int:
+    return sum(cost for kept, cost in zip(keep, costs, strict=True) if kept)
+
+
+class TestKeepTop:
+    @given(some_scores)
+    def test_equals_the_sorted_tuples_for_every_count(self, scores: list[float]) -> None:
+        for count in range(len(scores) + 1):
+            keep = keep_top(torch.tensor(scores), count)
+            assert keep.dtype == torch.bool
+            assert keep.shape == (len(scores),)
+            assert int(keep.sum()) == count, "met exactly, whatever the scores"
+            assert keep.tolist() == top_twin(scores, count)
+
+    @given(some_scores)
+    def test_a_larger_count_only_adds(self, scores: list[float]) -> None:
+        kept = [keep_top(torch.tensor(scores), count) for count in range(len(scores) + 1)]
+        for few, many in pairwise(kept):
+            assert not (few & ~many).any()
+
+    @given(st.lists(st.floats(width=32, allow_nan=False), max_size=12, unique=True).flatmap(with_permutation))
+    def test_moves_with_the_ranks_where_no_two_are_equal(self, case: tuple[list[float], list[int]]) -> None:
+        scores, order = case
+        for count in range(len(scores) + 1):
+            keep = keep_top(torch.tensor(scores), count)
+            shuffled = keep_top(torch.tensor([scores[i] for i in order]), count)
+            assert shuffled.tolist() == [keep.tolist()[i] for i in order]
+
+    @pytest.mark.parametrize("value", [0.0, 1.0, -INF, INF, NAN])
+    @pytest.mark.parametrize("count", [0, 1, 17, 100])
+    def test_equal_scores_keep_the_first(self, value: float, count: int) -> None:
+        """The published rule, score <= threshold goes, would keep none of them."""
+        assert keep_top(torch.full((100,), value), count).tolist() == [True] * count + [False] * (100 - count)
+
+    def test_signed_zeros_are_equal(self) -> None:
+        assert keep_top(torch.tensor([-0.0, 0.0, -0.0, 0.0]), 2).tolist() == [True, True, False, False]
+
+    @pytest.mark.parametrize(
+        ("scores", "kept"),
+        [
+            ([NAN, -1e30, 0.0], [False, True, True]),
+            ([NAN, -INF, 0.0], [True, False, True]),  # NaN is −∞: a tie, so the earlier stays
+            ([-INF, NAN, 0.0], [True, False, True]),
+            ([NAN, NAN, INF], [True, False, True]),
+        ],
+    )
+    def test_not_a_number_counts_as_minus_infinity(self, scores: list[float], kept: list[bool]) -> None:
+        assert keep_top(torch.tensor(scores), 2).tolist() == kept
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_in_every_precision(self, dtype: torch.dtype) -> None:
+        scores = torch.tensor([0.5, NAN, 2.0, -INF, 2.0, INF, 0.0], dtype=dtype)
+        assert keep_top(scores, 3).tolist() == [False, False, True, False, True, True, False]
+
+    def test_many_ties_among_many_ranks(self) -> None:
+        """Large enough for another sorting algorithm than that of short lists."""
+        scores = torch.randint(0, 7, (20_000,)).float()
+        for count in (0, 1, 5_000, 19_999, 20_000):
+            assert keep_top(scores, count).tolist() == top_twin(scores.tolist(), count)
+
+    def test_leaves_the_scores_alone(self) -> None:
+        scores = torch.tensor([1.0, NAN, 2.0])
+        keep_top(scores, 1)
+        assert scores.isnan().tolist() == [False, True, False]
+
+    def test_one_site_can_lose_everything_to_another(self) -> None:
+        """Selection is global: a factor on one site's scores is enough."""
+        small, large = torch.rand(4), torch.rand(4)
+        assert keep_top(torch.cat([small, 1e4 * large]), 4).tolist() == [False] * 4 + [True] * 4
+
+
+priced = st.lists(st.tuples(one_score, st.integers(1, 30)), max_size=20)
+
+
+class TestKeepWithin:
+    @given(priced.filter(len), st.integers(-5, 400))
+    def test_equals_the_naive_greedy_choice(self, ranks: list[tuple[float, int]], limit: int) -> None:
+        scores, costs = map(list, zip(*ranks, strict=True))
+        keep = keep_within(torch.tensor(scores), torch.tensor(costs), limit)
+        assert keep.dtype == torch.bool
+        assert keep.tolist() == within_twin(scores, costs, limit)
+
+    @given(priced.filter(len), st.integers(0, 400))
+    def test_never_exceeds_the_limit_and_leaves_no_room(self, ranks: list[tuple[float, int]], limit: int) -> None:
+        scores, costs = map(list, zip(*ranks, strict=True))
+        keep = keep_within(torch.tensor(scores), torch.tensor(costs), limit).tolist()
+        rest = limit - spent(keep, costs)
+        assert rest >= 0
+        assert all(cost > rest for kept, cost in zip(keep, costs, strict=True) if not kept)
+
+    @given(priced.filter(len))
+    def test_the_whole_price_keeps_everything_and_one_less_does_not(self, ranks: list[tuple[float, int]]) -> None:
+        scores, costs = map(list, zip(*ranks, strict=True))
+        assert keep_within(torch.tensor(scores), torch.tensor(costs), sum(costs)).all()
+        assert not keep_within(torch.tensor(scores), torch.tensor(costs), sum(costs) - 1).all()
+        assert not keep_within(torch.tensor(scores), torch.tensor(costs), min(costs) - 1).any()
+
+    @given(st.lists(one_score, min_size=1, max_size=24), st.integers(1, 2000), st.data())
+    def test_is_the_top_where_all_cost_the_same(self, scores: list[float], cost: int, data: st.DataObject) -> None:
+        limit = data.draw(st.integers(0, cost * len(scores)))
+        keep = keep_within(torch.tensor(scores), torch.full((len(scores),), cost), limit)
+        assert keep.tolist() == keep_top(torch.tensor(scores), limit // cost).tolist()
+
+    def test_skips_what_does_not_fit_and_goes_on(self) -> None:
+        scores, costs = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([5, 6, 4, 1])
+        assert keep_within(scores, costs, 10).tolist() == [True, False, True, True]
+        assert keep_within(scores, costs, 11).tolist() == [True, True, False, False]
+
+    def test_prices_beyond_32_bits(self) -> None:
+        costs = torch.tensor([2**40, 2**40 + 1])
+        assert keep_within(torch.tensor([1.0, 2.0]), costs, 2**41).tolist() == [False, True]
+        assert keep_within(torch.tensor([1.0, 2.0]), costs, 2**41 + 1).tolist() == [True, True]
+
+    def test_no_ranks_are_a_boolean_too(self) -> None:
+        keep = keep_within(torch.tensor([]), torch.tensor([], dtype=torch.long), 5)
+        assert keep.dtype == torch.bool

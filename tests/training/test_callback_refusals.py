@@ -1,0 +1,288 @@
+"""What the callback refuses before the first step, in which words, and the nearest setting that it accepts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import logits, tiny_llama, tiny_peft
+from trainers import BATCH, adapter_tensors, arguments, build, language_batch, same_tensors, sentences, train
+from transformers import Trainer, TrainerState
+
+from loralloc import AdaLoRA, Budget, RankAllocation, UserError
+from loralloc.gating import is_gated
+from loralloc.training.callback import refuse_unfinished
+
+TWO_RANKS = Budget(average_rank=2)
+TOO_SHORT = "optimizer steps, the run has 1"
+
+
+def refuses(words: str) -> Any:
+    """Expect a UserError with these words, taken literally."""
+    return pytest.raises(UserError, match=re.escape(words))
+
+
+# From the Trainer's constructor.
+
+
+def test_a_budget_above_the_capacity_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    model = tiny_peft("llama")
+    before, keys = logits(model), list(model.state_dict())
+    words = (
+        "the budget average_rank=5 asks for 30 ranks, but the 6 adapted modules start with 24; lower the budget or "
+        "raise LoraConfig.r"
+    )
+    with refuses(words):
+        build(tmp_path, model=model, method=AdaLoRA(Budget(average_rank=5)))
+    assert list(model.state_dict()) == keys  # the model is as it was
+    assert torch.equal(logits(model), before)
+    build(tmp_path, model=model, method=AdaLoRA(Budget(average_rank=4)))
+
+
+def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with refuses(
+        "expected a PeftModel, got LlamaForCausalLM: wrap it first, model = get_peft_model(model, LoraConfig("
+    ):
+        build(tmp_path, model=tiny_llama())
+
+
+def test_a_trained_adapter_is_refused(tmp_path: Path) -> None:
+    model = tiny_peft("llama", trained=True)
+    before = adapter_tensors(model)
+    with refuses("the adapter has been trained already (B is not zero)"):
+        build(tmp_path, model=model)
+    assert same_tensors(adapter_tensors(model), before)
+
+
+def test_two_callbacks_on_one_model_are_refused(tmp_path: Path) -> None:
+    with refuses("a rank allocation is attached already; finish() it first"):
+        build(tmp_path, callbacks=[RankAllocation(AdaLoRA(TWO_RANKS))])
+
+
+def test_a_callback_belongs_to_one_trainer(tmp_path: Path) -> None:
+    _, allocation = build(tmp_path)
+    with refuses("this RankAllocation belongs to a Trainer already; make a new one for each Trainer"):
+        Trainer(tiny_peft("llama"), arguments(tmp_path), language_batch, callbacks=[allocation])
+
+
+# From train(), before the first step.
+
+
+def test_a_callback_added_late_is_refused(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_peft("llama"), arguments(tmp_path), language_batch, train_dataset=sentences())
+    trainer.add_callback(RankAllocation(AdaLoRA(TWO_RANKS)))
+    with refuses("the allocation is not attached: pass it to the Trainer's constructor, callbacks=[allocation]"):
+        trainer.train()
+
+
+def test_training_again_after_the_end_is_refused(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path)
+    after = adapter_tensors(trainer.model)
+    with refuses("this allocation has finished; to train on, use the plain LoRA model without it"):
+        trainer.train()
+    assert same_tensors(adapter_tensors(trainer.model), after)
+
+
+def test_training_on_without_the_callback_is_fine(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path)
+    before = adapter_tensors(trainer.model)
+    Trainer(trainer.model, arguments(tmp_path, max_steps=2), language_batch, train_dataset=sentences()).train()
+    assert not same_tensors(adapter_tensors(trainer.model), before)
+
+
+def test_an_optimizer_from_before_the_gates_is_refused(tmp_path: Path) -> None:
+    model = tiny_peft("llama")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trainer, _ = build(tmp_path, model=model, extra={"optimizers": (optimizer, None)})
+    words = (
+        "the optimizer does not hold the gates of 6 modules (model.layers.0.self_attn.q_proj, ...): it was built "
+        "before the allocation was attached; let the Trainer build it, or build it after attach()"
+    )
+    with refuses(words):
+        trainer.train()
+
+
+def test_an_optimizer_built_after_the_gates_is_accepted(tmp_path: Path) -> None:
+    trainer, allocation = build(tmp_path)
+    trainer.optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-2)
+    trainer.train()
+    assert allocation.plan is not None
+    assert allocation.plan.total_rank == 12
+
+
+def test_a_model_that_the_trainer_builds_anew_is_refused(tmp_path: Path) -> None:
+    trainer = Trainer(
+        None,
+        arguments(tmp_path),
+        language_batch,
+        train_dataset=sentences(),
+        model_init=lambda: tiny_peft("llama"),
+        callbacks=[RankAllocation(AdaLoRA(TWO_RANKS))],
+    )
+    with refuses("the optimizer does not hold the gates of 6 modules"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("steps", "method", "words"),
+    [
+        (1, AdaLoRA(TWO_RANKS), TOO_SHORT),
+        (
+            24,
+            AdaLoRA(TWO_RANKS, warmup=10, cooldown=0.6),
+            "no step is left in which the budget could fall: warmup=10 (10 steps) and cooldown=0.6 (14 steps) fill the "
+            "24 steps of the run",
+        ),
+        (24, AdaLoRA(TWO_RANKS, warmup=1.0), "warmup as a fraction of the run must be in [0, 1), got 1.0"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused_with_the_numbers(
+    steps: int, method: AdaLoRA, words: str, tmp_path: Path
+) -> None:
+    trainer, allocation = build(tmp_path, method=method, max_steps=steps)
+    with refuses(words):
+        trainer.train()
+    assert allocation.plan is None
+
+
+def test_a_schedule_that_just_fits_is_accepted(tmp_path: Path) -> None:
+    _, allocation = train(tmp_path, method=AdaLoRA(TWO_RANKS, warmup=10, cooldown=13))
+    assert allocation.plan is not None
+    assert allocation.plan.total_rank == 12
+
+
+# The best checkpoint may only be one whose ranks are final: from step 16 of 24 on.
+
+
+def best(folder: Path, **settings: Any) -> Trainer:
+    """A run that loads its best checkpoint; the highest loss counts as best, so that the last one is not it."""
+    defaults: dict[str, Any] = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+        "extra": {"eval_dataset": sentences(BATCH, seed=3)},
+    }
+    return build(folder, **{**defaults, **settings})[0]
+
+
+EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"eval_delay": 15}, EPOCHS, {**EPOCHS, "eval_delay": 1}, {"eval_delay": 15, "save_strategy": "best"}],
+)
+def test_an_early_best_model_is_refused_with_the_cure(settings: dict[str, Any], tmp_path: Path) -> None:
+    words = (
+        "load_best_model_at_end could bring back a checkpoint from before step 16, when the ranks become final; set "
+        "eval_delay=16 with eval_strategy='steps' (or its equivalent in epochs), or load_best_model_at_end=False"
+    )
+    with refuses(words):
+        best(tmp_path, **settings).train()
+
+
+@pytest.mark.parametrize("settings", [{"eval_delay": 16}, {**EPOCHS, "eval_delay": 2}], ids=["steps", "epochs"])
+def test_the_best_model_of_the_final_phase_comes_back(settings: dict[str, Any], tmp_path: Path) -> None:
+    trainer = best(tmp_path, **settings)
+    trainer.train()
+    measured = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    winner = max(measured, key=measured.__getitem__)
+    assert 16 <= min(measured) <= winner < 24
+    assert trainer.state.best_global_step == winner
+    assert not is_gated(trainer.model)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(measured[winner], rel=1e-6)
+    assert measured[winner] > 1.001 * measured[24]
+
+
+def test_evaluations_may_start_early_when_the_last_model_is_kept(tmp_path: Path) -> None:
+    trainer = best(tmp_path, load_best_model_at_end=False)
+    trainer.train()
+    assert sum("eval_loss" in row for row in trainer.state.log_history) == 24
+
+
+# Engines. Their arguments are made up where the hardware is missing.
+
+
+class Arguments(SimpleNamespace):
+    """Training arguments with nothing unusual."""
+
+    def __init__(self, **settings: Any) -> None:
+        usual = {"deepspeed": None, "fsdp": None, "n_gpu": 1, "fp16": False, "max_grad_norm": 1.0, "should_save": True}
+        usual |= {"gradient_accumulation_steps": 1, "load_best_model_at_end": False, "output_dir": "unused"}
+        super().__init__(**{**usual, **settings})
+
+
+def begin(folder: Path, settings: Arguments) -> None:
+    """Call the callback as the Trainer would on that engine."""
+    trainer, allocation = build(folder)
+    optimizer = trainer.create_optimizer()
+    state = TrainerState(max_steps=24)
+    allocation.on_train_begin(settings, state, trainer.control, model=trainer.model, optimizer=optimizer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"deepspeed": "zero3.json"},
+            "DeepSpeed is not supported: it hides the gradients that scores are made of; use DDP",
+        ),
+        ({"fsdp": True}, "FSDP is not supported yet: it shards the factors that scores are made of; use DDP"),
+        ({"n_gpu": 2}, "torch.nn.DataParallel is not supported; launch with torchrun or accelerate launch (DDP)"),
+        ({"fp16": True, "max_grad_norm": 0.0}, "fp16 without gradient clipping leaves the loss scale in the gradients"),
+        ({"fp16": True, "max_grad_norm": None}, "set max_grad_norm=1.0, or use bf16"),
+    ],
+)
+def test_an_engine_that_would_be_wrong_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with refuses(words):
+        begin(tmp_path, Arguments(**settings))
+
+
+@pytest.mark.parametrize("settings", [{}, {"fp16": True}, {"max_grad_norm": 0.0}])
+def test_an_engine_that_is_right_is_accepted(settings: dict[str, Any], tmp_path: Path) -> None:
+    begin(tmp_path, Arguments(**settings))
+
+
+# A model whose run was refused is not lost.
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="finish() asks for the schedule, which was refused")
+def test_after_a_refused_schedule_the_model_can_be_freed(tmp_path: Path) -> None:
+    trainer, allocation = build(tmp_path, max_steps=1)
+    with refuses(TOO_SHORT):
+        trainer.train()
+    allocation.run.finish()
+    assert not is_gated(trainer.model)
+
+
+def test_after_a_refusal_the_same_trainer_can_be_put_right(tmp_path: Path) -> None:
+    trainer, allocation = build(tmp_path, max_steps=1)
+    with refuses(TOO_SHORT):
+        trainer.train()
+    trainer.args.max_steps = 24
+    trainer.train()
+    reference = train(tmp_path)[1].plan
+    assert allocation.plan is not None
+    assert reference is not None
+    assert allocation.plan.to_dict() == reference.to_dict()
+
+
+def test_a_checkpoint_in_the_middle_of_a_run_is_no_adapter(tmp_path: Path) -> None:
+    train(tmp_path, save_strategy="steps", save_steps=12)
+    for step in (12, 24):
+        with refuses(f"checkpoint-{step} is a checkpoint of an unfinished allocation: its gates are not folded"):
+            refuse_unfinished(tmp_path / f"checkpoint-{step}")
+
+
+def test_an_adapter_of_a_finished_run_is_accepted(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path)
+    trainer.save_model(str(tmp_path / "adapter"))
+    refuse_unfinished(tmp_path / "adapter")
