@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loralloc import export as export_module
 from loralloc import export_adapter
-from loralloc.export import Export, Profile
+from loralloc.export import RECORD, Export, Profile
 
 MODELS = list(BUILDERS)
 ADAPTER_PROFILES: tuple[Profile, ...] = ("ragged", "uniform")
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", RECORD}
 AUTO: Mapping[str, Any] = {
     "llama": AutoModelForCausalLM,
     "bert": AutoModelForSequenceClassification,

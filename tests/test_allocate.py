@@ -55,6 +55,12 @@ class TestKeepTop:
             assert int(keep.sum()) == count, "met exactly, whatever the scores"
             assert keep.tolist() == top_twin(scores, count)
 
+    @given(some_scores, st.integers(1, 10**12))
+    def test_a_count_out_of_range_is_refused(self, scores: list[float], beyond: int) -> None:
+        for count in (-1, -beyond, len(scores) + 1, len(scores) + beyond):
+            with pytest.raises(ValueError, match=f"^cannot keep {count} of {len(scores)} ranks$"):
+                keep_top(torch.tensor(scores), count)
+
     @given(some_scores)
     def test_a_larger_count_only_adds(self, scores: list[float]) -> None:
         kept = [keep_top(torch.tensor(scores), count) for count in range(len(scores) + 1)]
@@ -155,5 +161,6 @@ class TestKeepWithin:
         assert keep_within(torch.tensor([1.0, 2.0]), costs, 2**41 + 1).tolist() == [True, True]
 
     def test_no_ranks_are_a_boolean_too(self) -> None:
-        keep = keep_within(torch.tensor([]), torch.tensor([], dtype=torch.long), 5)
-        assert keep.dtype == torch.bool
+        for keep in (keep_top(torch.tensor([]), 0), keep_within(torch.tensor([]), torch.tensor([]).long(), 5)):
+            assert keep.dtype == torch.bool
+            assert keep.shape == (0,)

@@ -58,13 +58,26 @@ class TestOneOfFour:
             Budget(fraction=value)
         assert Budget(fraction=1.0).unit == "parameters"
 
-    @pytest.mark.parametrize(
-        ("kind", "value"),
-        [("average_rank", INF), ("average_rank", 1e308), ("total_rank", INF), ("parameters", INF)],
-    )
-    def test_an_endless_budget_is_refused_in_words(self, kind: str, value: float) -> None:
-        with pytest.raises(UserError, match=kind):
-            Budget(**{kind: value}).resolve([12] * 3, [100, 100, 200])
+    @pytest.mark.parametrize("kind", ["total_rank", "parameters"])
+    @pytest.mark.parametrize("value", [8.0, 0.5, 8.5, 1e300, INF, True, Fraction(8)])
+    def test_a_count_is_a_whole_number(self, kind: str, value: float) -> None:
+        with pytest.raises(UserError, match=refusal(f"the budget in {kind} must be a whole number, got {value!r}")):
+            Budget(**{kind: value})
+
+    @pytest.mark.parametrize(("value", "asked"), [(INF, "inf"), (1e308, "inf"), (1e300, "3e+300")])
+    def test_an_endless_average_is_refused_as_above_the_start(self, value: float, asked: str) -> None:
+        text = (
+            f"the budget average_rank={value} asks for {asked} ranks, but the 3 adapted modules start with 36; "
+            "lower the budget or raise LoraConfig.r"
+        )
+        with pytest.raises(UserError, match=refusal(text)):
+            Budget(average_rank=value).resolve([12] * 3, [100, 100, 200])
+
+    @pytest.mark.xfail(strict=True, raises=OverflowError, reason="a whole number beyond float")
+    @pytest.mark.parametrize("kind", ["average_rank", "total_rank", "parameters"])
+    def test_an_endless_count_is_refused_as_above_the_start(self, kind: str) -> None:
+        with pytest.raises(UserError, match=f"^the budget {kind}=10+ asks for .* start with"):
+            Budget(**{kind: 10**400}).resolve([12] * 3, [100, 100, 200])
 
     def test_the_unit_is_what_is_counted(self) -> None:
         units = [Budget(**{kind: 1}).unit for kind in KINDS]
@@ -103,8 +116,9 @@ class TestResolve:
     @pytest.mark.parametrize(
         ("budget", "text"),
         [
-            (Budget(average_rank=9.4), "average_rank=9.4 asks for 28 ranks"),
+            (Budget(average_rank=9.4), "average_rank=9.4 asks for 28.2 ranks"),
             (Budget(total_rank=29), "total_rank=29 asks for 29 ranks"),
+            (Budget(total_rank=10**11), "total_rank=100000000000 asks for 100000000000 ranks"),
             (Budget(parameters=3201), "parameters=3201 asks for 3201 parameters"),
         ],
         ids=str,
@@ -139,6 +153,19 @@ class TestResolve:
         assert Budget(total_rank=total).resolve(ranks, costs) == total
         parameters = data.draw(st.integers(min(costs), start_budget(ranks, costs, "parameters")))
         assert Budget(parameters=parameters).resolve(ranks, costs) == parameters
+
+    @pytest.mark.xfail(strict=True, reason="the margin for products is one parameter here")
+    @pytest.mark.parametrize(
+        ("budget", "target"),
+        [
+            (Budget(parameters=10**12), 10**12),
+            (Budget(parameters=2 * 10**12), 2 * 10**12),
+            (Budget(fraction=1.0), 2 * 10**12),
+        ],
+        ids=["half", "all", "fraction"],
+    )
+    def test_huge_counts_are_taken_as_they_are(self, budget: Budget, target: int) -> None:
+        assert budget.resolve([2 * 10**5], [10**7]) == target
 
     @given(modules, st.integers(1, 64_000))
     def test_an_average_is_met_from_below_by_less_than_one_rank(
@@ -213,9 +240,9 @@ def printed(step: int, start: int, target: int, warmup: int, cooldown: int, tota
 @st.composite
 def schedules(draw: st.DrawFn) -> BudgetSchedule:
     """Any schedule that fits its run."""
-    total = draw(st.integers(2, 400))
-    warmup = draw(st.integers(0, total - 2))
-    cooldown = draw(st.integers(0, total - warmup - 1).filter(lambda c: warmup + max(1, c) < total))
+    total = draw(st.integers(3, 400))
+    warmup = draw(st.integers(0, total - 3))
+    cooldown = draw(st.integers(0, total - warmup - 1))
     start = draw(st.integers(1, 10**7))
     return cubic_schedule(
         total, warmup, cooldown, draw(st.none() | st.integers(1, 50)), start, draw(st.integers(1, start))
@@ -281,16 +308,23 @@ class TestSchedule:
         flat = BudgetSchedule(**{**vars(schedule), "target": schedule.start})
         assert {flat.budget(t) for t in range(flat.total_steps)} == {flat.start}
 
-    @pytest.mark.parametrize("cooldown", [0, 0.0, 1])
-    def test_at_least_one_step_is_taken_at_the_final_budget(self, cooldown: float) -> None:
-        schedule = cubic_schedule(10, 2, cooldown, 4, 20, 10)
-        assert schedule.closes(schedule.total_steps - 1)
-        assert "final" in {schedule.phase(t) for t in range(schedule.total_steps)}
-
-    def test_two_steps_of_cooldown_do_end_at_the_final_budget(self) -> None:
-        schedule = cubic_schedule(10, 2, 2, 4, 20, 10)
+    @pytest.mark.parametrize("cooldown", [0, 0.0, 1, 0.1, 0.29, 2, 0.2])
+    def test_at_least_two_steps_are_taken_at_the_final_budget(self, cooldown: float) -> None:
+        schedule = cubic_schedule(10, 2, cooldown, 4, 10_000, 10)
+        assert schedule.final == 8
         assert [schedule.phase(t) for t in (2, 3, 8, 9)] == ["warmup", "decrease", "decrease", "final"]
+        assert schedule.budget(7) > schedule.budget(8) == schedule.budget(9) == 10
         assert schedule.closes(9)
+
+    def test_a_longer_cooldown_is_taken_as_it_is(self) -> None:
+        assert [cubic_schedule(10, 2, cooldown, 4, 20, 10).final for cooldown in (3, 0.3, 7, 0.7)] == [7, 7, 3, 3]
+
+    @given(schedules())
+    def test_the_last_step_closes_ranks_for_good(self, schedule: BudgetSchedule) -> None:
+        last = schedule.total_steps - 1
+        assert schedule.phase(last) == "final"
+        assert schedule.closes(last)
+        assert schedule.budget(last - 1) == schedule.budget(last) == schedule.target
 
 
 class TestPhases:
@@ -325,16 +359,18 @@ class TestLayingTheSchedule:
         schedule = cubic_schedule(300, 0.15, 135, 7, 432, 288)
         assert schedule == BudgetSchedule(total_steps=300, warmup=45, final=165, interval=7, start=432, target=288)
 
-    @pytest.mark.parametrize(("total", "interval"), [(2, 1), (500, 1), (749, 1), (751, 2), (16_370, 33), (50_520, 101)])
+    @pytest.mark.parametrize(("total", "interval"), [(3, 1), (500, 1), (749, 1), (751, 2), (16_370, 33), (50_520, 101)])
     def test_the_default_interval_closes_about_500_times(self, total: int, interval: int) -> None:
         assert cubic_schedule(total, 0, 1, None, 10, 5).interval == interval
 
-    @pytest.mark.parametrize("total", [-1, 0, 1])
-    def test_a_run_needs_two_steps(self, total: int) -> None:
-        text = f"allocating ranks takes at least 2 optimizer steps, the run has {total}"
+    @pytest.mark.parametrize("total", [-1, 0, 1, 2])
+    def test_a_run_needs_three_steps(self, total: int) -> None:
+        text = f"allocating ranks takes at least 3 optimizer steps, the run has {total}"
         with pytest.raises(UserError, match=refusal(text)):
             cubic_schedule(total, 0, 1, 1, 10, 5)
-        assert cubic_schedule(2, 0, 1, 1, 10, 5).final == 1
+        shortest = cubic_schedule(3, 0, 1, 1, 10, 5)
+        assert [shortest.phase(t) for t in range(3)] == ["warmup", "decrease", "final"]
+        assert [shortest.budget(t) for t in range(3)] == [10, 5, 5]
 
     @pytest.mark.parametrize("interval", [0, -5])
     def test_an_interval_is_at_least_one_step(self, interval: int) -> None:
@@ -343,7 +379,16 @@ class TestLayingTheSchedule:
 
     @pytest.mark.parametrize(
         ("warmup", "cooldown", "steps"),
-        [(50, 50, (50, 50)), (0.5, 0.5, (50, 50)), (99, 0, (99, 1)), (0, 100, (0, 100)), (200, 0.1, (200, 10))],
+        [
+            (50, 50, (50, 50)),
+            (0.5, 0.5, (50, 50)),
+            (99, 0, (99, 2)),
+            (98, 0, (98, 2)),
+            (98, 0.01, (98, 2)),
+            (98, 1, (98, 2)),
+            (0, 100, (0, 100)),
+            (200, 0.1, (200, 10)),
+        ],
     )
     def test_phases_that_leave_no_step_to_fall_are_refused(
         self, warmup: float, cooldown: float, steps: tuple[int, int]
@@ -355,10 +400,12 @@ class TestLayingTheSchedule:
         with pytest.raises(UserError, match=refusal(text)):
             cubic_schedule(100, warmup, cooldown, 1, 10, 5)
 
-    def test_one_step_to_fall_is_enough(self) -> None:
-        schedule = cubic_schedule(100, 49, 50, 1, 10, 5)
-        assert [schedule.budget(t) for t in (49, 50)] == [10, 5]
-        assert schedule.closes(50)
+    @pytest.mark.parametrize(("warmup", "cooldown"), [(49, 50), (97, 2), (97, 1), (97, 0), (0, 99), (0.97, 0.02)])
+    def test_one_step_to_fall_is_enough(self, warmup: float, cooldown: float) -> None:
+        schedule = cubic_schedule(100, warmup, cooldown, 1, 10, 5)
+        assert schedule.final == schedule.warmup + 1
+        assert [schedule.budget(t) for t in (schedule.warmup, schedule.final)] == [10, 5]
+        assert schedule.closes(schedule.final)
 
     @pytest.mark.parametrize("phase", ["warmup", "cooldown"])
     def test_refusals_name_the_phase(self, phase: str) -> None:

@@ -6,6 +6,7 @@ test_export_refusals.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from exports import (
+    ADAPTER_FILES,
     ADAPTER_PROFILES,
     AUTO,
     MODELS,
@@ -41,7 +43,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loralloc import AdaLoRA, Budget, attach, export_adapter
-from loralloc.export import PROFILES, Factors, Profile, ragged, uniform
+from loralloc.export import PROFILES, RECORD, Factors, Profile, ragged, uniform
 
 # ---- Reload by stock PEFT ----
 
@@ -323,7 +325,10 @@ def test_the_config_says_plain_lora(tmp_path: Path, profile: Profile) -> None:
         assert all(type(rank) is int and rank > 0 for rank in pattern.values())
         assert config["r"] == max(pattern.values())
     assert model.peft_config["default"].use_rslora  # ours is a copy: the model's own config still says how it trained
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in folder.iterdir()} == ADAPTER_FILES
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    assert record["profile"] == profile
+    assert record["ranks"] == cycled_ranks(model, 3, 0, 1)
 
 
 def test_the_longest_names_come_first_in_the_rank_pattern() -> None:

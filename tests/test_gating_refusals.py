@@ -211,9 +211,7 @@ def test_a_refused_layer_leaves_no_gate_on_the_layers_before_it() -> None:
     assert len(attach_gates(model)) == 6
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="folding divides by scaling 0, its mark of closed ranks"
-)
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="folding divides by scaling 0, its mark of closed ranks")
 def test_a_failed_attach_spares_an_adapter_with_lora_alpha_0() -> None:
     model = tiny_peft("llama", lora_alpha=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -238,11 +238,16 @@ class TestPenaltyGradient:
 
     @kinds
     @rank_dims
-    def test_closed_values_leave_no_trace(self, kind: Penalty, rank_dim: RankDim) -> None:
-        stack, open_ranks = draw(1, 3, 5, rank_dim), torch.tensor([[True, False, True]])
-        found = penalty_gradient(stack, rank_dim, open_ranks, kind, 2)
-        stack.select(rank_dim, 1).fill_(1e6)
-        assert torch.equal(found, penalty_gradient(stack, rank_dim, open_ranks, kind, 2))
+    @pytest.mark.parametrize("value", [1e6, 1e300, math.inf, -math.inf, math.nan])
+    def test_closed_values_leave_no_trace(self, kind: Penalty, rank_dim: RankDim, value: float) -> None:
+        stack, open_ranks = draw(2, 3, 5, rank_dim), torch.tensor([[True, False, True], [True, True, True]])
+        found = penalty_gradient(stack, rank_dim, open_ranks, kind, 4)
+        stack[0].select(rank_dim - 1, 1).fill_(value)
+        assert torch.equal(found, penalty_gradient(stack, rank_dim, open_ranks, kind, 4))
+        assert not found[0].select(rank_dim - 1, 1).any()
+        opened = penalty_gradient(stack, rank_dim, torch.ones(2, 3).bool(), kind, 4)
+        assert not torch.equal(found[0], opened[0]), "the partner: an open one does"
+        assert torch.equal(found[1], opened[1])
 
     @kinds
     @rank_dims

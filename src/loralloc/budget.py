@@ -76,20 +76,22 @@ class Budget:
         """
         available, smallest = start_budget(ranks, costs, self.unit), 1 if self.unit == "ranks" else min(costs)
         ((name, value),) = self.to_dict().items()
-        # The margin is for products such as 0.7 · 10, which come out a hair below their whole number.
-        wanted = value * {"average_rank": len(ranks), "fraction": available}.get(name, 1) * (1 + 1e-12)
-        target = int(wanted) if wanted < available + 1 else wanted
-        if target > available:
+        share_of = {"average_rank": len(ranks), "fraction": available}.get(name)
+        # The twelve digits are for products such as 0.7 · 10, which come out a hair below their whole number.
+        wanted = value if share_of is None else min(float(f"{value * share_of:.12g}"), available + 0.5)
+        if wanted > available:
+            asked = value if share_of is None else f"{value * share_of:.12g}"
             raise UserError(
-                f"the budget {name}={value} asks for {target:.12g} {self.unit}, but the {len(ranks)} adapted modules start "
+                f"the budget {name}={value} asks for {asked} {self.unit}, but the {len(ranks)} adapted modules start "
                 f"with {available}; lower the budget or raise LoraConfig.r"
             )
+        target = int(wanted)
         if target < smallest:
             raise UserError(
                 f"the budget {name}={value} leaves {target} {self.unit} for {len(ranks)} modules: not even one rank "
                 f"(the cheapest costs {smallest})"
             )
-        return int(target)
+        return target
 
 
 def start_budget(ranks: Sequence[int], costs: Sequence[int], unit: Unit) -> int:
@@ -153,7 +155,7 @@ def cubic_schedule(
     Args:
         total_steps: Optimizer steps of the run.
         warmup: Steps at the full budget: a whole number of steps (int), or a fraction of the run (float below 1).
-        cooldown: Steps at the final budget, likewise. At least two: one to close ranks for good, one to train on.
+        cooldown: Steps at the final budget, likewise. At least two, so that ranks are closed for good before the end.
         interval: Steps between closings; None for about 500 over the run.
         start: Budget at the start, in ranks or parameters.
         target: Budget at the end.

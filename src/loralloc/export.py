@@ -13,6 +13,7 @@ lora_alpha, hence the scale lora_alpha / rank of the module; `uniform` has lora_
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -26,11 +27,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from loralloc._version import __version__
 from loralloc.errors import UserError
 from loralloc.gating import PREFIX, is_gated, plain_sites
 
 Profile = Literal["ragged", "uniform", "merged"]
 PROFILES: tuple[Profile, ...] = ("ragged", "uniform", "merged")
+
+RECORD = "loralloc_export.json"
+"""Our record of an export, in a file of its own: readers of LoRA warn about keys they do not know."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank."""
@@ -132,6 +137,8 @@ def export_adapter(
             _write_adapter(model, adapter, folder, factors, profile)
             difference = _reload_difference(model, adapter, folder, batch)
         export = Export(path, profile, {name: factor.rank for name, factor in factors.items()}, difference)
+        record = {"loralloc": __version__, "profile": profile, "ranks": export.ranks, "difference": difference}
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if profile != "merged":
             (folder / "README.md").write_text(_card(model, adapter, export), encoding="utf-8")
         _move_into_place(folder, path)
@@ -290,11 +297,11 @@ def _made_up_batch(model: PeftModel) -> dict[str, Tensor]:
 
 def _check_target(path: Path) -> None:
     """Refuse to replace a folder that is not an export."""
-    ours = any((path / name).exists() for name in ("adapter_config.json", "config.json"))
+    ours = (path / RECORD).is_file()
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give a folder for the export")
     if path.exists() and any(path.iterdir()) and not ours:
-        raise UserError(f"{path} exists and holds no adapter or model; nothing was overwritten: choose another folder")
+        raise UserError(f"{path} exists and is no export of loralloc; nothing was overwritten: choose another folder")
 
 
 def _move_into_place(folder: Path, path: Path) -> None:

@@ -227,10 +227,16 @@ def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[
     """Yield (full module name, PEFT layer, adapter) of every LoRA layer of an adapter, gated or not.
 
     Raises:
-        UserError: The model is no PeftModel or has no LoRA adapter.
+        UserError: The model is no PeftModel, has no LoRA adapter, or adapts layers that are not linear.
     """
     adapter = _lora_adapter(model, adapter)
     for name, layer in _lora_layers(model, adapter):
+        if adapter not in layer.lora_A:
+            kind = type(layer).__name__
+            raise UserError(
+                f"{name}: {kind} layers are not supported (their factors are no matrices of a linear layer); leave "
+                f'them out with exclude_modules=["{name}"]'
+            )
         yield name, layer, adapter
 
 
@@ -283,7 +289,7 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
         if isinstance(layer.lora_variant[adapter], _GatedVariant):
-            raise UserError(f"{name}: a rank allocation is attached already; finish() it first")
+            raise UserError(f"{name}: a rank allocation is attached already; finish() it first, or load the model anew")
         raise UserError(f"{name}: the adapter uses {variant}, which changes the update itself; use plain LoRA")
     if layer.lora_bias[adapter]:
         raise UserError(f"{name}: lora_bias=True is not supported: a bias has no rank; set lora_bias=False")

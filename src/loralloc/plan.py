@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -131,7 +132,7 @@ class RankPlan:
         if not any(module.rank for module in modules.values()):
             raise PlanError(f"{path}: the plan keeps no rank in any module")
         peak = data.get("cost", {}).get("peak", {"ranks": None})
-        if not isinstance(peak, dict) or type(peak.get("ranks")) not in (int, type(None)):
+        if not isinstance(peak, dict) or type(peak.get("ranks", "")) not in (int, type(None)):
             raise PlanError(f'{path}: "cost.peak" must be {{"ranks": N}}, got {peak!r}')
         return cls(
             method=str(data.get("method", "")),
@@ -155,7 +156,7 @@ def _module(path: Path, name: str, entry: Any) -> ModuleRank:
             f'{path}: module "{name}" must have whole numbers with 0 <= rank <= start <= max(in, out), '
             f"got rank={rank!r}, start={start!r}, in={inputs!r}, out={outputs!r}"
         )
-    if type(scale) not in (int, float) or not 0 < scale < sys.float_info.max:
+    if type(scale) not in (int, float) or not 0 < scale <= sys.float_info.max:
         raise PlanError(f'{path}: the scale of module "{name}" must be a positive finite number, got {scale!r}')
     return ModuleRank(rank, start, inputs, outputs, float(scale))
 
@@ -178,6 +179,13 @@ def _read(path: Path) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not JSON ({error})") from error
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: numbers that are not finite become None, also inside mappings."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -215,8 +215,18 @@ class Arguments(SimpleNamespace):
     """Training arguments with nothing unusual."""
 
     def __init__(self, **settings: Any) -> None:
-        usual = {"deepspeed": None, "fsdp": None, "n_gpu": 1, "fp16": False, "max_grad_norm": 1.0, "should_save": True}
-        usual |= {"gradient_accumulation_steps": 1, "load_best_model_at_end": False, "output_dir": "unused"}
+        usual = {
+            "deepspeed": None,
+            "deepspeed_plugin": None,
+            "fsdp": None,
+            "n_gpu": 1,
+            "fp16": False,
+            "max_grad_norm": 1.0,
+            "should_save": True,
+            "gradient_accumulation_steps": 1,
+            "load_best_model_at_end": False,
+            "output_dir": "unused",
+        }
         super().__init__(**{**usual, **settings})
 
 
@@ -234,6 +244,11 @@ def begin(folder: Path, settings: Arguments) -> None:
         (
             {"deepspeed": "zero3.json"},
             "DeepSpeed is not supported: it hides the gradients that scores are made of; use DDP",
+        ),
+        pytest.param(
+            {"deepspeed_plugin": object()},  # what `accelerate launch --use_deepspeed` sets
+            "DeepSpeed is not supported",
+            marks=pytest.mark.xfail(strict=True, reason="only the argument is looked at, not the launcher's choice"),
         ),
         ({"fsdp": True}, "FSDP is not supported yet: it shards the factors that scores are made of; use DDP"),
         ({"n_gpu": 2}, "torch.nn.DataParallel is not supported; launch with torchrun or accelerate launch (DDP)"),

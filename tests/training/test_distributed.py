@@ -30,7 +30,7 @@ from trainers import (
     training_rows,
 )
 
-from loralloc import AdaLoRA, Budget, attach
+from loralloc import AdaLoRA, Budget, UserError, attach
 from loralloc.training.run import AllocationRun
 
 pytestmark = pytest.mark.slow
@@ -115,7 +115,7 @@ def turn_scores_over(run: AllocationRun) -> None:
 
 
 def trainer_run(folder: Path, world: int, batch: int = BATCH, killed_at: int | None = None, **settings: Any) -> Any:
-    """Train with a global batch of `batch` samples a micro-batch; resume when killed."""
+    """Train with `batch` samples a micro-batch over all processes; when killed, resume."""
     settings = {"max_steps": STEPS, "logging_steps": 1, "save_strategy": "steps", "save_steps": 4, **settings}
     settings |= {"per_device_train_batch_size": batch // world, "trace": folder / "trace.jsonl"}
     if killed_at is not None:
@@ -135,6 +135,17 @@ def trainer_run(folder: Path, world: int, batch: int = BATCH, killed_at: int | N
         "losses": [row["loss"] for row in training_rows(trainer)],
         "statistics": [[row["rank/total"], row["budget"]] for row in training_rows(trainer)],
     }
+
+
+def classifier_run(folder: Path, world: int, cured: bool) -> Any:
+    """A model whose loss ignores the number of items in the batch, which the Trainer multiplies by the processes."""
+    model = tiny_peft("bert")
+    if cured:
+        model.get_base_model().accepts_loss_kwargs = False
+    try:
+        return trainer_run(folder, world, name="bert", model=model, max_grad_norm=0.0)
+    except UserError as error:
+        return {"refused": str(error)}
 
 
 def poisoned_trainer(folder: Path, world: int) -> Any:
@@ -157,8 +168,13 @@ SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {
         folder, world, batch=4, gradient_accumulation_steps=2
     ),
     "trainer, resumed": lambda folder, rank, world: trainer_run(folder, world, killed_at=11),
+    "classifier": lambda folder, rank, world: classifier_run(folder, world, cured=False),
+    "classifier, cured": lambda folder, rank, world: classifier_run(folder, world, cured=True),
     "trainer, one bad step": lambda folder, rank, world: poisoned_trainer(folder, world),
 }
+
+
+SHARED = [name for name in SCENARIOS if name not in ("classifier", "loop, bad step without DDP")]
 
 
 def in_one_of_two_processes(rank: int, folder: Path) -> None:
@@ -189,7 +205,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, A
     return lambda name: SCENARIOS[name](folder / name, 0, 1)
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if "without DDP" not in name])
+@pytest.mark.parametrize("name", SHARED)
 def test_both_processes_end_with_the_same_adapter_and_plan(name: str, two: Any) -> None:
     first, second = (results[name] for results in two[1])
     assert first["ranks"] == second["ranks"]
@@ -215,6 +231,20 @@ def test_two_processes_decide_as_one_with_the_doubled_batch(name: str, two: Any,
         assert (both["wrapper"], alone["wrapper"]) == ("DistributedDataParallel", "PeftModelForCausalLM")
         assert both["losses"] == pytest.approx(alone["losses"], rel=1e-4)
         assert both["statistics"] == alone["statistics"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("classifier", marks=pytest.mark.xfail(strict=True, reason="losses and gradients are doubled")),
+        "classifier, cured",
+    ],
+)
+def test_a_loss_that_ignores_the_number_of_items_is_refused_or_right(name: str, two: Any, one: Any) -> None:
+    both, alone = two[1][0][name], one(name)
+    if "refused" not in both:
+        assert both["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert both["ranks"] == alone["ranks"]
 
 
 @pytest.mark.parametrize("name", ["loop, one bad step", "loop, bad step without DDP"])

@@ -320,7 +320,7 @@ def test_a_resumed_run_can_begin_a_trace(folder: str, checkpoint: Path, tmp_path
 
 
 @pytest.mark.xfail(strict=True, reason="the state is read from the output folder, whichever checkpoint was named")
-def test_the_state_comes_from_the_checkpoint_that_was_named(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_state_comes_from_the_checkpoint_that_was_named_or_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     scores_at_start: dict[str, Tensor] = {}
 
     class Look(TrainerCallback):
@@ -331,8 +331,9 @@ def test_the_state_comes_from_the_checkpoint_that_was_named(checkpoint: Path, tm
     there = tmp_path / "there"  # the same step of another run, in the output folder of the one that resumes
     train_until_killed(there, 9, seed=1, **SAVING)
     trainer, allocation = build(there, callbacks=[Look()], **SAVING)
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert same_tensors(scores_at_start, load_file(checkpoint / TENSORS))
+    with contextlib.suppress(UserError):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert same_tensors(scores_at_start, load_file(checkpoint / TENSORS))
 
 
 # Going on in the same process, as in a notebook: right, or refused.

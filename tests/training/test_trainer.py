@@ -54,7 +54,7 @@ VARIANTS: dict[str, list[Any]] = {
     "published": ["--parity", "none", "--importance", "sensitivity", "--interval", 3],
     "accumulated": ["--batch_size", 4, "--accumulation", 3],
     "evaluated": ["--eval_every", 3],
-    "epochs": ["--training", "{epochs: 3.4, batch_size: 8, learning_rate: 1e-2, save_every: 2, log_every: 3}"],
+    "epochs": ["--steps", "null", "--epochs", 3.4],
 }
 Whole = Callable[[str], Path]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
 from loralloc.config import AdaLoRAConfig, MethodConfig, Recipe, TrainingConfig
 from loralloc.errors import UserError, closest
+from loralloc.gating import plain_sites
 from loralloc.methods.adalora import AdaLoRA
 from loralloc.methods.base import Method
 from loralloc.plan import RankPlan
@@ -73,44 +76,51 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         _start_from(config, RankPlan.load(recipe.plan), model, recipe.plan)
     try:
         adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise UserError(
             f"lora.target_modules: {lora.target_modules} fits no module that can be adapted; the model has "
             f"{_linear_modules(model)} ({str(error).splitlines()[0]})"
         ) from error
     assert isinstance(adapted, PeftModel)
+    for name, layer, adapter in plain_sites(adapted):
+        rank, widest = layer.r[adapter], max(layer.in_features, layer.out_features)
+        if rank > widest:
+            raise UserError(f"lora.r: rank {rank} is above the {widest} dimensions of {name}; lower it")
     return adapted
 
 
 def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArguments:
     """Translate a recipe's `training` section for the Trainer; checkpoints go to `folder`."""
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=2 * settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=SCHEDULES[settings.schedule],
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        bf16=settings.bf16,
-        activation_checkpointing=settings.gradient_checkpointing,
-        logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if settings.eval_every else "no",
-        eval_steps=settings.eval_every,
-        save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or 500,
-        save_total_limit=2,  # one may be incomplete when the process is killed
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-        **length,  # type: ignore[arg-type]
-    )
+    try:
+        return TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=2 * settings.batch_size,
+            gradient_accumulation_steps=settings.accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=SCHEDULES[settings.schedule],
+            warmup_steps=settings.warmup,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            bf16=settings.bf16,
+            activation_checkpointing=settings.gradient_checkpointing,
+            logging_steps=settings.log_every,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if settings.eval_every else "no",
+            eval_steps=settings.eval_every,
+            save_strategy="steps" if settings.save_every else "no",
+            save_steps=settings.save_every or 500,
+            save_total_limit=2,  # one may be incomplete when the process is killed
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            report_to=[],
+            **length,  # type: ignore[arg-type]
+        )
+    except ValueError as error:  # bf16 on a device without it, for example
+        raise UserError(f"training: {str(error).splitlines()[0]}") from error
 
 
 def load_for_export(folder: RunFolder) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -119,13 +129,20 @@ def load_for_export(folder: RunFolder) -> tuple[PeftModel, PreTrainedTokenizerBa
     tokenizer = AutoTokenizer.from_pretrained(folder.model)
     options = {"config": AutoConfig.from_pretrained(folder.model), "ignore_mismatched_sizes": True}
     base = load_model(AUTO_MODELS[recipe.task], locate(recipe.model), tokenizer, recipe.training.seed, **options)
-    return PeftModel.from_pretrained(base, str(folder.adapter)), tokenizer
+    return _with_adapter(base, folder), tokenizer
+
+
+def _with_adapter(base: PreTrainedModel, folder: RunFolder) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(base, str(folder.adapter))
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{folder.adapter} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData]:
     """Load the base model and the data of a run and, with stock PEFT, the adapter it exported."""
     data = task_data(recipe)
-    return PeftModel.from_pretrained(data.model, str(folder.adapter)), data
+    return _with_adapter(data.model, folder), data
 
 
 def _start_from(config: LoraConfig, plan: RankPlan, model: torch.nn.Module, source: str) -> None:

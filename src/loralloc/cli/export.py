@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from loralloc.errors import UserError
+
 
 class Profile(StrEnum):
     """The profiles of loralloc.export, spelled out so that --help imports no torch."""
@@ -36,6 +38,8 @@ def export(
 
     terminal.quiet_libraries()
     folder = RunFolder.finished(run)
+    if to is not None and to.resolve() == folder.adapter.resolve():
+        raise UserError(f"{to} is the run's own adapter; choose another folder")
     model, tokenizer = load_for_export(folder)
     exported = export_adapter(model, to or folder.root / profile.value, profile.value, tokenizer=tokenizer)
     typer.echo(f"wrote {exported.path} ({profile.value}, largest rank {exported.max_rank})")

@@ -6,10 +6,13 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from loralloc.config import Recipe, dump_recipe, load_recipe
 from loralloc.errors import UserError
+from loralloc.plan import finite, write_atomically
+
+HEADER = "# The resolved recipe of this run, written by loralloc."
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,25 @@ class RunFolder:
         root: The folder.
     """
 
+    ENTRIES: ClassVar[tuple[str, ...]] = (
+        "recipe.yaml",
+        "ranks.json",
+        "adapter",
+        "model",
+        "trace.jsonl",
+        "log.jsonl",
+        "metrics.json",
+        "checkpoints",
+        "report.html",
+        "figures",
+    )
+
     root: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RunFolder:
+        """The folder that a recipe names."""
+        return cls(Path(recipe.output).expanduser())
 
     @property
     def recipe(self) -> Path:
@@ -84,22 +105,23 @@ class RunFolder:
             UserError: The folder is not a run, or the run has not finished.
         """
         folder = cls.existing(root)
-        if not (folder.adapter / "adapter_config.json").is_file():
+        needed = [folder.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        if not all(path.is_file() for path in (*needed, folder.model / "config.json")):
             raise UserError(f"{root} has no adapter yet: the run has not finished; loralloc train RECIPE --resume")
         return folder
 
     @classmethod
-    def create(cls, recipe: Recipe, replace: bool) -> RunFolder:
-        """Make the folder of a new run and write its recipe.
+    def for_new_run(cls, recipe: Recipe, replace: bool) -> RunFolder:
+        """Check that a new run may use its folder; nothing is written yet.
 
         Raises:
             UserError: The folder exists and is not a run, or is one that is not to be replaced.
         """
-        folder = cls(Path(recipe.output))
+        folder = cls.of(recipe)
         if folder.root.is_file():
             raise UserError(f"output: {folder.root} is a file; name a folder")
-        if folder.root.exists() and any(folder.root.iterdir()):
-            if not folder.recipe.is_file():
+        if folder.root.is_dir() and any(folder.root.iterdir()):
+            if not folder.is_run():
                 raise UserError(
                     f"output: {folder.root} exists and is not a run; nothing was overwritten: choose another folder"
                 )
@@ -108,10 +130,22 @@ class RunFolder:
                     f"output: {folder.root} holds a run already; continue it with --resume, start over with --replace, "
                     "or choose another folder with --output"
                 )
-            shutil.rmtree(folder.root)
-        folder.root.mkdir(parents=True, exist_ok=True)
-        folder.recipe.write_text(dump_recipe(recipe), encoding="utf-8")
         return folder
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folder and write the recipe; what an earlier run wrote goes, anything else stays."""
+        for entry in (*self.ENTRIES, "ragged", "uniform", "merged"):
+            path = self.root / entry
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.recipe, f"{HEADER}\n{dump_recipe(recipe)}")
+
+    def is_run(self) -> bool:
+        """Whether the folder's recipe was written by a run."""
+        return self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(HEADER)
 
     @classmethod
     def resume(cls, recipe: Recipe) -> RunFolder:
@@ -120,7 +154,7 @@ class RunFolder:
         Raises:
             UserError: It is not a run, belongs to another recipe, has finished, or kept no checkpoints.
         """
-        folder = cls.existing(Path(recipe.output))
+        folder = cls.existing(cls.of(recipe).root)
         if dump_recipe(folder.load_recipe()) != dump_recipe(recipe):
             raise UserError(
                 f"{folder.recipe} differs from the recipe given; resume with the same settings, or choose another "
@@ -140,4 +174,4 @@ class RunFolder:
 
     def write_json(self, path: Path, record: dict[str, Any]) -> None:
         """Write a record into the folder."""
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")

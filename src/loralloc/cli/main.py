@@ -50,9 +50,7 @@ def main() -> None:
     """Run the command line: a mistake in the input ends with one message and exit code 2."""
     try:
         app()
-    except UserError as error:
+    except (UserError, FloatingPointError, OSError) as error:
+        # A gradient that is never finite, a full disk, a file where a folder should be: the message says it all.
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; a run with checkpoints continues with --resume", file=sys.stderr)
-        sys.exit(130)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -17,6 +17,7 @@ from loralloc.cli import terminal
 from loralloc.cli.build import add_adapter, method_of, task_data, training_arguments
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
+from loralloc.errors import UserError
 from loralloc.export import Export, export_adapter
 from loralloc.gating import plain_sites
 from loralloc.methods.base import Method
@@ -47,29 +48,42 @@ class Outcome:
 
 
 def run(recipe: Recipe, resume: bool = False, replace: bool = False) -> Outcome:
-    """Train, allocate, export, evaluate and report one recipe."""
+    """Train, allocate, export, evaluate and report one recipe.
+
+    Everything is loaded and checked before anything is written or an earlier run is replaced.
+    """
     terminal.quiet_libraries()
-    folder = RunFolder.resume(recipe) if resume else RunFolder.create(recipe, replace)
+    folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, replace)
     data = task_data(recipe)
     model = add_adapter(data.model, recipe)
-    method = method_of(recipe.method)
     terminal.show_start(recipe, data, model)
-    trainer, allocation = make_trainer(recipe, data, model, folder, method)
+    trainer, allocation = make_trainer(recipe, data, model, folder, method_of(recipe.method))
+    steps = total_steps(recipe, len(data.train))
+    if allocation is not None:
+        allocation.run.begin(steps)
+    if not resume:
+        folder.create(recipe)
     untrained = evaluate(trainer, data, "untrained")[data.metric]
-    checkpoint = newest_complete(folder.checkpoints) if resume else None
+    checkpoint = newest_complete(folder.checkpoints, before=steps) if resume else None
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with terminal.progress_bar():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
     plan = allocation.plan if allocation is not None else _constant_plan(recipe, data, model, folder, trainer)
     assert plan is not None
     plan.save(folder.plan)
     data.model.config.save_pretrained(folder.model)
     data.tokenizer.save_pretrained(folder.model)
-    export = export_adapter(model, folder.adapter)
+    try:
+        export = export_adapter(model, folder.adapter)
+    except RuntimeError as error:
+        raise UserError(
+            f"the run ended without an adapter: {error}; if the loss diverged, lower the learning rate"
+        ) from error
     metrics = _final_metrics(recipe, data, trainer, plan, export, untrained, seconds)
     folder.write_json(folder.metrics, metrics)
     report = write_report(folder.root)
-    terminal.show_outcome(recipe, plan, metrics, export, report)
+    terminal.show_outcome(folder, plan, metrics, export, report)
     return Outcome(folder, plan, metrics, export)
 
 
@@ -80,15 +94,18 @@ def show_plan(recipe: Recipe) -> None:
     model = add_adapter(data.model, recipe)
     terminal.show_start(recipe, data, model)
     method = method_of(recipe.method)
-    arguments = training_arguments(recipe.training, Path(recipe.output))
-    steps = arguments.max_steps
-    if steps <= 0:
-        per_epoch = -(-len(data.train) // (recipe.training.batch_size * recipe.training.accumulation))
-        steps = int(per_epoch * (recipe.training.epochs or 1))
     if method is not None:
         allocation = AllocationRun(model, method)
-        allocation.begin(steps)
+        allocation.begin(total_steps(recipe, len(data.train)))
         terminal.show_schedule(allocation)
+
+
+def total_steps(recipe: Recipe, examples: int) -> int:
+    """Optimizer steps of a run, counted as the Trainer does."""
+    if recipe.training.steps is not None:
+        return recipe.training.steps
+    batches = math.ceil(examples / recipe.training.batch_size)
+    return math.ceil((recipe.training.epochs or 1) * max(1, math.ceil(batches / recipe.training.accumulation)))
 
 
 def make_trainer(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +79,8 @@ def show_schedule(run: AllocationRun) -> None:
     console.print(table)
 
 
-def show_outcome(recipe: Recipe, plan: RankPlan, metrics: Mapping[str, Any], export: Export, report: Path) -> None:
+def show_outcome(folder: RunFolder, plan: RankPlan, metrics: Mapping[str, Any], export: Export, report: Path) -> None:
     """Show metrics, ranks, and where things are."""
-    folder = RunFolder(Path(recipe.output))
     console.print(_rank_table(plan))
     splits = {name: metrics[name] for name in ("validation", "test") if metrics[name]}
     show_metrics(splits, metrics["reference"], metrics["metric"])
@@ -150,7 +151,8 @@ def show_comparison(outcomes: Mapping[str, Outcome]) -> None:
         table.add_row(f"[dim]{name}[/]", f"[dim]{value:.3f}[/]")
     console.print(table)
     console.print("\nLoad the adapter with stock PEFT:\n")
-    console.print(LOADING.format(labels=8, adapter=first.folder.adapter), markup=False)
+    labels = len(json.loads((first.folder.model / "config.json").read_text(encoding="utf-8"))["id2label"])
+    console.print(LOADING.format(labels=labels, adapter=first.folder.adapter), markup=False, soft_wrap=True)
 
 
 LOADING = """\
@@ -161,19 +163,35 @@ tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_mode
 print(model(**tokenizer("Open a socket and connect to the server.", return_tensors="pt")).logits)"""
 
 
+_bar = Bar(
+    TextColumn("  training"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.description}"),
+    console=console,
+)
+
+
+@contextmanager
+def progress_bar() -> Iterator[None]:
+    """Take the bar down however training ends, and say how to go on after an interruption."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted; a run with checkpoints (training.save_every) continues with --resume")
+        raise
+    finally:
+        _bar.stop()
+        for task in _bar.task_ids:
+            _bar.remove_task(task)
+
+
 class Progress(TrainerCallback):
     """A progress bar with the loss and the ranks; where output is no terminal, a line per tenth of the run."""
 
     def __init__(self, allocation: RankAllocation | None) -> None:
         self._allocation = allocation
-        self._bar = Bar(
-            TextColumn("  training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-        )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -181,12 +199,12 @@ class Progress(TrainerCallback):
         """Show the schedule, which is known by now, and start the bar."""
         if self._allocation is not None:
             show_schedule(self._allocation.run)
-        self._bar.start()
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+        _bar.start()
+        self._task = _bar.add_task("", total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
-        self._bar.update(self._task, completed=state.global_step)
+        _bar.update(self._task, completed=state.global_step)
 
     def on_log(
         self,
@@ -197,17 +215,11 @@ class Progress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show the newest loss and ranks."""
-        if not logs or "loss" not in logs or not self._bar.tasks:
+        if not logs or "loss" not in logs or not _bar.tasks:
             return
         ranks = f"  ranks {logs['rank/total']:,}" if "rank/total" in logs else ""
         text = f"loss {logs['loss']:.3f}{ranks}"
-        self._bar.update(self._task, description=text)
+        _bar.update(self._task, description=text)
         tenth = max(1, state.max_steps // 10)
         if not console.is_terminal and state.global_step // tenth != (state.global_step - args.logging_steps) // tenth:
             console.print(f"  step {state.global_step}/{state.max_steps}  {text}")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the bar down."""
-        self._bar.stop()

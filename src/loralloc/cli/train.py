@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from loralloc.config import load_recipe
+from loralloc.errors import UserError
 
 
 def train(
@@ -20,6 +21,10 @@ def train(
     ] = False,
 ) -> None:
     """Train, allocate, export, evaluate. Every key of the recipe is also a flag: --training.learning_rate 5e-4."""
+    if recipe.name.startswith("--"):
+        raise UserError(f"name the recipe before the flags: loralloc train RECIPE {recipe} ...")
+    if resume and replace:
+        raise UserError("--resume continues a run and --replace starts it over: give one of them")
     settings = load_recipe(recipe, context.args)
     from loralloc.cli import pipeline
 

@@ -177,10 +177,9 @@ class AdaLoRA:
         for index, stack in enumerate(state.stacks):
             stack.mean.copy_(tensors[f"{index}.mean"])
             stack.uncertainty.copy_(tensors[f"{index}.uncertainty"])
-        if "final" in tensors:
-            state.final = tensors["final"]
-            if self.order == "paper":
-                self._close_for_good(state, state.final)
+        state.final = tensors["final"].to(state.sites[0].gate.device) if "final" in tensors else None
+        everything = torch.ones_like(state.flat_gates(), dtype=torch.bool)
+        self._mask(state, everything if state.final is None or self.order == "reference" else state.final)
 
     def _measure(self, stack: _Stack, weights: Tensor, gradients: Tensor) -> None:
         """Update the importance of a stack's entries from one step's weights and gradients."""
@@ -208,12 +207,16 @@ class AdaLoRA:
         return agree(keep_within(scores, state.costs(), budget))
 
     def _close_for_good(self, state: AdaLoRAState, keep: Tensor) -> None:
-        """Mask triplets out of the model and of the penalty."""
+        """Zero triplets and mask them out of the model and of the penalty."""
         state.zero_gates(keep)
+        self._mask(state, keep)
+
+    def _mask(self, state: AdaLoRAState, keep: Tensor) -> None:
+        """Let only these triplets take part in the model and in the penalty."""
         for site, kept in zip(state.sites, state.split(keep), strict=True):
             site.set_scale(kept, first_step_gain(site.outputs, self.parity))
         for stack in state.stacks:
-            stack.open = keep[stack.positions.to(keep.device)].view_as(stack.open)
+            stack.open = keep.to(stack.positions.device)[stack.positions].view_as(stack.open)
 
 
 def first_step_gain(outputs: int, parity: Parity | None) -> float:
@@ -261,8 +264,8 @@ class _Stack:
         """Stack the values, in the dtype of the running averages."""
         weights = torch.stack([parameter.detach() for parameter in self._parameters()]).to(self.mean.dtype)
         if self.mean.device != weights.device:  # the model was moved after attaching
-            self.mean, self.uncertainty = self.mean.to(weights.device), self.uncertainty.to(weights.device)
-            self.open = self.open.to(weights.device)
+            for name in ("mean", "uncertainty", "open", "positions"):
+                setattr(self, name, getattr(self, name).to(weights.device))
         return weights
 
     def gradients(self) -> Tensor:

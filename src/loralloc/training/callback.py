@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
 from loralloc.plan import RankPlan, write_atomically
+from loralloc.training.checkpoint import read_jsonl
 from loralloc.training.run import AllocationRun, Event
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
@@ -54,6 +58,7 @@ class RankAllocation(TrainerCallback):
         self._trace = None if trace is None else Path(trace)
         self._provenance = provenance
         self._run: AllocationRun | None = None
+        self._random: tuple[Tensor, list[Tensor]] | None = None
 
     @property
     def run(self) -> AllocationRun:
@@ -83,8 +88,18 @@ class RankAllocation(TrainerCallback):
         if self.plan is not None:
             raise UserError("this allocation has finished; to train on, use the plain LoRA model without it")
         run = self.run
-        run.begin(state.max_steps)
         _refuse_engines(args)
+        if kwargs["model"] is not run.model:
+            raise UserError(
+                "the Trainer trains another model than the one the allocation was attached to (model_init makes a new "
+                "one for each run); pass model= instead"
+            )
+        if state.global_step == 0 and run.step > 0:
+            raise UserError(
+                f"this allocation stopped after {run.step} steps of an earlier train(); go on with "
+                "resume_from_checkpoint=True, or start over with a new model, callback and Trainer"
+            )
+        run.begin(state.max_steps)
         run.check_optimizer(kwargs["optimizer"])
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.final)
@@ -92,7 +107,7 @@ class RankAllocation(TrainerCallback):
             self._resume(_checkpoint(args, state))
         elif self._trace is not None and args.should_save:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
-            self._trace.write_text("")
+            self._trace.write_text("", encoding="utf-8")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,6 +120,21 @@ class RankAllocation(TrainerCallback):
     ) -> None:
         """Weights are new, gradients still there."""
         self.run.after_step(kwargs["optimizer"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the random state before an evaluation, which draws seeds for its data loader."""
+        if control.should_evaluate:
+            self._random = _random_state()
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Restore it: dropout, and with it the plan, must not depend on how often the model is evaluated."""
+        if self._random is not None:
+            torch.set_rng_state(self._random[0])
+            if self._random[1]:
+                torch.cuda.set_rng_state_all(self._random[1])
+            self._random = None
 
     def on_log(
         self,
@@ -139,16 +169,21 @@ class RankAllocation(TrainerCallback):
         try:
             numbers = json.loads((folder / MARKER).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSORS)
-        except (OSError, ValueError) as error:
+            self.run.load_state_dict(tensors, numbers)
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(
-                f"{folder} has no usable rank-allocation state ({error}); resume from a checkpoint that was written "
+                f"{folder} has no usable rank-allocation state ({error!r}); resume from a checkpoint that was written "
                 "with this callback, in the same output_dir"
             ) from error
-        self.run.load_state_dict(tensors, numbers)
-        if self._trace is not None and self._trace.exists():
-            lines = self._trace.read_text(encoding="utf-8").splitlines(keepends=True)
-            before = [line for line in lines if json.loads(line)["step"] < self.run.step]
-            write_atomically(self._trace, "".join(before))
+        if self._trace is None:
+            return
+        before = [event for event in read_jsonl(self._trace) if event["step"] < self.run.step]
+        self._trace.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._trace, "".join(json.dumps(event) + "\n" for event in before))
+        if not before:
+            self.run.emit_start()
 
     def _append_event(self, event: Event) -> None:
         assert self._trace is not None
@@ -177,9 +212,10 @@ def refuse_unfinished(folder: Path) -> None:
 
 def _refuse_engines(args: TrainingArguments) -> None:
     """Refuse, in one sentence, the engines under which gates or scores would silently be wrong."""
-    if getattr(args, "deepspeed", None):
+    engine = AcceleratorState().distributed_type if AcceleratorState._shared_state else None
+    if args.deepspeed or engine == DistributedType.DEEPSPEED:
         raise UserError("DeepSpeed is not supported: it hides the gradients that scores are made of; use DDP")
-    if getattr(args, "fsdp", None):
+    if args.fsdp or engine == DistributedType.FSDP:
         raise UserError("FSDP is not supported yet: it shards the factors that scores are made of; use DDP")
     if args.n_gpu > 1:
         raise UserError("torch.nn.DataParallel is not supported; launch with torchrun or accelerate launch (DDP)")
@@ -191,27 +227,40 @@ def _refuse_engines(args: TrainingArguments) -> None:
 
 
 def _refuse_ignored_accumulation(args: TrainingArguments, model: nn.Module) -> None:
-    """Refuse accumulation where the Trainer leaves the averaging to a model whose loss ignores it.
+    """Refuse accumulation, or several processes, where the Trainer trusts a loss that ignores them.
 
-    A model whose forward takes **kwargs is passed `num_items_in_batch` and trusted to divide by it. Losses of
-    classifiers do not, so gradients (and with them scores) would grow with the number of accumulated batches.
+    A model whose forward takes **kwargs is passed `num_items_in_batch` and trusted to divide by it. Many losses do
+    not, those of classifiers among them: gradients (and with them scores) would grow with the batches in a step.
     """
-    if args.gradient_accumulation_steps == 1:
-        return
+    processes = args.world_size if args.average_tokens_across_devices else 1
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not getattr(inner, "accepts_loss_kwargs", True):
+    if args.gradient_accumulation_steps * processes == 1 or not getattr(inner, "accepts_loss_kwargs", True):
         return
     parameters = inspect.signature(inner.forward).parameters.values()
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
-    loss = LOSS_MAPPING.get(getattr(inner, "loss_type", None) or "")
-    if loss is None or "num_items_in_batch" not in inspect.signature(loss).parameters:
+    if not _counts_items(inner):
         raise UserError(
-            f"the loss of {type(inner).__name__} ignores gradient accumulation, so gradients would be "
-            f"{args.gradient_accumulation_steps} times too large; set model.accepts_loss_kwargs = False on the base "
-            "model before building the Trainer (it then divides by the number of accumulated batches), or use "
-            "gradient_accumulation_steps=1"
+            f"the loss of {type(inner).__name__} ignores the number of items in a step, so with "
+            f"{args.gradient_accumulation_steps} accumulated batches on {args.world_size} processes gradients would be "
+            f"{args.gradient_accumulation_steps * processes} times too large; set model.accepts_loss_kwargs = False on "
+            "the base model before building the Trainer, which then takes the mean over batches itself"
         )
+
+
+def _counts_items(model: nn.Module) -> bool:
+    """Whether a model's loss divides by `num_items_in_batch`: its forward calls a loss function that takes it."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    loss_type = str(getattr(model, "loss_type", ""))
+    loss = LOSS_MAPPING.get(loss_type)
+    if code is None or "loss_function" not in code.co_names or loss is None:
+        return False
+    return "num_items_in_batch" in inspect.signature(loss).parameters or loss_type == "ForTokenClassification"
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    """States of torch's generators: the CPU's, and those of the GPUs."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
 def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final: int) -> None:

@@ -21,10 +21,14 @@ from loralloc.plan import write_atomically
 COMPLETE = "complete.json"
 
 
-def newest_complete(folder: Path) -> Path | None:
-    """Return the checkpoint with the highest step that is complete, or None."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def newest_complete(folder: Path, before: int) -> Path | None:
+    """Return the complete checkpoint with the highest step below `before`, or None.
+
+    The Trainer would take a step too many from a checkpoint of the last step.
+    """
+    steps = (path.parent.name.removeprefix("checkpoint-") for path in folder.glob(f"checkpoint-*/{COMPLETE}"))
+    found = [int(step) for step in steps if step.isdecimal() and int(step) < before]
+    return folder / f"checkpoint-{max(found)}" if found else None
 
 
 def mark_complete(checkpoint: Path, step: int) -> None:
@@ -78,3 +82,14 @@ def load_random_state(path: Path) -> None:
     torch.set_rng_state(torch.tensor(record["torch"], dtype=torch.uint8))
     if record["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in record["cuda"]])
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

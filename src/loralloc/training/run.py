@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ from loralloc.plan import RankPlan
 MAX_BAD_STEPS = 50
 """Consecutive steps with a non-finite gradient after which a run is given up: more than any loss scaler needs."""
 
-GATES_HAVE_MOVED_BY = 2
-"""Step after which trained gates must have moved; a learning-rate warm-up may well start from zero."""
+GATES_HAVE_MOVED_BY = 3
+"""Sound step by which trained gates must have moved; a learning-rate warm-up may well start from zero."""
 
 OPTIMIZER_WITHOUT_GATES = (
     "it was built before the allocation was attached; let the Trainer build it, or build it after attach()"
@@ -85,6 +87,7 @@ class AllocationRun:
         self._schedule: BudgetSchedule | None = None
         self._ranks = [site.rank for site in self.sites]
         self._gates_at_start = [site.gate.detach().clone() for site in self.sites]
+        self._good_steps = 0
         self._bad_in_a_row = 0
 
     @property
@@ -115,8 +118,9 @@ class AllocationRun:
             FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
         """
         if self.step == 0:
-            self._emit_start()
+            self.emit_start()
         if self._gradients_are_finite():
+            self._good_steps += 1
             self._bad_in_a_row = 0
             with torch.no_grad():
                 self.method.on_gradients(self.state, self.schedule, self.step)
@@ -140,7 +144,7 @@ class AllocationRun:
             optimizer: When given, the moments of ranks that are closed for good are cleared.
             probe: Loss of the next batch of a stream, for methods that need data.
         """
-        if self.step == GATES_HAVE_MOVED_BY:
+        if self._good_steps == GATES_HAVE_MOVED_BY:
             self._check_gates_moved()
         with torch.no_grad():
             decision = self.method.on_step(self.state, self.schedule, self.step, probe)
@@ -159,11 +163,12 @@ class AllocationRun:
         Returns:
             The rank plan; it meets the budget, also when the run was stopped early.
         """
+        total_steps = self.schedule.total_steps
         with torch.no_grad():
             kept = self.method.finish(self.state, self.target)
         record = {
             "loralloc": __version__,
-            "total_steps": self.schedule.total_steps,
+            "total_steps": total_steps,
             "steps": self.step,
             "bad_steps": self.bad_steps,
             **(provenance or {}),
@@ -202,22 +207,25 @@ class AllocationRun:
         """Return (tensors, numbers) that a resumed run needs beyond the model's and the optimizer's own."""
         numbers = {
             "method": self.method.id,
+            "settings": asdict(self.method),  # type: ignore[call-overload]
             "step": self.step,
             "bad_steps": self.bad_steps,
             "ranks": self._ranks,
-            "sites": {site.name: [site.rank, site.inputs, site.outputs] for site in self.sites},
-            "schedule": vars(self.schedule),
+            "sites": {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites},
+            "schedule": asdict(self.schedule),
+            "gates": self._gate_checksum(),
         }
         return self.method.state_dict(self.state), numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore what `state_dict` returned, after the model's own weights have been restored.
 
         Raises:
-            UserError: The state is of another method, model or schedule; the message says what differs.
+            UserError: The state is of another method, model, schedule or of other weights; the message says what
+                differs.
         """
         _, mine = self.state_dict()
-        for key in ("method", "sites", "schedule"):
+        for key in ("method", "settings", "sites", "schedule", "gates"):
             if numbers[key] != mine[key]:
                 raise UserError(
                     f"the checkpoint belongs to another run: its {key} {_difference(numbers[key], mine[key])}; resume "
@@ -246,6 +254,13 @@ class AllocationRun:
         norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(gradients, float("inf"))])
         return not any_process(~torch.isfinite(norms).all())
 
+    def _gate_checksum(self) -> str:
+        """Tie the state to the weights it was taken with."""
+        digest = hashlib.sha256()
+        for site in self.sites:
+            digest.update(site.gate.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def _parameters(self) -> int:
         return sum(rank * site.cost for rank, site in zip(self._ranks, self.sites, strict=True))
 
@@ -264,7 +279,8 @@ class AllocationRun:
                 }
             )
 
-    def _emit_start(self) -> None:
+    def emit_start(self) -> None:
+        """Emit the event that opens a trace."""
         schedule = self.schedule
         self._emit(
             {
@@ -282,7 +298,7 @@ class AllocationRun:
                 "sites": [site.name for site in self.sites],
                 "in": [site.inputs for site in self.sites],
                 "out": [site.outputs for site in self.sites],
-                "ranks": self._ranks,
+                "ranks": [site.rank for site in self.sites],
             }
         )
 

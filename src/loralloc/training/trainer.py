@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loralloc.plan import write_atomically
+from loralloc.plan import finite, write_atomically
 from loralloc.training import checkpoint as files
 
 
@@ -81,6 +80,7 @@ class _Completion(TrainerCallback):
         self._trainer._tr_loss += torch.tensor(record["loss"], device=self._trainer._tr_loss.device)
         self._trainer._total_loss_scalar = record["total"]
         self._trainer._globalstep_last_logged = record["logged"]
+        self._trainer._initial_global_step = 0  # the total loss is of the whole run, so is its number of steps
 
 
 class _RunLog(TrainerCallback):
@@ -93,7 +93,7 @@ class _RunLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.should_save:
-            rows = read_jsonl(self._path) if state.global_step else []
+            rows = files.read_jsonl(self._path) if state.global_step else []
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
             write_atomically(self._path, "".join(kept))
 
@@ -106,22 +106,6 @@ class _RunLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if args.should_save and logs and state.global_step:
-            row = {"step": state.global_step} | {key: _finite(value) for key, value in logs.items()}
+            row = finite({"step": state.global_step, **logs})
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a loss that is not finite is written as null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
