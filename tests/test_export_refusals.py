@@ -76,7 +76,7 @@ def test_gates_must_be_folded_first(tmp_path: Path, profile: Profile) -> None:
         UserError, match=r"not finished: its gates are not folded; call finish\(\) or end train\(\) first"
     ):
         export_adapter(model, tmp_path / "adapter", profile)
-    assert is_gated(model)
+    assert is_gated(model, "default")
     assert list(tmp_path.iterdir()) == []
     fold_gates(sites)
     assert export_adapter(model, tmp_path / "adapter", profile).difference == pytest.approx(0, abs=1e-5)

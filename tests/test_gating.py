@@ -274,7 +274,7 @@ def test_folding_gives_the_same_function_and_stock_peft(name: str, settings: dic
         assert layer.adapter_layer_names == type(layer).adapter_layer_names == LoraLayer.adapter_layer_names
         assert layer.lora_variant == {}
         assert not hasattr(layer, "lora_gate")
-    assert not is_gated(model)
+    assert not is_gated(model, "default")
     assert stock.load_state_dict(model.state_dict())
     assert torch.equal(logits(stock), logits(model))
 

@@ -94,7 +94,7 @@ def test_deleting_the_other_adapter_leaves_the_gated_one_alone() -> None:
     model.delete_adapter("plain")
     assert torch.equal(logits(model), before)
     fold_gates(sites)
-    assert not is_gated(model)
+    assert not is_gated(model, "default")
 
 
 def test_deleting_the_gated_adapter_deletes_its_gates() -> None:
@@ -112,7 +112,7 @@ def test_a_model_whose_gated_adapter_was_deleted_is_not_gated() -> None:
     model, _ = two_adapters()
     model.set_adapter("plain")
     model.delete_adapter("default")
-    assert not is_gated(model)
+    assert not is_gated(model, "default")
 
 
 def test_two_gated_adapters_are_folded_one_by_one() -> None:
@@ -124,10 +124,10 @@ def test_two_gated_adapters_are_folded_one_by_one() -> None:
     shake(second)
     expected = logits(model)
     fold_gates(first)
-    assert is_gated(model)
+    assert is_gated(model, "default")
     assert torch.equal(logits(model), expected)
     fold_gates(second)
-    assert not is_gated(model)
+    assert not is_gated(model, "default")
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 

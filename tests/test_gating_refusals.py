@@ -105,7 +105,7 @@ def test_layers_that_cannot_be_gated_are_refused_by_name_reason_and_cure(kind: s
     model = build()
     with pytest.raises(UserError, match=message):
         attach_gates(model)
-    assert not is_gated(model)
+    assert not is_gated(model, "default")
 
 
 def test_a_refused_type_beside_supported_ones_refuses_the_whole_model() -> None:
@@ -194,7 +194,7 @@ def test_a_failed_attach_leaves_the_model_plain_and_attachable(kind: str) -> Non
     model = tiny_peft("llama")
     keys = list(model.state_dict())
     failed_attach(model, kind)
-    assert not is_gated(model)
+    assert not is_gated(model, "default")
     assert list(model.state_dict()) == keys
     attach_gates(model)
 

@@ -16,7 +16,8 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,9 @@ from loralloc.gating import PREFIX, is_gated, plain_sites
 
 Profile = Literal["ragged", "uniform", "merged"]
 PROFILES: tuple[Profile, ...] = ("ragged", "uniform", "merged")
+
+CHANGES_BASE_WEIGHTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Starts of init_lora_weights under which PEFT subtracts the start from the base weights."""
 
 RECORD = "loralloc_export.json"
 """Our record of an export, in a file of its own: readers of LoRA warn about keys they do not know."""
@@ -115,20 +119,24 @@ def export_adapter(
         UserError: Gates are not folded yet, the folder holds something else, or no batch can be made up.
         RuntimeError: The reloaded files compute something else, or hold numbers that are not finite.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if profile not in PROFILES:
         raise UserError(f'profile must be one of {", ".join(PROFILES)}; got "{profile}"')
-    if is_gated(model):
-        raise UserError(
-            "the rank allocation is not finished: its gates are not folded; call finish() or end train() first"
-        )
     _check_target(path)
     sites = list(plain_sites(model))
     adapter = sites[0][2]
+    if is_gated(model, adapter):
+        raise UserError(
+            "the rank allocation is not finished: its gates are not folded; call finish() or end train() first"
+        )
+    _check_plain(model, adapter)
     factors = {name: _factors(layer, adapter) for name, layer, _ in sites}
+    if not any(factor.rank for factor in factors.values()):
+        raise UserError("the adapter has no rank left in any module: there is nothing to export")
     batch = _made_up_batch(model) if batch is None else batch
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+    temporary_folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    with temporary_folder as temporary, _evaluating(model):
         folder = Path(temporary) / "export"
         folder.mkdir()
         if profile == "merged":
@@ -206,6 +214,7 @@ def _plain_config(model: PeftModel, adapter: str, fields: Mapping[str, Any], lef
         "alpha_pattern": {},
         "use_rslora": False,
         "init_lora_weights": True,
+        "eva_config": None,
         "inference_mode": True,
     }.items():
         setattr(config, key, value)
@@ -243,33 +252,44 @@ def _write_merged(
 ) -> float:
     """Merge a copy, save it, load it again and compare."""
     expected = _logits(model, batch)
-    merged = copy.deepcopy(model).merge_and_unload()
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    _compare(expected, _logits(merged, batch), ulps=64)  # narrow weights are rounded once more by merging
     merged.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     AutoConfig.from_pretrained(folder)  # the folder is a model that loads by itself
     reloaded = type(merged).from_pretrained(folder, dtype=merged.dtype).to(merged.device)
-    return _compare(expected, _logits(reloaded, batch))
+    return _compare(_logits(merged, batch), _logits(reloaded.eval(), batch))
 
 
 @torch.no_grad()
 def _logits(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    training = model.training
-    model.eval()
-    try:
-        outputs = model(**batch)
-    finally:
-        model.train(training)
+    outputs = model(**batch)
+    if isinstance(outputs, Tensor):
+        return outputs
     logits = getattr(outputs, "logits", None)
     return outputs[0] if logits is None else logits
 
 
-def _compare(expected: Tensor, actual: Tensor) -> float:
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each module's own mode and the generators' states after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _compare(expected: Tensor, actual: Tensor, ulps: int = 4) -> float:
     """Largest difference of a logit; an error when it is more than rounding.
 
     Allowed are 1e-5 in fp32 and a few units in the last place of a narrower dtype, relative to the largest logit.
     """
-    relative = max(1e-5, 4 * torch.finfo(expected.dtype).eps)
+    relative = max(1e-5, ulps * torch.finfo(expected.dtype).eps)
     expected, actual = expected.float(), actual.float()
     difference = float((expected - actual).abs().max())
     tolerance = relative * max(1.0, float(expected.abs().max()))
@@ -282,17 +302,40 @@ def _compare(expected: Tensor, actual: Tensor) -> float:
 
 
 def _made_up_batch(model: PeftModel) -> dict[str, Tensor]:
-    """Draw token ids for the check."""
+    """Draw token ids for the check: one sample where the model cannot pad, no longer than its positions."""
     inner: Any = model.get_base_model()
     if getattr(inner, "main_input_name", None) != "input_ids":
         raise UserError(
             f"{type(inner).__name__} does not take token ids: pass batch={{...}}, inputs for the check of the export"
         )
-    vocabulary = inner.get_input_embeddings().num_embeddings
+    config = inner.config.get_text_config()
+    samples = 1 if getattr(config, "pad_token_id", None) is None else 2
+    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (2, 16), generator=generator).to(inner.device)
+    ids = torch.randint(0, config.vocab_size, (samples, length), generator=generator).to(inner.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**batch, "decoder_input_ids": ids} if inner.config.is_encoder_decoder else batch
+
+
+def _check_plain(model: PeftModel, adapter: str) -> None:
+    """Refuse an adapter that is more than B·A on the base weights: the files could not say so."""
+    config = model.peft_config[adapter]
+    assert isinstance(config, LoraConfig)
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.startswith(CHANGES_BASE_WEIGHTS):
+        raise UserError(
+            f'init_lora_weights="{start}" changed the base weights at the start, so the adapter fits no stock base model; '
+            "convert it with PEFT (path_initial_model_for_weight_conversion) or train with init_lora_weights=True"
+        )
+    if config.layer_replication or config.bias != "none":
+        what = "layer_replication" if config.layer_replication else f'bias="{config.bias}"'
+        raise UserError(f"an adapter with {what} is more than plain LoRA and cannot be exported as such")
+    for name, layer, _ in plain_sites(model):
+        if adapter in layer.lora_variant or layer.lora_bias[adapter] or layer.lora_A[adapter].weight.dim() != 2:
+            raise UserError(f"{name}: not plain LoRA on a linear layer (a variant, a bias or a convolution)")
+        if layer.merged or layer.disable_adapters:
+            state, cure = ("merged", "unmerge_adapter()") if layer.merged else ("disabled", "enable_adapter_layers()")
+            raise UserError(f"{name}: the adapter is {state}, so there is nothing to compare with; call {cure} first")
 
 
 def _check_target(path: Path) -> None:
@@ -309,7 +352,11 @@ def _move_into_place(folder: Path, path: Path) -> None:
     if path.exists():
         old = folder.with_name("old")
         path.rename(old)
-        folder.rename(path)
+        try:
+            folder.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
         shutil.rmtree(old)
     else:
         folder.rename(path)
@@ -321,7 +368,7 @@ def _card(model: PeftModel, adapter: str, export: Export) -> str:
     rows = "\n".join(f"| `{name}` | {rank} |" for name, rank in export.ranks.items())
     serving = "\n".join(export.serving)
     return f"""---
-base_model: {base}
+base_model: {json.dumps(base)}
 library_name: peft
 tags:
 - lora

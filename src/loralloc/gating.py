@@ -91,7 +91,7 @@ class Site:
     @property
     def scale(self) -> Tensor:
         """Fixed factor per rank, [r]; zero where a rank is closed for good."""
-        return self._variant.scale
+        return self._variant.scale.to(self.gate.device)
 
     @property
     def rank(self) -> int:
@@ -240,9 +240,12 @@ def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[
         yield name, layer, adapter
 
 
-def is_gated(model: nn.Module) -> bool:
-    """Whether any layer of the model carries gates."""
-    return any(isinstance(module, LoraLayer) and hasattr(module, "lora_gate") for module in model.modules())
+def is_gated(model: nn.Module, adapter: str) -> bool:
+    """Whether any layer carries gates of this adapter."""
+    return any(
+        isinstance(module, LoraLayer) and isinstance(module.lora_variant.get(adapter), _GatedVariant)
+        for module in model.modules()
+    )
 
 
 def _lora_adapter(model: nn.Module, adapter: str | None) -> str:
@@ -295,7 +298,14 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
         raise UserError(f"{name}: lora_bias=True is not supported: a bias has no rank; set lora_bias=False")
     if layer.merged:
         raise UserError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
+    if not layer.scaling[adapter] > 0:
+        raise UserError(f"{name}: the scale lora_alpha / r is {layer.scaling[adapter]}; it must be positive")
     weight = layer.lora_A[adapter].weight
+    if adapter not in layer.active_adapters or not weight.requires_grad:
+        raise UserError(
+            f'{name}: adapter "{adapter}" is not being trained (inactive, or frozen as loaded for inference); call '
+            f'set_adapter("{adapter}"), or load it with is_trainable=True'
+        )
     if type(weight.data).__name__ == "DTensor":
         raise UserError(
             f"{name}: the adapter is sharded over processes (tensor parallel or FSDP); attach before sharding is not "

@@ -36,7 +36,9 @@ def per_rank(element_scores: Tensor, rank_dim: int) -> Tensor:
     return element_scores if element_scores.dim() == 2 else element_scores.mean(dim=3 - rank_dim)
 
 
-def penalty_gradient(stack: Tensor, rank_dim: int, open_ranks: Tensor, kind: Penalty, matrices: int) -> Tensor:
+def penalty_gradient(
+    stack: Tensor, rank_dim: int, open_ranks: Tensor, kind: Penalty, matrices: int, resolution: float | None = None
+) -> Tensor:
     """Gradient of the orthogonality penalty with respect to a stack of factors.
 
     With G the r×r Gram matrix of a factor (Q Qᵀ or PᵀP) and E = G − I:
@@ -53,6 +55,7 @@ def penalty_gradient(stack: Tensor, rank_dim: int, open_ranks: Tensor, kind: Pen
         open_ranks: [n, r]; ranks closed for good take no part. Boolean.
         kind: Which of the two penalties.
         matrices: Number of factors over which `reference` averages: two per site.
+        resolution: Relative rounding of the numbers in `stack`, where it is coarser than their dtype's.
 
     Returns:
         The gradient, in the shape of `stack`; rows (columns) of closed ranks are zero.
@@ -65,7 +68,8 @@ def penalty_gradient(stack: Tensor, rank_dim: int, open_ranks: Tensor, kind: Pen
         error = 4 * error
     else:
         norm = torch.linalg.matrix_norm(error, keepdim=True)
-        noise = 16 * torch.finfo(stack.dtype).eps * stack.shape[rank_dim]
+        rank, width, eps = stack.shape[rank_dim], stack.shape[3 - rank_dim], torch.finfo(stack.dtype).eps
+        noise = eps * (16 * rank + width**0.5) + (resolution or eps) * rank / 4  # of the sums, of the numbers
         error = torch.where(norm > noise, 2 * error / (norm * matrices), 0.0)
     return torch.bmm(error, factor) if rank_dim == 1 else torch.bmm(factor, error)
 

@@ -147,7 +147,7 @@ def test_the_finished_model_is_plain_lora_that_computes_the_same(method, name, t
     trained = logits(loop.model)
     assert (trained - base).abs().max() > 0.01  # it did learn something
     plan = loop.run.finish()
-    assert not is_gated(loop.model)
+    assert not is_gated(loop.model, "default")
     assert (logits(loop.model) - trained).abs().max() < 1e-5
     export = export_adapter(loop.model, tmp_path / "adapter")
     assert export.ranks == plan.ranks

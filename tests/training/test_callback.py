@@ -126,7 +126,7 @@ def test_a_run_that_is_stopped_early_meets_the_budget(tmp_path: Path) -> None:
     assert allocation.plan is not None
     assert allocation.plan.total_rank == 12
     assert (allocation.plan.provenance["steps"], allocation.plan.provenance["total_steps"]) == (6, STEPS)
-    assert not is_gated(trainer.model)
+    assert not is_gated(trainer.model, "default")
     assert [event["event"] for event in read_trace(trace)][-1] == "finish"
 
 
@@ -167,7 +167,7 @@ def test_only_the_active_adapter_is_allocated(tmp_path: Path) -> None:
 def test_the_first_forward_equals_the_base_model_bit_for_bit(name: str, tmp_path: Path) -> None:
     trainer, _ = build(tmp_path, name)
     batch = token_batch()
-    assert is_gated(trainer.model)
+    assert is_gated(trainer.model, "default")
     assert torch.equal(logits_of(trainer.model, batch), logits_of(BUILDERS[name](), batch))
 
 
@@ -175,7 +175,7 @@ def test_the_first_forward_equals_the_base_model_bit_for_bit(name: str, tmp_path
 
 
 def test_after_training_the_model_is_plain_lora(finished: Finished) -> None:
-    assert not is_gated(finished.model)
+    assert not is_gated(finished.model, "default")
     assert list(finished.model.state_dict()) == list(tiny_peft(finished.name).state_dict())
     assert (logits_of(finished.model) - logits_of(BUILDERS[finished.name]())).abs().max() > 1e-2  # it has learnt
 

@@ -197,7 +197,7 @@ def test_the_best_model_of_the_final_phase_comes_back(settings: dict[str, Any], 
     winner = max(measured, key=measured.__getitem__)
     assert 16 <= min(measured) <= winner < 24
     assert trainer.state.best_global_step == winner
-    assert not is_gated(trainer.model)
+    assert not is_gated(trainer.model, "default")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(measured[winner], rel=1e-6)
     assert measured[winner] > 1.001 * measured[24]
 
@@ -275,7 +275,7 @@ def test_after_a_refused_schedule_the_model_can_be_freed(tmp_path: Path) -> None
     with refuses(TOO_SHORT):
         trainer.train()
     allocation.run.finish()
-    assert not is_gated(trainer.model)
+    assert not is_gated(trainer.model, "default")
 
 
 def test_after_a_refusal_the_same_trainer_can_be_put_right(tmp_path: Path) -> None:

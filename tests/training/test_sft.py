@@ -114,7 +114,7 @@ def test_it_prunes_to_the_budget_and_leaves_plain_lora(made_by: str, tmp_path: P
     assert allocation.plan is not None
     assert allocation.plan.total_rank == 12
     assert allocation.plan.provenance["steps"] == 16
-    assert not is_gated(model)
+    assert not is_gated(model, "default")
     assert list(model.state_dict()) == list(tiny_peft("llama").state_dict())
     export = export_adapter(model, tmp_path / "adapter")
     assert export.ranks == allocation.plan.ranks

@@ -19,6 +19,7 @@ Where we deviate, and why (`as_published` and the options give the paper's or th
   loss function, wrapper or gradient accumulation and never shows in an evaluation loss.
 * Start: P and Q orthonormal and ρ such that the first optimizer step moves the weights as far as LoRA's would
   (docs/step-parity.md). As published, ρ = 1 and P, Q ~ N(0, 0.02²), which learns far slower at LoRA's learning rate.
+* Ablation |λ|: the values that selection may zero are compared, that is after the step.
 * Final phase: closed triplets are masked for good: no gradient, no share in the penalty. The public code only resets
   their λ after each step, so the rest drifts: `order="reference"` keeps that.
 """
@@ -29,14 +30,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from loralloc.allocate import keep_top, keep_within
 from loralloc.budget import Budget, BudgetSchedule, cubic_schedule
-from loralloc.errors import UserError
+from loralloc.errors import UserError, closest
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Probe, agree
 from loralloc.scores import Penalty, penalty_gradient, per_rank, sensitivity, smooth_
@@ -93,8 +94,14 @@ class AdaLoRA:
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0 < beta < 1:
                 raise UserError(f"{name} must be in (0, 1), got {beta}")
-        if not self.gamma >= 0:
-            raise UserError(f"gamma must be at least 0, got {self.gamma}")
+        if not 0 <= self.gamma < math.inf:
+            raise UserError(f"gamma must be at least 0 and finite, got {self.gamma}")
+        choices = {"importance": Importance, "order": Order, "penalty": Penalty, "parity": Parity}
+        for name, kinds in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(kinds) and not (name == "parity" and value is None):
+                known = ", ".join(get_args(kinds))
+                raise UserError(f'{name} must be one of {known}; got "{value}".{closest(str(value), get_args(kinds))}')
 
     @classmethod
     def as_published(cls, budget: Budget, **settings: float | str | None) -> AdaLoRA:
@@ -128,7 +135,9 @@ class AdaLoRA:
                 continue
             weights, gradients = stack.weights(), stack.gradients()
             if penalise:
-                gradient = penalty_gradient(weights, stack.rank_dim, stack.open, self.penalty, 2 * len(state.sites))
+                gradient = penalty_gradient(
+                    weights, stack.rank_dim, stack.open, self.penalty, 2 * len(state.sites), stack.resolution()
+                )
                 gradients += stack.add_to_gradients(self.gamma * gradient)
             if measure and self.order == "paper":
                 self._measure(stack, weights, gradients)
@@ -156,7 +165,7 @@ class AdaLoRA:
             state.final = keep
             if self.order == "paper":
                 self._close_for_good(state, keep)
-        return Decision(keep, budget, frozen=final)
+        return Decision(keep, budget, frozen=final and self.order == "paper")
 
     def finish(self, state: AdaLoRAState, target: int) -> Tensor:
         """Close down to the target if that has not happened (a run may stop early); return the kept triplets."""
@@ -273,9 +282,17 @@ class _Stack:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters()]
         return torch.stack(gradients).to(self.mean.dtype)
 
+    def resolution(self) -> float:
+        """Relative rounding of the parameters themselves, which may be narrower than the averages."""
+        return torch.finfo(self._parameters()[0].dtype).eps
+
     def add_to_gradients(self, extra: Tensor) -> Tensor:
-        """Add a stack to the gradients that exist; return it."""
-        pairs = [(p.grad, e) for p, e in zip(self._parameters(), extra.unbind(), strict=True) if p.grad is not None]
+        """Add a stack to the gradients that exist; return what was added."""
+        gradients = [parameter.grad for parameter in self._parameters()]
+        missing = [index for index, gradient in enumerate(gradients) if gradient is None]
+        if missing:
+            extra[missing] = 0
+        pairs = [(grad, e) for grad, e in zip(gradients, extra.unbind(), strict=True) if grad is not None]
         if pairs:
             torch._foreach_add_([grad for grad, _ in pairs], [e.to(grad.dtype) for grad, e in pairs])
         return extra

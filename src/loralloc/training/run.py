@@ -21,7 +21,7 @@ from loralloc.plan import RankPlan
 MAX_BAD_STEPS = 50
 """Consecutive steps with a non-finite gradient after which a run is given up: more than any loss scaler needs."""
 
-GATES_HAVE_MOVED_BY = 3
+GATES_HAVE_MOVED_BY = 10
 """Sound step by which trained gates must have moved; a learning-rate warm-up may well start from zero."""
 
 OPTIMIZER_WITHOUT_GATES = (
@@ -56,7 +56,11 @@ def attach(model: nn.Module, method: Method, total_steps: int, adapter: str | No
         UserError: The model, the adapter, the budget or the schedule does not allow it; the message says why.
     """
     run = AllocationRun(model, method, adapter)
-    run.begin(total_steps)
+    try:
+        run.begin(total_steps)
+    except BaseException:
+        fold_gates(run.sites)
+        raise
     return run
 
 
@@ -117,6 +121,8 @@ class AllocationRun:
         Raises:
             FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
         """
+        if self.plan is not None:
+            raise RuntimeError("the run is finished: its gates are folded")
         if self.step == 0:
             self.emit_start()
         if self._gradients_are_finite():
@@ -163,6 +169,8 @@ class AllocationRun:
         Returns:
             The rank plan; it meets the budget, also when the run was stopped early.
         """
+        if self.plan is not None:
+            raise RuntimeError("the run is finished already")
         total_steps = self.schedule.total_steps
         with torch.no_grad():
             kept = self.method.finish(self.state, self.target)
