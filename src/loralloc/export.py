@@ -324,7 +324,7 @@ def _check_plain(model: PeftModel, adapter: str) -> None:
     start = config.init_lora_weights
     if isinstance(start, str) and start.startswith(CHANGES_BASE_WEIGHTS):
         raise UserError(
-            f'init_lora_weights="{start}" changed the base weights at the start, so the adapter fits no stock base model; '
+            f'init_lora_weights="{start}" changed the base weights at the start, so the adapter fits no stock base; '
             "convert it with PEFT (path_initial_model_for_weight_conversion) or train with init_lora_weights=True"
         )
     if config.layer_replication or config.bias != "none":

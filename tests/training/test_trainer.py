@@ -39,7 +39,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from loralloc.cli import pipeline
 from loralloc.training import checkpoint as checkpoints
-from loralloc.training.trainer import PlainTrainer, read_jsonl
+from loralloc.training.checkpoint import read_jsonl
+from loralloc.training.trainer import PlainTrainer
 
 STEPS = 20
 SAVED = f"checkpoints/checkpoint-{STEPS}"

@@ -165,7 +165,7 @@ class AdaLoRA:
             state.final = keep
             if self.order == "paper":
                 self._close_for_good(state, keep)
-        return Decision(keep, budget, frozen=final and self.order == "paper")
+        return Decision(keep, budget, frozen=final)
 
     def finish(self, state: AdaLoRAState, target: int) -> Tensor:
         """Close down to the target if that has not happened (a run may stop early); return the kept triplets."""

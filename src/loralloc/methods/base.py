@@ -30,7 +30,7 @@ class Decision:
     Attributes:
         kept: Boolean [R]: the ranks of all sites, one site after the other.
         budget: What the schedule allowed, in the budget's unit.
-        frozen: Whether the closed ranks are closed for good.
+        frozen: Whether it is the final decision.
     """
 
     kept: Tensor
@@ -98,6 +98,11 @@ def any_process(flag: Tensor) -> bool:
     return bool(flag.item())
 
 
+def settings_of(method: Method) -> dict[str, Any]:
+    """Return the hyper-parameters of a method; the budget, which several spellings may name, stands elsewhere."""
+    return {key: value for key, value in asdict(method).items() if key != "budget"}  # type: ignore[call-overload]
+
+
 def ranks_by_site(sites: Sequence[Site], kept: Tensor) -> list[int]:
     """Count the kept ranks of each site; one transfer from the device."""
     flags = iter(kept.tolist())
@@ -110,11 +115,10 @@ def rank_plan(method: Method, sites: Sequence[Site], kept: Tensor, provenance: M
         site.name: ModuleRank(rank, site.rank, site.inputs, site.outputs, site.scaling)
         for site, rank in zip(sites, ranks_by_site(sites, kept), strict=True)
     }
-    settings = {key: value for key, value in asdict(method).items() if key != "budget"}  # type: ignore[call-overload]
     return RankPlan(
         method=method.id,
         modules=modules,
         budget=method.budget.to_dict(),
         peak=sum(site.rank for site in sites),
-        provenance={**provenance, "settings": settings},
+        provenance={**provenance, "settings": settings_of(method)},
     )

@@ -15,7 +15,16 @@ from loralloc._version import __version__
 from loralloc.budget import BudgetSchedule
 from loralloc.errors import UserError
 from loralloc.gating import Site, attach_gates, fold_gates
-from loralloc.methods.base import Decision, Method, Probe, any_process, rank_plan, ranks_by_site, site_budget
+from loralloc.methods.base import (
+    Decision,
+    Method,
+    Probe,
+    any_process,
+    rank_plan,
+    ranks_by_site,
+    settings_of,
+    site_budget,
+)
 from loralloc.plan import RankPlan
 
 MAX_BAD_STEPS = 50
@@ -157,7 +166,7 @@ class AllocationRun:
         if decision is not None:
             self._record(decision)
             if decision.frozen and optimizer is not None:
-                clear_moments(optimizer, self.sites, decision.kept)
+                clear_moments(optimizer, self.sites)
         self.step += 1
 
     def finish(self, provenance: Mapping[str, Any] | None = None) -> RankPlan:
@@ -213,15 +222,18 @@ class AllocationRun:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, numbers) that a resumed run needs beyond the model's and the optimizer's own."""
+        # How the phases were spelled is not the point: the schedule says what they came to.
+        phases = ("warmup", "cooldown", "interval")
+        settings = {key: value for key, value in settings_of(self.method).items() if key not in phases}
         numbers = {
             "method": self.method.id,
-            "settings": asdict(self.method),  # type: ignore[call-overload]
+            "settings": settings,
             "step": self.step,
             "bad_steps": self.bad_steps,
             "ranks": self._ranks,
             "sites": {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites},
             "schedule": asdict(self.schedule),
-            "gates": self._gate_checksum(),
+            "gates": self._gate_checksum() if self.plan is None else None,
         }
         return self.method.state_dict(self.state), numbers
 
@@ -316,18 +328,15 @@ class AllocationRun:
 
 
 @torch.no_grad()
-def clear_moments(optimizer: torch.optim.Optimizer, sites: Iterable[Site], kept: Tensor) -> None:
-    """Zero the optimizer's per-element state of closed ranks, so that no momentum moves them any more.
+def clear_moments(optimizer: torch.optim.Optimizer, sites: Iterable[Site]) -> None:
+    """Zero the optimizer's state of ranks that are closed for good, so that no momentum moves them any more.
 
     Args:
         optimizer: Any optimizer whose state holds tensors in the shape of the parameter (Adam's moments, momentum).
-        sites: The sites, in the order of `kept`.
-        kept: Boolean [R].
+        sites: The sites; a scale of zero marks a closed rank.
     """
-    first = 0
     for site in sites:
-        closed = ~kept[first : first + site.rank].to(site.gate.device)
-        first += site.rank
+        closed = site.scale == 0
         for parameter, index in ((site.A, closed), (site.B, (slice(None), closed)), (site.gate, closed)):
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
