@@ -299,15 +299,12 @@ class TestNotAPlan:
             with_entry(scale=scale), f'the scale of module "{QUERY}" must be a positive finite number, got {scale!r}'
         )
 
-    @pytest.mark.parametrize("scale", [1, 2.0**-1074, 10**300], ids=["whole", "smallest", "large"])
+    @pytest.mark.parametrize(
+        "scale", [1, 2.0**-1074, 10**300, sys.float_info.max], ids=["whole", "smallest", "large", "largest"]
+    )
     def test_any_positive_finite_scale(self, path: Path, scale: float) -> None:
         path.write_text(json.dumps(with_entry(scale=scale)))
         assert RankPlan.load(path).modules[QUERY].scale == float(scale)
-
-    @pytest.mark.xfail(strict=True, reason="refused, though positive and finite")
-    def test_the_largest_scale(self, path: Path) -> None:
-        path.write_text(json.dumps(with_entry(scale=sys.float_info.max)))
-        assert RankPlan.load(path).modules[QUERY].scale == sys.float_info.max
 
     def test_the_first_bad_module_is_named(self, refuse: Refuse) -> None:
         content = plan().to_dict()
@@ -324,10 +321,9 @@ class TestNotAPlan:
     def test_a_record_of_another_kind(self, refuse: Refuse, key: str, value: Any) -> None:
         refuse({**with_entry(), key: value}, f'"{key}" must be a mapping, got {value!r}')
 
-    BAD_PEAKS = (None, 5, [1], "8", {"ranks": "many"}, {"ranks": True}, {"ranks": 8.0}, {"ranks": [8]})
-    KEY_ERROR = pytest.param({}, marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="a KeyError instead"))
+    BAD_PEAKS = (None, {}, 5, [1], "8", {"ranks": "many"}, {"ranks": True}, {"ranks": 8.0}, {"ranks": [8]})
 
-    @pytest.mark.parametrize("peak", [*BAD_PEAKS, KEY_ERROR], ids=str)
+    @pytest.mark.parametrize("peak", BAD_PEAKS, ids=str)
     def test_a_peak_of_another_kind(self, refuse: Refuse, peak: Any) -> None:
         refuse({**with_entry(), "cost": {"peak": peak}}, f'"cost.peak" must be {{"ranks": N}}, got {peak!r}')
 

@@ -12,7 +12,20 @@ import pytest
 
 from loralloc.cli import pipeline, terminal
 
-from .command import LANGUAGE, PLAIN, RECIPE, defect, done, examples, files, loralloc, read_json, refused, write_rows
+from .command import (
+    LANGUAGE,
+    PLAIN,
+    RECIPE,
+    defect,
+    done,
+    examples,
+    files,
+    loralloc,
+    ranks,
+    read_json,
+    refused,
+    write_rows,
+)
 
 Write = Callable[[str], Path]
 
@@ -44,7 +57,10 @@ MODEL_MISTAKES: dict[str, tuple[list[Any], str]] = {
     "total rank above the start": (["--total_rank", 53], "total_rank=53 asks for 53 ranks, .* start with 52"),
     "parameters above the start": (["--parameters", 1921], "asks for 1921 parameters, .* start with 1920"),
     "not one rank": (["--parameters", 31], r"not even one rank \(the cheapest costs 32\)"),
-    "rank above the dimensions": (["--lora.r", 17], "rank 17 is above the layer's 16 dimensions"),
+    "rank above the dimensions": (
+        ["--lora.r", 17],
+        r"^lora.r: rank 17 is above the 16 dimensions of bert.encoder.layer.0.attention.self.query; lower it$",
+    ),
     "no module matches": (
         ["--target_modules", "[q_proj, v_proj]"],
         r"lora.target_modules: \['q_proj', 'v_proj'\] fits no module .* dense \(7\), query \(2\), key \(2\)",
@@ -53,7 +69,10 @@ MODEL_MISTAKES: dict[str, tuple[list[Any], str]] = {
         ["--target_modules", "[LayerNorm]"],
         r"target_modules: .*LayerNorm.* query \(2\)",
     ),
-    "embeddings": (["--target_modules", "[word_embeddings]"], "bert.embeddings.word_embeddings: .*Embedding.*look-up"),
+    "embeddings": (
+        ["--target_modules", "[word_embeddings]"],
+        r"^bert.embeddings.word_embeddings: Embedding layers are not supported .* leave them out with exclude_modules=",
+    ),
     "everything excluded": (["--exclude_modules", ".*"], "excluded"),
     "no such folder": (["--model.name", "./nothing"], "model.name: there is no folder ./nothing"),
     "no model in the folder": (["--model.name", "."], r"model.name: \. holds no model: it has no config.json"),
@@ -140,7 +159,6 @@ def test_a_plan_of_another_model(run: Path, write: Write) -> None:
 class TestNothingIsLost:
     """What stood in the output folder before a mistake stands there after it."""
 
-    @defect("the earlier run is deleted before data, model and budget are looked at")
     @pytest.mark.parametrize(
         "words", [["--data.train", "none.jsonl"], ["--target_modules", "[q_proj]"], ["--total_rank", 999]]
     )
@@ -149,57 +167,67 @@ class TestNothingIsLost:
         refused("train", recipe, "--replace", *words)
         assert files(run) == before
 
-    @defect("the run folder is made before data and model are looked at, and is then in the way")
     @pytest.mark.usefixtures("unreported")
     def test_a_corrected_command_runs(self, recipe: Path) -> None:
         refused("train", recipe, "--data.train", "none.jsonl")
         done("train", recipe, "--steps", 3)
 
-    @defect("whatever holds a file recipe.yaml counts as a run")
     @pytest.mark.usefixtures("unreported")
     def test_a_folder_with_the_recipe_and_the_data_is_no_run(self, recipe: Path, here: Path) -> None:
         (here / "data").mkdir()
         write_rows(here / "data" / "train.jsonl", examples(8))
-        loralloc("train", recipe, "--output", here, "--replace", "--steps", 3)
+        message = refused("train", recipe, "--output", here, "--replace", "--steps", 3)
+        assert message == f"output: {here} exists and is not a run; nothing was overwritten: choose another folder"
         assert (here / "data" / "train.jsonl").exists()
 
-    @defect("the plan that --plan names is deleted with the run it stands in")
     @pytest.mark.usefixtures("unreported")
     def test_a_plan_of_the_run_that_is_replaced(self, run: Path, recipe: Path) -> None:
-        result = loralloc("train", recipe, "--plan", run / "ranks.json", "--average_rank", 1, "--replace")
-        assert result.code == 0 or (run / "ranks.json").exists()
+        planned = {name: rank for name, rank in ranks(run).items() if rank}
+        done("train", recipe, "--plan", run / "ranks.json", "--average_rank", 1, "--replace")
+        modules = read_json(run / "ranks.json")["modules"]
+        assert {name: module["start"] for name, module in modules.items()} == planned
 
 
 class TestTracebacks:
-    """Mistakes that end in a traceback today."""
+    """Mistakes that are easily met too late, by a traceback."""
 
-    @defect("KeyError: plain LoRA on embeddings fails after the training")
-    @pytest.mark.usefixtures("unreported")
     def test_plain_lora_on_embeddings(self, write: Write) -> None:
-        result = loralloc("train", write(PLAIN), "--target_modules", "[word_embeddings]", "--steps", 3)
-        assert result.code == 0 or "word_embeddings" in result.err
+        assert refused("train", write(PLAIN), "--target_modules", "[word_embeddings]", "--steps", 3) == (
+            "bert.embeddings.word_embeddings: Embedding layers are not supported (their factors are no matrices of a "
+            'linear layer); leave them out with exclude_modules=["bert.embeddings.word_embeddings"]'
+        )
+        assert not Path("run").exists()
 
-    @defect("re.error")
     def test_a_broken_pattern(self, recipe: Path) -> None:
-        assert "lora.target_modules" in refused("train", recipe, "--target_modules", "(query")
+        message = refused("train", recipe, "--target_modules", "(query")
+        assert message.startswith("lora.target_modules: (query fits no module")
+        assert "missing ), unterminated subpattern at position 0" in message
 
-    @defect("ValueError from TrainingArguments")
     def test_bf16_where_there_is_none(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
         assert "bf16" in refused("train", recipe, "--bf16", "true")
 
-    @defect("FloatingPointError from AdaLoRA, RuntimeError from the export of plain LoRA")
-    @pytest.mark.parametrize("text", [RECIPE, PLAIN])
-    def test_a_learning_rate_that_diverges(self, text: str, write: Write) -> None:
+    @pytest.mark.parametrize(
+        ("text", "pattern"),
+        [
+            (
+                RECIPE,
+                r"^51 optimizer steps in a row had a non-finite gradient \(last: step \d+\); lower the learning rate",
+            ),
+            (
+                PLAIN,
+                "^the run ended without an adapter: .* not finite; .* if the loss diverged, lower the learning rate$",
+            ),
+        ],
+    )
+    def test_a_learning_rate_that_diverges(self, text: str, pattern: str, write: Write) -> None:
         message = refused("train", write(text), "--learning_rate", 1e30, "--steps", 60)
-        assert "learning rate" in message
+        assert re.search(pattern, message), message
 
-    @defect("NotADirectoryError")
     def test_an_output_below_a_file(self, recipe: Path, here: Path) -> None:
         (here / "file").touch()
-        assert "file" in refused("train", recipe, "--output", "file/run")
+        assert refused("train", recipe, "--output", "file/run") == "[Errno 20] Not a directory: 'file/run'"
 
-    @defect("OSError: rmtree on a symbolic link")
     @pytest.mark.usefixtures("unreported")
     def test_replace_through_a_link(self, run: Path, recipe: Path, here: Path) -> None:
         run.rename(here / "disk")
@@ -226,7 +254,6 @@ class TestTracebacks:
 class TestSurprises:
     """Input that is accepted and then means something else."""
 
-    @defect("checkpoints go to the home directory, everything else to a folder called ~")
     @pytest.mark.usefixtures("unreported")
     def test_a_home_directory(self, recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(here / "home"))
@@ -239,19 +266,22 @@ class TestSurprises:
     def test_flags_may_stand_before_the_recipe(self, recipe: Path) -> None:
         assert "6 to 9" in done("train", "--steps", 10, recipe, "--dry-run")
 
-    @defect("--replace is ignored without a word")
     def test_resume_and_replace(self, run: Path, recipe: Path) -> None:
-        assert "--replace" in refused("train", recipe, "--resume", "--replace")
+        before = files(run)
+        message = refused("train", recipe, "--resume", "--replace")
+        assert message == "--resume continues a run and --replace starts it over: give one of them"
+        assert files(run) == before
 
-    @defect("every loss is nan, and metrics.json is not JSON")
+    @defect("no position has a next token: every loss is nan, and the run succeeds")
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     def test_blocks_of_one_token(self, write: Write) -> None:
         assert "data.max_length" in refused("train", write(LANGUAGE), "--max_length", 1)
 
-    @defect("ranks.json refuses its own ranks when the report reads it, after the training")
     def test_plain_lora_above_the_dimensions(self, write: Write) -> None:
-        result = loralloc("train", write(PLAIN), "--lora.r", 17, "--steps", 3)
-        assert result.code == 0 or not Path("run/log.jsonl").exists()
+        assert refused("train", write(PLAIN), "--lora.r", 17, "--steps", 3) == (
+            "lora.r: rank 17 is above the 16 dimensions of bert.encoder.layer.0.attention.self.query; lower it"
+        )
+        assert not Path("run").exists()
 
 
 class TestInterrupt:
@@ -267,21 +297,22 @@ class TestInterrupt:
         assert interrupted.code == 130
         assert "Traceback" not in interrupted.err
 
-    @defect("typer ends the process before the message is printed")
     def test_says_how_to_go_on(self, interrupted: Any) -> None:
-        assert "--resume" in interrupted.err
+        told = "interrupted; a run with checkpoints (training.save_every) continues with --resume"
+        assert told in interrupted.out.splitlines()
 
-    @defect("the bar is only taken down when training ends well")
     def test_gives_the_cursor_back(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        bars: list[terminal.Progress] = []
+        started: list[bool] = []
 
-        def press(bar: terminal.Progress, *_: object, **__: object) -> None:
-            bars.append(bar)
+        def press(*_: object, **__: object) -> None:
+            started.append(terminal._bar.live.is_started)
             raise KeyboardInterrupt
 
         monkeypatch.setattr(terminal.Progress, "on_step_end", press)
         loralloc("train", recipe)
-        assert not bars[0]._bar.live.is_started
+        assert started == [True]
+        assert not terminal._bar.live.is_started
+        assert not terminal._bar.tasks
 
 
 def test_an_error_of_ours_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from loralloc.cli import terminal
 from loralloc.config import load_recipe
 from loralloc.recipes import list_recipes, recipe_text
 
-from .command import RECIPE, defect, done, examples, files, loralloc, ranks, read_json, refused, write_rows
+from .command import RECIPE, done, examples, files, loralloc, ranks, read_json, refused, write_rows
 
 Write = Callable[[str], Path]
 
@@ -79,10 +79,10 @@ class TestEvaluate:
         assert 'new.jsonl:1: label "god" is not among' in message
         assert 'Did you mean "good"?' in message
 
-    @defect("a damaged adapter ends in a traceback of safetensors")
     def test_a_damaged_adapter(self, run: Path) -> None:
         (run / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 20)
-        assert "adapter" in refused("evaluate", run)
+        message = refused("evaluate", run)
+        assert message.startswith(f"{run / 'adapter'} cannot be loaded: ")
 
 
 class TestExport:
@@ -130,17 +130,18 @@ class TestExport:
         assert "nothing was overwritten" in refused("export", run, "--to", run)
         assert (here / "own" / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
-    @defect("any folder with a config.json counts as an export and is replaced: here, the base model")
     def test_the_base_model_is_left_alone(self, run: Path, here: Path, encoder: Path) -> None:
         shutil.copytree(encoder, here / "base")
         before = files(here / "base")
-        loralloc("export", run, "--to", "base")
+        assert refused("export", run, "--to", "base").endswith(
+            "base exists and is no export of loralloc; nothing was overwritten: choose another folder"
+        )
         assert files(here / "base") == before
 
-    @defect("a file among the parents of the folder ends in a traceback")
     def test_a_file_on_the_way(self, run: Path, here: Path) -> None:
         (here / "file").write_text("years of work", encoding="utf-8")
-        assert "file" in refused("export", run, "--to", "file/adapter")
+        assert refused("export", run, "--to", "file/adapter") == f"[Errno 17] File exists: '{here / 'file'}'"
+        assert (here / "file").read_text(encoding="utf-8") == "years of work"
 
     def test_an_unknown_profile_meets_the_known(self, run: Path) -> None:
         result = loralloc("export", run, "--profile", "raged")
@@ -210,10 +211,9 @@ class TestInit:
         assert 'Did you mean "demo/lora"?' in refused("init", "demo/loar")
         assert files(here) == {}
 
-    @defect("a file among the parents of the copy ends in a traceback")
     def test_a_file_on_the_way(self, here: Path) -> None:
         (here / "file").touch()
-        assert "file" in refused("init", "demo/lora", "--to", "file/recipe.yaml")
+        assert refused("init", "demo/lora", "--to", "file/recipe.yaml") == "[Errno 17] File exists: 'file'"
 
 
 def test_env_shows_versions() -> None:
@@ -256,7 +256,6 @@ class TestDemo:
         exec(compile(code, "printed", "exec"), scope)  # as a user pastes it
         assert isinstance(scope["model"], PeftModel)
 
-    @defect("the lines to paste are wrapped at the width of the terminal, inside a string")
     def test_prints_them_whole_in_a_narrow_terminal(
         self, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     ) -> None:

@@ -192,7 +192,6 @@ def test_parity_is_a_larger_scale_and_nothing_else():
     Pair(adam, order="reference", parity="adam").walk()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="moments are cleared at the freeze in both orders")
 def test_reference_order_leaves_the_moments_of_closed_triplets_alone():
     Pair(sgd, order="reference", clear=True).walk()
 

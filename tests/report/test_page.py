@@ -204,8 +204,11 @@ class TestModels:
     def test_ranks_that_were_all_closed(self, tmp_path: Path) -> None:
         made = Fabricated(bert(1), average=0)
         assert made.ranks == [0] * 6
-        page = report(made.write(tmp_path / "run"))
-        assert "6 modules have no rank left" in words(page.section("ranks"))
+        run = made.write(tmp_path / "run")
+        text = f"{run / 'ranks.json'}: the plan keeps no rank in any module; restore the file, or train again"
+        with pytest.raises(UserError, match=f"^{re.escape(text)}$"):
+            report(run)
+        assert not (run / "report.html").exists()
 
 
 class TestMissingPieces:

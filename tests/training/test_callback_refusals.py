@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from models import logits, tiny_llama, tiny_peft
 from trainers import BATCH, adapter_tensors, arguments, build, language_batch, same_tensors, sentences, train
 from transformers import Trainer, TrainerState
@@ -123,7 +125,11 @@ def test_a_model_that_the_trainer_builds_anew_is_refused(tmp_path: Path) -> None
         model_init=lambda: tiny_peft("llama"),
         callbacks=[RankAllocation(AdaLoRA(TWO_RANKS))],
     )
-    with refuses("the optimizer does not hold the gates of 6 modules"):
+    words = (
+        "the Trainer trains another model than the one the allocation was attached to (model_init makes a new one for "
+        "each run); pass model= instead"
+    )
+    with refuses(words):
         trainer.train()
 
 
@@ -217,7 +223,6 @@ class Arguments(SimpleNamespace):
     def __init__(self, **settings: Any) -> None:
         usual = {
             "deepspeed": None,
-            "deepspeed_plugin": None,
             "fsdp": None,
             "n_gpu": 1,
             "fp16": False,
@@ -225,6 +230,8 @@ class Arguments(SimpleNamespace):
             "should_save": True,
             "gradient_accumulation_steps": 1,
             "load_best_model_at_end": False,
+            "world_size": 1,
+            "average_tokens_across_devices": True,
             "output_dir": "unused",
         }
         super().__init__(**{**usual, **settings})
@@ -245,11 +252,6 @@ def begin(folder: Path, settings: Arguments) -> None:
             {"deepspeed": "zero3.json"},
             "DeepSpeed is not supported: it hides the gradients that scores are made of; use DDP",
         ),
-        pytest.param(
-            {"deepspeed_plugin": object()},  # what `accelerate launch --use_deepspeed` sets
-            "DeepSpeed is not supported",
-            marks=pytest.mark.xfail(strict=True, reason="only the argument is looked at, not the launcher's choice"),
-        ),
         ({"fsdp": True}, "FSDP is not supported yet: it shards the factors that scores are made of; use DDP"),
         ({"n_gpu": 2}, "torch.nn.DataParallel is not supported; launch with torchrun or accelerate launch (DDP)"),
         ({"fp16": True, "max_grad_norm": 0.0}, "fp16 without gradient clipping leaves the loss scale in the gradients"),
@@ -259,6 +261,24 @@ def begin(folder: Path, settings: Arguments) -> None:
 def test_an_engine_that_would_be_wrong_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
     with refuses(words):
         begin(tmp_path, Arguments(**settings))
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ("DEEPSPEED", "DeepSpeed is not supported: it hides the gradients that scores are made of; use DDP"),
+        ("FSDP", "FSDP is not supported yet: it shards the factors that scores are made of; use DDP"),
+    ],
+)
+def test_an_engine_chosen_by_the_launcher_is_refused(
+    engine: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `accelerate launch --use_deepspeed`: no argument of the Trainer names the engine."""
+    trainer, allocation = build(tmp_path)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType[engine])
+    state = TrainerState(max_steps=24)
+    with refuses(words):
+        allocation.on_train_begin(trainer.args, state, trainer.control, model=trainer.model)
 
 
 @pytest.mark.parametrize("settings", [{}, {"fp16": True}, {"max_grad_norm": 0.0}])

@@ -106,7 +106,7 @@ def check_same(run: Path, other: Path) -> None:
 
 def newest() -> str:
     """The checkpoint that a run would be resumed from."""
-    found = checkpoints.newest_complete(Path("run/checkpoints"))
+    found = checkpoints.newest_complete(Path("run/checkpoints"), before=STEPS)
     return "" if found is None else found.name
 
 
@@ -202,9 +202,8 @@ class TestResume:
             train("adalora", "--resume")
         assert [row["step"] for row in read_rows(Path("run/trace.jsonl")) if row["event"] == "bad_step"] == [5, 10]
         assert read_json(Path("run/ranks.json"))["provenance"]["bad_steps"] == 2
-        assert differences(Path("run"), Path("whole")) == ["adapter/README.md", "recipe.yaml"], "they name the folder"
+        assert differences(Path("run"), Path("whole")) == ["recipe.yaml"], "it names the folder"
 
-    @defect("the total of the losses is carried over, but divided by the steps since the checkpoint")
     def test_the_mean_loss_of_the_run(self, whole: Whole) -> None:
         with killed_at(9):
             train("adalora")
@@ -215,12 +214,11 @@ class TestResume:
         )
         assert ours == theirs
 
-    @defect("from the checkpoint of the last step, the Trainer takes one step more")
     @pytest.mark.parametrize("variant", [pytest.param("adalora", marks=pytest.mark.slow), "constant"])
     def test_killed_after_the_last_step(self, variant: str, whole: Whole) -> None:
         with killed_in(pipeline, "export_adapter"):
             train(variant)
-        assert newest() == f"checkpoint-{STEPS}"
+        assert newest() == f"checkpoint-{STEPS - 2}", "the Trainer would take one step more from the last"
         train(variant, "--resume")
         check_same(Path("run"), whole(variant))
 
@@ -366,13 +364,16 @@ class TestFiles:
         assert {path.suffix for path in tmp_path.iterdir() if "optimizer" in path.name} == {".json", ".safetensors"}
 
     def test_the_newest_complete_checkpoint_has_the_highest_step(self, tmp_path: Path) -> None:
-        assert checkpoints.newest_complete(tmp_path / "none") is None
+        assert checkpoints.newest_complete(tmp_path / "none", before=20) is None
         for step in (2, 9, 10, 11):
             (tmp_path / f"checkpoint-{step}").mkdir()
-        assert checkpoints.newest_complete(tmp_path) is None
+        assert checkpoints.newest_complete(tmp_path, before=20) is None
         for step in (9, 10, 2):
             checkpoints.mark_complete(tmp_path / f"checkpoint-{step}", step)
-        assert checkpoints.newest_complete(tmp_path) == tmp_path / "checkpoint-10"
+        assert checkpoints.newest_complete(tmp_path, before=20) == tmp_path / "checkpoint-10"
+        assert checkpoints.newest_complete(tmp_path, before=11) == tmp_path / "checkpoint-10"
+        assert checkpoints.newest_complete(tmp_path, before=10) == tmp_path / "checkpoint-9"
+        assert checkpoints.newest_complete(tmp_path, before=2) is None
 
     def test_a_log_that_was_cut_off(self, tmp_path: Path) -> None:
         path = tmp_path / "log.jsonl"

@@ -174,8 +174,8 @@ class RankAllocation(TrainerCallback):
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(
-                f"{folder} has no usable rank-allocation state ({type(error).__name__}: {error}); resume from a checkpoint that was written "
-                "with this callback, in the same output_dir"
+                f"{folder} has no usable rank-allocation state ({type(error).__name__}: {error}); resume from a "
+                "checkpoint that was written with this callback, in the same output_dir"
             ) from error
         if self._trace is None:
             return
