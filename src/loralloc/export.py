@@ -145,10 +145,11 @@ def export_adapter(
             _write_adapter(model, adapter, folder, factors, profile)
             difference = _reload_difference(model, adapter, folder, batch)
         export = Export(path, profile, {name: factor.rank for name, factor in factors.items()}, difference)
-        record = {"loralloc": __version__, "profile": profile, "ranks": export.ranks, "difference": difference}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if profile != "merged":
             (folder / "README.md").write_text(_card(model, adapter, export), encoding="utf-8")
+        record = {"loralloc": __version__, "profile": profile, "ranks": export.ranks, "difference": difference}
+        record["files"] = sorted(entry.name for entry in folder.iterdir())
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         _move_into_place(folder, path)
     return export
 
@@ -339,12 +340,20 @@ def _check_plain(model: PeftModel, adapter: str) -> None:
 
 
 def _check_target(path: Path) -> None:
-    """Refuse to replace a folder that is not an export."""
-    ours = (path / RECORD).is_file()
+    """Refuse to replace a folder that is not an export, or that holds anything besides."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give a folder for the export")
-    if path.exists() and any(path.iterdir()) and not ours:
+    found = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    if found and RECORD not in found:
         raise UserError(f"{path} exists and is no export of loralloc; nothing was overwritten: choose another folder")
+    if found:
+        written = json.loads((path / RECORD).read_text(encoding="utf-8")).get("files", [])
+        strangers = sorted(found - {RECORD, *written})
+        if strangers:
+            raise UserError(
+                f"{path} holds more than the export written there ({strangers[0]}); nothing was overwritten: "
+                "choose another folder"
+            )
 
 
 def _move_into_place(folder: Path, path: Path) -> None:
