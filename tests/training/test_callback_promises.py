@@ -104,8 +104,8 @@ def test_accumulated_micro_batches_give_the_plan_of_the_whole_batch(
 
 IGNORES = (
     "^the loss of {} ignores the number of items in a step, so with 4 accumulated batches on 1 processes gradients "
-    "would be 4 times too large; set model[.]accepts_loss_kwargs = False on the base model before building the Trainer, "
-    "which then takes the mean over batches itself$"
+    "would be 4 times too large; set model[.]accepts_loss_kwargs = False on the base model before building the "
+    "Trainer, which then takes the mean over batches itself$"
 )
 
 

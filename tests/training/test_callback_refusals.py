@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from models import logits, tiny_llama, tiny_peft
 from trainers import BATCH, adapter_tensors, arguments, build, language_batch, same_tensors, sentences, train
@@ -275,7 +275,8 @@ def test_an_engine_chosen_by_the_launcher_is_refused(
 ) -> None:
     """As with `accelerate launch --use_deepspeed`: no argument of the Trainer names the engine."""
     trainer, allocation = build(tmp_path)
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType[engine])
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        monkeypatch.setitem(shared, "distributed_type", DistributedType[engine])
     state = TrainerState(max_steps=24)
     with refuses(words):
         allocation.on_train_begin(trainer.args, state, trainer.control, model=trainer.model)

@@ -22,7 +22,6 @@ import pytest
 import torch
 from cli.command import (
     RECIPE,
-    defect,
     done,
     examples,
     files,
@@ -222,7 +221,6 @@ class TestResume:
         train(variant, "--resume")
         check_same(Path("run"), whole(variant))
 
-    @defect("the trace is read line by line without a thought of a line that was cut off")
     def test_a_line_that_was_cut_off(self, whole: Whole) -> None:
         with killed_at(9):
             train("adalora")
