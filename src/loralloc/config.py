@@ -243,6 +243,8 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {found}"
     yield from _broken_columns(tree)
     yield from _broken_phases(tree)
+    if tree.get("task") == "causal-lm" and _get(tree, "data", "max_length") == 1:
+        yield ("data", "max_length"), "data.max_length must be at least 2: a single token has no next one to predict"
     capacity, target = _get(tree, "lora", "r"), _get(tree, "method", "budget", "average_rank")
     capacity = LoraSection.model_fields["r"].default if capacity is None else capacity
     if _is_number(capacity) and _is_number(target) and target > capacity:

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -375,7 +375,7 @@ def _card(model: PeftModel, adapter: str, export: Export) -> str:
     """The adapter's model card."""
     base = model.peft_config[adapter].base_model_name_or_path or "unknown"
     rows = "\n".join(f"| `{name}` | {rank} |" for name, rank in export.ranks.items())
-    serving = "\n".join(export.serving)
+    serving = "\n".join(replace(export, path=Path("path/to/this/folder")).serving)
     return f"""---
 base_model: {json.dumps(base)}
 library_name: peft

@@ -236,8 +236,8 @@ def test_two_processes_decide_as_one_with_the_doubled_batch(name: str, two: Any,
 def test_a_loss_that_ignores_the_number_of_items_is_refused(two: Any) -> None:
     words = (
         "the loss of BertForSequenceClassification ignores the number of items in a step, so with 1 accumulated "
-        "batches on 2 processes gradients would be 2 times too large; set model.accepts_loss_kwargs = False on the base "
-        "model before building the Trainer, which then takes the mean over batches itself"
+        "batches on 2 processes gradients would be 2 times too large; set model.accepts_loss_kwargs = False on the "
+        "base model before building the Trainer, which then takes the mean over batches itself"
     )
     assert [results["classifier"] for results in two[1]] == [{"refused": words}, {"refused": words}]
 

@@ -169,6 +169,8 @@ def _read_json_list(source: str, text: str) -> Rows:
     except json.JSONDecodeError as error:
         line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
         raise UserError(f"{source}:{error.lineno}: not valid JSON ({error.msg}): {shorten(line)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not valid JSON ({error})") from error
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise UserError(f"{source}, row {number}: a row must be a JSON object, found {quote(record)}")
@@ -187,8 +189,10 @@ def _json_lines(source: str, text: str) -> Rows:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{source}:{number}: not valid JSON ({error.msg}): {shorten(line)}") from error
+            json.dumps(record, ensure_ascii=False).encode()  # JSON may escape half a character: no tokenizer takes it
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or getattr(error, "reason", None) or str(error)
+            raise UserError(f"{source}:{number}: not valid JSON ({reason}): {shorten(line)}") from error
         if not isinstance(record, dict):
             raise UserError(f"{source}:{number}: a row must be a JSON object, found {quote(record)}")
         records.append(record)
