@@ -124,7 +124,6 @@ def test_files_that_no_export_wrote_are_never_deleted(tmp_path: Path, marker: st
     assert (path / "checkpoint-500" / "optimizer.pt").exists()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="what was put beside an export goes with it")
 def test_files_put_beside_an_export_are_never_deleted(tmp_path: Path) -> None:
     path = tmp_path / "outputs"
     model = tiny_peft("llama", trained=True)

@@ -290,7 +290,6 @@ def test_an_engine_that_is_right_is_accepted(settings: dict[str, Any], tmp_path:
 # A model whose run was refused is not lost.
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="finish() asks for the schedule, which was refused")
 def test_after_a_refused_schedule_the_model_can_be_freed(tmp_path: Path) -> None:
     trainer, allocation = build(tmp_path, max_steps=1)
     with refuses(TOO_SHORT):

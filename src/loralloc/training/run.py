@@ -180,7 +180,7 @@ class AllocationRun:
         """
         if self.plan is not None:
             raise RuntimeError("the run is finished already")
-        total_steps = self.schedule.total_steps
+        total_steps = 0 if self._schedule is None else self._schedule.total_steps  # 0: it was refused
         with torch.no_grad():
             kept = self.method.finish(self.state, self.target)
         record = {
