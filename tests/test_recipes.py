@@ -70,3 +70,11 @@ def test_an_unknown_name_meets_the_nearest_and_the_list() -> None:
     assert str(error.value) == (
         'there is no recipe "causal-lm/adalor". Did you mean "causal-lm/adalora"? Recipes: ' + ", ".join(NAMES)
     )
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_a_recipe(path: Path) -> None:
+    assert load_recipe(path).output == f"runs/{path.stem}"

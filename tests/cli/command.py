@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -59,11 +58,6 @@ output: run
 """
 LANGUAGE = RECIPE.replace("sequence-classification", "causal-lm").replace("  label: label\n", "")
 PLAIN = RECIPE.replace("name: adalora\n  budget:\n    average_rank: 2", "name: lora")
-
-
-def defect(reason: str) -> pytest.MarkDecorator:
-    """Mark a test of what is right and does not hold yet; it fails as soon as it does hold."""
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 @dataclass(frozen=True)

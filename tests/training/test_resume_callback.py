@@ -322,8 +322,10 @@ def test_the_state_beside_another_run_of_the_same_step_is_refused(checkpoint: Pa
     there = tmp_path / "there"
     train_until_killed(there, 9, seed=1, **SAVING)
     trainer, _ = build(there, **SAVING)
-    difference = r"its gates is '\w{64}', this run's is '\w{64}'; resume with the settings it was made with$"
-    with pytest.raises(UserError, match=f"^the checkpoint belongs to another run: {difference}"):
+    difference = (
+        r"^the allocation's state was taken with other weights than those loaded; resume from the folder in which"
+    )
+    with pytest.raises(UserError, match=f"{difference} both were saved$"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 

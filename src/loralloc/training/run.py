@@ -245,12 +245,17 @@ class AllocationRun:
                 differs.
         """
         _, mine = self.state_dict()
-        for key in ("method", "settings", "sites", "schedule", "gates"):
+        for key in ("method", "settings", "sites", "schedule"):
             if numbers[key] != mine[key]:
                 raise UserError(
                     f"the checkpoint belongs to another run: its {key} {_difference(numbers[key], mine[key])}; resume "
                     "with the settings it was made with"
                 )
+        if numbers["gates"] != mine["gates"]:
+            raise UserError(
+                "the allocation's state was taken with other weights than those loaded; resume from the folder in "
+                "which both were saved"
+            )
         self.step, self.bad_steps = int(numbers["step"]), int(numbers["bad_steps"])
         self._ranks = list(numbers["ranks"])
         with torch.no_grad():
