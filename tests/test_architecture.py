@@ -10,10 +10,10 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -212,10 +212,11 @@ class TestStartUp:
     def test_help_answers_within_half_a_second(self) -> None:
         command = [Path(sys.executable).with_name("loralloc"), "--help"]
         seconds = []
-        for _ in range(3):  # the best of three: the other core may be busy with other tests
-            started = time.perf_counter()
+        for _ in range(3):  # processor time, the best of three: both cores may be busy with other tests
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run(command, capture_output=True, check=True, timeout=60)
-            seconds.append(time.perf_counter() - started)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert min(seconds) < 0.5
 
 
