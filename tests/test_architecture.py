@@ -29,7 +29,7 @@ PACKAGE = ROOT / "src" / "loralloc"
 LAYERS = (  # top to bottom; the units of one layer are siblings
     ("cli",),
     ("config",),
-    ("recipe_source",),
+    ("recipe_source", "recipe_methods"),
     ("training", "tasks", "report"),
     ("export",),
     ("methods",),
@@ -56,6 +56,7 @@ FOREIGN: dict[
     "methods": {"torch"},
     "report": {"matplotlib", "numpy", "yaml"},
     "recipe_source": {"yaml"},
+    "recipe_methods": {"pydantic"},
     "config": {"pydantic", "pydantic_core", "yaml"},
 }
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

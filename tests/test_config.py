@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from loralloc.config import METHODS, RECIPE_KEYS, AdaLoRAConfig, Recipe, load_recipe
+from loralloc.config import RECIPE_KEYS, Recipe, load_recipe
 from loralloc.errors import UserError, closest
+from loralloc.recipe_methods import METHODS, AdaLoRAConfig
 
 CLASSIFICATION = """\
 task: sequence-classification

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from loralloc.errors import UserError
 
@@ -99,6 +99,110 @@ def start_budget(ranks: Sequence[int], costs: Sequence[int], unit: Unit) -> int:
     return sum(ranks) if unit == "ranks" else sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
 
 
+class Schedule(Protocol):
+    """The budget over a run."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """Budget at the start."""
+        ...
+
+    @property
+    def target(self) -> int:
+        """Budget at the end."""
+        ...
+
+    @property
+    def final(self) -> int:
+        """The ranks are final after step `final + 1`; −1 where they are from the start."""
+        ...
+
+    def budget(self, step: int) -> int:
+        """Return the budget after the 0-based optimizer step."""
+        ...
+
+    def spans(self) -> Sequence[tuple[str, int, int]]:
+        """Return the phases as (name, first step, last step), those without a step left out."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConstantSchedule:
+    """A budget that is the same from start to end.
+
+    Attributes:
+        total_steps: Optimizer steps of the run.
+        start: Budget at the start.
+        target: Budget at the end; it differs from the start where ranks are chosen only when the run ends.
+        final: −1 where the ranks are fixed from the start, the last step where they are chosen at the end.
+    """
+
+    total_steps: int
+    start: int
+    target: int
+    final: int = -1
+
+    def budget(self, step: int) -> int:
+        """Return the start, whatever the step."""
+        del step
+        return self.start
+
+    def spans(self) -> Sequence[tuple[str, int, int]]:
+        """Return the one phase."""
+        return [("all ranks" if self.final >= 0 else "final ranks", 0, self.total_steps - 1)]
+
+
+@dataclass(frozen=True)
+class RoundSchedule:
+    """A constant number of ranks, some of which move between modules in rounds.
+
+    Attributes:
+        total_steps: Optimizer steps of the run.
+        start: Budget throughout (it may shrink when no module is left to receive a rank).
+        target: The same.
+        warmup: Steps before the first round.
+        interval: Steps between rounds.
+        rounds: Number of rounds.
+
+    >>> schedule = RoundSchedule(total_steps=100, start=56, target=56, warmup=20, interval=10, rounds=3)
+    >>> [t for t in range(100) if schedule.round_after(t) is not None], schedule.final
+    ([19, 29, 39], 38)
+    """
+
+    total_steps: int
+    start: int
+    target: int
+    warmup: int
+    interval: int
+    rounds: int
+
+    @property
+    def final(self) -> int:
+        """The step before that of the last round."""
+        return self.warmup + (self.rounds - 1) * self.interval - 2 if self.rounds else -1
+
+    def round_after(self, step: int) -> int | None:
+        """Return the number of the round that follows the 0-based optimizer step, from 0 on; None for no round."""
+        done, rest = divmod(step + 1 - self.warmup, self.interval)
+        return done if rest == 0 and 0 <= done < self.rounds else None
+
+    def budget(self, step: int) -> int:
+        """Return the start, whatever the step."""
+        del step
+        return self.start
+
+    def spans(self) -> Sequence[tuple[str, int, int]]:
+        """Return warm-up, rounds and final ranks."""
+        edges = {"warm-up": (0, self.warmup - 1), "rounds": (self.warmup, self.final + 1)}
+        edges["final ranks"] = (self.final + 2, self.total_steps - 1)
+        return [(name, first, last) for name, (first, last) in edges.items() if first <= last]
+
+
 @dataclass(frozen=True)
 class BudgetSchedule:
     """The cubic budget of AdaLoRA, as its code has it (the formula printed in the paper, eq. 14, is misprinted).
@@ -140,6 +244,12 @@ class BudgetSchedule:
             return self.target
         remaining = 1 - (step - self.warmup) / (self.final - self.warmup)
         return int(self.target + (self.start - self.target) * remaining**3)
+
+    def spans(self) -> Sequence[tuple[str, int, int]]:
+        """Return warm-up, falling budget and final ranks."""
+        edges = {"warm-up": (0, self.warmup), "budget falls": (self.warmup + 1, self.final)}
+        edges["final ranks"] = (self.final + 1, self.total_steps - 1)
+        return [(name, first, last) for name, (first, last) in edges.items() if first <= last]
 
     def closes(self, step: int) -> bool:
         """Whether ranks are closed after this step: on the interval while the budget falls, always once it has."""

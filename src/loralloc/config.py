@@ -12,25 +12,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from loralloc.errors import closest
+from loralloc.recipe_methods import (
+    METHODS,
+    BudgetConfig,
+    Count,
+    MethodConfig,
+    Phase,
+    Positive,
+    Section,
+    Share,
+    is_number,
+)
 from loralloc.recipe_source import Key, apply_overrides, dotted, dump_yaml, read_recipe_file, suggest
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
-
-
-def _check_phase(value: Any) -> Any:
-    if _is_number(value) and value >= 0 and (isinstance(value, int) or value < 1):
-        return value
-    raise ValueError("must be a fraction of the run below 1, such as 0.1, or a whole number of steps")
 
 
 def _check_share_or_path(value: Any) -> Any:
@@ -55,20 +56,11 @@ def _check_labels(value: Any) -> Any:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Number = int | float  # keeps 8 apart from 8.0, so that a resolved recipe reads as it was written
-Positive = Annotated[Number, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Phase = Annotated[Number, BeforeValidator(_check_phase)]
 Names = Annotated[str | list[str], BeforeValidator(_check_names)]
 Labels = Annotated[Literal["regression"] | list[str | int | bool] | None, BeforeValidator(_check_labels)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The pretrained model."""
 
     name: Text = Field(description="a local path, a name on the Hub, or demo:minilm")
@@ -76,7 +68,7 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(default=False, description="run Python code that the model's repository carries")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """The data, and which of its columns mean what. Relative paths start at the current directory."""
 
     train: Text = Field(
@@ -99,57 +91,7 @@ class DataConfig(_Section):
     max_length: Count = Field(default=128, description="tokens kept of each example")
 
 
-class BudgetConfig(_Section):
-    """What the ranks may cost at the end: exactly one of four units."""
-
-    average_rank: Positive | None = Field(default=None, description="ranks per adapted layer, on average")
-    total_rank: Count | None = Field(default=None, description="ranks of all adapted layers together")
-    parameters: Count | None = Field(default=None, description="parameters of all kept ranks together")
-    fraction: Annotated[Number, Field(gt=0, le=1)] | None = Field(
-        default=None, description="fraction of the starting parameters"
-    )
-
-
-class AdaLoRAConfig(_Section):
-    """AdaLoRA: prune singular values by their importance while the budget falls."""
-
-    name: Literal["adalora"] = Field(description="the method")
-    budget: BudgetConfig = Field(description="one of average_rank, total_rank, parameters, fraction")
-    warmup: Phase = Field(default=0.15, description="start at full rank: fraction of the run, or steps")
-    cooldown: Phase = Field(default=0.45, description="end at the final budget: fraction of the run, or steps")
-    interval: Count | None = Field(
-        default=None, description="steps between two allocations; null: about 500 allocations over the run"
-    )
-    beta1: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.85, description="smoothing of the sensitivity")
-    beta2: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.85, description="smoothing of the uncertainty")
-    importance: Literal["smoothed", "sensitivity", "magnitude"] = Field(
-        default="smoothed", description="score of a rank: smoothed is sensitivity times uncertainty"
-    )
-    order: Literal["paper", "reference"] = Field(
-        default="paper", description="score weights before the update (paper) or after it (reference code)"
-    )
-    penalty: Literal["reference", "paper"] = Field(
-        default="reference", description="orthogonality penalty: mean norm (reference code) or summed squares (paper)"
-    )
-    gamma: Annotated[float, Field(ge=0)] = Field(default=0.1, description="weight of the penalty; 0 turns it off")
-    parity: Literal["adam", "sgd", "none"] = Field(
-        default="adam", description="optimizer whose LoRA learning rate is to fit; none is the paper's step"
-    )
-
-
-class LoRAConfigSection(_Section):
-    """Plain LoRA, the baseline: every layer keeps rank lora.r."""
-
-    name: Literal["lora"] = Field(description="the method")
-
-
-MethodConfig = AdaLoRAConfig | LoRAConfigSection  # a further method is one class here
-METHODS: dict[str, type[_Section]] = {
-    get_args(method.model_fields["name"].annotation)[0]: method for method in get_args(MethodConfig)
-}
-
-
-class LoraSection(_Section):
+class LoraSection(Section):
     """The adapter that ranks are allocated in; names as in PEFT's LoraConfig."""
 
     r: Count = Field(default=12, description="rank of every layer at the start; no layer can exceed it")
@@ -160,7 +102,7 @@ class LoraSection(_Section):
     modules_to_save: list[Text] | None = Field(default=None, description="modules trained and saved in full")
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """The run. Exactly one of steps and epochs."""
 
     steps: Count | None = Field(default=None, description="optimizer steps")
@@ -182,7 +124,7 @@ class TrainingConfig(_Section):
     gradient_checkpointing: bool = Field(default=False, description="recompute activations: slower, less memory")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run."""
 
     task: Literal["sequence-classification", "causal-lm"] = Field(description="what the model learns to do")
@@ -247,7 +189,7 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("data", "max_length"), "data.max_length must be at least 2: a single token has no next one to predict"
     capacity, target = _get(tree, "lora", "r"), _get(tree, "method", "budget", "average_rank")
     capacity = LoraSection.model_fields["r"].default if capacity is None else capacity
-    if _is_number(capacity) and _is_number(target) and target > capacity:
+    if is_number(capacity) and is_number(target) and target > capacity:
         yield (
             ("method", "budget", "average_rank"),
             f"method.budget.average_rank is {target}, but no layer can exceed lora.r, which is {capacity}. "
@@ -287,7 +229,7 @@ def _broken_phases(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     phases = {phase: method.get(phase, fields[phase].default) for phase in ("warmup", "cooldown")}
     terms = " + ".join(f"method.{phase} ({value})" for phase, value in phases.items())
     key = ("method", "cooldown" if "cooldown" in method else "warmup")
-    total = sum(value for value in phases.values() if _is_number(value))
+    total = sum(value for value in phases.values() if is_number(value))
     if all(isinstance(value, float) for value in phases.values()) and round(total, 9) >= 1:
         yield key, f"{terms} is {total:g} of the run: keep it below 1, so that the budget can fall in between"
     counts = (*phases.values(), steps)
@@ -343,7 +285,7 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
         key, value = (*key, "name"), context["tag"]
         rule, hint = f"must be {' or '.join(METHODS)}", closest(str(value), METHODS)
     elif kind in _RULES:
-        limits = {name: f"{limit:.10g}" if _is_number(limit) else limit for name, limit in context.items()}
+        limits = {name: f"{limit:.10g}" if is_number(limit) else limit for name, limit in context.items()}
         rule = "must be " + _RULES[kind].format(**limits).replace("'", "")
     else:
         rule = str(context.get("error", error["msg"]))

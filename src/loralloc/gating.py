@@ -11,6 +11,7 @@ dictionary named in `adapter_layer_names` follows `set_adapter` and `delete_adap
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,17 +120,37 @@ class Site:
         return float(self.layer.scaling[self.adapter])
 
     @property
+    def plan_scale(self) -> float:
+        """Factor of B·A that a run from this one's plan should train with: PEFT's scaling times the method's factor."""
+        return self.scaling * self._variant.factor
+
+    @property
     def _variant(self) -> _GatedVariant:
         return self.layer.lora_variant[self.adapter]
 
-    def set_scale(self, open_ranks: Tensor, factor: float = 1.0) -> None:
-        """Set the fixed scale to `scaling · factor` where ranks are open, to zero where they are closed for good.
+    def set_scale(self, open_ranks: Tensor, factor: float = 1.0, gain: float = 1.0) -> None:
+        """Set the fixed scale to `scaling · factor · gain` where ranks are open, to 0 where they are closed for good.
 
         Args:
             open_ranks: Boolean [r].
-            factor: The method's constant on top of PEFT's scaling.
+            factor: The method's constant on top of PEFT's scaling; a run from the plan keeps it.
+            gain: The method's constant inside its own parametrisation of the gate, of which a plan knows nothing.
         """
-        self._variant.scale = open_ranks.to(self.gate.dtype) * (self.scaling * factor)
+        self._variant.scale = open_ranks.to(self.gate.dtype) * (self.scaling * factor * gain)
+        self._variant.factor = factor
+
+    def set_row_scale(self, row_scale: Tensor | None) -> None:
+        """Set the factor of the weight gradients per output row, [out] (see `kernel.gated_lora`); None for none."""
+        self._variant.row_scale = row_scale
+
+    @contextmanager
+    def gates_replaced(self, gate: Tensor) -> Iterator[None]:
+        """Compute with another gate inside: [r], or per sample [n, 1, r]. The parameter itself stays as it is."""
+        self._variant.gate = gate
+        try:
+            yield
+        finally:
+            self._variant.gate = None
 
 
 class _GatedVariant(LoraVariant):
@@ -137,6 +158,9 @@ class _GatedVariant(LoraVariant):
 
     def __init__(self, scale: Tensor) -> None:
         self.scale = scale
+        self.factor = 1.0
+        self.row_scale: Tensor | None = None
+        self.gate: Tensor | None = None  # instead of the layer's parameter
 
     def supports_lora_conversion(self) -> bool:
         return False  # PEFT would convert without the gates; export_adapter does it right
@@ -146,13 +170,15 @@ class _GatedVariant(LoraVariant):
     ) -> Tensor:
         if self.scale.device != x.device:  # the model was moved after attaching
             self.scale = self.scale.to(x.device)
+            self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
         return gated_lora(
             module.lora_dropout[active_adapter](x),
             result,
             module.lora_A[active_adapter].weight,
-            module.lora_gate[active_adapter],
+            module.lora_gate[active_adapter] if self.gate is None else self.gate,
             module.lora_B[active_adapter].weight,
             self.scale,
+            self.row_scale,
         )
 
     def _delta(self, module: Any, adapter: str, like: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -22,18 +24,22 @@ from transformers import (
 
 from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
-from loralloc.config import AdaLoRAConfig, MethodConfig, Recipe, TrainingConfig
+from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError, closest
 from loralloc.gating import plain_sites
 from loralloc.methods.adalora import AdaLoRA
 from loralloc.methods.base import Method
 from loralloc.plan import RankPlan
+from loralloc.recipe_methods import LoRAConfigSection, MethodConfig
 from loralloc.tasks import prepare
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.pretrained import load_model, locate
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
+
+METHODS: dict[str, Callable[..., Method]] = {kind.id: kind for kind in (AdaLoRA,)}
+"""The methods by the names that recipes call them."""
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
@@ -46,13 +52,19 @@ def task_data(recipe: Recipe) -> TaskData:
     return prepare(recipe.task, recipe.model, recipe.data, recipe.training.seed)
 
 
-def method_of(section: MethodConfig) -> Method | None:
-    """Return the allocating method of a recipe; None for plain LoRA."""
-    if not isinstance(section, AdaLoRAConfig):
+def method_of(section: MethodConfig, validation: Dataset | None = None) -> Method | None:
+    """Return the allocating method of a recipe; None for plain LoRA.
+
+    Args:
+        section: The recipe's `method`.
+        validation: The examples that the method may look at, where it looks at any.
+    """
+    if isinstance(section, LoRAConfigSection):
         return None
-    settings = section.model_dump(exclude={"name", "budget", "parity"})
-    budget = Budget(**section.budget.model_dump(exclude_none=True))
-    return AdaLoRA(budget, parity=None if section.parity == "none" else section.parity, **settings)
+    settings = {key: None if value == "none" else value for key, value in section.model_dump(exclude={"name"}).items()}
+    settings["budget"] = Budget(**section.budget.model_dump(exclude_none=True))
+    del validation
+    return METHODS[section.name](**settings)
 
 
 def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:

@@ -38,8 +38,6 @@ console = Console(highlight=False)
 if not console.is_terminal:
     console = Console(highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
 
-PHASES = {"warmup": "warm-up", "decrease": "budget falls", "final": "final ranks"}
-
 
 def quiet_libraries() -> None:
     """Keep notes of the libraries underneath, which a user of the command line cannot act on, off the screen."""
@@ -62,20 +60,13 @@ def show_start(recipe: Recipe, data: TaskData, model: PeftModel) -> None:
 
 def show_schedule(run: AllocationRun) -> None:
     """Show the budget over the run, before it starts."""
-    schedule, unit = run.schedule, run.method.budget.unit
+    schedule = run.schedule
     table = Table(title="Budget", title_justify="left", box=None, pad_edge=False)
-    for column in ("phase", "steps", f"budget ({unit})"):
+    for column in ("phase", "steps", f"budget ({run.unit})"):
         table.add_column(column, justify="left" if column == "phase" else "right")
-    spans = {"warmup": (0, schedule.warmup), "decrease": (schedule.warmup + 1, schedule.final)}
-    spans["final"] = (schedule.final + 1, schedule.total_steps - 1)
-    for phase, (first, last) in spans.items():
-        if first <= last:
-            budgets = (
-                f"{schedule.budget(first):,} → {schedule.budget(last):,}"
-                if phase == "decrease"
-                else f"{schedule.budget(last):,}"
-            )
-            table.add_row(PHASES[phase], f"{first} to {last}", budgets)
+    for phase, first, last in schedule.spans():
+        budgets = [f"{schedule.budget(step):,}" for step in (first, last)]
+        table.add_row(phase, f"{first} to {last}", " → ".join(dict.fromkeys(budgets)))
     console.print(table)
 
 

@@ -39,7 +39,7 @@ from loralloc.allocate import keep_top, keep_within
 from loralloc.budget import Budget, BudgetSchedule, cubic_schedule
 from loralloc.errors import UserError, closest
 from loralloc.gating import Site
-from loralloc.methods.base import Decision, Probe, agree
+from loralloc.methods.base import Decision, Moment, agree
 from loralloc.scores import Penalty, penalty_gradient, per_rank, sensitivity, smooth_
 
 Importance = Literal["smoothed", "sensitivity", "magnitude"]
@@ -126,9 +126,9 @@ class AdaLoRA:
             _initialise(site, self.parity)
         return AdaLoRAState(sites, _stacks(sites))
 
-    def on_gradients(self, state: AdaLoRAState, schedule: BudgetSchedule, step: int) -> None:
+    def on_gradients(self, state: AdaLoRAState, now: Moment) -> None:
         """Add the penalty's gradient; measure importance (order `paper`)."""
-        measure = step < schedule.final and self.importance != "magnitude"
+        measure = now.step < now.schedule.final and self.importance != "magnitude"
         for stack in state.stacks:
             penalise = self.gamma > 0 and stack.symbol != "gate"
             if not (penalise or (measure and self.order == "paper")):
@@ -143,11 +143,10 @@ class AdaLoRA:
                 self._measure(stack, weights, gradients)
         state.measure_after_step = measure and self.order == "reference"
 
-    def on_step(
-        self, state: AdaLoRAState, schedule: BudgetSchedule, step: int, probe: Probe | None = None
-    ) -> Decision | None:
+    def on_step(self, state: AdaLoRAState, now: Moment) -> Decision | None:
         """Close the least important triplets when the schedule says so."""
-        del probe  # importance comes from the training gradients alone
+        schedule, step = now.schedule, now.step
+        assert isinstance(schedule, BudgetSchedule)
         if state.measure_after_step:
             for stack in state.stacks:
                 self._measure(stack, stack.weights(), stack.gradients())
@@ -165,6 +164,7 @@ class AdaLoRA:
             state.final = keep
             if self.order == "paper":
                 self._close_for_good(state, keep)
+                return Decision(keep, budget, frozen=True, closed=~keep)
         return Decision(keep, budget, frozen=final)
 
     def finish(self, state: AdaLoRAState, target: int) -> Tensor:
@@ -223,7 +223,7 @@ class AdaLoRA:
     def _mask(self, state: AdaLoRAState, keep: Tensor) -> None:
         """Let only these triplets take part in the model and in the penalty."""
         for site, kept in zip(state.sites, state.split(keep), strict=True):
-            site.set_scale(kept, first_step_gain(site.outputs, self.parity))
+            site.set_scale(kept, gain=first_step_gain(site.outputs, self.parity))
         for stack in state.stacks:
             stack.open = keep.to(stack.positions.device)[stack.positions].view_as(stack.open)
 
@@ -380,4 +380,4 @@ def _initialise(site: Site, parity: Parity | None) -> None:
             torch.nn.init.orthogonal_(drawn)
         factor.copy_(drawn)
     site.gate.zero_()
-    site.set_scale(torch.ones_like(site.gate, dtype=torch.bool), first_step_gain(site.outputs, parity))
+    site.set_scale(torch.ones_like(site.gate, dtype=torch.bool), gain=first_step_gain(site.outputs, parity))

@@ -7,20 +7,54 @@ Trainer, a data loader or PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from loralloc.budget import Budget, BudgetSchedule, start_budget
+from loralloc.budget import Budget, Schedule, Unit, start_budget
 from loralloc.gating import Site
 from loralloc.plan import ModuleRank, RankPlan
 
-Probe = Callable[[str], Tensor]
-"""Loss of the next batch of a stream, "train" or "validation": a scalar."""
+DATA_FIELDS = ("budget", "validation", "allocate")
+"""Fields of a method that are no plain hyper-parameters: the budget has several spellings and stands elsewhere, data
+are not recorded, and a method that another one composes with is recorded by its own settings."""
+
+
+class Probe(Protocol):
+    """The data of a run, as far as a method may look at them.
+
+    Looking has no side effect: parameters, their gradients, the optimizer, random states and the modes of modules are
+    the same before and after.
+    """
+
+    def train_loss(self) -> Tensor:
+        """Loss of the current step's own batches, with the random numbers (dropout) they had; differentiable."""
+        ...
+
+    def validation_loss(self) -> Tensor:
+        """Loss of the next validation batch, in the mode that the model is in; differentiable."""
+        ...
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run stands when a verb is called.
+
+    Attributes:
+        step: 0-based optimizer step.
+        schedule: The budget over the run.
+        learning_rate: The optimizer's current learning rate for the adapter; None where no optimizer was shown.
+        probe: The data, for methods that look at them; None where there are none.
+    """
+
+    step: int
+    schedule: Schedule
+    learning_rate: float | None = None
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True)
@@ -31,11 +65,17 @@ class Decision:
         kept: Boolean [R]: the ranks of all sites, one site after the other.
         budget: What the schedule allowed, in the budget's unit.
         frozen: Whether it is the final decision.
+        closed: Boolean [R]: ranks closed for good by it, whose moments are to be cleared; None for none.
+        opened: Boolean [R]: ranks that start afresh, whose moments are to start at age 0; None for none.
+        details: What else the trace should tell, JSON-able.
     """
 
     kept: Tensor
     budget: int
     frozen: bool
+    closed: Tensor | None = None
+    opened: Tensor | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -44,11 +84,11 @@ class Method(Protocol):
     id: ClassVar[str]
 
     @property
-    def budget(self) -> Budget:
-        """What the final adapter may cost."""
+    def budget(self) -> Budget | None:
+        """What the final adapter may cost; None for a method that needs no budget."""
         ...
 
-    def schedule(self, total_steps: int, start: int, target: int) -> BudgetSchedule:
+    def schedule(self, total_steps: int, start: int, target: int) -> Schedule:
         """Lay the budget over the run; raises UserError where it does not fit."""
         ...
 
@@ -56,11 +96,11 @@ class Method(Protocol):
         """Initialise the adapter and return the method's state. Runs before the optimizer exists."""
         ...
 
-    def on_gradients(self, state: Any, schedule: BudgetSchedule, step: int) -> None:
+    def on_gradients(self, state: Any, now: Moment) -> None:
         """Gradients are complete (and clipped), weights still old."""
         ...
 
-    def on_step(self, state: Any, schedule: BudgetSchedule, step: int, probe: Probe | None) -> Decision | None:
+    def on_step(self, state: Any, now: Moment) -> Decision | None:
         """Weights are updated; return what was decided, if anything was."""
         ...
 
@@ -77,10 +117,21 @@ class Method(Protocol):
         ...
 
 
-def site_budget(sites: Sequence[Site], budget: Budget) -> tuple[int, int]:
-    """Return (start, target) of a budget over sites, in the budget's unit."""
-    ranks, costs = [site.rank for site in sites], [site.cost for site in sites]
-    return start_budget(ranks, costs, budget.unit), budget.resolve(ranks, costs)
+def site_budget(sites: Sequence[Site], budget: Budget | None) -> tuple[Unit, int, int]:
+    """Return (unit, start, target): what the open ranks cost now and may cost in the end.
+
+    Without a budget both are the open ranks, counted in ranks.
+    """
+    ranks, costs = open_ranks(sites), [site.cost for site in sites]
+    if budget is None:
+        return "ranks", sum(ranks), sum(ranks)
+    target = budget.resolve([site.rank for site in sites], costs)
+    return budget.unit, start_budget(ranks, costs, budget.unit), target
+
+
+def open_ranks(sites: Sequence[Site]) -> list[int]:
+    """Count the ranks of each site that are not closed for good."""
+    return [int((site.scale != 0).sum()) for site in sites]
 
 
 def agree(decision: Tensor) -> Tensor:
@@ -99,8 +150,11 @@ def any_process(flag: Tensor) -> bool:
 
 
 def settings_of(method: Method) -> dict[str, Any]:
-    """Return the hyper-parameters of a method; the budget, which several spellings may name, stands elsewhere."""
-    return {key: value for key, value in asdict(method).items() if key != "budget"}  # type: ignore[call-overload]
+    """Return the hyper-parameters of a method, and under `allocate` those of the one it composes with."""
+    names = [field.name for field in fields(method)]  # type: ignore[arg-type]
+    settings = {name: getattr(method, name) for name in names if name not in DATA_FIELDS}
+    inner = getattr(method, "allocate", None)
+    return settings if inner is None else {**settings, "allocate": {"name": inner.id, **settings_of(inner)}}
 
 
 def ranks_by_site(sites: Sequence[Site], kept: Tensor) -> list[int]:
@@ -109,16 +163,18 @@ def ranks_by_site(sites: Sequence[Site], kept: Tensor) -> list[int]:
     return [sum(islice(flags, site.rank)) for site in sites]
 
 
-def rank_plan(method: Method, sites: Sequence[Site], kept: Tensor, provenance: Mapping[str, Any]) -> RankPlan:
-    """Write the kept ranks down as a plan."""
+def rank_plan(
+    method: Method, sites: Sequence[Site], kept: Tensor, peak: int, provenance: Mapping[str, Any]
+) -> RankPlan:
+    """Write the kept ranks down as a plan; `peak` is the most ranks that were open at any time."""
     modules = {
-        site.name: ModuleRank(rank, site.rank, site.inputs, site.outputs, site.scaling)
+        site.name: ModuleRank(rank, site.rank, site.inputs, site.outputs, site.plan_scale)
         for site, rank in zip(sites, ranks_by_site(sites, kept), strict=True)
     }
     return RankPlan(
         method=method.id,
         modules=modules,
-        budget=method.budget.to_dict(),
-        peak=sum(site.rank for site in sites),
+        budget={} if method.budget is None else method.budget.to_dict(),
+        peak=peak,
         provenance={**provenance, "settings": settings_of(method)},
     )

@@ -21,6 +21,7 @@ from loralloc.errors import UserError
 from loralloc.methods.base import Method
 from loralloc.plan import RankPlan, write_atomically
 from loralloc.training.checkpoint import read_jsonl
+from loralloc.training.probe import CollatedBatches, random_state, set_random_state
 from loralloc.training.run import AllocationRun, Event
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
@@ -101,6 +102,10 @@ class RankAllocation(TrainerCallback):
             )
         run.begin(state.max_steps)
         run.check_optimizer(kwargs["optimizer"])
+        if run.probe is not None:
+            collate = kwargs["train_dataloader"].collate_fn
+            size, seed = args.per_device_eval_batch_size, args.seed
+            run.probe.validation = CollatedBatches(self.method.validation, collate, size, seed)  # type: ignore[attr-defined]
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.final)
         if state.global_step > 0:
@@ -113,7 +118,7 @@ class RankAllocation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gradients are complete and clipped, weights still old."""
-        self.run.before_step()
+        self.run.before_step(kwargs["optimizer"])
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,16 +129,14 @@ class RankAllocation(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the random state before an evaluation, which draws seeds for its data loader."""
         if control.should_evaluate:
-            self._random = _random_state()
+            self._random = random_state()
 
     on_epoch_end = on_step_end
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Restore it: dropout, and with it the plan, must not depend on how often the model is evaluated."""
         if self._random is not None:
-            torch.set_rng_state(self._random[0])
-            if self._random[1]:
-                torch.cuda.set_rng_state_all(self._random[1])
+            set_random_state(self._random)
             self._random = None
 
     def on_log(
@@ -256,11 +259,6 @@ def _counts_items(model: nn.Module) -> bool:
     if code is None or "loss_function" not in code.co_names or loss is None:
         return False
     return "num_items_in_batch" in inspect.signature(loss).parameters or loss_type == "ForTokenClassification"
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    """States of torch's generators: the CPU's, and those of the GPUs."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
 def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final: int) -> None:

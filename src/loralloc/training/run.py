@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,20 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from loralloc._version import __version__
-from loralloc.budget import BudgetSchedule
+from loralloc.budget import Schedule
 from loralloc.errors import UserError
 from loralloc.gating import Site, attach_gates, fold_gates
 from loralloc.methods.base import (
     Decision,
     Method,
-    Probe,
+    Moment,
     any_process,
+    open_ranks,
     rank_plan,
     ranks_by_site,
     settings_of,
     site_budget,
 )
 from loralloc.plan import RankPlan
+from loralloc.training.moments import FreshRanks, clear_moments
+from loralloc.training.probe import DataProbe
 
 MAX_BAD_STEPS = 50
 """Consecutive steps with a non-finite gradient after which a run is given up: more than any loss scaler needs."""
@@ -49,7 +52,7 @@ def attach(model: nn.Module, method: Method, total_steps: int, adapter: str | No
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
         for batch in batches:
             model(**batch).loss.backward()
-            run.before_step()
+            run.before_step(optimizer)
             optimizer.step()
             run.after_step(optimizer)
             optimizer.zero_grad()
@@ -57,7 +60,8 @@ def attach(model: nn.Module, method: Method, total_steps: int, adapter: str | No
 
     Args:
         model: A `PeftModel` with one active LoRA adapter, fresh.
-        method: For example `AdaLoRA(Budget(average_rank=8))`.
+        method: For example `AdaLoRA(Budget(average_rank=8))`. Where it looks at validation data, `validation` holds
+            batches here: mappings of what the model's forward takes, labels included.
         total_steps: Optimizer steps of the whole run.
         adapter: Name of the adapter; the active one by default.
 
@@ -88,8 +92,8 @@ class AllocationRun:
         self.model = model
         self.sites: list[Site] = attach_gates(model, adapter)
         try:
-            self.start, self.target = site_budget(self.sites, method.budget)
             self.state = method.prepare(self.sites)
+            self.unit, self.start, self.target = site_budget(self.sites, method.budget)
         except BaseException:
             fold_gates(self.sites)
             raise
@@ -97,14 +101,17 @@ class AllocationRun:
         self.bad_steps = 0
         self.plan: RankPlan | None = None
         self.on_event: Callable[[Event], None] | None = None
-        self._schedule: BudgetSchedule | None = None
-        self._ranks = [site.rank for site in self.sites]
+        self.probe = DataProbe.of(model, self.sites, getattr(method, "validation", None))
+        self._schedule: Schedule | None = None
+        self._ranks = open_ranks(self.sites)
+        self._peak = sum(self._ranks)
+        self._fresh = FreshRanks(self.sites)
         self._gates_at_start = [site.gate.detach().clone() for site in self.sites]
         self._good_steps = 0
         self._bad_in_a_row = 0
 
     @property
-    def schedule(self) -> BudgetSchedule:
+    def schedule(self) -> Schedule:
         """The budget over the run; known once the number of steps is."""
         if self._schedule is None:
             raise RuntimeError("the run has not begun: call begin(total_steps) first")
@@ -118,11 +125,15 @@ class AllocationRun:
         """
         self._schedule = self.method.schedule(total_steps, self.start, self.target)
 
-    def before_step(self) -> bool:
+    def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Run between `backward()` (and clipping) and `optimizer.step()`.
 
         A step with a non-finite gradient on any process is skipped everywhere: all gradients are set to None, so that
         the optimizer moves nothing, not even by momentum, and no score sees the step.
+
+        Args:
+            optimizer: The optimizer; a method that needs the learning rate or rescales updates says so where it is
+                missing.
 
         Returns:
             Whether the step is sound.
@@ -138,7 +149,8 @@ class AllocationRun:
             self._good_steps += 1
             self._bad_in_a_row = 0
             with torch.no_grad():
-                self.method.on_gradients(self.state, self.schedule, self.step)
+                self.method.on_gradients(self.state, self._now(optimizer))
+                self._fresh.before_step()
             return True
         self.bad_steps += 1
         self._bad_in_a_row += 1
@@ -152,21 +164,25 @@ class AllocationRun:
             )
         return False
 
-    def after_step(self, optimizer: torch.optim.Optimizer | None = None, probe: Probe | None = None) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Run after `optimizer.step()`, before gradients are cleared.
 
         Args:
             optimizer: When given, the moments of ranks that are closed for good are cleared.
-            probe: Loss of the next batch of a stream, for methods that need data.
         """
         if self._good_steps == GATES_HAVE_MOVED_BY:
             self._check_gates_moved()
         with torch.no_grad():
-            decision = self.method.on_step(self.state, self.schedule, self.step, probe)
+            self._fresh.after_step(optimizer)
+            decision = self.method.on_step(self.state, self._now(optimizer))
         if decision is not None:
             self._record(decision)
-            if decision.frozen and optimizer is not None:
+            if decision.closed is not None and optimizer is not None:
                 clear_moments(optimizer, self.sites)
+            if decision.opened is not None:
+                self._fresh.open(decision.opened)
+        if self.probe is not None:
+            self.probe.forget()
         self.step += 1
 
     def finish(self, provenance: Mapping[str, Any] | None = None) -> RankPlan:
@@ -190,7 +206,9 @@ class AllocationRun:
             "bad_steps": self.bad_steps,
             **(provenance or {}),
         }
-        self.plan = rank_plan(self.method, self.sites, kept, record)
+        self.plan = rank_plan(self.method, self.sites, kept, self._peak, record)
+        if self.probe is not None:
+            self.probe.close()
         self._ranks = list(self.plan.ranks.values())
         fold_gates(self.sites)
         self._emit({"event": "finish", "step": self.step, "ranks": self._ranks, "parameters": self.plan.parameters})
@@ -232,10 +250,12 @@ class AllocationRun:
             "bad_steps": self.bad_steps,
             "ranks": self._ranks,
             "sites": {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites},
-            "schedule": asdict(self.schedule),
+            "schedule": asdict(self.schedule),  # type: ignore[call-overload]
             "gates": self._gate_checksum() if self.plan is None else None,
+            "peak": self._peak,
+            "probe": None if self.probe is None else self.probe.state_dict(),
         }
-        return self.method.state_dict(self.state), numbers
+        return {**self.method.state_dict(self.state), **self._fresh.state_dict()}, numbers
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, after the model's own weights have been restored.
@@ -257,9 +277,16 @@ class AllocationRun:
                 "which both were saved"
             )
         self.step, self.bad_steps = int(numbers["step"]), int(numbers["bad_steps"])
-        self._ranks = list(numbers["ranks"])
+        self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])
+        if self.probe is not None:
+            self.probe.load_state_dict(numbers["probe"])
+        self._fresh.load_state_dict(tensors)
         with torch.no_grad():
             self.method.load_state_dict(self.state, tensors)
+
+    def _now(self, optimizer: torch.optim.Optimizer | None) -> Moment:
+        """What a method is told besides its state."""
+        return Moment(self.step, self.schedule, learning_rate(optimizer, self.sites), self.probe)
 
     def _check_gates_moved(self) -> None:
         """Notice an optimizer that does not hold the gates, also where nobody has shown it to us."""
@@ -293,6 +320,7 @@ class AllocationRun:
         ranks = ranks_by_site(self.sites, decision.kept)
         if ranks != self._ranks or decision.frozen:
             self._ranks = ranks
+            self._peak = max(self._peak, sum(ranks))
             event = "freeze" if decision.frozen else "allocate"
             self._emit(
                 {
@@ -301,29 +329,26 @@ class AllocationRun:
                     "budget": decision.budget,
                     "ranks": ranks,
                     "parameters": self._parameters(),
+                    **decision.details,
                 }
             )
 
     def emit_start(self) -> None:
         """Emit the event that opens a trace."""
-        schedule = self.schedule
+        schedule, common = self.schedule, ("total_steps", "start", "target")
         self._emit(
             {
                 "event": "start",
                 "step": 0,
                 "total_steps": schedule.total_steps,
-                "schedule": {
-                    "warmup": schedule.warmup,
-                    "final": schedule.final,
-                    "interval": schedule.interval,
-                },
-                "unit": self.method.budget.unit,
+                "schedule": {key: value for key, value in asdict(schedule).items() if key not in common},  # type: ignore[call-overload]
+                "unit": self.unit,
                 "start_budget": schedule.start,
                 "target_budget": schedule.target,
                 "sites": [site.name for site in self.sites],
                 "in": [site.inputs for site in self.sites],
                 "out": [site.outputs for site in self.sites],
-                "ranks": [site.rank for site in self.sites],
+                "ranks": self._ranks,
             }
         )
 
@@ -332,20 +357,11 @@ class AllocationRun:
             self.on_event(event)
 
 
-@torch.no_grad()
-def clear_moments(optimizer: torch.optim.Optimizer, sites: Iterable[Site]) -> None:
-    """Zero the optimizer's state of ranks that are closed for good, so that no momentum moves them any more.
-
-    Args:
-        optimizer: Any optimizer whose state holds tensors in the shape of the parameter (Adam's moments, momentum).
-        sites: The sites; a scale of zero marks a closed rank.
-    """
-    for site in sites:
-        closed = site.scale == 0
-        for parameter, index in ((site.A, closed), (site.B, (slice(None), closed)), (site.gate, closed)):
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value[index] = 0
+def learning_rate(optimizer: torch.optim.Optimizer | None, sites: Sequence[Site]) -> float | None:
+    """The rate of the group that holds the adapter; None without an optimizer."""
+    groups = () if optimizer is None else optimizer.param_groups
+    first = sites[0].A
+    return next((float(group["lr"]) for group in groups if any(p is first for p in group["params"])), None)
 
 
 def _difference(theirs: Any, mine: Any) -> str:

@@ -1,0 +1,184 @@
+"""The data of a run, for methods that look at them: the step's own batches, and a stream of validation batches.
+
+Looking leaves no trace: random states are restored, gradients are taken with `torch.autograd.grad` by the method and
+never land in `.grad`, and frozen weights are only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralloc.errors import UserError
+from loralloc.gating import Site
+
+Batch = Mapping[str, Any]
+
+
+class CollatedBatches(Sequence[Batch]):
+    """Batches of a data set, without end and without a state: a batch depends on its index and the seed alone.
+
+    Args:
+        dataset: Examples, by index.
+        collate: Turns a list of examples into a batch.
+        batch_size: Examples in a batch; the last batch of a pass may be smaller.
+        seed: Every pass has an order of its own, drawn from it.
+    """
+
+    def __init__(
+        self, dataset: Sequence[Any], collate: Callable[[list[Any]], Batch], batch_size: int, seed: int
+    ) -> None:
+        self._dataset, self._collate, self._size, self._seed = dataset, collate, batch_size, seed
+        self._order: tuple[int, list[int]] | None = None
+
+    def __len__(self) -> int:
+        """Batches of one pass."""
+        return -(-len(self._dataset) // self._size)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a batch of the pass `index // len(self)`."""
+        done, place = divmod(int(index), len(self))
+        if self._order is None or self._order[0] != done:
+            generator = torch.Generator().manual_seed(self._seed + done)
+            self._order = done, torch.randperm(len(self._dataset), generator=generator).tolist()
+        chosen = self._order[1][place * self._size : (place + 1) * self._size]
+        return self._collate([self._dataset[i] for i in chosen])
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A forward pass of training: its inputs, and what else decides its outcome."""
+
+    inputs: Mapping[str, Any]
+    random: tuple[Tensor, list[Tensor]]
+    autocast: tuple[bool, torch.dtype]
+
+
+class DataProbe:
+    """The `Probe` of a run.
+
+    Args:
+        model: The model that is trained.
+        sites: Its gated layers.
+        validation: Batches by index, at least one.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], validation: Sequence[Batch]) -> None:
+        self.model, self.sites, self.validation = model, sites, validation
+        self._drawn = 0
+        self._seen: list[_Seen] = []
+        self._looking = False
+        self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    @classmethod
+    def of(cls, model: nn.Module, sites: Sequence[Site], validation: Any) -> DataProbe | None:
+        """Return a probe for a method that has validation data, None for one that has not."""
+        return None if validation is None else cls(model, sites, validation)
+
+    def train_loss(self) -> Tensor:
+        """Loss of the current step's own batches; what it divides by follows the Trainer's rule (see the class)."""
+        if not self._seen:
+            raise UserError(
+                "the batches of this step are not known: the loss must come from calling the model that the "
+                "allocation is attached to, model(**batch), in training mode and with labels"
+            )
+        total = torch.zeros(())
+        for seen in self._seen:
+            with self._replayed(seen):
+                loss = self._loss(seen.inputs)
+            # With a number of items the loss is a share of the step's already; without one the step takes the mean.
+            share = loss if "num_items_in_batch" in seen.inputs else loss / len(self._seen)
+            total = total.to(share.device) + share
+        return total
+
+    def validation_loss(self) -> Tensor:
+        """Loss of the next validation batch, in the mode that the model is in."""
+        batch = self.next_batch()
+        autocast = self._seen[-1].autocast if self._seen else _autocast(self.device)
+        with self._looking_only(), torch.autocast(self.device.type, enabled=autocast[0], dtype=autocast[1]):
+            return self._loss(batch)
+
+    def next_batch(self) -> Batch:
+        """The next validation batch, on the model's device."""
+        if not len(self.validation):
+            raise UserError("the validation data are empty; this method learns ranks from them")
+        index = self._drawn if isinstance(self.validation, CollatedBatches) else self._drawn % len(self.validation)
+        self._drawn += 1
+        return on_device(self.validation[index], self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter is."""
+        return self.sites[0].A.device
+
+    def forget(self) -> None:
+        """The step is over: its batches are no longer needed."""
+        self._seen.clear()
+
+    def close(self) -> None:
+        """Stop watching the model."""
+        self.forget()
+        self._hook.remove()
+
+    def state_dict(self) -> dict[str, int]:
+        """How many validation batches have been drawn."""
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where another run stopped."""
+        self._drawn = int(state["drawn"])
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the model is called with in training (a reference, no copy)."""
+        if module.training and torch.is_grad_enabled() and not self._looking and not args:
+            self._seen.append(_Seen(dict(kwargs), random_state(), _autocast(self.device)))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        loss = getattr(self.model(**batch), "loss", None)
+        if not isinstance(loss, Tensor):
+            raise UserError("the model returned no loss: batches must hold labels (or what the model's loss needs)")
+        return loss
+
+    @contextmanager
+    def _replayed(self, seen: _Seen) -> Iterator[None]:
+        """The random numbers and the precision that a forward pass of training had."""
+        enabled, dtype = seen.autocast
+        with self._looking_only(), torch.autocast(self.device.type, enabled=enabled, dtype=dtype):
+            set_random_state(seen.random)
+            yield
+
+    @contextmanager
+    def _looking_only(self) -> Iterator[None]:
+        """Keep the generators, and take no pass inside for one of training."""
+        before, self._looking = random_state(), True
+        try:
+            yield
+        finally:
+            self._looking = False
+            set_random_state(before)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Move the tensors of a batch."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def random_state() -> tuple[Tensor, list[Tensor]]:
+    """States of torch's generators: the CPU's, and those of the GPUs."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
