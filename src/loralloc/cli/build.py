@@ -63,8 +63,24 @@ def method_of(section: MethodConfig, validation: Dataset | None = None) -> Metho
         return None
     settings = {key: None if value == "none" else value for key, value in section.model_dump(exclude={"name"}).items()}
     settings["budget"] = Budget(**section.budget.model_dump(exclude_none=True))
-    del validation
+    if validation is not None:
+        settings["validation"] = validation
     return METHODS[section.name](**settings)
+
+
+def method_data(section: MethodConfig, data: TaskData, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Return (the examples to train on, those that the method looks at, None where it looks at none).
+
+    A method's section says where they come from with its key `validation`: a share is cut from the training data by
+    the seed, `validation` are the recipe's validation data.
+    """
+    source = getattr(section, "validation", None)
+    if source is None:
+        return data.train, None
+    if source == "validation":
+        return data.train, data.validation
+    parts = data.train.train_test_split(test_size=source, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:

@@ -28,7 +28,7 @@ def demo(
     outcomes = {}
     for method in ("adalora", "lora"):
         recipe = load_recipe(list_recipes()[f"demo/{method}"], ["--output", str(output / method)])
-        outcomes[method] = pipeline.run(recipe, replace=True)
+        outcomes[method] = pipeline.run(recipe, start_over=True)
         if 2 * (time.perf_counter() - started) > MINUTES * 60:
             typer.echo(
                 "plain LoRA is left out to save time; run it with: loralloc init demo/lora; loralloc train lora.yaml"

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from loralloc._version import __version__
 from loralloc.cli import terminal
-from loralloc.cli.build import add_adapter, method_of, task_data, training_arguments
+from loralloc.cli.build import add_adapter, method_data, method_of, task_data, training_arguments
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.errors import UserError
@@ -47,18 +47,21 @@ class Outcome:
     export: Export
 
 
-def run(recipe: Recipe, resume: bool = False, replace: bool = False) -> Outcome:
+def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outcome:
     """Train, allocate, export, evaluate and report one recipe.
 
     Everything is loaded and checked before anything is written or an earlier run is replaced.
     """
     terminal.quiet_libraries()
-    folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, replace)
+    folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
     data = task_data(recipe)
     model = add_adapter(data.model, recipe)
     terminal.show_start(recipe, data, model)
-    trainer, allocation = make_trainer(recipe, data, model, folder, method_of(recipe.method))
-    steps = total_steps(recipe, len(data.train))
+    train, held = method_data(recipe.method, data, recipe.training.seed)
+    trainer, allocation = make_trainer(
+        recipe, replace(data, train=train), model, folder, method_of(recipe.method, held)
+    )
+    steps = total_steps(recipe, len(train))
     if allocation is not None:
         allocation.run.begin(steps)
     if not resume:
@@ -93,10 +96,11 @@ def show_plan(recipe: Recipe) -> None:
     data = task_data(recipe)
     model = add_adapter(data.model, recipe)
     terminal.show_start(recipe, data, model)
-    method = method_of(recipe.method)
+    train, held = method_data(recipe.method, data, recipe.training.seed)
+    method = method_of(recipe.method, held)
     if method is not None:
         allocation = AllocationRun(model, method)
-        allocation.begin(total_steps(recipe, len(data.train)))
+        allocation.begin(total_steps(recipe, len(train)))
         terminal.show_schedule(allocation)
 
 

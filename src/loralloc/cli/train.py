@@ -31,4 +31,4 @@ def train(
     if dry_run:
         pipeline.show_plan(settings)
     else:
-        pipeline.run(settings, resume=resume, replace=replace)
+        pipeline.run(settings, resume=resume, start_over=replace)
