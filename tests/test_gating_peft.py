@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from loralloc.gating import (
     MERGE_IGNORES_VARIANTS,
+    MIXED_BATCHES_IGNORE_VARIANTS,
     REFUSED,
     SUPPORTED,
     attach_gates,
@@ -249,15 +250,12 @@ def test_the_layers_refused_for_ignoring_variants_still_do(name: str) -> None:
     assert "lora_variant" not in forward, f"PEFT's {name} now asks its variant: it could be supported"
 
 
-IGNORES_MIXED = pytest.mark.xfail(strict=True, raises=AssertionError, reason="HQQ's mixed batches ignore variants")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=IGNORES_MIXED) if name.startswith("hqq") else name for name in SHORT]
-)
-def test_pefts_supported_layers_ask_the_variant_in_mixed_batches_too(name: str) -> None:
+@pytest.mark.parametrize("name", SHORT)
+def test_the_layers_whose_mixed_batches_are_blocked_are_those_that_drop_the_gates(name: str) -> None:
     source = method_source(name, "_mixed_batch_forward")
-    assert source is None or "lora_variant" in source, f"{name} drops the gates when adapter_names are given"
+    asks = source is None or "lora_variant" in source
+    listed = f"peft.tuners.lora.{name}" in MIXED_BATCHES_IGNORE_VARIANTS
+    assert asks != listed, f"PEFT changed whether {name}._mixed_batch_forward asks the variant; update the list"
 
 
 def test_peft_calls_a_variant_with_the_arguments_we_take() -> None:

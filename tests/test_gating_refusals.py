@@ -15,6 +15,7 @@ from models import (
     on_layer,
     tiny_llama,
     tiny_peft,
+    token_batch,
     train_adapter,
     two_adapters,
 )
@@ -23,7 +24,16 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from loralloc import AdaLoRA, Budget, UserError, attach
-from loralloc.gating import MERGE_IGNORES_VARIANTS, REFUSED, SUPPORTED, attach_gates, fold_gates, is_gated, plain_sites
+from loralloc.gating import (
+    MERGE_IGNORES_VARIANTS,
+    MIXED_BATCHES_IGNORE_VARIANTS,
+    REFUSED,
+    SUPPORTED,
+    attach_gates,
+    fold_gates,
+    is_gated,
+    plain_sites,
+)
 from loralloc.training.run import AllocationRun
 
 # ---- Refusals ----
@@ -148,6 +158,19 @@ def test_quantised_layers_are_accepted_by_their_full_name(full_name: str) -> Non
     fold_gates(sites)
     model.merge_adapter()
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("full_name", sorted(MIXED_BATCHES_IGNORE_VARIANTS))
+def test_mixed_batches_are_refused_where_they_would_drop_the_gates(full_name: str) -> None:
+    mixed: Any = {**token_batch(), "adapter_names": ["default"] * 3}
+    model, finished = (tiny_peft("llama", trained=True) for _ in range(2))
+    for one in (model, finished):
+        forge(next(iter(lora_layers(one).values())), full_name)
+    attach_gates(model)
+    with pytest.raises(UserError, match=r"with adapter_names this layer ignores gates; call finish\(\)"):
+        model(**mixed)
+    fold_gates(attach_gates(finished))
+    torch.testing.assert_close(logits(finished, mixed), logits(finished), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -77,15 +77,15 @@ class Budget:
         available, smallest = start_budget(ranks, costs, self.unit), 1 if self.unit == "ranks" else min(costs)
         ((name, value),) = self.to_dict().items()
         share_of = {"average_rank": len(ranks), "fraction": available}.get(name)
-        # The twelve digits are for products such as 0.7 · 10, which come out a hair below their whole number.
-        wanted = value if share_of is None else min(float(f"{value * share_of:.12g}"), available + 0.5)
-        if wanted > available:
-            asked = value if share_of is None else f"{value * share_of:.12g}"
+        wanted = value if share_of is None else value * share_of
+        if wanted > available * (1 + 1e-12):
+            asked = wanted if type(wanted) is int else f"{wanted:.12g}"
             raise UserError(
                 f"the budget {name}={value} asks for {asked} {self.unit}, but the {len(ranks)} adapted modules start "
                 f"with {available}; lower the budget or raise LoraConfig.r"
             )
-        target = int(wanted)
+        # The twelve digits are for products such as 0.7 · 10, which come out a hair below their whole number.
+        target = int(float(f"{wanted:.12g}"))
         if target < smallest:
             raise UserError(
                 f"the budget {name}={value} leaves {target} {self.unit} for {len(ranks)} modules: not even one rank "

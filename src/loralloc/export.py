@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -219,9 +220,13 @@ def _plain_config(model: PeftModel, adapter: str, fields: Mapping[str, Any], lef
         "inference_mode": True,
     }.items():
         setattr(config, key, value)
-    if left_out and isinstance(config.exclude_modules, str):
+    stay = list(fields["rank_pattern"])
+    if left_out and any(a.endswith(f".{b}") or b.endswith(f".{a}") for a in stay for b in left_out):
+        # PEFT matches the ends of listed names, so only a pattern tells `fc` from `block.fc`.
+        config.target_modules, config.exclude_modules = "|".join(map(re.escape, stay)), None
+    elif left_out and isinstance(config.exclude_modules, str):
         # A pattern and names cannot be joined: name the modules that stay instead.
-        config.target_modules, config.exclude_modules = list(fields["rank_pattern"]), None
+        config.target_modules, config.exclude_modules = stay, None
     elif left_out:
         config.exclude_modules = sorted({*(config.exclude_modules or ()), *left_out})
     return config

@@ -43,6 +43,9 @@ SUPPORTED = frozenset(
 MERGE_IGNORES_VARIANTS = frozenset({_LAYERS + "torchao.TorchaoLoraLinear"})
 """Layers whose in-place merge would drop the gates without a word; it is blocked until the gates are folded."""
 
+MIXED_BATCHES_IGNORE_VARIANTS = frozenset({_LAYERS + "hqq.HqqLoraLinear"})
+"""Layers whose forward pass with `adapter_names` would drop the gates; it is blocked likewise."""
+
 REFUSED = {
     "layer.Embedding": "its update is a table look-up, not a product with an input",
     "layer.Conv1d": "its factors are convolution kernels",
@@ -227,6 +230,8 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
         layer.lora_variant[adapter] = _GatedVariant(scale)
         if _class_name(layer) in MERGE_IGNORES_VARIANTS:
             layer.merge = _refuse_merge
+        if _class_name(layer) in MIXED_BATCHES_IGNORE_VARIANTS:
+            layer._mixed_batch_forward = _refuse_mixed_batch
         sites.append(Site(name, layer, adapter))
     return sites
 
@@ -246,7 +251,8 @@ def fold_gates(sites: Sequence[Site]) -> None:
         if not layer.lora_gate:
             del layer.lora_gate
             layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n != "lora_gate")
-        layer.__dict__.pop("merge", None)
+        for blocked in ("merge", "_mixed_batch_forward"):
+            layer.__dict__.pop(blocked, None)
 
 
 def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any, str]]:
@@ -341,3 +347,7 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
 
 def _refuse_merge(*args: Any, **kwargs: Any) -> None:
     raise UserError("this layer's merge ignores gates; call finish() on the rank allocation first, then merge")
+
+
+def _refuse_mixed_batch(*args: Any, **kwargs: Any) -> None:
+    raise UserError("with adapter_names this layer ignores gates; call finish() on the rank allocation first")
