@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from typing import Any
+
 import pytest
 import torch
 from models import (
@@ -162,7 +164,7 @@ def test_quantised_layers_are_accepted_by_their_full_name(full_name: str) -> Non
 
 @pytest.mark.parametrize("full_name", sorted(MIXED_BATCHES_IGNORE_VARIANTS))
 def test_mixed_batches_are_refused_where_they_would_drop_the_gates(full_name: str) -> None:
-    mixed: Any = {**token_batch(), "adapter_names": ["default"] * 3}
+    mixed: dict[str, Any] = {**token_batch(), "adapter_names": ["default"] * 3}
     model, finished = (tiny_peft("llama", trained=True) for _ in range(2))
     for one in (model, finished):
         forge(next(iter(lora_layers(one).values())), full_name)

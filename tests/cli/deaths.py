@@ -58,7 +58,7 @@ def _state(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = dict(files(run))
     found["adapter/README.md"] = found["adapter/README.md"].replace(bytes(run.resolve()), b"RUN")
     for name in found:
-        if name.endswith("trainer_state.json"):
+        if name.endswith(("trainer_state.json", "window.json")):
             found[name] = _without_times(json.loads(found[name]))
     found["log.jsonl"] = _without_times(log_rows(run))
     found["metrics.json"] = _without_times(read_json(run / "metrics.json"))
@@ -71,5 +71,5 @@ def _without_times(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     # train_loss has a test of its own.
-    times = (*TIMING, "train_seconds", "train_loss")
+    times = (*TIMING, "seconds", "train_loss")
     return {key: _without_times(item) for key, item in value.items() if not key.endswith(times)}

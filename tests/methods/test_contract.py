@@ -376,3 +376,16 @@ def test_a_sound_step_starts_the_count_of_bad_ones_anew(method):
             gate.grad = torch.full_like(gate, 0.0 if sound else NAN)
             assert loop.run.before_step() is sound
     assert loop.run.bad_steps == 2 * MAX_BAD_STEPS
+
+
+def test_the_count_of_bad_steps_goes_on_after_a_checkpoint(method):
+    first = Loop(method, "bert").walk(2)
+    for _ in range(MAX_BAD_STEPS):
+        first.run.sites[0].A.grad = torch.full_like(first.run.sites[0].A, NAN)
+        assert first.update() is False
+    second = Loop(method, "bert")
+    second.model.load_state_dict(first.model.state_dict())
+    second.run.load_state_dict(*first.run.state_dict())
+    second.run.sites[0].A.grad = torch.full_like(second.run.sites[0].A, NAN)
+    with pytest.raises(FloatingPointError, match=f"{MAX_BAD_STEPS + 1} optimizer steps in a row"):
+        second.run.before_step()

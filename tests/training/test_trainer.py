@@ -144,6 +144,16 @@ class TestResume:
         losses = [row["loss"] for row in log_rows(run) if "loss" in row]
         assert len(set(losses)) == len(losses) == 6
 
+    def test_counts_the_time_before_it(self) -> None:
+        with killed_at(9):
+            train("lora")
+        window = Path("run/checkpoints/checkpoint-8/window.json")
+        record = read_json(window)
+        assert 0 < record["seconds"] < 1000
+        window.write_text(json.dumps({**record, "seconds": 1000.0}), encoding="utf-8")
+        train("lora", "--resume")
+        assert 1000 < read_json(Path("run/metrics.json"))["train_seconds"] < 2000
+
     @pytest.mark.slow
     def test_twice(self, whole: Whole) -> None:
         with killed_at(5):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,10 +67,9 @@ def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outco
         folder.create(recipe)
     untrained = evaluate(trainer, data, "untrained")[data.metric]
     checkpoint = newest_complete(folder.checkpoints, before=steps) if resume else None
-    started = time.perf_counter()
     with terminal.progress_bar():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = time.perf_counter() - started
+    seconds = trainer.train_seconds
     plan = allocation.plan if allocation is not None else _constant_plan(recipe, data, model, folder, trainer)
     assert plan is not None
     plan.save(folder.plan)

@@ -248,6 +248,7 @@ class AllocationRun:
             "settings": settings,
             "step": self.step,
             "bad_steps": self.bad_steps,
+            "bad_in_a_row": self._bad_in_a_row,
             "ranks": self._ranks,
             "sites": {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites},
             "schedule": asdict(self.schedule),  # type: ignore[call-overload]
@@ -277,6 +278,7 @@ class AllocationRun:
                 "which both were saved"
             )
         self.step, self.bad_steps = int(numbers["step"]), int(numbers["bad_steps"])
+        self._bad_in_a_row = int(numbers["bad_in_a_row"])
         self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])
         if self.probe is not None:
             self.probe.load_state_dict(numbers["probe"])

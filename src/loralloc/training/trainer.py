@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,23 @@ from loralloc.training import checkpoint as files
 
 
 class PlainTrainer(Trainer):
-    """A Trainer whose checkpoints are safetensors and JSON, and complete or not there."""
+    """A Trainer whose checkpoints are safetensors and JSON, and complete or not there.
+
+    Attributes:
+        begun: When training began, on `time.perf_counter`'s clock; a resumed run counts what went before.
+    """
+
+    begun: float = 0.0
 
     def __init__(self, *args: Any, log: Path, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
         # The last callback: when it declares a checkpoint complete, all others have written.
         super().__init__(*args, callbacks=[*callbacks, _RunLog(log), _Completion(self)], **kwargs)
         self.remove_callback(PrinterCallback)
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds since training began."""
+        return time.perf_counter() - self.begun
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert isinstance(self.model, PeftModel)
@@ -63,6 +75,7 @@ class _Completion(TrainerCallback):
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         trainer = self._trainer
         record = {
+            "seconds": trainer.train_seconds,
             "loss": trainer._tr_loss.item(),
             "total": trainer._total_loss_scalar,
             "logged": trainer._globalstep_last_logged,
@@ -73,10 +86,12 @@ class _Completion(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._trainer.begun = time.perf_counter()
         if state.global_step == 0:
             return
         path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE
         record = json.loads(path.read_text(encoding="utf-8"))
+        self._trainer.begun -= record["seconds"]
         self._trainer._tr_loss += torch.tensor(record["loss"], device=self._trainer._tr_loss.device)
         self._trainer._total_loss_scalar = record["total"]
         self._trainer._globalstep_last_logged = record["logged"]
