@@ -3,8 +3,9 @@
     python benchmarks/step_parity.py --data qnli/dev.jsonl.gz       # JSON lines with question, sentence, label
     python benchmarks/step_parity.py --plot                         # redraw docs/figures/step-parity.svg
 
-The model is the MiniLM encoder of the extra `demo`. Every run sees the same batches in the same order, starts from the
-same head, and is scored on the same held-out rows. One record a run goes to benchmarks/results/step_parity.jsonl.
+The model is the MiniLM encoder of the extra `demo`. The runs of a seed see the same batches in the same order, start
+from the same head, and are scored on the same held-out rows. One record a run goes to
+benchmarks/results/step_parity.jsonl.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import platform
 import random
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -36,7 +38,8 @@ METHODS = {
     "AdaLoRA as published": AdaLoRA.as_published(Budget(average_rank=8)),
 }
 RATES = (3e-4, 1e-3, 3e-3)
-STEPS, BATCH, TOKENS, HELD_OUT, EVERY, SEED = 240, 16, 64, 500, 60, 0
+STEPS, BATCH, TOKENS, HELD_OUT, EVERY, SEEDS = 240, 16, 64, 500, 60, (0, 1, 2)
+RANK = ALPHA = 12  # scale 1, at which LoRA's best rate on this task is 1e-3
 
 
 def encoder() -> str:
@@ -47,12 +50,12 @@ def encoder() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
-def batches(path: Path) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
-    """Tokenized training and held-out batches, the same for every run."""
+def batches(path: Path, seed: int) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
+    """Tokenized training and held-out batches, the same for every run of a seed."""
     tokenizer = AutoTokenizer.from_pretrained(encoder())
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    random.Random(SEED).shuffle(rows)
+    random.Random(seed).shuffle(rows)
 
     def collate(part: list[dict[str, str]]) -> dict[str, torch.Tensor]:
         texts = [row["question"] for row in part], [row["sentence"] for row in part]
@@ -75,12 +78,14 @@ def accuracy(model: torch.nn.Module, held: list[dict[str, torch.Tensor]]) -> flo
     return right / HELD_OUT
 
 
-def run(name: str, rate: float, train: list[dict[str, torch.Tensor]], held: list[dict[str, torch.Tensor]]) -> dict:
+def run(name: str, rate: float, seed: int, path: Path) -> dict:
     """One run; returns its record."""
-    torch.manual_seed(SEED)
+    train, held = batches(path, seed)
+    torch.manual_seed(seed)
     base = AutoModelForSequenceClassification.from_pretrained(encoder(), num_labels=2)
-    torch.manual_seed(SEED + 1)
-    model = get_peft_model(base, LoraConfig(r=12, lora_alpha=24, target_modules="all-linear", task_type="SEQ_CLS"))
+    torch.manual_seed(seed + 1)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="SEQ_CLS")
+    model = get_peft_model(base, config)
     method = METHODS[name]
     allocation = None if method is None else attach(model, method, total_steps=STEPS)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate, weight_decay=0.0)
@@ -92,7 +97,7 @@ def run(name: str, rate: float, train: list[dict[str, torch.Tensor]], held: list
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if allocation is not None:
-            allocation.before_step()
+            allocation.before_step(optimizer)
         optimizer.step()
         if allocation is not None:
             allocation.after_step(optimizer)
@@ -102,6 +107,7 @@ def run(name: str, rate: float, train: list[dict[str, torch.Tensor]], held: list
         if step % EVERY == 0:
             scores.append([step, accuracy(model, held)])
     plan = None if allocation is None else allocation.finish()
+    settings = {"steps": STEPS, "batch": BATCH, "tokens": TOKENS, "held_out": HELD_OUT, "seed": seed, "alpha": ALPHA}
     return {
         "method": name,
         "learning_rate": rate,
@@ -109,23 +115,27 @@ def run(name: str, rate: float, train: list[dict[str, torch.Tensor]], held: list
         "losses": [round(loss, 4) for loss in losses],
         "ranks": None if plan is None else plan.total_rank,
         "seconds": round(time.perf_counter() - started, 1),
-        "settings": {"steps": STEPS, "batch": BATCH, "tokens": TOKENS, "held_out": HELD_OUT, "seed": SEED},
+        "settings": settings,
         "versions": {"loralloc": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
 
 def plot() -> None:
-    """Draw the curves of all records: a panel per learning rate."""
+    """Draw the curves of all records: a panel per learning rate, thin lines for seeds, strong ones for their mean."""
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     panels = figure.subplots(1, len(RATES), sharey=True)
     for panel, rate in zip(panels, RATES, strict=True):
-        for record in records:
-            if record["learning_rate"] == rate:
-                steps, scores = zip(*record["accuracy"], strict=True)
-                panel.plot(steps, scores, marker="o", markersize=3, label=record["method"])
+        for name, colour in zip(METHODS, ("#3b6ea8", "#c8553d", "#8a8a8a"), strict=True):
+            curves = [r["accuracy"] for r in records if (r["method"], r["learning_rate"]) == (name, rate)]
+            steps = [step for step, _ in curves[0]]
+            scores = [[score for _, score in curve] for curve in curves]
+            for curve in scores:
+                panel.plot(steps, curve, color=colour, linewidth=0.7, alpha=0.4)
+            means = [sum(column) / len(column) for column in zip(*scores, strict=True)]
+            panel.plot(steps, means, color=colour, marker="o", markersize=3, label=name)
         panel.axhline(0.5, color="grey", linewidth=0.6, linestyle=":")
         panel.set(title=f"learning rate {rate:g}", xlabel="optimizer step")
         panel.spines[["top", "right"]].set_visible(False)
@@ -142,15 +152,13 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="only redraw the figure")
     arguments = parser.parse_args()
     if not arguments.plot:
-        train, held = batches(arguments.data)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         with RESULTS.open("w", encoding="utf-8") as file:
-            for rate in RATES:
-                for name in METHODS:
-                    record = run(name, rate, train, held)
-                    print(name, rate, record["accuracy"], f"{record['seconds']} s", flush=True)
-                    file.write(json.dumps(record) + "\n")
-                    file.flush()
+            for seed, rate, name in product(SEEDS, RATES, METHODS):
+                record = run(name, rate, seed, arguments.data)
+                print(name, rate, seed, record["accuracy"], f"{record['seconds']} s", flush=True)
+                file.write(json.dumps(record) + "\n")
+                file.flush()
     plot()
 
 

@@ -50,9 +50,8 @@ def test_1_the_start_changes_no_output(published):
     assert all(torch.equal(a, b) for a, b in zip(before, model(inputs), strict=True))
 
 
-@START
-def test_2_at_the_start_the_task_reaches_lambda_alone(published):
-    loop = Loop(method_of(published=published))
+def test_2_as_published_the_task_reaches_lambda_alone_at_the_start():
+    loop = Loop(method_of(published=True))
     loop.backward()
     for site in loop.sites:
         assert not site.A.grad.any()
@@ -61,6 +60,18 @@ def test_2_at_the_start_the_task_reaches_lambda_alone(published):
     loop.walk(1)
     loop.backward()
     assert all((site.A.grad != 0).any() and (site.B.grad != 0).any() for site in loop.sites)
+
+
+def test_2_by_default_the_task_reaches_p_alone_as_it_reaches_loras_b():
+    loop = Loop(method_of())
+    loop.backward()
+    for site in loop.sites:
+        assert not site.A.grad.any()
+        assert not site.gate.grad.any()
+        assert (site.B.grad != 0).all()
+    loop.walk(1)
+    loop.backward()
+    assert all((site.A.grad != 0).any() and (site.gate.grad != 0).all() for site in loop.sites)
 
 
 @pytest.mark.parametrize(("width", "distance", "tolerance"), [(768, 2.404, 0.05), (2500, 0.250, 0.06)])
@@ -76,11 +87,12 @@ def test_3_as_published_the_factors_are_gaussian_and_not_orthonormal(width, dist
 
 
 @pytest.mark.parametrize(("parity", "gain"), [("adam", math.sqrt(768 / 3)), ("sgd", 768**0.25 / math.sqrt(3))])
-def test_3_by_default_the_factors_are_orthonormal_and_the_gate_acts_more(parity, gain):
+def test_3_by_default_q_is_orthonormal_p_is_zero_and_the_gate_is_as_long_as_loras_rows(parity, gain):
     (site,) = attach(model_of([(40, 768)], r=12), method_of(parity=parity), STEPS).sites
-    for factor in (site.A.detach(), site.B.detach().T):
-        close_to(factor @ factor.T, torch.eye(12, dtype=F64))
+    close_to(site.A.detach() @ site.A.detach().T, torch.eye(12, dtype=F64))
+    assert not site.B.any()
     close_to(site.scale, torch.full((12,), SCALING * gain, dtype=F64))
+    close_to(site.scale * site.gate.detach(), torch.full((12,), SCALING / math.sqrt(3), dtype=F64))
 
 
 # ---- Penalty ----
@@ -112,11 +124,12 @@ def test_4_the_penalty_of_the_chosen_kind_joins_the_gradients(kind):
 
 @pytest.mark.parametrize(("kind", "length"), [("reference", 2 / 6), ("paper", 0.0)])
 def test_5_near_the_optimum_the_penalty_pushes_with_constant_force_or_not_at_all(kind, length):
-    loop = Loop(method_of(gamma=1.0, penalty=kind))
+    loop = Loop(method_of(published=True, gamma=1.0, penalty=kind))
     loop.backward()
     with torch.no_grad():
         for site in loop.sites:
-            site.A.add_(1e-7 * torch.randn(site.A.shape, dtype=F64))
+            nn.init.orthogonal_(site.B)
+            nn.init.orthogonal_(site.A).add_(1e-7 * torch.randn(site.A.shape, dtype=F64))
     loop.run.before_step()  # λ = 0: the task has left no gradient on A and B
     for site in loop.sites:
         assert torch.linalg.norm(site.A.grad).item() == pytest.approx(length, abs=1e-5)
@@ -240,7 +253,7 @@ def test_17_a_score_that_is_not_a_number_never_survives(tensor):
 @pytest.mark.parametrize("order", ["paper", "reference"])
 def test_20_the_orders_differ_in_the_sensitivity_of_a_zero_lambda(order):
     """At the start and after a closing: none in the paper's order, some in the published code's."""
-    loop = Loop(method_of(order=order, importance="sensitivity", gamma=0.0))
+    loop = Loop(method_of(published=True, order=order, importance="sensitivity", gamma=0.0))
     zeros = 0
     for _ in range(FINAL):
         zero = ~torch.tensor(loop.living())

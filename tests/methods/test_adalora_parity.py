@@ -19,7 +19,7 @@ from reference.adalora import Site as TwinSite
 from torch import Tensor, nn
 
 from loralloc import AdaLoRA, Budget, attach
-from loralloc.methods.adalora import first_step_gain
+from loralloc.methods.adalora import gate_gain
 from loralloc.training.run import AllocationRun
 
 Optimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
@@ -147,7 +147,7 @@ def twin_site(site: Any, method: AdaLoRA) -> TwinSite:
         site.A.mul_(1.1)
         site.B.mul_(0.9)
     P, lam, Q = (leaf.detach().clone().requires_grad_() for leaf in (site.B, site.gate, site.A))
-    scale = site.scaling * first_step_gain(site.outputs, method.parity)
+    scale = site.scaling * gate_gain(site.outputs, method.parity)
     return TwinSite(site.layer.base_layer.weight.detach().clone(), P, lam, Q, scale)
 
 
@@ -306,6 +306,36 @@ def test_the_first_step_of_sgd_goes_as_far_as_loras(rank, draws):
     ours = ratios(rank, draws, sgd_plain, AdaLoRA(HALF, parity="sgd"), (1,))
     assert ours.min() > 1 / FACTOR
     assert ours.max() < FACTOR
+
+
+def parallel_peft() -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(Parallel(), LoraConfig(r=8, lora_alpha=16, target_modules=r"layers\.\d+"))
+
+
+def first_update(model: PeftModel, optimizer: Optimizer, run: AllocationRun | None) -> list[Tensor]:
+    """ΔW of every layer after one step."""
+    optim = optimizer([p for p in model.parameters() if p.requires_grad])
+    regression(1)(model).backward()
+    if run is not None:
+        run.before_step()
+    optim.step()
+    layers = model.base_model.model.layers
+    factors = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
+    gates = [2.0] * len(layers) if run is None else [site.gate * site.scale for site in run.sites]
+    return [((B * gate) @ A).detach() for gate, (A, B) in zip(gates, factors, strict=True)]
+
+
+@pytest.mark.parametrize(("optimizer", "parity"), [(adam_small, "adam"), (sgd_plain, "sgd")])
+def test_the_first_step_is_that_of_lora_with_the_same_rows(optimizer, parity):
+    """The same ΔW, entry by entry, when LoRA's A is Q / √3: not only as long, but as useful."""
+    model, lora = parallel_peft(), parallel_peft()
+    run = attach(model, AdaLoRA(HALF, gamma=0.0, parity=parity), 1000)
+    for layer, site in zip(lora.base_model.model.layers, run.sites, strict=True):
+        layer.lora_A["default"].weight.data = site.A.detach() / math.sqrt(3)
+    pairs = zip(first_update(model, optimizer, run), first_update(lora, optimizer, None), strict=True)
+    for ours, loras in pairs:
+        torch.testing.assert_close(ours, loras, rtol=1e-3, atol=1e-3 * loras.abs().max().item())
 
 
 @pytest.mark.parametrize(("optimizer", "at"), [(adam_small, (1, 3, 10)), (sgd_plain, (1,))])

@@ -17,8 +17,10 @@ Where we deviate, and why (`as_published` and the options give the paper's or th
 * Penalty: that of the public code, the mean unsquared norm (γ = 0.1 means that); `penalty="paper"` is eq. 4. Its
   gradient is added in closed form when the step's gradients are complete, after clipping, so that it depends on no
   loss function, wrapper or gradient accumulation and never shows in an evaluation loss.
-* Start: P and Q orthonormal and ρ such that the first optimizer step moves the weights as far as LoRA's would
-  (docs/step-parity.md). As published, ρ = 1 and P, Q ~ N(0, 0.02²), which learns far slower at LoRA's learning rate.
+* Start: where LoRA starts, so that LoRA's learning rate serves (docs/step-parity.md). Q is orthonormal, P = 0, and the
+  gate ρ·λ is 1/√3, the length of LoRA's rows of A: the first optimizer step is as long as LoRA's and lowers the loss as
+  much. ρ makes a step of λ count as much as one of P. As published, λ = 0, ρ = 1 and P, Q ~ N(0, 0.02²): only λ moves
+  at first, and at LoRA's learning rate the run hardly learns.
 * Ablation |λ|: the values that selection may zero are compared, that is after the step.
 * Final phase: closed triplets are masked for good: no gradient, no share in the penalty. The public code only resets
   their λ after each step, so the rest drifts: `order="reference"` keeps that.
@@ -69,8 +71,8 @@ class AdaLoRA:
         order: `paper` or `reference`, see the module's docstring.
         penalty: `reference` (mean of unsquared norms) or `paper` (sum of squared norms).
         gamma: Weight of the penalty; 0 turns it off.
-        parity: Optimizer for which the first step is matched with LoRA's: `adam` (any of its kind) or `sgd`;
-            None for the published parametrisation.
+        parity: Optimizer for which steps are matched with LoRA's: `adam` (any of its kind) or `sgd`; None for the
+            published parametrisation.
 
     Raises:
         UserError: A number is out of its range.
@@ -105,7 +107,7 @@ class AdaLoRA:
 
     @classmethod
     def as_published(cls, budget: Budget, **settings: float | str | None) -> AdaLoRA:
-        """Return AdaLoRA in the paper's parametrisation: ρ = 1, P and Q ~ N(0, 0.02²)."""
+        """Return AdaLoRA in the paper's parametrisation: λ = 0, ρ = 1, P and Q ~ N(0, 0.02²)."""
         return cls(budget, parity=None, **settings)  # type: ignore[arg-type]
 
     def schedule(self, total_steps: int, start: int, target: int) -> BudgetSchedule:
@@ -115,7 +117,7 @@ class AdaLoRA:
     # The five verbs.
 
     def prepare(self, sites: Sequence[Site]) -> AdaLoRAState:
-        """Set λ = 0 and draw P and Q; the adapted model equals the base model.
+        """Draw Q and set P or λ to 0; the adapted model equals the base model.
 
         Raises:
             UserError: An adapter has been trained already, or has more ranks than its layer has dimensions.
@@ -223,20 +225,20 @@ class AdaLoRA:
     def _mask(self, state: AdaLoRAState, keep: Tensor) -> None:
         """Let only these triplets take part in the model and in the penalty."""
         for site, kept in zip(state.sites, state.split(keep), strict=True):
-            site.set_scale(kept, gain=first_step_gain(site.outputs, self.parity))
+            site.set_scale(kept, gain=gate_gain(site.outputs, self.parity))
         for stack in state.stacks:
             stack.open = keep.to(stack.positions.device)[stack.positions].view_as(stack.open)
 
 
-def first_step_gain(outputs: int, parity: Parity | None) -> float:
-    """ρ: how much larger a gate must act for the first step to move the weights as far as LoRA's.
+def gate_gain(outputs: int, parity: Parity | None) -> float:
+    """ρ: how much larger a gate must act for a step of λ to move the weights as far as a step of LoRA's B.
 
-    With A as PEFT draws it (rows of expected squared norm 1/3) and P, Q orthonormal (docs/step-parity.md):
+    With A as PEFT draws it (rows of expected squared norm 1/3) and triplets of length 1 (docs/step-parity.md):
 
         adam   ‖ΔW‖ = lr · s · √(out · r / 3) for LoRA, lr · s · ρ · √r here           ρ = √(out / 3)
         sgd    ‖ΔW‖ ≈ lr · s²/3 · √(r / in) · ‖G‖, lr · s² · ρ² · √(r / (in · out)) · ‖G‖   ρ = ⁴√out / √3
 
-    >>> round(first_step_gain(768, "adam"), 6), first_step_gain(768, None)
+    >>> round(gate_gain(768, "adam"), 6), gate_gain(768, None)
     (16.0, 1.0)
     """
     if parity is None:
@@ -371,13 +373,18 @@ def _check_fresh(site: Site) -> None:
 
 @torch.no_grad()
 def _initialise(site: Site, parity: Parity | None) -> None:
-    """Draw P and Q on the CPU, so that a seed means the same on every device, and set λ = 0."""
-    for factor in (site.B, site.A):
-        drawn = torch.empty(factor.shape, dtype=site.gate.dtype)
-        if parity is None:
-            torch.nn.init.normal_(drawn, std=PUBLISHED_STD)
-        else:
-            torch.nn.init.orthogonal_(drawn)
-        factor.copy_(drawn)
-    site.gate.zero_()
-    site.set_scale(torch.ones_like(site.gate, dtype=torch.bool), gain=first_step_gain(site.outputs, parity))
+    """Draw the factors on the CPU, so that a seed means the same on every device; the product is 0."""
+    ρ = gate_gain(site.outputs, parity)
+    P, Q = (torch.empty(factor.shape, dtype=site.gate.dtype) for factor in (site.B, site.A))
+    if parity is None:
+        for factor in (P, Q):
+            torch.nn.init.normal_(factor, std=PUBLISHED_STD)
+        λ = 0.0
+    else:
+        torch.nn.init.zeros_(P)
+        torch.nn.init.orthogonal_(Q)
+        λ = 1 / (math.sqrt(3) * ρ)
+    site.B.copy_(P)
+    site.A.copy_(Q)
+    site.gate.fill_(λ)
+    site.set_scale(torch.ones_like(site.gate, dtype=torch.bool), gain=ρ)
