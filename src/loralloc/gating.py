@@ -146,6 +146,15 @@ class Site:
         """Set the factor of the weight gradients per output row, [out] (see `kernel.gated_lora`); None for none."""
         self._variant.row_scale = row_scale
 
+    def take_scale(self, ranks: Tensor) -> None:
+        """Keep the scale of some ranks alone, int64 [k]: the others have left the tensors."""
+        self._variant.scale = self.scale[ranks.to(self.gate.device)]
+
+    def put_back_scale(self, ranks: Tensor, capacity: int) -> None:
+        """Undo `take_scale`; the ranks that had left are closed for good."""
+        small = self._variant.scale
+        self._variant.scale = small.new_zeros(capacity).index_copy_(0, ranks.to(small.device), small)
+
     @contextmanager
     def gates_replaced(self, gate: Tensor) -> Iterator[None]:
         """Compute with another gate inside: [r], or per sample [n, 1, r]. The parameter itself stays as it is."""
@@ -171,6 +180,8 @@ class _GatedVariant(LoraVariant):
     def forward(  # type: ignore[override]  # PEFT calls it on the instance; ours has state
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
+        if not len(self.scale):  # every rank has left the tensors
+            return result
         if self.scale.device != x.device:  # the model was moved after attaching
             self.scale = self.scale.to(x.device)
             self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
