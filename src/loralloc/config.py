@@ -121,6 +121,9 @@ class TrainingConfig(Section):
     save_every: Count | None = Field(default=None, description="steps between checkpoints; null: none")
     log_every: Count = Field(default=10, description="steps between log lines")
     bf16: bool = Field(default=False, description="bfloat16 autocast")
+    compact: bool = Field(
+        default=False, description="take closed ranks out of memory once the ranks are final: faster steps, one process"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations: slower, less memory")
 
 

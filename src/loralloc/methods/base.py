@@ -88,6 +88,11 @@ class Method(Protocol):
         """What the final adapter may cost; None for a method that needs no budget."""
         ...
 
+    @property
+    def compacts(self) -> bool:
+        """Whether ranks are closed for good by a final decision before the run ends, so that they may leave memory."""
+        ...
+
     def schedule(self, total_steps: int, start: int, target: int) -> Schedule:
         """Lay the budget over the run; raises UserError where it does not fit."""
         ...
@@ -114,6 +119,10 @@ class Method(Protocol):
 
     def load_state_dict(self, state: Any, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
+        ...
+
+    def resized(self, state: Any) -> None:
+        """Closed ranks have left the tensors after the final decision, or are back for `finish`."""
         ...
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Compaction:
         self._optimizer: torch.optim.Optimizer | None = getattr(optimizer, "optimizer", optimizer)
         self._shrink()
         self._hooks = [
-            model.register_state_dict_post_hook(self._fill_model),
+            model.register_state_dict_post_hook(partial(self._fill_model)),  # a bound method takes no attributes
             model.register_load_state_dict_pre_hook(self._cut_model),
         ]
         if self._optimizer is not None:
@@ -93,9 +94,11 @@ class Compaction:
 
     def _reshape(self, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
         """Change the shape of a parameter, and of its state in the optimizer likewise."""
-        before = parameter.shape
+        before, data = parameter.shape, change(parameter.data)
         parameter.grad = None
-        parameter.data = change(parameter.data)
+        # Autograd keeps the old shape as long as a graph of an earlier step is alive, unless the dtype changes.
+        parameter.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)
+        parameter.data = data
         state = {} if self._optimizer is None else self._optimizer.state.get(parameter, {})
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == before:
