@@ -187,6 +187,7 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     yield from _broken_phases(tree)
     if tree.get("task") == "causal-lm" and _get(tree, "data", "max_length") == 1:
         yield ("data", "max_length"), "data.max_length must be at least 2: a single token has no next one to predict"
+    yield from _broken_allora(tree)
     capacity, target = _get(tree, "lora", "r"), _get(tree, "method", "budget", "average_rank")
     capacity = LoraSection.model_fields["r"].default if capacity is None else capacity
     if is_number(capacity) and is_number(target) and target > capacity:
@@ -238,6 +239,26 @@ def _broken_phases(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             key,
             f"{terms} is {total} of {steps} steps: keep it below, so that the budget can fall in between",
         )
+
+
+def _broken_allora(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """ALLoRA has neither scale nor dropout, and a budget only where another method allocates."""
+    method = _get(tree, "method")
+    if _get(method, "name") != "allora":
+        return
+    allocate, budget = method.get("allocate"), method.get("budget")
+    if allocate is not None and budget is None:
+        yield ("method", "allocate"), f"method.allocate: {allocate} needs a budget: add method.budget"
+    if allocate is None and budget is not None:
+        yield ("method", "budget"), "method.budget has no effect without method.allocate, such as adalora"
+    defaults = LoraSection.model_fields
+    r, alpha, dropout = (_get(tree, "lora", key) for key in ("r", "alpha", "dropout"))
+    r, alpha = defaults["r"].default if r is None else r, defaults["alpha"].default if alpha is None else alpha
+    if is_number(r) and is_number(alpha) and r != alpha:
+        key = ("lora", "alpha") if _get(tree, "lora", "alpha") is not None else ("lora",)
+        yield key, f"lora.alpha is {alpha}, but ALLoRA has no scaling factor: set lora.alpha to lora.r, which is {r}"
+    if is_number(dropout) and dropout > 0:
+        yield ("lora", "dropout"), f"lora.dropout is {dropout}, but ALLoRA trains without dropout: set it to 0"
 
 
 def _in_section(key: Key) -> str:

@@ -128,8 +128,17 @@ class Site:
         return self.scaling * self._variant.factor
 
     @property
+    def dropout(self) -> float:
+        """Probability of PEFT's dropout in front of A."""
+        return float(getattr(self.layer.lora_dropout[self.adapter], "p", 0.0))
+
+    @property
     def _variant(self) -> _GatedVariant:
         return self.layer.lora_variant[self.adapter]
+
+    def freeze_gate(self) -> None:
+        """Leave the gate as it is: no gradient, no place in the optimizer. Before the optimizer is built."""
+        self.gate.requires_grad_(False)
 
     def set_scale(self, open_ranks: Tensor, factor: float = 1.0, gain: float = 1.0) -> None:
         """Set the fixed scale to `scaling · factor · gain` where ranks are open, to 0 where they are closed for good.
