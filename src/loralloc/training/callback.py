@@ -266,6 +266,11 @@ def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final
     if not args.load_best_model_at_end:
         return
     steps_per_unit = 1.0 if args.eval_strategy == "steps" else state.max_steps / max(state.num_train_epochs, 1)
+    if final + 2 > state.max_steps:
+        raise UserError(
+            "load_best_model_at_end would bring back a checkpoint from before the ranks are chosen, which is when the "
+            "run ends; set load_best_model_at_end=False"
+        )
     if args.eval_delay * steps_per_unit <= final + 1:
         raise UserError(
             f"load_best_model_at_end could bring back a checkpoint from before step {final + 2}, when the ranks become "

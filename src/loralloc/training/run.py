@@ -231,7 +231,7 @@ class AllocationRun:
             UserError: It was built before the allocation was attached.
         """
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [site.name for site in self.sites if site.gate.requires_grad and id(site.gate) not in known]
+        missing = [site.name for site in self.sites if site.gate_is_trained and id(site.gate) not in known]
         if missing:
             raise UserError(
                 f"the optimizer does not hold the gates of {len(missing)} modules ({missing[0]}, ...): "
