@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loralloc.plan import RankPlan
     from loralloc.training.callback import RankAllocation
     from loralloc.training.run import attach
+    from loralloc.truncation import truncate_adapter
 
 __all__ = [
     "ALLoRA",
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "attach",
     "export_adapter",
+    "truncate_adapter",
 ]
 
 _HOME = {
@@ -53,6 +55,7 @@ _HOME = {
     "UserError": "loralloc.errors",
     "attach": "loralloc.training.run",
     "export_adapter": "loralloc.export",
+    "truncate_adapter": "loralloc.truncation",
 }
 
 
