@@ -8,7 +8,7 @@ the recipe. This module imports neither torch nor transformers, so that `--help`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -261,6 +261,16 @@ def _broken_allora(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("lora", "dropout"), f"lora.dropout is {dropout}, but ALLoRA trains without dropout: set it to 0"
 
 
+def listed(names: Iterable[str]) -> str:
+    """Join names for a message.
+
+    >>> listed(["adalora", "uniform", "lora"])
+    'adalora, uniform or lora'
+    """
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _in_section(key: Key) -> str:
     return f' in "{dotted(key[:-1])}"' if key[:-1] else ""
 
@@ -304,7 +314,7 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
     value, hint = error["input"], ""
     if kind == "union_tag_invalid":
         key, value = (*key, "name"), context["tag"]
-        rule, hint = f"must be {' or '.join(METHODS)}", closest(str(value), METHODS)
+        rule, hint = f"must be {listed(METHODS)}", closest(str(value), METHODS)
     elif kind in _RULES:
         limits = {name: f"{limit:.10g}" if is_number(limit) else limit for name, limit in context.items()}
         rule = "must be " + _RULES[kind].format(**limits).replace("'", "")

@@ -263,7 +263,7 @@ def _counts_items(model: nn.Module) -> bool:
 
 def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final: int) -> None:
     """Refuse to let a checkpoint win that was evaluated before the ranks were final."""
-    if not args.load_best_model_at_end:
+    if not args.load_best_model_at_end or final < 0:  # fixed from the start
         return
     steps_per_unit = 1.0 if args.eval_strategy == "steps" else state.max_steps / max(state.num_train_epochs, 1)
     if final + 2 > state.max_steps:
