@@ -128,8 +128,23 @@ class Site:
         return self.scaling * self._variant.factor
 
     @property
+    def dropout(self) -> float:
+        """Probability of PEFT's dropout in front of A."""
+        return float(getattr(self.layer.lora_dropout[self.adapter], "p", 0.0))
+
+    @property
     def _variant(self) -> _GatedVariant:
         return self.layer.lora_variant[self.adapter]
+
+    @property
+    def gate_is_trained(self) -> bool:
+        """Whether the gate takes part in training; it does until it is frozen."""
+        return not self._variant.gate_frozen
+
+    def freeze_gate(self) -> None:
+        """Leave the gate as it is: no gradient, no place in the optimizer. Before the optimizer is built."""
+        self._variant.gate_frozen = True  # the flag alone would not do: PEFT sets it anew in disable_adapter()
+        self.gate.requires_grad_(False)
 
     def set_scale(self, open_ranks: Tensor, factor: float = 1.0, gain: float = 1.0) -> None:
         """Set the fixed scale to `scaling · factor · gain` where ranks are open, to 0 where they are closed for good.
@@ -173,6 +188,7 @@ class _GatedVariant(LoraVariant):
         self.factor = 1.0
         self.row_scale: Tensor | None = None
         self.gate: Tensor | None = None  # instead of the layer's parameter
+        self.gate_frozen = False
 
     def supports_lora_conversion(self) -> bool:
         return False  # PEFT would convert without the gates; export_adapter does it right
@@ -185,11 +201,12 @@ class _GatedVariant(LoraVariant):
         if self.scale.device != x.device:  # the model was moved after attaching
             self.scale = self.scale.to(x.device)
             self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
+        gate = module.lora_gate[active_adapter] if self.gate is None else self.gate
         return gated_lora(
             module.lora_dropout[active_adapter](x),
             result,
             module.lora_A[active_adapter].weight,
-            module.lora_gate[active_adapter] if self.gate is None else self.gate,
+            gate.detach() if self.gate_frozen else gate,
             module.lora_B[active_adapter].weight,
             self.scale,
             self.row_scale,

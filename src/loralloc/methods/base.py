@@ -49,12 +49,14 @@ class Moment:
         schedule: The budget over the run.
         learning_rate: The optimizer's current learning rate for the adapter; None where no optimizer was shown.
         probe: The data, for methods that look at them; None where there are none.
+        optimizer: Name of the optimizer's class, for example `AdamW`; None where no optimizer was shown.
     """
 
     step: int
     schedule: Schedule
     learning_rate: float | None = None
     probe: Probe | None = None
+    optimizer: str | None = None
 
 
 @dataclass(frozen=True)

@@ -267,9 +267,14 @@ def _counts_items(model: nn.Module) -> bool:
 
 def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final: int) -> None:
     """Refuse to let a checkpoint win that was evaluated before the ranks were final."""
-    if not args.load_best_model_at_end:
+    if not args.load_best_model_at_end or final < 0:  # fixed from the start
         return
     steps_per_unit = 1.0 if args.eval_strategy == "steps" else state.max_steps / max(state.num_train_epochs, 1)
+    if final + 2 > state.max_steps:
+        raise UserError(
+            "load_best_model_at_end would bring back a checkpoint from before the ranks are chosen, which is when the "
+            "run ends; set load_best_model_at_end=False"
+        )
     if args.eval_delay * steps_per_unit <= final + 1:
         raise UserError(
             f"load_best_model_at_end could bring back a checkpoint from before step {final + 2}, when the ranks become "

@@ -242,13 +242,13 @@ class AllocationRun:
         }
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer that does not know the gates.
+        """Refuse an optimizer that does not know the gates that are trained.
 
         Raises:
             UserError: It was built before the allocation was attached.
         """
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [site.name for site in self.sites if id(site.gate) not in known]
+        missing = [site.name for site in self.sites if site.gate_is_trained and id(site.gate) not in known]
         if missing:
             raise UserError(
                 f"the optimizer does not hold the gates of {len(missing)} modules ({missing[0]}, ...): "
@@ -327,7 +327,8 @@ class AllocationRun:
 
     def _now(self, optimizer: torch.optim.Optimizer | None) -> Moment:
         """What a method is told besides its state."""
-        return Moment(self.step, self.schedule, learning_rate(optimizer, self.sites), self.probe)
+        rate, name = learning_rate(optimizer, self.sites), optimizer_name(optimizer)
+        return Moment(self.step, self.schedule, rate, self.probe, name)
 
     def _check_gates_moved(self) -> None:
         """Notice an optimizer that does not hold the gates, also where nobody has shown it to us."""
@@ -416,6 +417,14 @@ def learning_rate(optimizer: torch.optim.Optimizer | None, sites: Sequence[Site]
     groups = () if optimizer is None else optimizer.param_groups
     first = sites[0].A
     return next((float(group["lr"]) for group in groups if any(p is first for p in group["params"])), None)
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer | None) -> str | None:
+    """The class of an optimizer, without the wrappers that hold one; None without an optimizer."""
+    inner: Any = optimizer
+    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+        inner = inner.optimizer
+    return None if inner is None else type(inner).__name__
 
 
 def _difference(theirs: Any, mine: Any) -> str:
