@@ -13,7 +13,7 @@ import torch
 from models import labelled_batch, logits, tiny_peft
 from torch import Tensor
 
-from loralloc import AdaLoRA, Budget, UserError, attach
+from loralloc import AdaLoRA, ALLoRA, Budget, UserError, attach
 from loralloc.training.run import AllocationRun
 
 STEPS, WARMUP, COOLDOWN = 18, 2, 8
@@ -36,10 +36,18 @@ def momentum(parameters: list[Tensor]) -> torch.optim.Optimizer:
 class Loop:
     """An own loop with clipping; batches depend on the step alone."""
 
-    def __init__(self, *, compact: bool, budget: Budget = BUDGETS["quarter"], optimizer=adamw, name: str = "llama"):
-        self.name, self.model = name, tiny_peft(name).double()
+    def __init__(
+        self,
+        *,
+        compact: bool,
+        budget: Budget = BUDGETS["quarter"],
+        optimizer=adamw,
+        name: str = "llama",
+        wrap=lambda method: method,
+    ):
+        self.name, self.model = name, tiny_peft(name, lora_alpha=4).double()
         torch.manual_seed(0)
-        method = AdaLoRA(budget, warmup=WARMUP, cooldown=COOLDOWN, interval=1)
+        method = wrap(AdaLoRA(budget, warmup=WARMUP, cooldown=COOLDOWN, interval=1))
         self.run: AllocationRun = attach(self.model, method, STEPS, compact=compact)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = optimizer(list(self.trainable.values()))
@@ -70,6 +78,16 @@ def test_a_compacted_run_ends_with_the_weights_of_a_masked_one(budget, optimizer
     assert compact.run.finish().to_dict()["modules"] == masked.run.finish().to_dict()["modules"]
     for n, parameter in masked.trainable.items():
         torch.testing.assert_close(compact.trainable[n], parameter, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "post"])
+def test_so_does_one_whose_rows_are_scaled(mode):
+    def allora(method):
+        return ALLoRA(mode=mode, allocate=method)
+
+    masked, compact = (Loop(compact=flag, budget=BUDGETS["few"], wrap=allora).walk() for flag in (False, True))
+    assert sum(compact.ranks()) < sum(masked.ranks())
+    torch.testing.assert_close(compact.losses, masked.losses, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])

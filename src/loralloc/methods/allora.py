@@ -174,7 +174,8 @@ class ALLoRA:
             A, B = (torch.stack([getattr(site, symbol).detach() for site in sites]) for symbol in "AB")
             s = row_scales(row_norms(A, gates, B), self.eta)
             if self.mode == "post":
-                mean = torch.linalg.matrix_norm(s[:, :, None] * B) / torch.linalg.matrix_norm(B.to(s.dtype))
+                B = B.to(s.dtype) * torch.stack([site.scale != 0 for site in sites])[:, None]  # closed ranks are gone
+                mean = torch.linalg.matrix_norm(s[:, :, None] * B) / torch.linalg.matrix_norm(B)
                 mean = torch.where(B.flatten(1).any(1), mean, self.eta)
                 for mean_of_site, s_of_site in zip(mean, s, strict=True):
                     state.stretch += [mean_of_site - 1, s_of_site[:, None] - 1]
