@@ -109,6 +109,7 @@ class AllocationRun:
         self._gates_at_start = [site.gate.detach().clone() for site in self.sites]
         self._good_steps = 0
         self._bad_in_a_row = 0
+        self._watched: list[nn.Parameter] = []
 
     @property
     def schedule(self) -> Schedule:
@@ -301,7 +302,9 @@ class AllocationRun:
             )
 
     def _gradients_are_finite(self) -> bool:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not self._watched:  # walking through a large model takes longer than the check itself
+            self._watched = list(self.model.parameters())
+        gradients = [p.grad for p in self._watched if p.grad is not None]
         if not gradients:
             return True
         device = gradients[0].device
