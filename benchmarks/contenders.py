@@ -194,7 +194,7 @@ class Attached(Step):
         self.events = events
 
     def before_step(self) -> None:
-        self.run.before_step(self.optimizer)
+        self.run.before_step(self.optimizer, wait=False)
 
     def after_step(self) -> None:
         self.run.after_step(self.optimizer)

@@ -19,13 +19,13 @@ def sensitivity(weights: Tensor, gradients: Tensor) -> Tensor:
     return (weights * gradients).abs_()
 
 
-def smooth_(mean: Tensor, uncertainty: Tensor, current: Tensor, beta1: float, beta2: float) -> None:
+def smooth_(mean: Tensor, uncertainty: Tensor, current: Tensor, beta1: float | Tensor, beta2: float | Tensor) -> None:
     """Update the two running averages of AdaLoRA in place (eq. 11 and 12, no bias correction).
 
         mean        ← β₁ · mean        + (1 − β₁) · I
         uncertainty ← β₂ · uncertainty + (1 − β₂) · |I − mean|      with the mean just updated
 
-    `current` is used up as work space.
+    `current` is used up as work space. With β₁ = β₂ = 1 and a finite `current` nothing changes.
     """
     mean.lerp_(current, 1 - beta1)
     uncertainty.lerp_(current.sub_(mean).abs_(), 1 - beta2)

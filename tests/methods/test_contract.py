@@ -17,7 +17,7 @@ from torch import Tensor
 from loralloc import AdaLoRA, Budget, RankPlan, attach, export_adapter
 from loralloc.gating import is_gated
 from loralloc.methods.base import Method
-from loralloc.training.run import MAX_BAD_STEPS
+from loralloc.training.soundness import MAX_BAD_STEPS
 
 STEPS, WARMUP, COOLDOWN = 18, 2, 7
 FREEZE = STEPS - COOLDOWN + 1  # the first step of the final phase

@@ -79,6 +79,7 @@ class AdaLoRA:
     """
 
     id: ClassVar[str] = "adalora"
+    masks_bad_steps: ClassVar[bool] = True
 
     budget: Budget
     warmup: float = 0.15
@@ -141,7 +142,7 @@ class AdaLoRA:
                 gradient = penalty_gradient(weights, stack.rank_dim, stack.open, self.penalty, matrices, resolution)
                 stack.add_to_gradients(gradient, self.gamma)
             if measure and self.order == "paper":
-                self._measure(stack, weights, stack.gradients())
+                self._measure(stack, weights, stack.gradients(), now.sound)
         state.measure_after_step = measure and self.order == "reference"
 
     def on_step(self, state: AdaLoRAState, now: Moment) -> Decision | None:
@@ -150,7 +151,7 @@ class AdaLoRA:
         assert isinstance(schedule, BudgetSchedule)
         if state.measure_after_step:
             for stack in state.stacks:
-                self._measure(stack, stack.weights(), stack.gradients())
+                self._measure(stack, stack.weights(), stack.gradients(), now.sound)
             state.measure_after_step = False
         if not schedule.closes(step):
             return None
@@ -190,11 +191,15 @@ class AdaLoRA:
         state.final = tensors["final"].to(state.sites[0].gate.device) if "final" in tensors else None
         self._mask(state, None if self.order == "reference" else state.final)
 
-    def _measure(self, stack: _Stack, weights: Tensor, gradients: Tensor) -> None:
-        """Update the importance of a stack's entries from one step's weights and gradients."""
-        current = sensitivity(weights, gradients)
+    def _measure(self, stack: _Stack, weights: Tensor, gradients: Tensor, sound: Tensor | None) -> None:
+        """Update the importance of a stack's entries from one step's weights and gradients, if the step is sound."""
+        current, beta1, beta2 = sensitivity(weights, gradients), self.beta1, self.beta2
+        if sound is not None:
+            sound = sound.to(current.device)
+            current = torch.where(sound, current, 0.0 if self.importance == "smoothed" else stack.mean)
+            beta1, beta2 = (torch.where(sound, beta, 1.0).to(current.dtype) for beta in (beta1, beta2))
         if self.importance == "smoothed":
-            smooth_(stack.mean, stack.uncertainty, current, self.beta1, self.beta2)
+            smooth_(stack.mean, stack.uncertainty, current, beta1, beta2)
         else:
             stack.mean.copy_(current)
 

@@ -49,12 +49,15 @@ class Moment:
         schedule: The budget over the run.
         learning_rate: The optimizer's current learning rate for the adapter; None where no optimizer was shown.
         probe: The data, for methods that look at them; None where there are none.
+        sound: Whether the step's gradients are finite: a boolean on the device, for methods with `masks_bad_steps`
+            where the host does not know yet; None where they are (other steps are not shown to a method).
     """
 
     step: int
     schedule: Schedule
     learning_rate: float | None = None
     probe: Probe | None = None
+    sound: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,17 @@ def agree(decision: Tensor) -> Tensor:
     return decision
 
 
-def any_process(flag: Tensor) -> bool:
-    """Whether a flag is set on any process."""
+def on_any_process(flag: Tensor) -> Tensor:
+    """Whether a flag is set on any process, still on the device; not zero where it is."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         flag = flag.to(torch.int32)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    return flag
+
+
+def any_process(flag: Tensor) -> bool:
+    """Whether a flag is set on any process."""
+    return bool(on_any_process(flag).item())
 
 
 def settings_of(method: Method) -> dict[str, Any]:
