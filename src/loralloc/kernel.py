@@ -26,6 +26,7 @@ and gate are multiplied in fp32 or wider and rounded once, to the dtype of the p
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -67,14 +68,24 @@ def _compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, A.dtype)
 
 
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast off. Where it is off already, entering it would cost as much as a product of a small layer."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`, without the call where there is nothing to do: it is made ten times a layer."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def _effective_gate(g: Tensor, s: float | Tensor) -> Tensor:
     """The factor of the r-wide activation, s · g, in fp32 or wider."""
-    return g.to(torch.promote_types(g.dtype, torch.float32)) * s
+    return _cast(g, torch.promote_types(g.dtype, torch.float32)) * s
 
 
 def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., d] -> [N, d] in `dtype`."""
-    return t.reshape(-1, t.shape[-1]).to(dtype)
+    return _cast(t if t.dim() == 2 else t.reshape(-1, t.shape[-1]), dtype)
 
 
 class _GatedLoRA(torch.autograd.Function):
@@ -90,20 +101,20 @@ class _GatedLoRA(torch.autograd.Function):
         row_scale: Tensor | None,
     ) -> Tensor:
         dtype = _compute_dtype(x, A)
-        with torch.autocast(x.device.type, enabled=False):
-            h = _flat(x, dtype) @ A.to(dtype).t()  # [N, r]
+        with _without_autocast(x.device.type):
+            h = _flat(x, dtype) @ _cast(A, dtype).t()  # [N, r]
             hg = _gate(h, _effective_gate(g, s), x.shape)
             wide = torch.promote_types(dtype, base_out.dtype)
-            y = torch.addmm(_flat(base_out, wide), hg.to(wide), B.to(dtype).to(wide).t())
+            y = torch.addmm(_flat(base_out, wide), _cast(hg, wide), _cast(_cast(B, dtype), wide).t())
         ctx.dtype = dtype
         ctx.s = None if isinstance(s, Tensor) else s
         ctx.save_for_backward(x, A, g, B, h, s if isinstance(s, Tensor) else None, row_scale)
-        return y.to(base_out.dtype).view(base_out.shape)
+        return _cast(y, base_out.dtype).view(base_out.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        with torch.autocast(dy.device.type, enabled=False):
+        with _without_autocast(dy.device.type):
             return _gradients(ctx, dy)
 
 
@@ -113,7 +124,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     s = ctx.s if s is None else s
     need_x, need_base, need_A, need_g, need_B, *_ = ctx.needs_input_grad
     dtype, shape = ctx.dtype, x.shape
-    x_, A_, dy_ = _flat(x, dtype), A.to(dtype), _flat(dy, dtype)
+    x_, A_, dy_ = _flat(x, dtype), _cast(A, dtype), _flat(dy, dtype)
     if torch.is_grad_enabled():  # a second derivative is wanted: h must depend on x and A again
         h = x_ @ A_.t()
     gate = _effective_gate(g, s)
@@ -121,14 +132,14 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dA = dg = dB = None
     t, t_rows = _activation_gradients(dy_, B, row_scale, need_x or need_g, need_A)
     if need_x:
-        dx = (_gate(t, gate, shape) @ A_).to(x.dtype).view(shape)
+        dx = _cast(_gate(t, gate, shape) @ A_, x.dtype).view(shape)
     if need_g:
         dg = _gate_gradient(t, h, s, g, shape)
     if need_A:
-        dA = (_gate(t_rows, gate, shape).t() @ x_).to(A.dtype)
+        dA = _cast(_gate(t_rows, gate, shape).t() @ x_, A.dtype)
     if need_B:
         dB = dy_.t() @ _gate(h, gate, shape)
-        dB = (dB if row_scale is None else row_scale[:, None] * dB).to(B.dtype)
+        dB = _cast(dB if row_scale is None else row_scale[:, None] * dB, B.dtype)
     return dx, dy if need_base else None, dA, dg, dB, None, None
 
 
@@ -137,23 +148,23 @@ def _activation_gradients(
 ) -> tuple[Any, Any]:
     """Gradient of the gated activation, [N, r]: (dy B for input and gates, dy S B for A), None where not needed."""
     if row_scale is None:
-        t = dy @ B.to(dy.dtype) if plain or scaled else None
+        t = dy @ _cast(B, dy.dtype) if plain or scaled else None
         return t, t
-    scaled_B = (row_scale[:, None] * B).to(dy.dtype) if scaled else None  # in the parameters' precision, then rounded
+    scaled_B = _cast(row_scale[:, None] * B, dy.dtype) if scaled else None  # in the parameters' precision, then rounded
     if plain and scaled_B is not None:
-        return (dy @ torch.cat((B.to(dy.dtype), scaled_B), dim=1)).split(B.shape[1], dim=1)  # type: ignore[return-value]
-    return (dy @ B.to(dy.dtype) if plain else None), (None if scaled_B is None else dy @ scaled_B)
+        return (dy @ torch.cat((_cast(B, dy.dtype), scaled_B), dim=1)).split(B.shape[1], dim=1)  # type: ignore[return-value]
+    return (dy @ _cast(B, dy.dtype) if plain else None), (None if scaled_B is None else dy @ scaled_B)
 
 
 def _gate(h: Tensor, gate: Tensor, shape: torch.Size) -> Tensor:
     """Scale the r-wide activation [N, r] by a gate that is [r] or broadcasts against [..., r]."""
     if gate.dim() == 1:
-        return h * gate.to(h.dtype)
-    return (h.view(*shape[:-1], h.shape[-1]) * gate.to(h.dtype)).reshape(h.shape)
+        return h * _cast(gate, h.dtype)
+    return (h.view(*shape[:-1], h.shape[-1]) * _cast(gate, h.dtype)).reshape(h.shape)
 
 
 def _gate_gradient(t: Tensor, h: Tensor, s: float | Tensor, g: Tensor, shape: torch.Size) -> Tensor:
     """Gradient of the gate: s · Σ t ∘ h over every dimension along which the gate was broadcast."""
-    product = (t * h).to(torch.promote_types(t.dtype, torch.float32))
+    product = _cast(t * h, torch.promote_types(t.dtype, torch.float32))
     total = product.sum(0) if g.dim() == 1 else product.view(*shape[:-1], h.shape[-1]).sum_to_size(g.shape)
-    return (total * s).to(g.dtype)
+    return _cast(total * s, g.dtype)

@@ -20,13 +20,13 @@ def sensitivity(weights: Tensor, gradients: Tensor) -> Tensor:
     return (weights * gradients).abs_()
 
 
-def smooth_(mean: Tensor, uncertainty: Tensor, current: Tensor, beta1: float, beta2: float) -> None:
+def smooth_(mean: Tensor, uncertainty: Tensor, current: Tensor, beta1: float | Tensor, beta2: float | Tensor) -> None:
     """Update the two running averages of AdaLoRA in place (eq. 11 and 12, no bias correction).
 
         mean        ← β₁ · mean        + (1 − β₁) · I
         uncertainty ← β₂ · uncertainty + (1 − β₂) · |I − mean|      with the mean just updated
 
-    `current` is used up as work space.
+    `current` is used up as work space. With β₁ = β₂ = 1 and a finite `current` nothing changes.
     """
     mean.lerp_(current, 1 - beta1)
     uncertainty.lerp_(current.sub_(mean).abs_(), 1 - beta2)
@@ -38,7 +38,12 @@ def per_rank(element_scores: Tensor, rank_dim: int) -> Tensor:
 
 
 def penalty_gradient(
-    stack: Tensor, rank_dim: int, open_ranks: Tensor, kind: Penalty, matrices: int, resolution: float | None = None
+    stack: Tensor,
+    rank_dim: int,
+    open_ranks: Tensor | None,
+    kind: Penalty,
+    matrices: int,
+    resolution: float | None = None,
 ) -> Tensor:
     """Gradient of the orthogonality penalty with respect to a stack of factors.
 
@@ -53,7 +58,7 @@ def penalty_gradient(
     Args:
         stack: [n, r, in] or [n, out, r].
         rank_dim: Which dimension is the rank: 1 or 2.
-        open_ranks: [n, r]; ranks closed for good take no part. Boolean.
+        open_ranks: Boolean [n, r]; ranks closed for good take no part. None where all are open.
         kind: Which of the two penalties.
         matrices: Number of factors over which `reference` averages: two per site.
         resolution: Relative rounding of the numbers in `stack`, where it is coarser than their dtype's.
@@ -61,17 +66,19 @@ def penalty_gradient(
     Returns:
         The gradient, in the shape of `stack`; rows (columns) of closed ranks are zero.
     """
-    on = open_ranks.to(stack.dtype)
-    factor = torch.where(open_ranks[:, :, None] if rank_dim == 1 else open_ranks[:, None, :], stack, 0.0)
-    gram = torch.bmm(factor, factor.mT) if rank_dim == 1 else torch.bmm(factor.mT, factor)
-    error = gram - torch.diag_embed(on)
+    factor, rank, width = stack, stack.shape[rank_dim], stack.shape[3 - rank_dim]
+    target = torch.eye(rank, dtype=stack.dtype, device=stack.device)
+    if open_ranks is not None:
+        factor = torch.where(open_ranks[:, :, None] if rank_dim == 1 else open_ranks[:, None, :], stack, 0.0)
+        target = target * open_ranks[:, :, None]
+    error = (torch.bmm(factor, factor.mT) if rank_dim == 1 else torch.bmm(factor.mT, factor)).sub_(target)
     if kind == "paper":
-        error = 4 * error
+        error.mul_(4)
     else:
-        norm = torch.linalg.matrix_norm(error, keepdim=True)
-        rank, width, eps = stack.shape[rank_dim], stack.shape[3 - rank_dim], torch.finfo(stack.dtype).eps
+        norm = torch.linalg.vector_norm(error, dim=(1, 2), keepdim=True)
+        eps = torch.finfo(stack.dtype).eps
         noise = eps * (16 * rank + width**0.5) + (resolution or eps) * rank / 4  # of the sums, of the numbers
-        error = torch.where(norm > noise, 2 * error / (norm * matrices), 0.0)
+        error.mul_(torch.where(norm > noise, 2 / (norm * matrices), 0.0))
     return torch.bmm(error, factor) if rank_dim == 1 else torch.bmm(factor, error)
 
 

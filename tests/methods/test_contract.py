@@ -34,7 +34,7 @@ from torch import Tensor
 from loralloc import Budget, RankPlan, attach, export_adapter
 from loralloc.gating import is_gated
 from loralloc.methods.base import Method
-from loralloc.training.run import MAX_BAD_STEPS
+from loralloc.training.soundness import MAX_BAD_STEPS
 
 pytestmark = pytest.mark.filterwarnings("ignore:ALLoRA.*AdamW")  # tests/methods/test_allora.py is about it
 

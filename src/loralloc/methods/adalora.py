@@ -79,6 +79,7 @@ class AdaLoRA:
     """
 
     id: ClassVar[str] = "adalora"
+    masks_bad_steps: ClassVar[bool] = True
 
     budget: Budget
     warmup: float = 0.15
@@ -140,14 +141,13 @@ class AdaLoRA:
             penalise = self.gamma > 0 and stack.symbol != "gate"
             if not (penalise or (measure and self.order == "paper")):
                 continue
-            weights, gradients = stack.weights(), stack.gradients()
+            weights = stack.weights()
             if penalise:
-                gradient = penalty_gradient(
-                    weights, stack.rank_dim, stack.open, self.penalty, 2 * len(state.sites), stack.resolution()
-                )
-                gradients += stack.add_to_gradients(self.gamma * gradient)
+                matrices, resolution = 2 * len(state.sites), stack.resolution()
+                gradient = penalty_gradient(weights, stack.rank_dim, stack.open, self.penalty, matrices, resolution)
+                stack.add_to_gradients(gradient, self.gamma)
             if measure and self.order == "paper":
-                self._measure(stack, weights, gradients)
+                self._measure(stack, weights, stack.gradients(), now.sound)
         state.measure_after_step = measure and self.order == "reference"
 
     def on_step(self, state: AdaLoRAState, now: Moment) -> Decision | None:
@@ -156,7 +156,7 @@ class AdaLoRA:
         assert isinstance(schedule, BudgetSchedule)
         if state.measure_after_step:
             for stack in state.stacks:
-                self._measure(stack, stack.weights(), stack.gradients())
+                self._measure(stack, stack.weights(), stack.gradients(), now.sound)
             state.measure_after_step = False
         if not schedule.closes(step):
             return None
@@ -196,19 +196,22 @@ class AdaLoRA:
             stack.mean.copy_(tensors[f"{index}.mean"])
             stack.uncertainty.copy_(tensors[f"{index}.uncertainty"])
         state.final = tensors["final"].to(state.sites[0].gate.device) if "final" in tensors else None
-        everything = torch.ones_like(state.flat_gates(), dtype=torch.bool)
-        self._mask(state, everything if state.final is None or self.order == "reference" else state.final)
+        self._mask(state, None if self.order == "reference" else state.final)
 
     def resized(self, state: AdaLoRAState) -> None:
         """Group the tensors anew by their shapes."""
         state.compact = not state.compact
         state.stacks = _stacks(state.sites)
 
-    def _measure(self, stack: _Stack, weights: Tensor, gradients: Tensor) -> None:
-        """Update the importance of a stack's entries from one step's weights and gradients."""
-        current = sensitivity(weights, gradients)
+    def _measure(self, stack: _Stack, weights: Tensor, gradients: Tensor, sound: Tensor | None) -> None:
+        """Update the importance of a stack's entries from one step's weights and gradients, if the step is sound."""
+        current, beta1, beta2 = sensitivity(weights, gradients), self.beta1, self.beta2
+        if sound is not None:
+            sound = sound.to(current.device)
+            current = torch.where(sound, current, 0.0 if self.importance == "smoothed" else stack.mean)
+            beta1, beta2 = (torch.where(sound, beta, 1.0).to(current.dtype) for beta in (beta1, beta2))
         if self.importance == "smoothed":
-            smooth_(stack.mean, stack.uncertainty, current, self.beta1, self.beta2)
+            smooth_(stack.mean, stack.uncertainty, current, beta1, beta2)
         else:
             stack.mean.copy_(current)
 
@@ -219,7 +222,8 @@ class AdaLoRA:
             return state.flat_gates().abs()
         for stack in state.stacks:
             elements = stack.mean * stack.uncertainty if self.importance == "smoothed" else stack.mean
-            scores.index_add_(0, stack.positions.to(scores.device), per_rank(elements, stack.rank_dim).flatten())
+            positions = stack.positions.flatten().to(scores.device)
+            scores.index_add_(0, positions, per_rank(elements, stack.rank_dim).flatten())
         return scores
 
     def _select(self, state: AdaLoRAState, budget: int) -> Tensor:
@@ -234,12 +238,13 @@ class AdaLoRA:
         state.zero_gates(keep)
         self._mask(state, keep)
 
-    def _mask(self, state: AdaLoRAState, keep: Tensor) -> None:
-        """Let only these triplets take part in the model and in the penalty."""
-        for site, kept in zip(state.sites, state.split(keep), strict=True):
+    def _mask(self, state: AdaLoRAState, keep: Tensor | None) -> None:
+        """Let only these triplets take part in the model and in the penalty; all of them where None."""
+        everything = torch.ones_like(state.flat_gates(), dtype=torch.bool)
+        for site, kept in zip(state.sites, state.split(everything if keep is None else keep), strict=True):
             site.set_scale(kept, gain=gate_gain(site.outputs, self.parity))
         for stack in state.stacks:
-            stack.open = keep.to(stack.positions.device)[stack.positions].view_as(stack.open)
+            stack.open = None if keep is None else keep.to(stack.positions.device)[stack.positions]
 
 
 def gate_gain(outputs: int, parity: Parity | None) -> float:
@@ -265,51 +270,45 @@ class _Stack:
     Attributes:
         symbol: "A" (= Q), "B" (= P) or "gate" (= λ).
         rank_dim: The dimension of a stack that is the rank.
-        sites: The sites they belong to.
-        positions: [n · r]: where their ranks stand among all ranks.
-        open: Boolean [n, r]; False for triplets closed for good.
+        parameters: The tensors, one a site. The optimizer holds the same objects, so they stay.
+        positions: [n, r]: where their ranks stand among all ranks.
+        open: Boolean [n, r], False for triplets closed for good; None while none is.
         mean: Ī, in the shape of the stack; this step's I where nothing is smoothed.
         uncertainty: Ū, likewise.
     """
 
     symbol: Symbol
     rank_dim: int
-    sites: Sequence[Site]
+    parameters: Sequence[torch.nn.Parameter]
     positions: Tensor
-    open: Tensor
+    open: Tensor | None
     mean: Tensor
     uncertainty: Tensor
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [getattr(site, self.symbol) for site in self.sites]
-
     def weights(self) -> Tensor:
-        """Stack the values, in the dtype of the running averages."""
-        weights = torch.stack([parameter.detach() for parameter in self._parameters()]).to(self.mean.dtype)
+        """Stack the values, in the dtype of the running averages. Under `no_grad`."""
+        weights = torch.stack([*self.parameters]).to(self.mean.dtype)
         if self.mean.device != weights.device:  # the model was moved after attaching
-            for name in ("mean", "uncertainty", "open", "positions"):
+            for name in ("mean", "uncertainty", "positions"):
                 setattr(self, name, getattr(self, name).to(weights.device))
+            self.open = None if self.open is None else self.open.to(weights.device)
         return weights
 
     def gradients(self) -> Tensor:
         """Stack the gradients; a parameter that took no part in the step has none and counts as zero."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters()]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         return torch.stack(gradients).to(self.mean.dtype)
 
     def resolution(self) -> float:
         """Relative rounding of the parameters themselves, which may be narrower than the averages."""
-        return torch.finfo(self._parameters()[0].dtype).eps
+        return torch.finfo(self.parameters[0].dtype).eps
 
-    def add_to_gradients(self, extra: Tensor) -> Tensor:
-        """Add a stack to the gradients that exist; return what was added."""
-        gradients = [parameter.grad for parameter in self._parameters()]
-        missing = [index for index, gradient in enumerate(gradients) if gradient is None]
-        if missing:
-            extra[missing] = 0
-        pairs = [(grad, e) for grad, e in zip(gradients, extra.unbind(), strict=True) if grad is not None]
+    def add_to_gradients(self, extra: Tensor, weight: float) -> None:
+        """Add a weighted stack to the gradients that exist."""
+        extras = extra.to(self.parameters[0].dtype).unbind()
+        pairs = [(p.grad, e) for p, e in zip(self.parameters, extras, strict=True) if p.grad is not None]
         if pairs:
-            torch._foreach_add_([grad for grad, _ in pairs], [e.to(grad.dtype) for grad, e in pairs])
-        return extra
+            torch._foreach_add_([grad for grad, _ in pairs], [e for _, e in pairs], alpha=weight)
 
 
 @dataclass(eq=False)
@@ -330,10 +329,11 @@ class AdaLoRAState:
     measure_after_step: bool = False
     compact: bool = False
 
+    @torch.no_grad()
     def flat_gates(self) -> Tensor:
         """All λ, [R], on the device of the first site."""
         device = self.sites[0].gate.device
-        return torch.cat([site.gate.detach().to(device) for site in self.sites])
+        return torch.cat([site.gate.to(device) for site in self.sites])
 
     def costs(self) -> Tensor:
         """Parameters of each rank, [R]."""
@@ -366,9 +366,9 @@ def _stacks(sites: Sequence[Site]) -> list[_Stack]:
         for (shape, device), members in groups.items():
             rank = members[0].rank
             zeros = torch.zeros(len(members), *shape, dtype=members[0].gate.dtype, device=device)
-            positions = torch.tensor([first[site] + i for site in members for i in range(rank)], device=device)
-            everything = torch.ones(len(members), rank, dtype=torch.bool, device=device)
-            stacks.append(_Stack(symbol, rank_dim, members, positions, everything, zeros, zeros.clone()))
+            positions = torch.tensor([[first[site] + i for i in range(rank)] for site in members], device=device)
+            parameters = [getattr(site, symbol) for site in members]
+            stacks.append(_Stack(symbol, rank_dim, parameters, positions, None, zeros, zeros.clone()))
     return stacks
 
 

@@ -50,6 +50,8 @@ class Moment:
         learning_rate: The optimizer's current learning rate for the adapter; None where no optimizer was shown.
         probe: The data, for methods that look at them; None where there are none.
         optimizer: Name of the optimizer's class, for example `AdamW`; None where no optimizer was shown.
+        sound: Whether the step's gradients are finite: a boolean on the device, for methods with `masks_bad_steps`
+            where the host does not know yet; None where they are (other steps are not shown to a method).
     """
 
     step: int
@@ -57,6 +59,7 @@ class Moment:
     learning_rate: float | None = None
     probe: Probe | None = None
     optimizer: str | None = None
+    sound: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -152,12 +155,17 @@ def agree(decision: Tensor) -> Tensor:
     return decision
 
 
-def any_process(flag: Tensor) -> bool:
-    """Whether a flag is set on any process."""
+def on_any_process(flag: Tensor) -> Tensor:
+    """Whether a flag is set on any process, still on the device; not zero where it is."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         flag = flag.to(torch.int32)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
+    return flag
+
+
+def any_process(flag: Tensor) -> bool:
+    """Whether a flag is set on any process."""
+    return bool(on_any_process(flag).item())
 
 
 def settings_of(method: Method) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class RankAllocation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gradients are complete and clipped, weights still old."""
-        self.run.before_step(kwargs["optimizer"])
+        self.run.before_step(kwargs["optimizer"], wait=False)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -19,7 +19,6 @@ from loralloc.methods.base import (
     Decision,
     Method,
     Moment,
-    any_process,
     open_ranks,
     rank_plan,
     ranks_by_site,
@@ -30,9 +29,7 @@ from loralloc.plan import RankPlan
 from loralloc.training.compaction import Compaction
 from loralloc.training.moments import FreshRanks, clear_moments
 from loralloc.training.probe import DataProbe
-
-MAX_BAD_STEPS = 50
-"""Consecutive steps with a non-finite gradient after which a run is given up: more than any loss scaler needs."""
+from loralloc.training.soundness import StepChecks, can_skip, forget
 
 GATES_HAVE_MOVED_BY = 10
 """Sound step by which trained gates must have moved; a learning-rate warm-up may well start from zero."""
@@ -87,7 +84,6 @@ class AllocationRun:
 
     Attributes:
         step: Optimizer steps done.
-        bad_steps: Steps that were skipped because a gradient was not finite.
         plan: The rank plan, once finished.
         on_event: Called with every allocation event, a JSON-able dictionary (the lines of trace.jsonl).
     """
@@ -105,7 +101,6 @@ class AllocationRun:
             fold_gates(self.sites)
             raise
         self.step = 0
-        self.bad_steps = 0
         self.plan: RankPlan | None = None
         self.on_event: Callable[[Event], None] | None = None
         self.probe = DataProbe.of(model, self.sites, getattr(method, "validation", None))
@@ -118,8 +113,9 @@ class AllocationRun:
         self._final: Tensor | None = None
         self._compaction: Compaction | None = None
         self._gates_at_start = [site.gate.detach().clone() for site in self.sites]
-        self._good_steps = 0
-        self._bad_in_a_row = 0
+        self._gates_checked = False
+        self._checks = StepChecks(model, lambda step: self._emit({"event": "bad_step", "step": step}))
+        self._sound: Tensor | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -136,7 +132,13 @@ class AllocationRun:
         """
         self._schedule = self.method.schedule(total_steps, self.start, self.target)
 
-    def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+    @property
+    def bad_steps(self) -> int:
+        """Steps that were skipped because a gradient was not finite."""
+        self._checks.settle()
+        return self._checks.bad
+
+    def before_step(self, optimizer: torch.optim.Optimizer | None = None, wait: bool = True) -> bool | None:
         """Run between `backward()` (and clipping) and `optimizer.step()`.
 
         A step with a non-finite gradient on any process is skipped everywhere: all gradients are set to None, so that
@@ -145,9 +147,12 @@ class AllocationRun:
         Args:
             optimizer: The optimizer; a method that needs the learning rate or rescales updates says so where it is
                 missing.
+            wait: Whether to wait for the device to know whether the step is sound. Without, a bad step is skipped on
+                the device where that is possible (a GPU, a fused Adam or AdamW that is stepped by its own `step()`,
+                a method with `masks_bad_steps`), and counted and reported a few steps later.
 
         Returns:
-            Whether the step is sound.
+            Whether the step is sound; None where only the device knows.
 
         Raises:
             FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
@@ -156,24 +161,14 @@ class AllocationRun:
             raise RuntimeError("the run is finished: its gates are folded")
         if self.step == 0:
             self.emit_start()
-        if self._gradients_are_finite():
-            self._good_steps += 1
-            self._bad_in_a_row = 0
-            with torch.no_grad():
-                self.method.on_gradients(self.state, self._now(optimizer))
-                self._fresh.before_step()
-            return True
-        self.bad_steps += 1
-        self._bad_in_a_row += 1
-        self._emit({"event": "bad_step", "step": self.step})
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        if self._bad_in_a_row > MAX_BAD_STEPS:
-            raise FloatingPointError(
-                f"{self._bad_in_a_row} optimizer steps in a row had a non-finite gradient (last: step {self.step}); "
-                "lower the learning rate, or use bf16 instead of fp16"
-            )
-        return False
+        if not wait and can_skip(optimizer, self.method, self.sites[0].gate.device):
+            self._sound = self._checks.skip_if_bad(self.step, optimizer)
+        elif not self._checks.is_sound(self.step):
+            return False
+        with torch.no_grad():
+            self.method.on_gradients(self.state, self._now(optimizer))
+            self._fresh.before_step()
+        return True if self._sound is None else None
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Run after `optimizer.step()`, before gradients are cleared.
@@ -181,8 +176,9 @@ class AllocationRun:
         Args:
             optimizer: When given, the moments of ranks that are closed for good are cleared.
         """
-        if self._good_steps == GATES_HAVE_MOVED_BY:
+        if self._checks.good >= GATES_HAVE_MOVED_BY and not self._gates_checked:
             self._check_gates_moved()
+            self._gates_checked = True
         with torch.no_grad():
             self._fresh.after_step(optimizer)
             decision = self.method.on_step(self.state, self._now(optimizer))
@@ -197,6 +193,9 @@ class AllocationRun:
                 self._fresh.open(decision.opened)
         if self.probe is not None:
             self.probe.forget()
+        if self._sound is not None:
+            forget(optimizer)
+            self._sound = None
         self.step += 1
 
     def finish(self, provenance: Mapping[str, Any] | None = None) -> RankPlan:
@@ -265,7 +264,7 @@ class AllocationRun:
             "settings": settings,
             "step": self.step,
             "bad_steps": self.bad_steps,
-            "bad_in_a_row": self._bad_in_a_row,
+            "bad_in_a_row": self._checks.bad_in_a_row,
             "ranks": self._ranks,
             "sites": self._shapes,
             "schedule": asdict(self.schedule),  # type: ignore[call-overload]
@@ -305,8 +304,8 @@ class AllocationRun:
                 "the allocation's state was taken with other weights than those loaded; resume from the folder in "
                 "which both were saved"
             )
-        self.step, self.bad_steps = int(numbers["step"]), int(numbers["bad_steps"])
-        self._bad_in_a_row = int(numbers["bad_in_a_row"])
+        self.step = int(numbers["step"])
+        self._checks.bad, self._checks.bad_in_a_row = int(numbers["bad_steps"]), int(numbers["bad_in_a_row"])
         self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])
         if self.probe is not None:
             self.probe.load_state_dict(numbers["probe"])
@@ -328,7 +327,7 @@ class AllocationRun:
     def _now(self, optimizer: torch.optim.Optimizer | None) -> Moment:
         """What a method is told besides its state."""
         rate, name = learning_rate(optimizer, self.sites), optimizer_name(optimizer)
-        return Moment(self.step, self.schedule, rate, self.probe, name)
+        return Moment(self.step, self.schedule, rate, self.probe, name, self._sound)
 
     def _check_gates_moved(self) -> None:
         """Notice an optimizer that does not hold the gates, also where nobody has shown it to us."""
@@ -339,14 +338,6 @@ class AllocationRun:
                 f"the gates do not move although they have gradients; does the optimizer hold them? Maybe "
                 f"{OPTIMIZER_WITHOUT_GATES}"
             )
-
-    def _gradients_are_finite(self) -> bool:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not gradients:
-            return True
-        device = gradients[0].device
-        norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(gradients, float("inf"))])
-        return not any_process(~torch.isfinite(norms).all())
 
     def _gate_checksum(self) -> str:
         """Tie the state to the weights it was taken with; zeros are left out, as compact runs do not have them."""
@@ -395,6 +386,8 @@ class AllocationRun:
         )
 
     def _emit(self, event: Event) -> None:
+        if event["event"] != "bad_step":
+            self._checks.settle()  # so that events come in the order of their steps
         if self.on_event is not None:
             self.on_event(event)
 

@@ -1,0 +1,120 @@
+"""One round of AB-LoRA against the naive loop: two forward passes for every rank, and one for all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from contenders import Attached, Setting
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+WARMUP = 5
+"""Steps before the round, so that ranks have something to lose."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round took.
+
+    Attributes:
+        ranks: Ranks that were scored.
+        forwards: Forward passes of the scoring batch that it cost, or their equivalent.
+        seconds: Wall clock.
+        processor: Processor time.
+        pruned: Ranks pruned in each module.
+    """
+
+    ranks: int
+    forwards: float
+    seconds: float
+    processor: float
+    pruned: list[int]
+
+
+class ABLoRA(Attached):
+    """Our ABLoRA, one step before its first round; the capacity is twice the starting rank."""
+
+    mode = "fast"
+
+    def lora_config(self, **settings: Any) -> Any:
+        config = super().lora_config(**settings)
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        return config
+
+    def method(self, loralloc: Any) -> Any:
+        self.validation = self.setting.shape.inputs(self.setting.device, seed=2)
+        samples, budget = len(self.validation["input_ids"]), loralloc.Budget(average_rank=self.setting.rank)
+        settings = {"warmup": WARMUP, "interval": 1, "rounds": 1, "samples": samples, "mode": self.mode}
+        return loralloc.ABLoRA(budget, [self.validation], **settings)
+
+
+def naive_round(step: ABLoRA) -> Round:
+    """Score every rank by the letter of the paper, on PEFT's layers, and say which would be pruned."""
+    factors = [m.lora_B["default"].weight for m in step.model.modules() if isinstance(m, LoraLayer)]
+    places = [(index, rank) for index in range(len(factors)) for rank in range(step.setting.rank)]
+
+    @torch.no_grad()
+    def score() -> Tensor:
+        whole, trained = _loss(step), [B.detach().clone() for B in factors]
+        without, alone = [], []
+        for index, rank in places:
+            factors[index][:, rank] = 0
+            without.append(_loss(step))
+            factors[index].copy_(trained[index])
+        for B in factors:
+            B.zero_()
+        for index, rank in places:
+            factors[index][:, rank] = trained[index][:, rank]
+            alone.append(_loss(step))
+            factors[index][:, rank] = 0
+        for B, before in zip(factors, trained, strict=True):
+            B.copy_(before)
+        return -whole + torch.stack(without) - torch.stack(alone)  # S is minus the loss
+
+    scores, seconds, processor = _timed(score, step.setting.device)
+    pruned = [0] * len(factors)
+    for place in scores.argsort()[: step.run.method.n_prune or _types(step)]:
+        pruned[places[int(place)][0]] += 1
+    return Round(len(places), 2 * len(places) + 1, seconds, processor, pruned)
+
+
+def our_round(step: ABLoRA) -> Round:
+    """Let the step that is due end with the round."""
+    _, seconds, processor = _timed(step.after_step, step.setting.device)
+    (event,) = [event for event in step.events if "pruned" in event]
+    return Round(sum(event["ranks"]), event["forwards"], seconds, processor, event["pruned"])
+
+
+def compare(setting: Setting, mode: str) -> tuple[Round, Round]:
+    """Return (ours, naive) on the same weights and the same samples."""
+    step = type("ABLoRA", (ABLoRA,), {"mode": mode})(setting)
+    for _ in range(WARMUP - 1):
+        step.step()
+    step.loss().backward()
+    step.before_step()
+    step.optimizer.step()
+    naive = naive_round(step)
+    return our_round(step), naive
+
+
+def _loss(step: ABLoRA) -> Tensor:
+    return step.model(**step.validation).loss.double()
+
+
+def _types(step: ABLoRA) -> int:
+    """Kinds of adapted layers: the paper prunes as many ranks a round."""
+    names = [name for name, m in step.model.named_modules() if isinstance(m, LoraLayer)]
+    return len({".".join(part for part in name.split(".") if not part.isdigit()) for name in names})
+
+
+def _timed(part: Callable[[], Any], device: str) -> tuple[Any, float, float]:
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    wait()
+    wall, processor = time.perf_counter(), time.process_time()
+    result = part()
+    wait()
+    return result, time.perf_counter() - wall, time.process_time() - processor

@@ -1,0 +1,221 @@
+"""The suites: which settings are measured, and what is measured in each. Every suite yields records."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import betty_search
+import conversion
+import rounds
+import torch
+from contenders import CONTENDERS, INTERVAL, REFERENCE, SEARCH, TRAINING, Setting, Step, build
+from counting import count, device_waits
+from record import Record, record
+from shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape
+from timing import Spread, interleave, peak_memory
+
+CONTENDERS["betty"] = betty_search.build
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        turns: Turns of each comparison.
+        quick: Fewer settings.
+        shapes: Names from the command line; none for the suite's own.
+        rank: Starting rank where the suite does not vary it.
+    """
+
+    device: str = "cpu"
+    turns: int = 20
+    quick: bool = False
+    shapes: tuple[str, ...] = ()
+    rank: int = 12
+
+    def chosen(self, default: tuple[str, ...]) -> list[Shape]:
+        """The shapes to measure."""
+        return [SHAPES[name] for name in self.shapes or default]
+
+    def settings(self, shape: Shape, rank: int | None = None) -> list[Setting]:
+        """A shape with fp32 adapters, and over a base in half precision with adapters of its dtype as well."""
+        kinds = ("fp32",) if shape.dtype == torch.float32 else ("fp32", "bf16")
+        return [Setting(shape, rank or self.rank, self.device, kind) for kind in kinds]
+
+
+def steps(plan: Plan) -> Iterator[Record]:
+    """Time of a training step against PEFT's LoRA at the same rank."""
+    for shape in plan.chosen(CUDA_SHAPES if plan.device == "cuda" else CPU_SHAPES):
+        for setting in plan.settings(shape):
+            yield timed("steps", setting, TRAINING, plan)
+
+
+def rank(plan: Plan) -> Iterator[Record]:
+    """The same, against the rank."""
+    for shape in plan.chosen(CUDA_SHAPES[:1] if plan.device == "cuda" else ("llama-512",)):
+        for r in (8, 64) if plan.quick else (8, 16, 32, 64, 128, 256):
+            for setting in plan.settings(shape, r):
+                yield timed("rank", setting, ("frozen", REFERENCE, "peft-adalora", "adalora"), plan)
+
+
+def modules(plan: Plan) -> Iterator[Record]:
+    """The same, against the number of adapted modules, in a model that is nothing but modules."""
+    small = SHAPES["llama-128"]
+    sizes: list[Shape] = [small.with_(layers=6, targets=("q_proj", "v_proj"))]
+    sizes += [small.with_(layers=layers) for layers in ((16,) if plan.quick else (4, 16, 32, 64))]
+    for shape in sizes:
+        yield timed("modules", Setting(shape, plan.rank, plan.device), (REFERENCE, "peft-adalora", "adalora"), plan)
+
+
+def tokens(plan: Plan) -> Iterator[Record]:
+    """The same, against the tokens of a step."""
+    for shape in plan.chosen(CUDA_SHAPES[:1] if plan.device == "cuda" else ("llama-512",)):
+        for batch in (1, 4) if plan.quick else (1, 2, 4, 8, 16):
+            for setting in plan.settings(shape.with_(batch=batch)):
+                yield timed("tokens", setting, ("frozen", REFERENCE, "peft-adalora", "adalora"), plan)
+
+
+def search(plan: Plan) -> Iterator[Record]:
+    """AutoLoRA's search step, in steps of PEFT's LoRA; betty drives the published formulation."""
+    for shape in plan.chosen(CUDA_SHAPES[:1] if plan.device == "cuda" else ("llama-512",)):
+        yield timed("search", plan.settings(shape, 8)[0], (*SEARCH, "betty"), plan)
+
+
+def calls(plan: Plan) -> Iterator[Record]:
+    """Calls into the tensor library by the allocator, in a step that allocates and in one that does not."""
+    for shape in plan.chosen(("llama-128",)):
+        setting = Setting(shape, plan.rank, plan.device)
+        counts: dict[str, Any] = {}
+        failures: dict[str, str] = {}
+        for name in ("peft-adalora", "adalora"):
+            contender = build(name, setting)
+            if isinstance(contender, str):
+                failures[name] = contender
+                continue
+            counts[name] = _allocator_calls(contender)
+        yield record("calls", setting, {"modules": _modules(setting), "calls": counts}, failures)
+
+
+def memory(plan: Plan) -> Iterator[Record]:
+    """Peak memory of a step, one contender at a time."""
+    for shape in plan.chosen(CUDA_SHAPES if plan.device == "cuda" else CPU_SHAPES[:2]):
+        for setting in plan.settings(shape):
+            peaks: dict[str, int] = {}
+            failures: dict[str, str] = {}
+            for name in TRAINING:
+                contender = build(name, setting)
+                if isinstance(contender, str):
+                    failures[name] = contender
+                else:
+                    peaks[name] = peak_memory(contender.step, plan.device)
+                del contender
+                release(plan.device)
+            yield record("memory", setting, {"peak_bytes": peaks}, failures)
+
+
+def ablora(plan: Plan) -> Iterator[Record]:
+    """A round of AB-LoRA against the naive loop, at 168 ranks and at about 1,000."""
+    cases = [Setting(SHAPES["llama-512"], 6, plan.device)]
+    if not plan.quick:
+        cases.append(Setting(SHAPES["llama-128"], 9, plan.device))
+    for setting in cases:
+        figures: dict[str, Any] = {}
+        failures: dict[str, str] = {}
+        for mode in ("fast", "exact"):
+            try:
+                ours, naive = rounds.compare(setting, mode)
+            except Exception as error:
+                failures[f"ablora-{mode}"] = f"{type(error).__name__}: {error}"
+                continue
+            same = ours.pruned == naive.pruned
+            figures[mode] = {"ours": asdict(ours), "naive": asdict(naive), "same_pruned": same}
+        yield record("ablora", setting, {"modules": _modules(setting), "rounds": figures}, failures)
+
+
+def convert(plan: Plan) -> Iterator[Record]:
+    """Halving the rank of a trained adapter, against PEFT's conversion."""
+    for shape in plan.chosen(("minilm",)):
+        setting = Setting(shape, plan.rank, plan.device)
+        try:
+            figures, failures = {"conversion": conversion.compare(setting)}, {}
+        except Exception as error:
+            figures, failures = {}, {"truncation": f"{type(error).__name__}: {error}"}
+        yield record("convert", setting, figures, failures)
+
+
+SUITES: dict[str, Callable[[Plan], Iterator[Record]]] = {
+    "calls": calls,
+    "steps": steps,
+    "memory": memory,
+    "ablora": ablora,
+    "search": search,
+    "convert": convert,
+    "modules": modules,
+    "rank": rank,
+    "tokens": tokens,
+}
+
+
+def timed(suite: str, setting: Setting, names: tuple[str, ...], plan: Plan) -> Record:
+    """Interleave contenders; ratios are against `REFERENCE`."""
+    built, failures = {}, {}
+    for name in names:
+        contender = build(name, setting)
+        if isinstance(contender, str):
+            failures[name] = contender
+        else:
+            built[name] = contender
+    figures: dict[str, Any] = {"modules": _modules(setting), "turns": plan.turns}
+    if REFERENCE in built:
+        block = INTERVAL if plan.device == "cuda" else 1
+        times = interleave({name: step.step for name, step in built.items()}, plan.turns, plan.device, block)
+        for clock in ("wall", "processor"):
+            figures[f"{clock}_ratio"] = {name: asdict(times.ratio(name, REFERENCE, clock)) for name in built}
+            seconds = getattr(times, clock)
+            figures[f"{clock}_seconds"] = {name: asdict(Spread.of(seconds[name])) for name in built}
+        figures["parameters"] = {name: step.parameters for name, step in built.items()}
+    del built
+    release(plan.device)
+    return record(suite, setting, figures, failures)
+
+
+def release(device: str) -> None:
+    """Give memory back between settings."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _allocator_calls(contender: Step) -> dict[str, dict[str, float]]:
+    """Calls of a step that allocates (the most of an interval) and of one that does not (the least)."""
+    totals, waits = [], []
+    for _ in range(INTERVAL):
+        contender.loss().backward()
+        before = count(contender.before_step)
+        contender.optimizer.step()
+        after = count(contender.after_step)
+        contender.optimizer.zero_grad()
+        totals.append(before.total + after.total)
+        waits.append((before.waiting + after.waiting).total())
+    found: dict[str, dict[str, float]] = {
+        "plain": {"calls": min(totals), "waits": min(waits)},
+        "allocating": {"calls": max(totals), "waits": max(waits)},
+    }
+    if contender.setting.device == "cuda":
+        waits = []
+        for _ in range(INTERVAL):
+            with device_waits() as places:
+                contender.step()
+            waits.append(len(places))
+        found["plain"]["device_waits"] = min(waits)
+    return found
+
+
+def _modules(setting: Setting) -> int:
+    shape, everything = setting.shape, {"llama": 7, "bert": 6}
+    return shape.layers * (everything[shape.family] if shape.targets == "all-linear" else len(shape.targets))

@@ -1,0 +1,227 @@
+"""The tables of benchmarks/README.md and the plot, made from records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from record import Record
+
+README = Path(__file__).parent / "README.md"
+FIGURE = Path(__file__).parent / "speed.svg"
+BEGIN, END = "<!-- tables: python benchmarks/run.py --table -->", "<!-- end of tables -->"
+KEY = ("suite", "shape", "layers", "modules", "tokens", "rank", "device", "dtype", "adapter")
+REFERENCE = "peft-lora"
+NONE = "not measured"
+NAMES = {
+    "frozen": "frozen model, forward and input gradient (limit)",
+    "full": "full fine-tuning",
+    "peft-lora": "PEFT LoRA",
+    "peft-adalora": "PEFT AdaLoRA",
+    "adalora": "AdaLoRA",
+    "allora": "ALLoRA",
+    "autolora-fast": "AutoLoRA `fast`",
+    "autolora-paper": "AutoLoRA `paper`",
+    "betty": "betty-ml, published formulation",
+}
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """The last record of each setting, in the order in which settings first came."""
+    kept: dict[tuple[Any, ...], Record] = {}
+    for made in records:
+        kept[tuple(made.get(key) for key in KEY)] = made
+    return list(kept.values())
+
+
+def write(records: Sequence[Record]) -> None:
+    """Replace what stands between the two markers of the README, and redraw the figure."""
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n\n{render(records)}\n{END}{after}", encoding="utf-8")
+    plot(records)
+
+
+def render(records: Sequence[Record]) -> str:
+    """All tables, as Markdown."""
+    found = newest(records)
+    sections = {
+        "Numbers to reach": targets(found),
+        "A training step ÷ PEFT LoRA's, same starting rank": _steps(found, "steps"),
+        "AutoLoRA's search step ÷ PEFT LoRA's step": _steps(found, "search"),
+        "Growth": _growth(found),
+        "A round of AB-LoRA ÷ the naive loop": _rounds(found),
+        "Halving the rank of a trained adapter": _conversions(found),
+        "What could not be measured": _failures(found),
+    }
+    return "\n".join(f"### {title}\n\n{body}\n" for title, body in sections.items() if body)
+
+
+def targets(found: Sequence[Record]) -> str:
+    """What has to hold, and what was measured."""
+    cpu = [r for r in found if r["device"] == "cpu"]
+    cuda = [r for r in found if r["device"] == "cuda"]
+    counts = next((r["calls"] for r in cpu if r["suite"] == "calls"), {})
+    rows = [
+        ("AdaLoRA step ÷ PEFT LoRA step, CPU", "≤ 0.96", _ratios(cpu, "steps", "adalora")),
+        ("the same, PEFT AdaLoRA", "peer", _ratios(cpu, "steps", "peft-adalora")),
+        ("AdaLoRA step ÷ PEFT LoRA step, GPU", "≤ 1.00", _ratios(cuda, "steps", "adalora")),
+        ("calls by the allocator in a step, 112 modules", "≤ 200", _calls(counts, "adalora", "calls")),
+        ("the same, PEFT AdaLoRA", "peer", _calls(counts, "peft-adalora", "calls")),
+        ("calls for which the host waits, by the allocator", "0", _calls(counts, "adalora", "waits")),
+        ("ALLoRA step ÷ PEFT LoRA step", "≤ 1.05", _ratios(cpu + cuda, "steps", "allora")),
+        ("peak memory ÷ PEFT LoRA, AdaLoRA", "≤ 1.00", _memory(found, "adalora")),
+        ("peak memory ÷ PEFT LoRA, ALLoRA", "≤ 1.00", _memory(found, "allora")),
+        ("AB-LoRA round `fast` ÷ naive, forward passes", "≤ 1/20; 1/50 at 1,000", _round(found, "fast", "forwards")),
+        ("AB-LoRA round `exact` ÷ naive, time", "≤ 0.55", _round(found, "exact", "processor")),
+        ("AutoLoRA search step ÷ PEFT LoRA step, `fast`", "≤ 3.0", _ratios(found, "search", "autolora-fast")),
+        ("AutoLoRA search step ÷ PEFT LoRA step, `paper`", "≤ 5.0", _ratios(found, "search", "autolora-paper")),
+        ("step after compaction to 25 % ÷ plain LoRA's at that rank", "≤ 1", NONE + ": ranks stay in the tensors"),
+    ]
+    return _markdown(("number", "to reach", "measured"), [[name, goal, value or NONE] for name, goal, value in rows])
+
+
+def _clock(record: Record) -> str:
+    """Processor time on a CPU, which other processes disturb less; on a GPU the wall clock."""
+    return "wall" if record["device"] == "cuda" else "processor"
+
+
+def _where(record: Record) -> str:
+    where = f"{record['shape']} r {record['rank']}"
+    return where if record["dtype"] == "float32" else f"{where}, {record['adapter']} adapter"
+
+
+def _ratios(found: Sequence[Record], suite: str, name: str) -> str:
+    parts = []
+    for made in found:
+        spread = made.get(f"{_clock(made)}_ratio", {}).get(name)
+        if made["suite"] == suite and spread:
+            parts.append(f"{spread['median']:.3f} ({_where(made)})")
+    return ", ".join(parts)
+
+
+def _calls(counts: dict[str, Any], name: str, key: str) -> str:
+    if name not in counts:
+        return ""
+    plain, allocating = counts[name]["plain"][key], counts[name]["allocating"][key]
+    return f"{plain:,}; {allocating:,} in a step that allocates"
+
+
+def _memory(found: Sequence[Record], name: str) -> str:
+    parts = []
+    for made in found:
+        peaks = made.get("peak_bytes", {})
+        if name in peaks and REFERENCE in peaks:
+            parts.append(f"{peaks[name] / peaks[REFERENCE]:.3f} ({_where(made)})")
+    return ", ".join(parts)
+
+
+def _round(found: Sequence[Record], mode: str, key: str) -> str:
+    parts = []
+    for made in found:
+        case = made.get("rounds", {}).get(mode)
+        if case:
+            ratio = case["ours"][key] / case["naive"][key]
+            text = f"1/{1 / ratio:.0f}" if key == "forwards" else f"{ratio:.3f}"
+            same = "same" if case["same_pruned"] else "ANOTHER"
+            parts.append(f"{text} ({case['naive']['ranks']} ranks, {same} pruned set)")
+    return ", ".join(parts)
+
+
+def _steps(found: Sequence[Record], suite: str) -> str:
+    rows = []
+    for made in (r for r in found if r["suite"] == suite):
+        for name, spread in made.get(f"{_clock(made)}_ratio", {}).items():
+            wall = made["wall_ratio"][name]
+            milliseconds = 1000 * made[f"{_clock(made)}_seconds"][name]["median"]
+            row = [_where(made), NAMES[name], _spread(spread), _spread(wall), f"{milliseconds:.0f} ms"]
+            rows.append([*row, f"{made['parameters'][name]:,}"])
+    head = ("model", "contender", "processor time (GPU: wall)", "wall clock", "a step", "trained parameters")
+    return _markdown(head, rows) if rows else ""
+
+
+def _growth(found: Sequence[Record]) -> str:
+    rows = []
+    for suite in ("rank", "modules", "tokens"):
+        for made in (r for r in found if r["suite"] == suite):
+            ratios = made.get(f"{_clock(made)}_ratio", {})
+            cells = [_spread(ratios[name]) if name in ratios else "" for name in ("frozen", "peft-adalora", "adalora")]
+            rows.append([suite, f"{made[suite]:,}", _where(made), *cells])
+    head = ("against", "value", "model", "frozen model (limit)", "PEFT AdaLoRA", "AdaLoRA")
+    return _markdown(head, rows) if rows else ""
+
+
+def _rounds(found: Sequence[Record]) -> str:
+    rows = []
+    for made in found:
+        for mode, case in made.get("rounds", {}).items():
+            ours, naive = case["ours"], case["naive"]
+            passes = f"{ours['forwards']:g} ÷ {naive['forwards']:g}"
+            times = [f"{ours[key]:.2f} s ÷ {naive[key]:.2f} s" for key in ("processor", "seconds")]
+            same = "the same" if case["same_pruned"] else "another"
+            rows.append([_where(made), f"{naive['ranks']:,}", f"`{mode}`", passes, *times, same])
+    head = ("model", "ranks", "mode", "forward passes", "processor time", "wall clock", "pruned set")
+    return _markdown(head, rows) if rows else ""
+
+
+def _conversions(found: Sequence[Record]) -> str:
+    rows = [
+        [_where(made), name, f"{figures['processor']:.2f} s", f"{figures['seconds']:.2f} s", f"{figures['error']:.4f}"]
+        for made in found
+        for name, figures in made.get("conversion", {}).items()
+    ]
+    head = ("model", "by", "processor time", "wall clock", "relative error of ΔW")
+    return _markdown(head, rows) if rows else ""
+
+
+def _failures(found: Sequence[Record]) -> str:
+    lines = [
+        f"- {made['suite']}, {_where(made)}, {name}: `{why.splitlines()[0]}`"
+        for made in found
+        for name, why in made["failures"].items()
+    ]
+    if not any(made["device"] == "cuda" for made in found):
+        lines.insert(0, "- everything on a GPU: no GPU was at hand, so that the CUDA path has never run")
+    return "\n".join(lines)
+
+
+def _spread(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.3f} ({spread['low']:.3f} to {spread['high']:.3f})"
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def plot(records: Sequence[Record], path: Path = FIGURE) -> None:
+    """Draw how the cost of a step grows: ratio to PEFT LoRA against rank, modules and tokens, with quartiles."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "loralloc"
+    titles = {"rank": "starting rank", "modules": "adapted modules", "tokens": "tokens in a step"}
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=False)
+    for panel, (suite, label) in zip(panels, titles.items(), strict=True):
+        chosen = sorted((r for r in newest(records) if r["suite"] == suite), key=_by(suite))
+        for name in ("peft-adalora", "adalora", "frozen"):
+            points = [
+                (r[suite], r[f"{_clock(r)}_ratio"][name]) for r in chosen if name in r.get(f"{_clock(r)}_ratio", {})
+            ]
+            if points:
+                x, spreads = zip(*points, strict=True)
+                (line,) = panel.plot(x, [s["median"] for s in spreads], marker="o", markersize=3, label=NAMES[name])
+                low, high = ([s[end] for s in spreads] for end in ("low", "high"))
+                panel.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        panel.axhline(1, color="grey", linewidth=0.6, linestyle=":")
+        panel.set(xscale="log", xlabel=label)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("step ÷ PEFT LoRA's step")
+    panels[0].legend(frameon=False, fontsize="x-small")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _by(key: str) -> Callable[[Record], Any]:
+    return lambda record: record[key]

@@ -1,0 +1,146 @@
+"""Bad steps: those with a gradient that is not finite, on any process. They move nothing, are counted and reported.
+
+Reading the verdict from a GPU makes the host wait until the backward pass is over, at every step. Where optimizer and
+method can skip a step on the device, it need not: PyTorch's fused Adam and AdamW leave parameters, moments and their
+step count alone where a tensor `found_inf` says so (that is how its loss scaler skips steps), and the verdict is read
+when it has arrived. SGD is not among them: its fused kernel leaves a new momentum buffer uninitialised in a skipped
+step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralloc.methods.base import Method, any_process, on_any_process
+
+MAX_BAD_STEPS = 50
+"""Consecutive steps with a non-finite gradient after which a run is given up: more than any loss scaler needs."""
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A verdict on its way to the host."""
+
+    step: int
+    bad: Tensor
+    arrived: torch.cuda.Event | None
+
+
+class StepChecks:
+    """The verdicts on a run's steps.
+
+    Args:
+        model: Its gradients are looked at.
+        report: Called with the number of each bad step, in order.
+
+    Attributes:
+        good: Sound steps so far, as far as known.
+        bad: Bad steps.
+        bad_in_a_row: Bad steps since the last sound one.
+    """
+
+    def __init__(self, model: nn.Module, report: Callable[[int], None]) -> None:
+        self.good = self.bad = self.bad_in_a_row = 0
+        self._model, self._report = model, report
+        self._parameters: list[nn.Parameter] = []
+        self._unread: deque[_Unread] = deque()
+
+    def is_sound(self, step: int) -> bool:
+        """Wait for the verdict on a step; a bad one's gradients are gone, so that not even momentum moves anything.
+
+        Raises:
+            FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
+        """
+        self.settle()
+        bad = any_process(self._not_finite())
+        if bad:
+            for parameter in self._model.parameters():
+                parameter.grad = None
+        self._count(step, bad)
+        return not bad
+
+    def skip_if_bad(self, step: int, optimizer: Any) -> Tensor:
+        """Have the optimizer skip a bad step on the device; return whether the step is sound, boolean and unread.
+
+        Raises:
+            FloatingPointError: More than `MAX_BAD_STEPS` earlier steps in a row were bad.
+        """
+        self.settle(wait=len(self._unread) > MAX_BAD_STEPS)
+        bad = on_any_process(self._not_finite()).bool()
+        inner = _inner(optimizer)
+        inner.found_inf, inner.grad_scale = bad.to(torch.float32), None
+        if bad.is_cuda:
+            host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(bad, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._unread.append(_Unread(step, host, arrived))
+        else:
+            self._unread.append(_Unread(step, bad, None))
+        return ~bad
+
+    def settle(self, wait: bool = True) -> None:
+        """Count and report the verdicts that have arrived, or all of them.
+
+        Raises:
+            FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
+        """
+        while self._unread and (wait or self._unread[0].arrived is None or self._unread[0].arrived.query()):
+            verdict = self._unread.popleft()
+            if verdict.arrived is not None:
+                verdict.arrived.synchronize()
+            self._count(verdict.step, bool(verdict.bad))
+
+    def _not_finite(self) -> Tensor:
+        """Whether any gradient of this process is not finite."""
+        if not self._parameters:  # walking through a large model takes longer than the check itself
+            self._parameters = list(self._model.parameters())
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if not gradients:
+            return torch.zeros((), dtype=torch.bool, device=self._parameters[0].device)
+        device = gradients[0].device
+        norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(gradients, float("inf"))])
+        return ~torch.isfinite(norms).all()
+
+    def _count(self, step: int, bad: bool) -> None:
+        if not bad:
+            self.good += 1
+            self.bad_in_a_row = 0
+            return
+        self.bad += 1
+        self.bad_in_a_row += 1
+        self._report(step)
+        if self.bad_in_a_row > MAX_BAD_STEPS:
+            raise FloatingPointError(
+                f"{self.bad_in_a_row} optimizer steps in a row had a non-finite gradient (last: step {step}); "
+                "lower the learning rate, or use bf16 instead of fp16"
+            )
+
+
+def can_skip(optimizer: Any, method: Method, device: torch.device) -> bool:
+    """Whether a bad step can be skipped without the host, and whether that saves anything."""
+    inner = _inner(optimizer)
+    fused = isinstance(inner, torch.optim.Adam) and all(group.get("fused") for group in inner.param_groups)
+    scaled = getattr(optimizer, "scaler", None) is not None  # a loss scaler decides, and waits, for itself
+    return fused and not scaled and getattr(method, "masks_bad_steps", False) and not on_host(device)
+
+
+def forget(optimizer: Any) -> None:
+    """Take back what `skip_if_bad` told the optimizer: the verdict is about one step."""
+    for name in ("found_inf", "grad_scale"):
+        vars(_inner(optimizer)).pop(name, None)
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether reading a number there costs no waiting."""
+    return device.type == "cpu"
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer itself where accelerate has wrapped it."""
+    return getattr(optimizer, "optimizer", optimizer)

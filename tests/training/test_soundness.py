@@ -1,0 +1,178 @@
+"""Bad steps that are skipped on the device: the host does not wait, and everything else is as if it had.
+
+Fused AdamW skips a step on a CPU as it does on a GPU; only the claim that reading from a CPU is free is taken away.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from models import labelled_batch, tiny_peft
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loralloc import AdaLoRA, Budget, attach
+from loralloc.training import soundness
+from loralloc.training.soundness import MAX_BAD_STEPS, StepChecks, can_skip
+
+STEPS, DEVICE = 14, torch.device("cpu")
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def reading_costs_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soundness, "on_host", lambda device: False)
+
+
+class Loop:
+    """Steps whose batches depend on their number alone; some of them bad."""
+
+    def __init__(self, wait: bool, bad: tuple[int, ...] = (), **settings: Any) -> None:
+        self.model = tiny_peft("llama")
+        torch.manual_seed(0)
+        method = AdaLoRA(Budget(average_rank=2), warmup=2, cooldown=5, interval=2, **settings)
+        self.run = attach(self.model, method, STEPS)
+        self.events: list[dict[str, Any]] = []
+        self.run.on_event = self.events.append
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=0.01, fused=True)
+        self.wait, self.bad = wait, bad
+
+    def backward(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(**labelled_batch("llama", self.run.step)).loss.backward()
+        if self.run.step in self.bad:
+            for parameter in self.trained.values():
+                parameter.grad.view(-1)[0] = NAN
+
+    def step(self) -> bool | None:
+        self.backward()
+        sound = self.run.before_step(self.optimizer, wait=self.wait)
+        self.optimizer.step()
+        self.run.after_step(self.optimizer)
+        return sound
+
+    def walk(self, until: int = STEPS) -> Loop:
+        while self.run.step < until:
+            self.step()
+        return self
+
+    def scores(self) -> dict[str, Tensor]:
+        return {n: t.clone() for n, t in self.run.state_dict()[0].items()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        moments = {
+            f"{n}.{key}": value.clone()
+            for n, p in self.trained.items()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
+        return {n: p.detach().clone() for n, p in self.trained.items()} | moments | self.scores()
+
+
+@pytest.mark.parametrize("importance", ["smoothed", "sensitivity"])
+@pytest.mark.parametrize("order", ["paper", "reference"])
+def test_a_bad_step_moves_nothing_and_a_sound_one_does(order: str, importance: str) -> None:
+    loop = Loop(False, bad=(5,), order=order, importance=importance).walk(5)
+    before = loop.snapshot()
+    assert loop.step() is None
+    after = loop.snapshot()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before if "lora_gate" not in n), "no gate is due either"
+    assert loop.run.bad_steps == 1
+    loop.step()
+    moved = loop.snapshot()
+    assert all(not torch.equal(moved[n], after[n]) for n in loop.trained)
+    assert all(torch.isfinite(t).all() for t in moved.values())
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (4, 5), (3, 6, STEPS - 4, STEPS - 1)], ids=str)
+@pytest.mark.parametrize("order", ["paper", "reference"])
+def test_a_run_that_does_not_wait_is_the_run_that_does(bad: tuple[int, ...], order: str) -> None:
+    waiting, other = Loop(True, bad, order=order).walk(), Loop(False, bad, order=order).walk()
+    for n, parameter in waiting.trained.items():
+        torch.testing.assert_close(other.trained[n], parameter, rtol=1e-4, atol=1e-6)
+    plans = [loop.run.finish().to_dict() for loop in (waiting, other)]
+    assert plans[0] == plans[1]
+    assert plans[0]["provenance"]["bad_steps"] == len(bad)
+    assert other.events == waiting.events, "in the order of the steps"
+
+
+class Reads(TorchDispatchMode):
+    """Count what needs a number, or a shape, from the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("wait", "reads"), [(False, 0), (True, 1)])
+def test_a_step_that_does_not_allocate_reads_nothing(monkeypatch: pytest.MonkeyPatch, wait: bool, reads: int) -> None:
+    loop = Loop(wait).walk(5)
+    assert not loop.run.schedule.closes(5)  # type: ignore[attr-defined]
+    loop.backward()
+    if not wait:
+        monkeypatch.setattr(StepChecks, "settle", lambda self, wait=True: None)  # the verdicts have not arrived
+    with Reads() as found:
+        loop.run.before_step(loop.optimizer, wait=wait)
+        loop.optimizer.step()
+        loop.run.after_step(loop.optimizer)
+    assert found.found.total() == reads
+
+
+def test_a_verdict_is_about_one_step() -> None:
+    loop = Loop(False, bad=(3,)).walk(3)
+    loop.backward()
+    loop.run.before_step(loop.optimizer, wait=False)
+    assert loop.optimizer.found_inf.item() == 1
+    loop.optimizer.step()
+    loop.run.after_step(loop.optimizer)
+    assert not {"found_inf", "grad_scale"} & vars(loop.optimizer).keys()
+
+
+def test_bad_steps_without_end_are_given_up() -> None:
+    loop = Loop(False)
+    loop.run.begin(10 * MAX_BAD_STEPS)
+    loop.bad = tuple(range(2, 10 * MAX_BAD_STEPS))
+    with pytest.raises(FloatingPointError, match=rf"{MAX_BAD_STEPS + 1} optimizer steps in a row .*; lower"):
+        loop.walk(10 * MAX_BAD_STEPS)
+    assert loop.run.step == 2 + MAX_BAD_STEPS + 1, "known one step later"
+
+
+class TestWhereTheHostHasToWait:
+    METHOD = AdaLoRA(Budget(average_rank=2))
+
+    @staticmethod
+    def adamw(**settings: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], **settings)
+
+    def test_not_with_a_fused_adam(self) -> None:
+        assert can_skip(self.adamw(fused=True), self.METHOD, DEVICE)
+
+    def test_not_with_one_that_accelerate_has_wrapped(self) -> None:
+        wrapped = type("Wrapped", (), {"optimizer": self.adamw(fused=True), "scaler": None})()
+        assert can_skip(wrapped, self.METHOD, DEVICE)
+
+    def test_with_a_loss_scaler(self) -> None:
+        wrapped = type("Wrapped", (), {"optimizer": self.adamw(fused=True), "scaler": object()})()
+        assert not can_skip(wrapped, self.METHOD, DEVICE)
+
+    def test_with_another_optimizer_or_none(self) -> None:
+        sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9, fused=True)
+        for optimizer in (self.adamw(), self.adamw(foreach=True), sgd, None):
+            assert not can_skip(optimizer, self.METHOD, DEVICE)
+
+    def test_with_a_method_that_would_see_the_bad_gradients(self) -> None:
+        assert not can_skip(self.adamw(fused=True), object(), DEVICE)  # type: ignore[arg-type]
+
+    def test_on_the_host_where_reading_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        assert not can_skip(self.adamw(fused=True), self.METHOD, DEVICE)
