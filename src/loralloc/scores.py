@@ -96,7 +96,7 @@ def row_norms(A: Tensor, gates: Tensor, B: Tensor) -> Tensor:
 
     r² (in + out) products instead of r · in · out. The Gram matrix squares the condition number of A, so it is formed
     in float64, whatever the dtype of the factors: the error is 1e-8 of ‖b_i‖ ‖A‖ at worst, below float32's own. A QR
-    factorisation would not square it, but takes one launch per site on a GPU where this takes one for all.
+    factorisation would not square it, but is r dependent steps per site where this is two products for all sites.
 
     Returns:
         The norms, in the dtype of the gates; rows of zeros have norm 0 exactly.

@@ -19,10 +19,12 @@ METHODS = {
     "depth_linear": (f"{{name: depth_linear, direction: decreasing, {HALF}}}", 2),
     "truncate": (f"{{name: truncate, {HALF}}}", 2),
 }
+FAST = ("allora with adalora", "truncate")
+CASES = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in METHODS]
 
 
 @pytest.mark.usefixtures("unreported")
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", CASES)
 def test_trains_allocates_and_exports(case: str, recipe: Path, here: Path) -> None:
     section, average = METHODS[case]
     said = done("train", recipe, "--method", section, "--lora.alpha", 4)
@@ -38,6 +40,7 @@ def test_trains_allocates_and_exports(case: str, recipe: Path, here: Path) -> No
     assert f"{13 * average} over 13 modules" in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unreported")
 def test_a_resumed_run_is_the_same_run(recipe: Path, here: Path) -> None:
     """ALLoRA has no state of its own: its scales come from the weights that were loaded."""

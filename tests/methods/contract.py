@@ -48,21 +48,23 @@ def decides(method: Method) -> str:
 
 
 FREEZING = [name for name, make in METHODS.items() if decides(make(HALF)) == "while training"]
-ON_BOTH_MODELS = ("adalora", "adalora-reference", "adalora-published", "allora")
+ON_BOTH_MODELS = ("adalora", "adalora-reference", "adalora-published")
+SLOW = ("allora-hybrid", "allora-post", "uniform", "depth_linear")
+"""Rows that differ from a neighbour by little: they run with the slow tests."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every method on some model, those with most to get wrong on both."""
     asked = [name for name in ("method", "name") if name in metafunc.fixturenames]
-    cases = [
-        (method, model)
-        for number, method in enumerate(METHODS)
-        for model in (MODELS if method in ON_BOTH_MODELS else (MODELS[number % 2],))
-    ]
-    if asked == ["method", "name"]:
-        metafunc.parametrize(asked, [(METHODS[m], n) for m, n in cases], ids=[f"{m}-{n}" for m, n in cases])
-    elif asked == ["method"]:
-        metafunc.parametrize("method", METHODS.values(), ids=METHODS)
+    cases = []
+    for number, (method, make) in enumerate(METHODS.items()):
+        marks = pytest.mark.slow if method in SLOW else ()
+        models = MODELS if method in ON_BOTH_MODELS else (MODELS[number % 2],)
+        for model in models if asked == ["method", "name"] else (None,):
+            values = (make,) if model is None else (make, model)
+            cases.append(pytest.param(*values, id="-".join(filter(None, (method, model))), marks=marks))
+    if asked[:1] == ["method"]:
+        metafunc.parametrize(asked, cases)
 
 
 def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
