@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from loralloc.budget import Budget
     from loralloc.errors import UserError
     from loralloc.export import export_adapter
+    from loralloc.methods.ablora import ABLoRA
     from loralloc.methods.adalora import AdaLoRA
     from loralloc.plan import RankPlan
     from loralloc.training.callback import RankAllocation
     from loralloc.training.run import attach
 
 __all__ = [
+    "ABLoRA",
     "AdaLoRA",
     "Budget",
     "RankAllocation",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ABLoRA": "loralloc.methods.ablora",
     "AdaLoRA": "loralloc.methods.adalora",
     "Budget": "loralloc.budget",
     "RankAllocation": "loralloc.training.callback",

@@ -103,7 +103,7 @@ class AllocationRun:
         self.on_event: Callable[[Event], None] | None = None
         self.probe = DataProbe.of(model, self.sites, getattr(method, "validation", None))
         self._schedule: Schedule | None = None
-        self._ranks = open_ranks(self.sites)
+        self._ranks = self._start_ranks = open_ranks(self.sites)
         self._peak = sum(self._ranks)
         self._fresh = FreshRanks(self.sites)
         self._gates_at_start = [site.gate.detach().clone() for site in self.sites]
@@ -177,8 +177,8 @@ class AllocationRun:
             decision = self.method.on_step(self.state, self._now(optimizer))
         if decision is not None:
             self._record(decision)
-            if decision.closed is not None and optimizer is not None:
-                clear_moments(optimizer, self.sites)
+            if optimizer is not None and (decision.closed is not None or decision.opened is not None):
+                clear_moments(optimizer, self.sites, decision.opened)
             if decision.opened is not None:
                 self._fresh.open(decision.opened)
         if self.probe is not None:
@@ -206,7 +206,7 @@ class AllocationRun:
             "bad_steps": self.bad_steps,
             **(provenance or {}),
         }
-        self.plan = rank_plan(self.method, self.sites, kept, self._peak, record)
+        self.plan = rank_plan(self.method, self.sites, kept, self._start_ranks, self._peak, record)
         if self.probe is not None:
             self.probe.close()
         self._ranks = list(self.plan.ranks.values())
@@ -231,7 +231,8 @@ class AllocationRun:
             UserError: It was built before the allocation was attached.
         """
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [site.name for site in self.sites if id(site.gate) not in known]
+        trained = [site for site in self.sites if site.gate.requires_grad]  # a method may leave its gates alone
+        missing = [site.name for site in trained if id(site.gate) not in known]
         if missing:
             raise UserError(
                 f"the optimizer does not hold the gates of {len(missing)} modules ({missing[0]}, ...): "
@@ -307,10 +308,11 @@ class AllocationRun:
         return not any_process(~torch.isfinite(norms).all())
 
     def _gate_checksum(self) -> str:
-        """Tie the state to the weights it was taken with."""
+        """Tie the state to the weights it was taken with: the gates, or B where the gates are not trained."""
         digest = hashlib.sha256()
         for site in self.sites:
-            digest.update(site.gate.detach().cpu().numpy().tobytes())
+            weights = site.gate if site.gate.requires_grad else site.B.to(site.gate.dtype)
+            digest.update(weights.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _parameters(self) -> int:
@@ -318,7 +320,7 @@ class AllocationRun:
 
     def _record(self, decision: Decision) -> None:
         ranks = ranks_by_site(self.sites, decision.kept)
-        if ranks != self._ranks or decision.frozen:
+        if ranks != self._ranks or decision.frozen or decision.details:
             self._ranks = ranks
             self._peak = max(self._peak, sum(ranks))
             event = "freeze" if decision.frozen else "allocate"
