@@ -132,6 +132,12 @@ def two_point_importance(on: Tensor, off: Tensor, labels: int) -> Tensor:
     return -on.sum(0) + 0.5 * labels * on.square().sum(0) - off.sum(0)
 
 
+def ablation_spread(on: Tensor, off: Tensor, labels: int) -> Tensor:
+    """How far off `two_point_importance` may be for each rank, up to a common factor, [R]; positive."""
+    curvature = 0.5 * labels * (on.square().sum(0) + off.square().sum(0))
+    return curvature + curvature.mean().clamp(min=1e-30)
+
+
 def rank_correlation(left: Tensor, right: Tensor) -> float:
     """Spearman's correlation of two vectors without ties; NaN for fewer than two numbers.
 

@@ -27,6 +27,7 @@ from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError, closest
 from loralloc.gating import plain_sites
+from loralloc.methods.ablora import ABLoRA
 from loralloc.methods.adalora import AdaLoRA
 from loralloc.methods.base import Method
 from loralloc.plan import RankPlan
@@ -38,7 +39,7 @@ from loralloc.tasks.pretrained import load_model, locate
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
 
-METHODS: dict[str, Callable[..., Method]] = {kind.id: kind for kind in (AdaLoRA,)}
+METHODS: dict[str, Callable[..., Method]] = {kind.id: kind for kind in (AdaLoRA, ABLoRA)}
 """The methods by the names that recipes call them."""
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}

@@ -37,19 +37,19 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from loralloc.allocate import Move, deal, reallocate, settle
+from loralloc.allocate import Move, deal, reallocate
 from loralloc.budget import Budget, RoundSchedule, round_schedule
 from loralloc.errors import UserError, closest
 from loralloc.gating import Site
-from loralloc.methods.base import Ablations, Decision, Moment, agree, check_validation, open_ranks, ranks_by_site
+from loralloc.methods.ablation_scores import Mode, score_ranks
+from loralloc.methods.base import Decision, Moment, agree, check_validation, open_ranks, ranks_by_site
 from loralloc.plan import finite
-from loralloc.scores import ablation_importance, ablation_settings, rank_correlation, sensitivity, two_point_importance
+from loralloc.scores import sensitivity
 
-Mode = Literal["fast", "exact", "taylor"]
 Score = Literal["ablation", "gate", "sensitivity"]
 Scope = Literal["global", "block"]
 
-PUBLISHED_SAMPLES = 32
+PUBLISHED_SAMPLES, DEFAULT_SAMPLES = 32, 256
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ class ABLoRA:
         samples: Validation samples that ranks are scored on; None for 256, in mode `exact` for the paper's 32.
         resample: Whether each round looks at other samples.
         protect_rounds: Rounds in which a new rank cannot be pruned again.
-        seed: Draws new ranks, and the ranks that `fast` checks its estimates on.
 
     Raises:
         UserError: A number is out of its range, or there are no validation data.
@@ -92,7 +91,6 @@ class ABLoRA:
     samples: int | None = None
     resample: bool = False
     protect_rounds: int = 0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, kinds in {"scope": Scope, "mode": Mode, "score": Score}.items():
@@ -172,7 +170,7 @@ class ABLoRA:
         fresh = int((state.born[moved.pruned] >= 0).sum())
         closed = torch.zeros_like(state.open)
         closed[moved.pruned] = True
-        opened = state.apply_move(moved, number, self.seed)
+        opened = state.apply_move(moved, number)
         details = {
             "round": number,
             "pruned": ranks_by_site(state.sites, closed),
@@ -189,14 +187,14 @@ class ABLoRA:
         return state.open
 
     def state_dict(self, state: ABLoRAState) -> dict[str, Tensor]:
-        """Open ranks, the rounds they were born in, the budget, and sensitivities."""
-        limit = torch.tensor(state.limit)
-        return {"open": state.open, "born": state.born, "limit": limit, "sensitivity": state.sensitivity}
+        """Open ranks, the rounds they were born in, the budget, the seed, and sensitivities."""
+        numbers = {"limit": torch.tensor(state.limit), "seed": torch.tensor(state.seed)}
+        return {"open": state.open, "born": state.born, "sensitivity": state.sensitivity, **numbers}
 
     def load_state_dict(self, state: ABLoRAState, tensors: Mapping[str, Tensor]) -> None:
         """Restore them, and what the model computes with."""
         state.open, state.born = tensors["open"].cpu().bool(), tensors["born"].cpu()
-        state.limit = int(tensors["limit"])
+        state.limit, state.seed = int(tensors["limit"]), int(tensors["seed"])
         state.sensitivity.copy_(tensors["sensitivity"])
         state.apply()
 
@@ -229,56 +227,19 @@ class ABLoRA:
             scores = state.sensitivity.clone()
             state.sensitivity.zero_()
         else:
-            assert now.probe is not None
-            samples = self.samples or (PUBLISHED_SAMPLES if self.mode == "exact" else 8 * PUBLISHED_SAMPLES)
-            ablations = now.probe.scoring(samples, number if self.resample else 0)
-            scores, measured = self._ablation_scores(state, ablations, number)
-            measured = {"mode": self.mode, "forwards": round(ablations.forwards, 2), **measured}
+            scores, measured = self._ablation_scores(state, now, number)
         scores = agree(scores.to(state.sites[0].gate.device)).double().cpu()
         return scores.masked_fill(~state.open, torch.nan), dict(finite(measured))
 
-    def _ablation_scores(
-        self, state: ABLoRAState, ablations: Ablations, number: int
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """IS of every open rank up to a constant, [R], in one of the three modes."""
+    def _ablation_scores(self, state: ABLoRAState, now: Moment, number: int) -> tuple[Tensor, dict[str, Any]]:
+        """IS of every open rank, up to a constant."""
+        assert now.probe is not None
+        samples = self.samples or (PUBLISHED_SAMPLES if self.mode == "exact" else DEFAULT_SAMPLES)
+        candidates, count = self._candidates(state, number), self._count(state.sites)
+        counts = [(state.members(group) & candidates, count) for group in self._groups(state.sites)]
+        ablations = now.probe.scoring(samples, number if self.resample else 0)
         gates = state.open.to(state.sites[0].gate)
-        ranks = state.open.nonzero()[:, 0]
-        scores = torch.full(gates.shape, torch.nan, dtype=torch.float64)
-        if self.mode == "exact":
-            ends = torch.stack([gates, torch.zeros_like(gates)])
-            losses = ablations.ablate(torch.cat([ends, ablation_settings(gates, ranks.to(gates.device))])).cpu()
-            scores[ranks] = ablation_importance(losses[2:]) - losses[0]
-            return scores, {"loss": float(losses[0]), "loss_without": float(losses[1])}
-        on, labels = ablations.gate_gradients(gates)
-        off, _ = ablations.gate_gradients(torch.zeros_like(gates))
-        estimates = two_point_importance(on.double(), off.double(), labels).cpu()
-        if self.mode == "taylor":
-            return estimates, {}
-        curvature = 0.5 * labels * on.double().square().sum(0).cpu()
-        place = torch.full((len(gates),), -1, dtype=torch.long)
-        place[ranks] = torch.arange(len(ranks))
-        candidates = self._candidates(state, number)
-        counts = [
-            (place[members & candidates], self._count(state.sites))
-            for members in (state.members(group) for group in self._groups(state.sites))
-        ]
-
-        def exact(asked: Tensor) -> Tensor:
-            return ablation_importance(ablations.ablate(ablation_settings(gates, ranks[asked].to(gates.device)))).cpu()
-
-        spread = curvature[ranks] + curvature[ranks].mean().clamp(min=1e-30)
-        settled = settle(estimates[ranks], spread, counts, exact, _generator(self.seed, number))
-        scores[ranks] = settled.scores
-        known = settled.known
-        audit = {
-            "evaluated": int(known.sum()),
-            "of": len(ranks),
-            "correlation": rank_correlation(estimates[ranks][known], settled.scores[known]),
-            "error": float((settled.error * spread).median()),
-            "score_spread": float(settled.scores.std()),
-            "sampling_error": float(_sampling_error(on + off)[ranks.to(on.device)].median()),
-        }
-        return scores, {"audit": audit}
+        return score_ranks(self.mode, ablations, gates, counts, state.generator(number))
 
     def _move(self, state: ABLoRAState, scores: Tensor, number: int) -> Move:
         """What leaves and what comes, in positions of all ranks and for all modules."""
@@ -338,6 +299,7 @@ class ABLoRAState:
         open: Boolean [R] on the CPU; the ranks that take part.
         born: The round in which each rank was opened, [R] on the CPU; −1 for the start.
         limit: The budget.
+        seed: Draws new ranks, and those on which `fast` checks its estimates. Drawn from torch's generator.
         sensitivity: Sum of sensitivities since the last round, [R].
         logits: a' of all gates before the step that is under way (`score="gate"`).
     """
@@ -348,6 +310,7 @@ class ABLoRAState:
     open: Tensor
     born: Tensor
     limit: int
+    seed: int = field(default_factory=lambda: int(torch.randint(2**31, ())))
     sensitivity: Tensor = field(init=False)
     logits: Sequence[Tensor] = ()
 
@@ -365,19 +328,23 @@ class ABLoRAState:
         used = zip(ranks_by_site(self.sites, self.open), costs, strict=True)
         return self.limit - sum(rank * cost for rank, cost in used)
 
+    def generator(self, number: int) -> torch.Generator:
+        """Random numbers of one round: the same on every device and in every process."""
+        self.seed = int(agree(torch.tensor(self.seed, device=self.sites[0].gate.device)))
+        return torch.Generator().manual_seed(self.seed + number)
+
     def apply(self) -> None:
         """Let the open ranks, and no others, take part in the model: at lora_alpha over the starting rank."""
         for site, part in zip(self.sites, self.open.split([site.rank for site in self.sites]), strict=True):
             site.set_scale(part.to(site.gate.device), factor=site.scaling_at(self.start) / site.scaling)
 
     @torch.no_grad()
-    def apply_move(self, moved: Move, number: int, seed: int) -> Tensor:
+    def apply_move(self, moved: Move, number: int) -> Tensor:
         """Close and open ranks; return those that opened, boolean [R]. Slots closed just now are the last to be used."""
         before = self.open.clone()
         self.open[list(moved.pruned)] = False
         opened = torch.zeros_like(self.open)
-        generator = _generator(seed, number)
-        first = 0
+        generator, first = self.generator(number), 0
         for site, count in zip(self.sites, moved.grown, strict=True):
             closed = ~self.open[first : first + site.rank]
             slots = torch.argsort(closed.int() + (closed & ~before[first : first + site.rank]).int(), descending=True)
@@ -411,11 +378,6 @@ class ABLoRAState:
         self.logits = ()
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
-    """Random numbers of one round: the same on every device and in every process."""
-    return torch.Generator().manual_seed(seed * 10_007 + number)
-
-
 def _rank_sensitivity(sites: Sequence[Site]) -> Tensor:
     """Mean |w · ∂L/∂w| over the entries of A and over those of B, for each rank, [R]."""
     parts = []
@@ -427,11 +389,6 @@ def _rank_sensitivity(sites: Sequence[Site]) -> Tensor:
         ]
         parts.append(sum(terms, torch.zeros(site.rank, device=site.A.device)).to(sites[0].gate.device))
     return torch.cat(parts)
-
-
-def _sampling_error(contributions: Tensor) -> Tensor:
-    """Standard error of a sum over samples, from its terms, [n, R] -> [R]: what another batch would have given."""
-    return contributions.double().std(0, correction=1 if len(contributions) > 1 else 0) * len(contributions) ** 0.5
 
 
 def _check_fresh(site: Site) -> None:
