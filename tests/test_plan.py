@@ -279,7 +279,17 @@ class TestNotAPlan:
         refuse(content, f'module "{QUERY}" {rule} {got}')
 
     @pytest.mark.parametrize(
-        "edge", [{"rank": 0}, {"rank": 4}, {"rank": 16}, {"start": 2}, {"start": 16}, {"rank": 16, "start": 16}, {"in": 1}, {"in": 8, "out": 1}]
+        "edge",
+        [
+            {"rank": 0},
+            {"rank": 4},
+            {"rank": 16},
+            {"start": 2},
+            {"start": 16},
+            {"rank": 16, "start": 16},
+            {"in": 1},
+            {"in": 8, "out": 1},
+        ],
     )
     def test_the_edges_of_the_rule_are_inside(self, path: Path, edge: dict[str, int]) -> None:
         content = with_entry(**edge)

@@ -24,6 +24,8 @@ def _check_phase(value: Any) -> Any:
 Count = Annotated[int, Field(ge=1)]
 Number = int | float  # keeps 8 apart from 8.0, so that a resolved recipe reads as it was written
 Positive = Annotated[Number, Field(gt=0)]
+
+
 def _check_validation(value: Any) -> Any:
     if value == "validation" or (isinstance(value, float) and 0 < value < 1):
         return value

@@ -40,7 +40,6 @@ class Probe(Protocol):
         """Loss of the next validation batch, in the mode that the model is in; differentiable."""
         ...
 
-
     def scoring(self, samples: int, draw: int) -> Ablations:
         """Return the losses of one scoring batch under any setting of the gates, dropout off.
 

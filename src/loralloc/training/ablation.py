@@ -183,7 +183,7 @@ class AblationScorer:
 
     def _part(self, batch: Mapping[str, Any]) -> _Part:
         inputs, labels = self._loss.split(batch)
-        length = max((value.shape[1] for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1))
+        length = max(value.shape[1] for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1)
         return _Part(inputs, labels, len(labels), len(labels) * length, self._loss.logits(labels))
 
     def _reference(self, index: int, which: int) -> States | None:

@@ -133,7 +133,9 @@ def _adam_step(
     beta1, beta2 = group["betas"]
     shape = (-1, 1) if dim == 0 else (1, -1)
     wide = torch.promote_types(old.dtype, torch.float32)
-    first, second = (1 - torch.as_tensor(beta, dtype=torch.float64, device=age.device) ** age for beta in (beta1, beta2))
+    first, second = (
+        1 - torch.as_tensor(beta, dtype=torch.float64, device=age.device) ** age for beta in (beta1, beta2)
+    )
     m = state["exp_avg"].index_select(dim, fresh)
     v = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"].index_select(dim, fresh)
     step = m / first.to(wide).view(shape)
