@@ -9,9 +9,10 @@ from loralloc.config import RECIPE_KEYS, dump_recipe, load_recipe
 from loralloc.errors import UserError
 from loralloc.recipes import list_recipes, recipe_text
 
-NAMES = [
-    f"{task}/{method}" for task in ("causal-lm", "demo", "sequence-classification") for method in ("adalora", "lora")
-]
+NAMES = sorted(
+    [f"{task}/{method}" for task in ("causal-lm", "demo", "sequence-classification") for method in ("adalora", "lora")]
+    + [f"{task}/ablora" for task in ("causal-lm", "sequence-classification")]
+)
 
 
 def test_the_list_is_complete_and_sorted() -> None:
@@ -52,6 +53,17 @@ def test_the_baseline_costs_what_adalora_keeps_and_differs_in_nothing_else(folde
     assert ours.method.name == "adalora"
     assert ours.method.budget.average_rank == baseline.lora.r
     assert ours.lora.alpha / ours.lora.r == baseline.lora.alpha / baseline.lora.r
+    same = {"task", "model", "data", "training"}
+    assert ours.model_dump(include=same) == baseline.model_dump(include=same)
+
+
+@pytest.mark.parametrize("folder", ["causal-lm", "sequence-classification"])
+def test_ablora_costs_what_the_baseline_does_at_its_scale(folder: str) -> None:
+    ours = load_recipe(list_recipes()[f"{folder}/ablora"])
+    baseline = load_recipe(list_recipes()[f"{folder}/lora"])
+    average = ours.method.budget.average_rank
+    assert average == baseline.lora.r == ours.lora.r / 2
+    assert ours.lora.alpha / average == baseline.lora.alpha / baseline.lora.r
     same = {"task", "model", "data", "training"}
     assert ours.model_dump(include=same) == baseline.model_dump(include=same)
 

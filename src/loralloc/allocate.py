@@ -242,7 +242,7 @@ def settle(
 
 
 def _distance(scores: Tensor, counts: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """How far each score is from the boundary of its group: the middle between the last one in and the first one out."""
+    """How far each score is from its group's boundary: the middle between the last one in and the first one out."""
     distance = torch.full_like(scores, torch.inf)
     for positions, count in counts:
         ordered = scores[positions].sort().values

@@ -135,8 +135,8 @@ def two_point_importance(on: Tensor, off: Tensor, labels: int) -> Tensor:
 def ablation_spread(on: Tensor, off: Tensor, labels: int) -> Tensor:
     """How far off `two_point_importance` may be for each rank, up to a common factor, [R]; positive.
 
-    Errors grow with curvature. Its root, and its mean as a floor, keep one rank with an odd ratio from making all others
-    look uncertain.
+    Errors grow with curvature. Its root, with the mean as a floor, keeps one rank with an odd ratio from making all
+    others look uncertain.
     """
     root = (labels * (on.square().sum(0) + off.square().sum(0))).sqrt()
     return root + root.mean().clamp(min=1e-30)

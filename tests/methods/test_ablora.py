@@ -1,7 +1,7 @@
 """ABLoRA on tiny models: what a round does, what it leaves alone, and what is refused.
 
-Property numbers are those of the specification of ALoRA. The scores have tests of their own (test_ablora_scores.py), the
-forward passes too (training/test_ablation.py).
+Property numbers are those of the specification of ALoRA. The scores have tests of their own (test_ablora_scores.py),
+the forward passes too (training/test_ablation.py).
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 
 
 def test_a_trained_adapter_is_refused():
-    with pytest.raises(UserError, match="has been trained already .B is not zero. and ABLoRA would close a part"):
+    with pytest.raises(UserError, match=r"has been trained already .B is not zero. and ABLoRA would close a part"):
         Loop(model=tiny_peft("llama", trained=True))
 
 

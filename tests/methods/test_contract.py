@@ -230,7 +230,7 @@ def meets(loop: Loop, budget: Budget, ranks: list[int], limit: int) -> bool:
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
 def test_the_budget_is_met_at_every_event_and_by_the_plan(method, budget):
     if budget is BUDGETS["all"] and needs_spare_capacity(method):
-        with pytest.raises(UserError, match="the budget fills the whole capacity .* raise it to 8"):
+        with pytest.raises(UserError, match=r"the budget fills the whole capacity .* raise it to 8"):
             Loop(method, "llama", budget)
         return
     loop = Loop(method, "llama", budget)

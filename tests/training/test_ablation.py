@@ -179,10 +179,10 @@ def test_layers_outside_the_blocks_take_part():
 
 
 def test_a_layer_that_routes_rows_is_refused():
-    model, sites = model_of("llama")
+    _, sites = model_of("llama")
     with (
         sites[0].gates_replaced(torch.ones(4, 1, 3)),
-        pytest.raises(UserError, match="a layer sees 7 rows for 4 samples.*leave such layers out"),
+        pytest.raises(UserError, match=r"a layer sees 7 rows for 4 samples.*leave such layers out"),
     ):
         sites[0].layer(torch.zeros(7, 16, dtype=torch.float64))
     flat, apart = torch.randn(8, 16, dtype=torch.float64), torch.rand(4, 1, 3, dtype=torch.float64)
@@ -370,16 +370,16 @@ def test_a_loss_that_is_another_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r'computes the loss 99 where that of a "next token" is .* each sample'):
         scored.check_loss(batch)
     monkeypatch.setattr(base, "loss_type", "ForObjectDetection")
-    with pytest.raises(UserError, match="cannot be taken sample by sample .*ForObjectDetection"):
+    with pytest.raises(UserError, match=r"cannot be taken sample by sample .*ForObjectDetection"):
         scorer(model, sites, [batch])
 
 
 def test_batches_without_labels_are_refused():
     model, sites = model_of("llama")
     batch = padded("llama")
-    with pytest.raises(UserError, match="must hold labels as a tensor; it has input_ids, attention_mask"):
+    with pytest.raises(UserError, match=r"must hold labels as a tensor; it has input_ids, attention_mask"):
         scorer(model, sites, [{key: value for key, value in batch.items() if key != "labels"}])
-    with pytest.raises(UserError, match="has no labels .all are -100."):
+    with pytest.raises(UserError, match=r"has no labels .all are -100."):
         scorer(model, sites, [{**batch, "labels": torch.full_like(batch["labels"], -100)}])
 
 

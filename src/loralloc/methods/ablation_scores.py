@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -75,7 +75,7 @@ def _settled(
     spread: Tensor,
     groups: Sequence[tuple[Tensor, int]],
     generator: torch.Generator,
-) -> tuple[Tensor, Mapping[str, Any]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """Estimates, replaced by exact scores wherever those could decide."""
 
     def exact(asked: Tensor) -> Tensor:

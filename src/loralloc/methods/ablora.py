@@ -340,7 +340,7 @@ class ABLoRAState:
 
     @torch.no_grad()
     def apply_move(self, moved: Move, number: int) -> Tensor:
-        """Close and open ranks; return those that opened, boolean [R]. Slots closed just now are the last to be used."""
+        """Close and open ranks; return those that opened, boolean [R]. Slots closed just now are used last."""
         before = self.open.clone()
         self.open[list(moved.pruned)] = False
         opened = torch.zeros_like(self.open)

@@ -173,8 +173,8 @@ class AblationScorer:
         if abs(own - mine) > 1e-3 + 0.02 * abs(mine):
             raise UserError(
                 f"{type(self._loss.model).__name__} computes the loss {own:.4g} where that of a "
-                f'"{self._loss.kind(part.labels)}" is {mine:.4g}: scoring by ablation needs the loss of each sample, and '
-                "knows those of language models, classifiers and regression"
+                f'"{self._loss.kind(part.labels)}" is {mine:.4g}: scoring by ablation needs the loss of each sample, '
+                "and knows those of language models, classifiers and regression"
             )
 
     def _masked(self, gates: Tensor) -> Tensor:
