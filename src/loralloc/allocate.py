@@ -133,8 +133,7 @@ def reallocate(
         count: Ranks to prune, n_A.
         room: Ranks that each module could grow by.
         costs: Cost of one rank of each module, in the unit of the budget; all 1 where ranks are counted.
-        spare: Budget left over. Where costs differ, what fits nowhere else goes to modules that lost a rank, so that
-            no further rank fits.
+        spare: Budget left over, which is given out as well; where costs differ, something may be left over again.
     """
     by_score = candidates.nonzero()[:, 0][lowest(scores[candidates], count)].tolist()
     everyone = _by_average(scores, module, len(room))
@@ -147,12 +146,8 @@ def reallocate(
             pruned = pruned[: max(0, len(scores) - 1)]
             return Move(pruned, [0] * len(room), sum(costs[module[rank]] for rank in pruned))
         grown = deal(receivers, room, costs, freed + spare)
-        if len(set(costs)) > 1:
-            left = freed + spare - sum(n * cost for n, cost in zip(grown, costs, strict=True))
-            open_again = [slots + sum(module[rank] == index for rank in pruned) for index, slots in enumerate(room)]
-            extra = deal(everyone, [o - g for o, g in zip(open_again, grown, strict=True)], costs, left)
-            return Move(pruned, [a + b for a, b in zip(grown, extra, strict=True)])
-        if sum(grown) * costs[0] == freed:
+        spent = sum(new * cost for new, cost in zip(grown, costs, strict=True))
+        if spent == freed or (spent and len(set(costs)) > 1):
             return Move(pruned, grown)
     return Move([], [0] * len(room))
 

@@ -205,6 +205,8 @@ def test_parameters_are_never_exceeded_and_no_further_rank_fits():
     assert move == Move([0], [0, 0, 1])  # 35 are free: b's 50 do not fit
     spent = sum(n * c for n, c in zip(move.grown, costs, strict=True))
     assert 0 <= 35 - spent < min(costs)
+    one_cannot_buy = reallocate(scores, module, torch.ones(4, dtype=torch.bool), 1, [5, 5, 0], costs)
+    assert one_cannot_buy == Move([], [0, 0, 0])  # 30 buy none of b's ranks, and c is full
 
 
 def test_blocks_and_types_of_modules():

@@ -101,7 +101,7 @@ class Loop:
                 turn_scores_over(run)
             run.after_step(optimizer)
             optimizer.zero_grad()
-            masks.append([(site.gate != 0).int().tolist() for site in run.sites])
+            masks.append([(site.gate * site.scale != 0).int().tolist() for site in run.sites])
             still.append(all(torch.equal(a, site.A) for a, site in zip(before, run.sites, strict=True)))
         plan = run.finish()
         return {

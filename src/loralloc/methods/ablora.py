@@ -20,8 +20,8 @@ Where we deviate, and why (`as_published` and the options give the paper's lette
 * Scale: lora_alpha / (average starting rank), the same for all ranks and all the time. The paper's equation has none.
 * New ranks start as LoRA's do, B = 0 and A uniform, so that growing changes no output, with optimizer moments of their
   own age. Ranks that close lose theirs.
-* Parameters as a budget: what is freed is shared out as long as it fits; a remainder that fits nowhere else goes to
-  modules that lost ranks.
+* Parameters as a budget: what is freed is shared out as long as it fits; a remainder that buys a rank only elsewhere
+  goes there, be it to a module that lost one.
 * Ablations of the paper: `score="gate"` (ALoRA-DNAS) trains gates α' = 2σ(a') together with A and B, on the training
   data rather than by bi-level optimisation; `score="sensitivity"` is AdaLoRA's, averaged over the steps since the
   last round.
@@ -263,10 +263,14 @@ class ABLoRA:
             pruned += members[list(moved.pruned)].tolist()
             for site, new in zip(group, moved.grown, strict=True):
                 grown[site] = new
-            spent = sum(costs[group[module[rank]]] for rank in moved.pruned) - moved.lost
-            spare += spent - sum(costs[site] * grown[site] for site in group)
+            freed = sum(costs[group[module[rank]]] for rank in moved.pruned) - moved.lost
+            spare += freed - sum(costs[site] * grown[site] for site in group)
             state.limit -= moved.lost
-        return Move(pruned, grown)
+            for rank in moved.pruned:
+                ranks[group[module[rank]]] -= 1
+        room = [most - have - new for most, have, new in zip(state.room, ranks, grown, strict=True)]
+        extra = deal(range(len(room)), room, costs, spare)
+        return Move(pruned, [a + b for a, b in zip(grown, extra, strict=True)])
 
 
 def block_of(name: str) -> str:

@@ -222,12 +222,13 @@ def _validation_batches(
     Raises:
         UserError: The data are not in the form of the Trainer's training data.
     """
+    rows: Any = data
     if isinstance(data, Dataset) and args.remove_unused_columns:
         inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         taken = {*inspect.signature(inner.forward).parameters, "label", "label_ids"}
         unused = [name for name in data.column_names if name not in taken]
-        data = data.remove_columns(unused if len(unused) < len(data.column_names) else [])
-    batches = CollatedBatches(data, collate, args.per_device_eval_batch_size, args.seed)
+        rows = data.remove_columns(unused if len(unused) < len(data.column_names) else [])
+    batches = CollatedBatches(rows, collate, args.per_device_eval_batch_size, args.seed)
     try:
         batches[0]
     except Exception as error:
