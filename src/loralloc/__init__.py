@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loralloc.budget import Budget
     from loralloc.errors import UserError
     from loralloc.export import export_adapter
+    from loralloc.methods.ablora import ABLoRA
     from loralloc.methods.adalora import AdaLoRA
     from loralloc.methods.allora import ALLoRA
     from loralloc.methods.controls import DepthLinear, Random, Uniform
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from loralloc.truncation import truncate_adapter
 
 __all__ = [
+    "ABLoRA",
     "ALLoRA",
     "AdaLoRA",
     "Budget",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ABLoRA": "loralloc.methods.ablora",
     "ALLoRA": "loralloc.methods.allora",
     "AdaLoRA": "loralloc.methods.adalora",
     "Budget": "loralloc.budget",

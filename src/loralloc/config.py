@@ -199,6 +199,12 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             f"method.budget.average_rank is {target}, but no layer can exceed lora.r, which is {capacity}. "
             "Lower the one or raise the other (AdaLoRA starts at about 1.5 times its target)",
         )
+    elif is_number(capacity) and capacity == target and _get(tree, "method", "name") == "ablora":
+        yield (
+            ("method", "budget", "average_rank"),
+            f"method.budget.average_rank is {target} and so is lora.r, the most a layer may get: no rank could move. "
+            f"Set lora.r to {2 * capacity} (and lora.alpha as before: the scale is lora.alpha / average_rank)",
+        )
 
 
 def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:

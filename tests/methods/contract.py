@@ -6,6 +6,7 @@ A new method is a new row of `METHODS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from models import labelled_batch, tiny_peft
 from peft import PeftModel
 from torch import Tensor
 
-from loralloc import AdaLoRA, ALLoRA, Budget, DepthLinear, Random, Truncate, Uniform, attach
+from loralloc import ABLoRA, AdaLoRA, ALLoRA, Budget, DepthLinear, Random, Truncate, Uniform, attach
 from loralloc.methods.base import Method
 
 STEPS, WARMUP, COOLDOWN = 18, 2, 7
@@ -22,10 +23,18 @@ FREEZE = STEPS - COOLDOWN + 1  # the first step of the final phase
 HALF = Budget(average_rank=2)  # of 4
 PHASES: dict[str, Any] = {"warmup": WARMUP, "cooldown": COOLDOWN, "interval": 1}
 
+UNSEEN = [{}]
+"""Stands for validation batches, which depend on the model: see `made`."""
+
+ROUNDS: dict[str, Any] = {"warmup": 3, "interval": 5, "rounds": 3, "samples": 12}  # after steps 2, 7 and FREEZE
+
 METHODS: Mapping[str, Callable[[Budget], Method]] = {
     "adalora": lambda budget: AdaLoRA(budget, **PHASES),
     "adalora-reference": lambda budget: AdaLoRA(budget, order="reference", **PHASES),
     "adalora-published": lambda budget: AdaLoRA.as_published(budget, penalty="paper", **PHASES),
+    "ablora": lambda budget: ABLoRA(budget, UNSEEN, **ROUNDS),
+    "ablora-published": lambda budget: ABLoRA.as_published(budget, UNSEEN, **ROUNDS),
+    "ablora-taylor": lambda budget: ABLoRA(budget, UNSEEN, mode="taylor", scope="block", n_prune=2, **ROUNDS),
     "allora": lambda budget: ALLoRA(),
     "allora-hybrid": lambda budget: ALLoRA(mode="hybrid"),
     "allora-post": lambda budget: ALLoRA(mode="post"),
@@ -35,7 +44,7 @@ METHODS: Mapping[str, Callable[[Budget], Method]] = {
     "depth_linear": DepthLinear,
     "truncate": Truncate,
 }
-DECIDES = {"adalora": "while training", "allora": "never", "truncate": "at the end"}
+DECIDES = {"adalora": "while training", "ablora": "while training", "allora": "never", "truncate": "at the end"}
 """When a method chooses ranks, by its id; before the first step unless it is named here."""
 
 INF, NAN = float("inf"), float("nan")
@@ -48,8 +57,18 @@ def decides(method: Method) -> str:
 
 
 FREEZING = [name for name, make in METHODS.items() if decides(make(HALF)) == "while training"]
+
+
+def made(method: Callable[[Budget], Method], budget: Budget, name: str) -> Method:
+    """The method, with validation batches of the model where it looks at any."""
+    built: Any = method(budget)
+    if getattr(built, "validation", None) is None:
+        return built
+    return replace(built, validation=[batch_of_8(name, 100 + index) for index in range(3)])
+
+
 ON_BOTH_MODELS = ("adalora", "adalora-reference", "adalora-published")
-SLOW = ("allora-hybrid", "allora-post", "uniform", "depth_linear")
+SLOW = ("ablora-published", "ablora-taylor", "allora-hybrid", "allora-post", "uniform", "depth_linear")
 """Rows that differ from a neighbour by little: they run with the slow tests."""
 
 
@@ -97,7 +116,7 @@ class Loop:
         self.name = name
         self.model = fresh_model(method, name, dtype=dtype, seed=seed) if model is None else model
         torch.manual_seed(seed)
-        self.run = attach(self.model, method(budget), STEPS)
+        self.run = attach(self.model, made(method, budget, name), STEPS)
         self.events: list[dict[str, Any]] = []
         self.run.on_event = self.events.append
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

@@ -18,8 +18,9 @@ from trainers import training_rows
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from loralloc import AdaLoRA, Budget, RankAllocation, UserError, export_adapter
+from loralloc import ABLoRA, AdaLoRA, Budget, RankAllocation, UserError, export_adapter
 from loralloc.gating import is_gated
+from loralloc.methods.base import Method
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = VOCABULARY - len(SPECIAL)
@@ -70,10 +71,10 @@ DATA: dict[str, Any] = {
 
 
 def sft(
-    folder: Path, *, made_by: str = "user", data: str = "text", **settings: Any
+    folder: Path, *, made_by: str = "user", data: str = "text", method: Method | None = None, **settings: Any
 ) -> tuple[SFTTrainer, RankAllocation]:
     """An SFTTrainer on the CPU; everything not named here is TRL's default, gradient checkpointing among it."""
-    allocation = RankAllocation(AdaLoRA(Budget(average_rank=2)))
+    allocation = RankAllocation(AdaLoRA(Budget(average_rank=2)) if method is None else method)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 16,
@@ -121,6 +122,19 @@ def test_it_prunes_to_the_budget_and_leaves_plain_lora(made_by: str, tmp_path: P
     reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(reloaded), logits(model.eval()), rtol=0, atol=1e-5)
     assert (logits(reloaded) - logits(tiny_llama())).abs().max() > 1e-2
+
+
+def test_ablation_scores_look_at_tokenized_validation_data(tmp_path: Path) -> None:
+    tokenized = word_tokenizer()(phrases(24, seed=7))
+    rows = [{"input_ids": ids} for ids in tokenized["input_ids"]]
+    method = ABLoRA(Budget(average_rank=2), rows, warmup=4, interval=3, rounds=3, samples=16)
+    _, allocation = trained(tmp_path, method=method)
+    assert allocation.plan is not None
+    assert allocation.plan.total_rank == 12
+    assert len(set(allocation.plan.ranks.values())) > 1
+    raw = ABLoRA(Budget(average_rank=2), DATA["text"](), warmup=4, interval=3, rounds=3)
+    with pytest.raises(UserError, match=r"the validation data of the method cannot be made into a batch .*: tokenized"):
+        sft(tmp_path, method=raw)[0].train()
 
 
 def test_the_log_has_trls_columns_and_ours(tmp_path: Path) -> None:

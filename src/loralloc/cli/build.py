@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -27,6 +28,7 @@ from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError, closest
 from loralloc.gating import plain_sites
+from loralloc.methods.ablora import ABLoRA
 from loralloc.methods.adalora import AdaLoRA
 from loralloc.methods.allora import ALLoRA
 from loralloc.methods.base import Method
@@ -41,8 +43,8 @@ from loralloc.tasks.pretrained import load_model, locate
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
 
-METHODS: dict[str, Callable[..., Method]] = {
-    kind.id: kind for kind in (AdaLoRA, Uniform, Random, DepthLinear, Truncate)
+METHODS: dict[str, Callable[..., Any]] = {
+    kind.id: kind for kind in (AdaLoRA, ABLoRA, Uniform, Random, DepthLinear, Truncate)
 }
 """The methods that have a budget, by the names that recipes call them."""
 

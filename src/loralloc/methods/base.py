@@ -7,7 +7,7 @@ Trainer, a data loader or PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any, ClassVar, Protocol
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loralloc.budget import Budget, Schedule, Unit, start_budget
+from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.plan import ModuleRank, RankPlan
 
@@ -37,6 +38,32 @@ class Probe(Protocol):
 
     def validation_loss(self) -> Tensor:
         """Loss of the next validation batch, in the mode that the model is in; differentiable."""
+        ...
+
+    def scoring(self, samples: int, draw: int) -> Ablations:
+        """Return the losses of one scoring batch under any setting of the gates, dropout off.
+
+        Args:
+            samples: Validation samples in the batch; all there are, where there are fewer.
+            draw: Which batch: equal numbers give equal batches.
+        """
+        ...
+
+
+class Ablations(Protocol):
+    """The loss of one scoring batch as a function of all gates: S(·) of the ALoRA paper with the sign turned."""
+
+    @property
+    def forwards(self) -> float:
+        """What has been computed so far, in forward passes over the scoring batch."""
+        ...
+
+    def ablate(self, gates: Tensor) -> Tensor:
+        """Losses (mean over labels), [K], of K settings of all R gates, [K, R]; no gradients."""
+        ...
+
+    def gate_gradients(self, gates: Tensor) -> tuple[Tensor, int]:
+        """What each sample adds to the gradient of the loss at one setting, [n, R], and the number of labels."""
         ...
 
 
@@ -131,6 +158,24 @@ class Method(Protocol):
         ...
 
 
+def check_validation(method: str, validation: Any) -> None:
+    """Refuse validation data that a probe cannot draw by index.
+
+    Raises:
+        UserError: There are none, they have no index, or they are empty.
+    """
+    cure = f"pass {method}(validation=...), examples that are held out of the training data"
+    if validation is None:
+        raise UserError(f"{method} needs data that it may look at besides the training data; {cure}")
+    if not isinstance(validation, Sized) or not callable(getattr(type(validation), "__getitem__", None)):
+        raise UserError(
+            f"{method} draws validation data by index, and {type(validation).__name__} has none; {cure}, as a list or "
+            "a data set (the batches of a loader: list(loader))"
+        )
+    if not len(validation):
+        raise UserError(f"the validation data of {method} are empty; {cure}")
+
+
 def site_budget(sites: Sequence[Site], budget: Budget | None) -> tuple[Unit, int, int]:
     """Return (unit, start, target): what the open ranks cost now and may cost in the end.
 
@@ -183,12 +228,12 @@ def ranks_by_site(sites: Sequence[Site], kept: Tensor) -> list[int]:
 
 
 def rank_plan(
-    method: Method, sites: Sequence[Site], kept: Tensor, peak: int, provenance: Mapping[str, Any]
+    method: Method, sites: Sequence[Site], kept: Tensor, start: Sequence[int], peak: int, provenance: Mapping[str, Any]
 ) -> RankPlan:
-    """Write the kept ranks down as a plan; `peak` is the most ranks that were open at any time."""
+    """Write the kept ranks down as a plan; `start` are the ranks at first, `peak` the most that were open together."""
     modules = {
-        site.name: ModuleRank(rank, site.rank, site.inputs, site.outputs, site.plan_scale)
-        for site, rank in zip(sites, ranks_by_site(sites, kept), strict=True)
+        site.name: ModuleRank(rank, first, site.inputs, site.outputs, site.plan_scale)
+        for site, first, rank in zip(sites, start, ranks_by_site(sites, kept), strict=True)
     }
     return RankPlan(
         method=method.id,

@@ -60,7 +60,7 @@ def write_report(run: Path) -> Path:
     """
     folder = read_run(Path(run))
     grid = arrange(folder.plan.modules)
-    top = max(module.start for module in folder.plan.modules.values())
+    top = max(max(module.rank, module.start) for module in folder.plan.modules.values())
     with drawing():
         charts = _charts(folder, top)
         _write_pngs(
@@ -104,15 +104,20 @@ def _write_pngs(run: RunFolder, drawn: dict[str, Figure]) -> None:
 def _header(run: RunFolder) -> str:
     modules = run.plan.modules.values()
     start, final = sum(module.start for module in modules), run.plan.total_rank
+    moved = sum(max(0, module.rank - module.start) for module in modules)
     steps = f" in {count(run.last_step, 'step')}" if run.last_step else ""
     where = f"{count(len(modules), 'module')}{steps}"
     if not run.finished:
         summary = (
             f"Training has not finished: <strong>{final:,} of {start:,} ranks</strong> are in use over {where} planned."
         )
-    elif final == start:
+    elif all(module.rank == module.start for module in modules):
         summary = (
             f"Trained <strong>{count(final, 'rank')}</strong> over {where}; every module kept the rank it started with."
+        )
+    elif moved and final == start:
+        summary = (
+            f"Trained <strong>{count(final, 'rank')}</strong> over {where}; {moved:,} of them moved to another module."
         )
     else:
         summary = f"Started with {count(start, 'rank')} and kept <strong>{final:,}</strong> of them, over {where}."

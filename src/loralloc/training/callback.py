@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,7 @@ from loralloc.errors import UserError
 from loralloc.methods.base import Method
 from loralloc.plan import RankPlan, write_atomically
 from loralloc.training.checkpoint import read_jsonl
-from loralloc.training.probe import CollatedBatches, random_state, set_random_state
+from loralloc.training.probe import Batch, CollatedBatches, random_state, set_random_state
 from loralloc.training.run import AllocationRun, Event
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
@@ -108,8 +110,7 @@ class RankAllocation(TrainerCallback):
         run.check_optimizer(kwargs["optimizer"])
         if run.probe is not None:
             collate = kwargs["train_dataloader"].collate_fn
-            size, seed = args.per_device_eval_batch_size, args.seed
-            run.probe.validation = CollatedBatches(self.method.validation, collate, size, seed)  # type: ignore[attr-defined]
+            run.probe.validation = _validation_batches(self.method.validation, collate, args, run.model)  # type: ignore[attr-defined]
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.final)
         if state.global_step > 0:
@@ -215,6 +216,32 @@ def refuse_unfinished(folder: Path) -> None:
             f"{folder} is a checkpoint of an unfinished allocation: its gates are not folded into the adapter, so "
             "loading it as LoRA would give another function; resume the run, or use the adapter it exports at the end"
         )
+
+
+def _validation_batches(
+    data: Any, collate: Callable[[list[Any]], Batch], args: TrainingArguments, model: nn.Module
+) -> CollatedBatches:
+    """Batches of a method's validation data, made as the Trainer makes its own.
+
+    Raises:
+        UserError: The data are not in the form of the Trainer's training data.
+    """
+    rows: Any = data
+    if isinstance(data, Dataset) and args.remove_unused_columns:
+        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        taken = {*inspect.signature(inner.forward).parameters, "label", "label_ids"}
+        unused = [name for name in data.column_names if name not in taken]
+        rows = data.remove_columns(unused if len(unused) < len(data.column_names) else [])
+    batches = CollatedBatches(rows, collate, args.per_device_eval_batch_size, args.seed)
+    try:
+        batches[0]
+    except Exception as error:
+        raise UserError(
+            f"the validation data of the method cannot be made into a batch ({type(error).__name__}: {error}); they "
+            "must look like the Trainer's training data when it trains: tokenized, with labels where the collator adds "
+            "none"
+        ) from error
+    return batches
 
 
 def _refuse_engines(args: TrainingArguments) -> None:

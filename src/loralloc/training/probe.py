@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
+from loralloc.training.ablation import AblationScorer
 
 Batch = Mapping[str, Any]
 
@@ -73,6 +74,7 @@ class DataProbe:
         self._drawn = 0
         self._seen: list[_Seen] = []
         self._looking = False
+        self._loss_checked = False
         self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     @classmethod
@@ -99,17 +101,39 @@ class DataProbe:
     def validation_loss(self) -> Tensor:
         """Loss of the next validation batch, in the mode that the model is in."""
         batch = self.next_batch()
-        autocast = self._seen[-1].autocast if self._seen else _autocast(self.device)
-        with self._looking_only(), torch.autocast(self.device.type, enabled=autocast[0], dtype=autocast[1]):
+        with self._scoring():
             return self._loss(batch)
 
     def next_batch(self) -> Batch:
         """The next validation batch, on the model's device."""
         if not len(self.validation):
             raise UserError("the validation data are empty; this method learns ranks from them")
-        index = self._drawn if isinstance(self.validation, CollatedBatches) else self._drawn % len(self.validation)
         self._drawn += 1
-        return on_device(self.validation[index], self.device)
+        return self.batch(self._drawn - 1)
+
+    def scoring(self, samples: int, draw: int) -> AblationScorer:
+        """Losses of one scoring batch under any setting of the gates.
+
+        Args:
+            samples: Validation samples in it; all there are, where there are fewer.
+            draw: Which batch: the first ones, the next ones, and so on.
+        """
+        count = min(len(self.validation), -(-samples // size_of(self.batch(0))))
+        batches: list[Batch] = []
+        for index in range(count):
+            batch, left = self.batch(draw * count + index), samples - sum(map(size_of, batches))
+            if left > 0:
+                batches.append({key: v[:left] if isinstance(v, Tensor) else v for key, v in batch.items()})
+        scorer = AblationScorer(self.model, self.sites, batches, self._scoring)
+        if not self._loss_checked:
+            scorer.check_loss(batches[0])
+            self._loss_checked = True
+        return scorer
+
+    def batch(self, index: int) -> Batch:
+        """A validation batch on the model's device; data without an end of their own start over."""
+        endless = isinstance(self.validation, CollatedBatches)
+        return on_device(self.validation[index if endless else index % len(self.validation)], self.device)
 
     @property
     def device(self) -> torch.device:
@@ -145,6 +169,13 @@ class DataProbe:
         return loss
 
     @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """The precision that training has; no trace."""
+        enabled, dtype = self._seen[-1].autocast if self._seen else _autocast(self.device)
+        with self._looking_only(), torch.autocast(self.device.type, enabled=enabled, dtype=dtype):
+            yield
+
+    @contextmanager
     def _replayed(self, seen: _Seen) -> Iterator[None]:
         """The random numbers and the precision that a forward pass of training had."""
         enabled, dtype = seen.autocast
@@ -161,6 +192,11 @@ class DataProbe:
         finally:
             self._looking = False
             set_random_state(before)
+
+
+def size_of(batch: Batch) -> int:
+    """Samples in a batch."""
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0), 0)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

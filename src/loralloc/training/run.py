@@ -105,7 +105,7 @@ class AllocationRun:
         self.on_event: Callable[[Event], None] | None = None
         self.probe = DataProbe.of(model, self.sites, getattr(method, "validation", None))
         self._schedule: Schedule | None = None
-        self._ranks = open_ranks(self.sites)
+        self._ranks = self._start_ranks = open_ranks(self.sites)
         self._peak = sum(self._ranks)
         self._fresh = FreshRanks(self.sites)
         self._shapes = {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites}
@@ -184,13 +184,13 @@ class AllocationRun:
             decision = self.method.on_step(self.state, self._now(optimizer))
         if decision is not None:
             self._record(decision)
-            if decision.closed is not None and optimizer is not None:
-                clear_moments(optimizer, self.sites)
+            if optimizer is not None and (decision.closed is not None or decision.opened is not None):
+                clear_moments(optimizer, self.sites, decision.opened)
+            if decision.opened is not None:
+                self._fresh.open(decision.opened)
             if decision.closed is not None and decision.frozen:
                 self._final = decision.kept.clone()
                 self._take_out_closed(optimizer)
-            if decision.opened is not None:
-                self._fresh.open(decision.opened)
         if self.probe is not None:
             self.probe.forget()
         if self._sound is not None:
@@ -222,7 +222,7 @@ class AllocationRun:
             "bad_steps": self.bad_steps,
             **(provenance or {}),
         }
-        self.plan = rank_plan(self.method, self.sites, kept, self._peak, record)
+        self.plan = rank_plan(self.method, self.sites, kept, self._start_ranks, self._peak, record)
         if self.probe is not None:
             self.probe.close()
         self._ranks = list(self.plan.ranks.values())
@@ -321,6 +321,7 @@ class AllocationRun:
             return
         if optimizer is None:
             raise UserError("compact=True shrinks the optimizer's state too: pass the optimizer to after_step()")
+        self._fresh.take(self._final)
         self._compaction = Compaction(self.model, self.sites, self._final, optimizer)
         self.method.resized(self.state)
 
@@ -340,10 +341,14 @@ class AllocationRun:
             )
 
     def _gate_checksum(self) -> str:
-        """Tie the state to the weights it was taken with; zeros are left out, as compact runs do not have them."""
+        """Tie the state to the weights it was taken with: the gates, or B where the gates are not trained.
+
+        Zeros are left out, as compact runs do not have those of closed ranks.
+        """
         digest = hashlib.sha256()
         for site in self.sites:
-            digest.update(site.gate[site.gate != 0].detach().cpu().numpy().tobytes())
+            weights = site.gate if site.gate_is_trained else site.B.to(site.gate.dtype)
+            digest.update(weights[weights != 0].detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _parameters(self) -> int:
@@ -351,7 +356,7 @@ class AllocationRun:
 
     def _record(self, decision: Decision) -> None:
         ranks = ranks_by_site(self.sites, decision.kept)
-        if ranks != self._ranks or decision.frozen:
+        if ranks != self._ranks or decision.frozen or decision.details:
             self._ranks = ranks
             self._peak = max(self._peak, sum(ranks))
             event = "freeze" if decision.frozen else "allocate"
