@@ -57,6 +57,27 @@ def keep_within(scores: Tensor, costs: Tensor, limit: int) -> Tensor:
     return torch.tensor(keep, dtype=torch.bool, device=scores.device)
 
 
+def keep_uniform_share(shares: Tensor, tolerance: float = 1e-5) -> Tensor:
+    """Keep, per row, what has at least the share that all would have if they were equal: αⱼ ≥ 1/k (AutoLoRA).
+
+    In every row at least one stays (the best, whatever rounding does to the sum), and all of them where they are equal.
+
+    Args:
+        shares: [n, k], rows sum to 1. A row that is shorter than the others is padded with −1.
+        tolerance: Relative: an equal share that rounding has put below 1/k stays.
+
+    Returns:
+        Boolean [n, k], False where a row is padded.
+
+    >>> keep_uniform_share(torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.5, -1.0]])).tolist()
+    [[True, False, False], [True, True, False]]
+    """
+    comparable = torch.where(shares.isnan(), -torch.inf, shares)
+    size = (comparable != -1).sum(1, keepdim=True)
+    keep = comparable * size >= 1 - tolerance
+    return keep.scatter(1, comparable.argmax(1, keepdim=True), True)
+
+
 def _by_score(scores: Tensor) -> Tensor:
     """Positions from the best score to the worst."""
     comparable = torch.where(scores.isnan(), -torch.inf, scores)
