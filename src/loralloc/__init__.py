@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from loralloc.budget import Budget
     from loralloc.errors import UserError
     from loralloc.export import export_adapter
+    from loralloc.from_plan import lora_config
     from loralloc.methods.adalora import AdaLoRA
+    from loralloc.methods.autolora import AutoLoRA
     from loralloc.plan import RankPlan
     from loralloc.training.callback import RankAllocation
     from loralloc.training.run import attach
 
 __all__ = [
     "AdaLoRA",
+    "AutoLoRA",
     "Budget",
     "RankAllocation",
     "RankPlan",
@@ -30,16 +33,19 @@ __all__ = [
     "__version__",
     "attach",
     "export_adapter",
+    "lora_config",
 ]
 
 _HOME = {
     "AdaLoRA": "loralloc.methods.adalora",
+    "AutoLoRA": "loralloc.methods.autolora",
     "Budget": "loralloc.budget",
     "RankAllocation": "loralloc.training.callback",
     "RankPlan": "loralloc.plan",
     "UserError": "loralloc.errors",
     "attach": "loralloc.training.run",
     "export_adapter": "loralloc.export",
+    "lora_config": "loralloc.from_plan",
 }
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,9 +26,11 @@ from transformers import (
 from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe, TrainingConfig
-from loralloc.errors import UserError, closest
+from loralloc.errors import UserError
+from loralloc.from_plan import lora_config
 from loralloc.gating import plain_sites
 from loralloc.methods.adalora import AdaLoRA
+from loralloc.methods.autolora import AutoLoRA
 from loralloc.methods.base import Method
 from loralloc.plan import RankPlan
 from loralloc.recipe_methods import LoRAConfigSection, MethodConfig
@@ -38,7 +41,7 @@ from loralloc.tasks.pretrained import load_model, locate
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
 
-METHODS: dict[str, Callable[..., Method]] = {kind.id: kind for kind in (AdaLoRA,)}
+METHODS: dict[str, Callable[..., Method]] = {kind.id: kind for kind in (AdaLoRA, AutoLoRA)}
 """The methods by the names that recipes call them."""
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
@@ -91,17 +94,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """
     set_seed(recipe.training.seed)
     lora = recipe.lora
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it as int and takes any number
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        exclude_modules=lora.exclude_modules,
-        modules_to_save=lora.modules_to_save,
-        task_type=TASK_TYPES[recipe.task],
-    )
-    if recipe.plan is not None:
-        _start_from(config, RankPlan.load(recipe.plan), model, recipe.plan)
+    config = _planned_config(recipe, model) if recipe.plan is not None else _even_config(recipe)
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, re.error) as error:
@@ -115,6 +108,38 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         if rank > widest:
             raise UserError(f"lora.r: rank {rank} is above the {widest} dimensions of {name}; lower it")
     return adapted
+
+
+def _even_config(recipe: Recipe) -> LoraConfig:
+    """The rank of the recipe in every module."""
+    lora = recipe.lora
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it as int and takes any number
+        target_modules=lora.target_modules,
+        exclude_modules=lora.exclude_modules,
+        **_common(recipe),
+    )
+
+
+def _planned_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
+    """The ranks and the scale of a plan."""
+    assert recipe.plan is not None
+    plan = RankPlan.load(recipe.plan)
+    try:
+        return lora_config(plan, model, **_common(recipe))
+    except UserError as error:
+        raise UserError(f"{recipe.plan}: {error}") from error
+
+
+def _common(recipe: Recipe) -> dict[str, Any]:
+    """What a plan does not decide."""
+    lora = recipe.lora
+    return {
+        "lora_dropout": lora.dropout,
+        "modules_to_save": lora.modules_to_save,
+        "task_type": TASK_TYPES[recipe.task],
+    }
 
 
 def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArguments:
@@ -171,30 +196,6 @@ def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData
     """Load the base model and the data of a run and, with stock PEFT, the adapter it exported."""
     data = task_data(recipe)
     return _with_adapter(data.model, folder), data
-
-
-def _start_from(config: LoraConfig, plan: RankPlan, model: torch.nn.Module, source: str) -> None:
-    """Start at the ranks of a plan, and keep its scale.
-
-    Raises:
-        UserError: The plan belongs to another model.
-    """
-    modules = dict(model.named_modules())
-    for name, planned in plan.modules.items():
-        weight = getattr(modules.get(name), "weight", None)
-        shape = None if weight is None else sorted(weight.shape)
-        if shape != sorted((planned.inputs, planned.outputs)):
-            found = f"there is no such module.{closest(name, modules)}" if shape is None else f"the model's is {shape}"
-            raise UserError(
-                f"{source}: the plan belongs to another model: {name} is {planned.inputs} x {planned.outputs}, {found}"
-            )
-    kept = {name: planned for name, planned in plan.modules.items() if planned.rank > 0}
-    config.r = max(planned.rank for planned in kept.values())
-    config.target_modules, config.exclude_modules = list(kept), None
-    # PEFT takes the first pattern that matches the end of a module's name: longer names first.
-    names = sorted(kept, key=len, reverse=True)
-    config.rank_pattern = {name: kept[name].rank for name in names}
-    config.alpha_pattern = {name: kept[name].scale * kept[name].rank for name in names}
 
 
 def _linear_modules(model: torch.nn.Module) -> str:

@@ -148,6 +148,7 @@ class AutoLoRA:
     def on_gradients(self, state: AutoLoRAState, now: Moment) -> None:
         """Learn the logits before the step and repeat its gradient, in the modes that do; note W in the others."""
         step_gradient = state.take_gate_gradients()
+        state.sound = True
         if state.settled:
             return
         probe = _probe(now)
@@ -162,7 +163,9 @@ class AutoLoRA:
     def on_step(self, state: AutoLoRAState, now: Moment) -> Decision | None:
         """Learn the logits after the step, in the modes that do; look at the plan now and then."""
         state.take_gate_gradients()  # those of a bad step
-        before, state.before = state.before, None
+        (before, state.before), (sound, state.sound) = (state.before, None), (state.sound, False)
+        if not sound:
+            return None
         if before is not None:
             self._learn(state, self._gradient_after_step(state, _probe(now), before))
         every = self.check_every or max(1, round(now.schedule.total_steps / CHECKS))
@@ -288,6 +291,7 @@ class AutoLoRAState:
         sites: The gated layers.
         logits: β, [n, k].
         before: What was noted before the optimizer's step, during one.
+        sound: Whether the gradient of the step was finite, during one.
         updates: Steps that the logits have taken.
         skipped: Steps that they have not taken because their gradient was not finite.
         planned: The plan at the last look, boolean [R].
@@ -298,6 +302,7 @@ class AutoLoRAState:
     sites: Sequence[Site]
     logits: Tensor
     before: _Before | None = None
+    sound: bool = False
     updates: int = 0
     skipped: int = 0
     planned: Tensor | None = None
