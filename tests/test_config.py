@@ -169,7 +169,7 @@ class TestErrors:
              "so that the budget can fall in between"),
             ("name: adalora", "name: adalora\n  beta1: 1", "recipe.yaml:10: method.beta1 must be below 1, got 1"),
             ("name: adalora", "name: adalroa",
-             'recipe.yaml:9: method.name must be adalora or lora, got "adalroa". Did you mean "adalora"?'),
+             'recipe.yaml:9: method.name must be adalora or autolora or lora, got "adalroa". Did you mean "adalora"?'),
             ("  name: adalora\n", "", 'recipe.yaml:8: missing "name" in "method": the method'),
             ("method:\n  name: adalora\n  budget:\n    average_rank: 8\n", "method: adalora\n",
              'recipe.yaml:8: method must be a mapping of keys, got "adalora"'),
@@ -391,7 +391,7 @@ class TestModels:
         assert {"method.budget.average_rank", "training.steps", "lora.r"} <= set(RECIPE_KEYS)
 
     def test_methods_are_found_by_name(self) -> None:
-        assert sorted(METHODS) == ["adalora", "lora"]
+        assert sorted(METHODS) == ["adalora", "autolora", "lora"]
 
     def test_imports_no_torch(self) -> None:
         code = (

@@ -9,9 +9,12 @@ from loralloc.config import RECIPE_KEYS, dump_recipe, load_recipe
 from loralloc.errors import UserError
 from loralloc.recipes import list_recipes, recipe_text
 
-NAMES = [
-    f"{task}/{method}" for task in ("causal-lm", "demo", "sequence-classification") for method in ("adalora", "lora")
-]
+METHODS = {
+    "causal-lm": ("adalora", "autolora", "lora"),
+    "demo": ("adalora", "lora"),
+    "sequence-classification": ("adalora", "autolora", "lora"),
+}
+NAMES = [f"{folder}/{method}" for folder, methods in METHODS.items() for method in methods]
 
 
 def test_the_list_is_complete_and_sorted() -> None:

@@ -156,7 +156,8 @@ def _walk_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
             yield from _walk_keys(section, f"{prefix}{name}.")
 
 
-RECIPE_KEYS: dict[str, str] = dict(_walk_keys(Recipe))  # every key with dots -> its description
+# Every key with dots -> its description; of a key that several methods have, the first one's.
+RECIPE_KEYS: dict[str, str] = dict(reversed(list(_walk_keys(Recipe))))
 _EXCLUSIVE: dict[Key, tuple[str, ...]] = {
     ("method", "budget"): tuple(BudgetConfig.model_fields),
     ("training",): ("steps", "epochs"),

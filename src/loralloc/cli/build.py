@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from loralloc.tasks.pretrained import load_model, locate
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
 
-METHODS: dict[str, Callable[..., Method]] = {kind.id: kind for kind in (AdaLoRA, AutoLoRA)}
+METHODS: dict[str, Any] = {kind.id: kind for kind in (AdaLoRA, AutoLoRA)}
 """The methods by the names that recipes call them."""
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
@@ -64,11 +64,14 @@ def method_of(section: MethodConfig, validation: Dataset | None = None) -> Metho
     """
     if isinstance(section, LoRAConfigSection):
         return None
-    settings = {key: None if value == "none" else value for key, value in section.model_dump(exclude={"name"}).items()}
-    settings["budget"] = Budget(**section.budget.model_dump(exclude_none=True))
+    kind = METHODS[section.name]
+    known = {field.name for field in fields(kind)}  # the rest is for the command line, such as the length of a search
+    settings = {key: None if value == "none" else value for key, value in section.model_dump(include=known).items()}
+    if section.budget is not None:
+        settings["budget"] = Budget(**section.budget.model_dump(exclude_none=True))
     if validation is not None:
         settings["validation"] = validation
-    return METHODS[section.name](**settings)
+    return kind(**settings)
 
 
 def method_data(section: MethodConfig, data: TaskData, seed: int) -> tuple[Dataset, Dataset | None]:
