@@ -199,11 +199,11 @@ class AutoLoRA:
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         with restored(weights) as start:
             torch._foreach_add_(weights, gradients, alpha=-rate)
-            direct, v = validation_gradients(probe, gates, weights)
+            direct, v = validation_gradients(probe, gates, weights, check=state.updates == 0)
             if self.mode != "reference":
                 torch._foreach_copy_(weights, start)
             if self.mode == "exact":
-                second = mixed_derivative(probe, gates, weights, v)
+                second = mixed_derivative(probe, gates, weights, v, check=state.updates == 0)
             else:
                 second = central_difference(probe, gates, weights, v, self.radius)
         torch._foreach_sub_(direct, second, alpha=1.0 if self.mode == "reference" else rate)
@@ -212,7 +212,7 @@ class AutoLoRA:
     def _gradient_after_step(self, state: AutoLoRAState, probe: Probe, before: _Before) -> list[Tensor]:
         """Gradient with respect to the gates where the optimizer's step has led."""
         weights, gates = probe.weights(), state.gates()
-        direct, v = validation_gradients(probe, gates, weights)
+        direct, v = validation_gradients(probe, gates, weights, check=state.updates == 0)
         if self.mode == "fast":
             second = one_sided_difference(probe, gates, weights, v, self.radius, before.weights, before.gates)
             torch._foreach_sub_(direct, second, alpha=before.rate)
@@ -325,8 +325,7 @@ class AutoLoRAState:
 
     def pad(self, rows: Sequence[Tensor]) -> Tensor:
         """One [r] per site to [n, k]."""
-        device = self.logits.device
-        return nn.utils.rnn.pad_sequence([row.to(device) for row in rows], batch_first=True)
+        return nn.utils.rnn.pad_sequence([row.to(self.logits) for row in rows], batch_first=True)
 
     def split(self, flat: Tensor) -> Sequence[Tensor]:
         """[R] to one [r] per site, each on the site's device."""
@@ -361,6 +360,10 @@ class AutoLoRAState:
 
     def take_gate_gradients(self) -> list[Tensor]:
         """The gradients since the last call; zero for gates that got none."""
+        device = self.sites[0].gate.device
+        if self.logits.device != device:  # the model was moved after attaching
+            for name in ("logits", "mean", "square", "real"):
+                setattr(self, name, getattr(self, name).to(device))
         caught, self._caught = self._caught, {}
         for gate in self.gates():
             gate.grad = None  # DistributedDataParallel puts zeros there

@@ -24,10 +24,17 @@ from loralloc.methods.base import Probe, any_process, average_
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
-def validation_gradients(probe: Probe, gates: Tensors, weights: Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    """Return (∂L_val/∂gates, v = ∂L_val/∂weights) of the next validation batch; v is the same on all processes."""
+def validation_gradients(
+    probe: Probe, gates: Tensors, weights: Tensors, check: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return (∂L_val/∂gates, v = ∂L_val/∂weights) of the next validation batch; v is the same on all processes.
+
+    With `check`, refuse a model whose gradients would not be right (`check_graph`).
+    """
     with torch.enable_grad():
         loss = probe.validation_loss()
+    if check:
+        check_graph(loss)
     found = _gradients(loss, [*gates, *weights])
     direct, v = found[: len(gates)], found[len(gates) :]
     average_(v)
@@ -74,14 +81,19 @@ def one_sided_difference(
     return above
 
 
-def mixed_derivative(probe: Probe, gates: Tensors, weights: Tensors, v: Tensors) -> list[Tensor]:
-    """The same by differentiating twice: ∂/∂gates of ⟨∂L_tr/∂weights, v⟩. Attention is computed in plain operations."""
+def mixed_derivative(probe: Probe, gates: Tensors, weights: Tensors, v: Tensors, check: bool = False) -> list[Tensor]:
+    """The same by differentiating twice: ∂/∂gates of ⟨∂L_tr/∂weights, v⟩. Attention is computed in plain operations.
+
+    With `check`, refuse a model whose second derivatives would not be right (`check_graph`).
+    """
     total = [torch.zeros_like(gate) for gate in gates]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for loss in probe.train_losses():
             first = _gradients(loss, weights, create_graph=True)
             along = sum((f * direction).sum() for f, direction in zip(first, v, strict=True))
             assert isinstance(along, Tensor)
+            if check:
+                check_graph(along)
             if along.requires_grad:
                 torch._foreach_add_(total, _gradients(along, gates))
     return total
@@ -110,20 +122,32 @@ def repeat_gradient(probe: Probe, max_grad_norm: float | None) -> None:
 
 def _gradients(loss: Tensor, with_respect_to: Tensors, create_graph: bool = False) -> list[Tensor]:
     """Gradients outside of `.grad`; zero where the loss does not depend on a tensor."""
-    try:
-        return list(torch.autograd.grad(loss, with_respect_to, create_graph=create_graph, materialize_grads=True))
-    except RuntimeError as error:
-        if "use_reentrant" in str(error):
+    return list(torch.autograd.grad(loss, with_respect_to, create_graph=create_graph, materialize_grads=True))
+
+
+def check_graph(root: Tensor) -> None:
+    """Refuse what autograd would pass over in silence when it is asked for the gradients of some tensors alone.
+
+    Raises:
+        UserError: A part of the model is hidden in reentrant checkpoints, or has no further derivative.
+    """
+    nodes, seen = [root.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
             raise UserError(
                 "AutoLoRA takes gradients that reentrant gradient checkpointing cannot give; use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
-            ) from error
-        if any(sign in str(error) for sign in ("twice", "derivative for", "once_differentiable")):
+            )
+        if node.name().endswith(("::Error", "::NotImplemented")):
             raise UserError(
-                f'mode="exact" needs second derivatives, which a layer of this model has not ({error}); load it with '
+                'mode="exact" needs second derivatives, which a layer of this model has not; load it with '
                 'attn_implementation="sdpa" or "eager", or use mode="paper"'
-            ) from error
-        raise
+            )
+        nodes += [following for following, _ in node.next_functions]
 
 
 def global_norm(tensors: Tensors) -> Tensor:

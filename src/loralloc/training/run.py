@@ -361,7 +361,7 @@ class AllocationRun:
                 "schedule": {key: value for key, value in asdict(schedule).items() if key not in common},  # type: ignore[call-overload]
                 "unit": self.unit,
                 "start_budget": schedule.start,
-                "target_budget": schedule.target,
+                "target_budget": None if self.method.budget is None else schedule.target,
                 "sites": [site.name for site in self.sites],
                 "in": [site.inputs for site in self.sites],
                 "out": [site.outputs for site in self.sites],
