@@ -400,7 +400,17 @@ class TestModels:
         assert {"method.budget.average_rank", "training.steps", "lora.r"} <= set(RECIPE_KEYS)
 
     def test_methods_are_found_by_name(self) -> None:
-        assert {"ablora", "adalora", "allora", "uniform", "random", "depth_linear", "truncate", "lora"} <= set(METHODS)
+        assert {
+            "ablora",
+            "adalora",
+            "allora",
+            "autolora",
+            "uniform",
+            "random",
+            "depth_linear",
+            "truncate",
+            "lora",
+        } <= set(METHODS)
         assert all(METHODS[name].model_fields["name"].annotation == Literal[name] for name in METHODS)
 
     def test_imports_no_torch(self) -> None:

@@ -14,7 +14,7 @@ CONTROLS = ("depth_linear", "random", "truncate", "uniform")
 NAMES = sorted(
     f"{folder}/{method}"
     for folder in (*TASKS, "demo")
-    for method in ("adalora", "lora", *(() if folder == "demo" else ("ablora", "allora", *CONTROLS)))
+    for method in ("adalora", "lora", *(() if folder == "demo" else ("ablora", "allora", "autolora", *CONTROLS)))
 )
 
 

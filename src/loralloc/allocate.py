@@ -60,104 +60,25 @@ def keep_within(scores: Tensor, costs: Tensor, limit: int) -> Tensor:
     return torch.tensor(keep, dtype=torch.bool, device=scores.device)
 
 
-def lowest(scores: Tensor, count: int) -> Tensor:
-    """Positions of the `count` lowest scores, ascending; ties go to the earlier position, NaN comes first.
+def keep_uniform_share(shares: Tensor, tolerance: float = 1e-5) -> Tensor:
+    """Keep, per row, what has at least the share that all would have if they were equal: αⱼ ≥ 1/k (AutoLoRA).
 
-    >>> lowest(torch.tensor([0.5, 0.1, 0.1, 0.9]), 2).tolist()
-    [1, 2]
-    """
-    comparable = torch.where(scores.isnan(), -torch.inf, scores)
-    return torch.argsort(comparable, stable=True)[:count]
-
-
-def deal(order: Sequence[int], room: Sequence[int], costs: Sequence[int], limit: int) -> list[int]:
-    """Give out one rank to each module in turn, again and again, as long as there is room and the cost fits.
+    In every row at least one stays (the best, whatever rounding does to the sum), and all of them where they are equal.
 
     Args:
-        order: Modules in the order in which they are served; others get nothing.
-        room: Most ranks that each module can take.
-        costs: Cost of one rank of each module.
-        limit: Most that all given ranks may cost together.
+        shares: [n, k], rows sum to 1. A row that is shorter than the others is padded with −1.
+        tolerance: Relative: an equal share that rounding has put below 1/k stays.
 
     Returns:
-        Ranks given to each module.
+        Boolean [n, k], False where a row is padded.
 
-    >>> deal(order=[2, 0, 1], room=[9, 9, 9], costs=[1, 1, 1], limit=8)
-    [3, 2, 3]
+    >>> keep_uniform_share(torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.5, -1.0]])).tolist()
+    [[True, False, False], [True, True, False]]
     """
-    given, open_handed = [0] * len(room), True
-    while open_handed:
-        open_handed = False
-        for module in order:
-            if given[module] < room[module] and costs[module] <= limit:
-                given[module] += 1
-                limit -= costs[module]
-                open_handed = True
-    return given
-
-
-@dataclass(frozen=True)
-class Move:
-    """Ranks that leave and ranks that come.
-
-    Attributes:
-        pruned: Positions of the ranks that leave.
-        grown: New ranks of each module.
-        lost: What the budget lost because no module was left to receive.
-    """
-
-    pruned: Sequence[int]
-    grown: Sequence[int]
-    lost: int = 0
-
-
-def reallocate(
-    scores: Tensor,
-    module: Sequence[int],
-    candidates: Tensor,
-    count: int,
-    room: Sequence[int],
-    costs: Sequence[int],
-    spare: int = 0,
-) -> Move:
-    """One round of ALoRA's Algorithm 1: prune the lowest scores, give their budget to modules that lost none.
-
-    Modules that lost none are served in the order of their average score before pruning; those without a rank have none
-    and come last. If they cannot take all that is pruned, less is pruned. If every module lost a rank, none receives,
-    and the budget shrinks; one rank always stays.
-
-    Args:
-        scores: [R], one for each rank that is open, in the order of modules.
-        module: Module of each rank.
-        candidates: Boolean [R]; ranks that may be pruned.
-        count: Ranks to prune, n_A.
-        room: Ranks that each module could grow by.
-        costs: Cost of one rank of each module, in the unit of the budget; all 1 where ranks are counted.
-        spare: Budget left over, which is given out as well; where costs differ, something may be left over again.
-    """
-    by_score = candidates.nonzero()[:, 0][lowest(scores[candidates], count)].tolist()
-    everyone = _by_average(scores, module, len(room))
-    for size in range(len(by_score), 0, -1):
-        pruned = by_score[:size]
-        losers = {module[rank] for rank in pruned}
-        receivers = [index for index in everyone if index not in losers]
-        freed = sum(costs[module[rank]] for rank in pruned)
-        if not receivers:
-            pruned = pruned[: max(0, len(scores) - 1)]
-            return Move(pruned, [0] * len(room), sum(costs[module[rank]] for rank in pruned))
-        grown = deal(receivers, room, costs, freed + spare)
-        spent = sum(new * cost for new, cost in zip(grown, costs, strict=True))
-        if spent == freed or (spent and len(set(costs)) > 1):
-            return Move(pruned, grown)
-    return Move([], [0] * len(room))
-
-
-def _by_average(scores: Tensor, module: Sequence[int], modules: int) -> list[int]:
-    """Modules by the average score of their ranks, best first."""
-    of = torch.tensor(module, dtype=torch.long)
-    total = torch.zeros(modules, dtype=torch.float64).index_add_(0, of, scores.double().cpu())
-    average = total / torch.bincount(of, minlength=modules)  # 0 / 0 is NaN: last
-    return _by_score(average).tolist()
+    comparable = torch.where(shares.isnan(), -torch.inf, shares)
+    size = (comparable != -1).sum(1, keepdim=True)
+    keep = comparable * size >= 1 - tolerance
+    return keep.scatter(1, comparable.argmax(1, keepdim=True), True)
 
 
 def _by_score(scores: Tensor) -> Tensor:
@@ -258,3 +179,103 @@ def _unsure(scores: Tensor, slack: Tensor, counts: Sequence[tuple[Tensor, int]])
         ceiling, floor = (own + off)[low].max(), (own - off)[~low].min()
         unsure[positions] = torch.where(low, own + off > floor, own - off < ceiling)
     return unsure
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Positions of the `count` lowest scores, ascending; ties go to the earlier position, NaN comes first.
+
+    >>> lowest(torch.tensor([0.5, 0.1, 0.1, 0.9]), 2).tolist()
+    [1, 2]
+    """
+    comparable = torch.where(scores.isnan(), -torch.inf, scores)
+    return torch.argsort(comparable, stable=True)[:count]
+
+
+def deal(order: Sequence[int], room: Sequence[int], costs: Sequence[int], limit: int) -> list[int]:
+    """Give out one rank to each module in turn, again and again, as long as there is room and the cost fits.
+
+    Args:
+        order: Modules in the order in which they are served; others get nothing.
+        room: Most ranks that each module can take.
+        costs: Cost of one rank of each module.
+        limit: Most that all given ranks may cost together.
+
+    Returns:
+        Ranks given to each module.
+
+    >>> deal(order=[2, 0, 1], room=[9, 9, 9], costs=[1, 1, 1], limit=8)
+    [3, 2, 3]
+    """
+    given, open_handed = [0] * len(room), True
+    while open_handed:
+        open_handed = False
+        for module in order:
+            if given[module] < room[module] and costs[module] <= limit:
+                given[module] += 1
+                limit -= costs[module]
+                open_handed = True
+    return given
+
+
+@dataclass(frozen=True)
+class Move:
+    """Ranks that leave and ranks that come.
+
+    Attributes:
+        pruned: Positions of the ranks that leave.
+        grown: New ranks of each module.
+        lost: What the budget lost because no module was left to receive.
+    """
+
+    pruned: Sequence[int]
+    grown: Sequence[int]
+    lost: int = 0
+
+
+def reallocate(
+    scores: Tensor,
+    module: Sequence[int],
+    candidates: Tensor,
+    count: int,
+    room: Sequence[int],
+    costs: Sequence[int],
+    spare: int = 0,
+) -> Move:
+    """One round of ALoRA's Algorithm 1: prune the lowest scores, give their budget to modules that lost none.
+
+    Modules that lost none are served in the order of their average score before pruning; those without a rank have none
+    and come last. If they cannot take all that is pruned, less is pruned. If every module lost a rank, none receives,
+    and the budget shrinks; one rank always stays.
+
+    Args:
+        scores: [R], one for each rank that is open, in the order of modules.
+        module: Module of each rank.
+        candidates: Boolean [R]; ranks that may be pruned.
+        count: Ranks to prune, n_A.
+        room: Ranks that each module could grow by.
+        costs: Cost of one rank of each module, in the unit of the budget; all 1 where ranks are counted.
+        spare: Budget left over, which is given out as well; where costs differ, something may be left over again.
+    """
+    by_score = candidates.nonzero()[:, 0][lowest(scores[candidates], count)].tolist()
+    everyone = _by_average(scores, module, len(room))
+    for size in range(len(by_score), 0, -1):
+        pruned = by_score[:size]
+        losers = {module[rank] for rank in pruned}
+        receivers = [index for index in everyone if index not in losers]
+        freed = sum(costs[module[rank]] for rank in pruned)
+        if not receivers:
+            pruned = pruned[: max(0, len(scores) - 1)]
+            return Move(pruned, [0] * len(room), sum(costs[module[rank]] for rank in pruned))
+        grown = deal(receivers, room, costs, freed + spare)
+        spent = sum(new * cost for new, cost in zip(grown, costs, strict=True))
+        if spent == freed or (spent and len(set(costs)) > 1):
+            return Move(pruned, grown)
+    return Move([], [0] * len(room))
+
+
+def _by_average(scores: Tensor, module: Sequence[int], modules: int) -> list[int]:
+    """Modules by the average score of their ranks, best first."""
+    of = torch.tensor(module, dtype=torch.long)
+    total = torch.zeros(modules, dtype=torch.float64).index_add_(0, of, scores.double().cpu())
+    average = total / torch.bincount(of, minlength=modules)  # 0 / 0 is NaN: last
+    return _by_score(average).tolist()

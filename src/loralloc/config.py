@@ -159,7 +159,9 @@ def _walk_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
             yield from _walk_keys(section, f"{prefix}{name}.")
 
 
-RECIPE_KEYS: dict[str, str] = dict(_walk_keys(Recipe))  # every key with dots -> its description
+_WALKED = list(_walk_keys(Recipe))
+# Every key with dots -> its description; of a key that several methods have, the first one's.
+RECIPE_KEYS: dict[str, str] = {**dict(_WALKED), **dict(reversed(_WALKED))}
 _EXCLUSIVE: dict[Key, tuple[str, ...]] = {
     ("method", "budget"): tuple(BudgetConfig.model_fields),
     ("training",): ("steps", "epochs"),

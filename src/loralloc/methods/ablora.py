@@ -183,7 +183,7 @@ class ABLoRA:
             **measured,
         }
         last = number == now.schedule.rounds - 1
-        return Decision(state.open, state.limit, last, closed, opened, details)
+        return Decision(state.open, state.limit, last, closed, opened, details=details)
 
     def finish(self, state: ABLoRAState, target: int) -> Tensor:
         """Return the open ranks: they have met the budget all along."""

@@ -7,7 +7,7 @@ Trainer, a data loader or PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any, ClassVar, Protocol
@@ -32,8 +32,16 @@ class Probe(Protocol):
     the same before and after.
     """
 
-    def train_loss(self) -> Tensor:
-        """Loss of the current step's own batches, with the random numbers (dropout) they had; differentiable."""
+    def weights(self) -> list[Tensor]:
+        """Everything that the optimizer trains, gates left out: the adapter's factors, and heads."""
+        ...
+
+    def train_losses(self) -> Iterator[Tensor]:
+        """Losses of the current step's own batches, with the random numbers (dropout) they had; differentiable.
+
+        Each is weighted as it was in the step, so that their gradients add up to the step's (on this process, and
+        before clipping). Take each one's gradient before the next is asked for: one graph is alive at a time.
+        """
         ...
 
     def validation_loss(self) -> Tensor:
@@ -79,6 +87,8 @@ class Moment:
         optimizer: Name of the optimizer's class, for example `AdamW`; None where no optimizer was shown.
         sound: Whether the step's gradients are finite: a boolean on the device, for methods with `masks_bad_steps`
             where the host does not know yet; None where they are (other steps are not shown to a method).
+        max_grad_norm: The norm to which gradients are clipped, for methods that compute them anew; None for no
+            clipping.
     """
 
     step: int
@@ -87,6 +97,7 @@ class Moment:
     probe: Probe | None = None
     optimizer: str | None = None
     sound: Tensor | None = None
+    max_grad_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,8 @@ class Decision:
         frozen: Whether it is the final decision.
         closed: Boolean [R]: ranks closed for good by it, whose moments are to be cleared; None for none.
         opened: Boolean [R]: ranks that start afresh, whose moments are to start at age 0; None for none.
+        planned: Whether `kept` is only what the run would keep if it ended now, and nothing has been closed yet. Where
+            it is `frozen` as well, the run has nothing left to find out and may end.
         details: What else the trace should tell, JSON-able.
     """
 
@@ -107,6 +120,7 @@ class Decision:
     frozen: bool
     closed: Tensor | None = None
     opened: Tensor | None = None
+    planned: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -198,6 +212,17 @@ def agree(decision: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast(decision, src=0)
     return decision
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Average tensors over all processes, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def on_any_process(flag: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from loralloc.plan import write_atomically
 from loralloc.report import figures
 from loralloc.report.canvas import drawing, png, svg
 from loralloc.report.grid import Grid, arrange
+from loralloc.report.null_control import null_control
 from loralloc.report.palette import style_variables
 from loralloc.report.run_folder import RunFolder, Trace, read_run
 from loralloc.report.tables import heat_map, measure_table, module_table, provenance_table
@@ -72,6 +73,7 @@ def write_report(run: Path) -> Path:
         _header(folder),
         tiles(folder),
         _ranks(folder, grid, top),
+        null_control(folder),
         history,
         _loading(folder),
         _bad_steps(folder),
@@ -228,6 +230,11 @@ def _loss_caption(run: RunFolder) -> str:
 
 def _history(run: RunFolder, charts: list[Chart]) -> str:
     notes = []
+    if run.search_steps:
+        notes.append(
+            f"Steps 1 to {run.search_steps:,} are the search for the ranks; after it, what is exported was trained "
+            "anew at the ranks found."
+        )
     if run.trace is None:
         notes.append("There is no trace.jsonl, so the development of the ranks cannot be shown.")
     elif run.trace.constant and run.trace.phases is None:

@@ -107,6 +107,7 @@ class RankAllocation(TrainerCallback):
                 "resume_from_checkpoint=True, or start over with a new model, callback and Trainer"
             )
         run.begin(state.max_steps)
+        run.max_grad_norm = args.max_grad_norm or None
         run.check_optimizer(kwargs["optimizer"])
         if run.probe is not None:
             collate = kwargs["train_dataloader"].collate_fn
@@ -132,9 +133,11 @@ class RankAllocation(TrainerCallback):
         self.run.after_step(kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the random state before an evaluation, which draws seeds for its data loader."""
+        """Note the random state before an evaluation, which draws seeds for its data loader; end a settled run."""
         if control.should_evaluate:
             self._random = random_state()
+        if self.run.settled:
+            control.should_training_stop = True
 
     on_epoch_end = on_step_end
 

@@ -20,6 +20,9 @@ from loralloc.training.ablation import AblationScorer
 
 Batch = Mapping[str, Any]
 
+MOST_WEIGHT = 1024
+"""No training loop multiplies a loss by more than this, except fp16's gradient scaler, which starts at 65,536."""
+
 
 class CollatedBatches(Sequence[Batch]):
     """Batches of a data set, without end and without a state: a batch depends on its index and the seed alone.
@@ -51,17 +54,35 @@ class CollatedBatches(Sequence[Batch]):
         return self._collate([self._dataset[i] for i in chosen])
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Seen:
-    """A forward pass of training: its inputs, and what else decides its outcome."""
+    """A forward pass of training: its inputs, what else decides its outcome, and what became of its loss.
 
-    inputs: Mapping[str, Any]
+    Attributes:
+        args: Positional inputs.
+        kwargs: Inputs by name.
+        random: States of the generators when it began.
+        autocast: Whether autocast was on around it, and its dtype.
+        weight: ∂(the step's loss) / ∂(this pass's loss), as `backward()` delivered it: what the training loop scaled
+            the loss by (accumulation, processes). None as long as no gradient has arrived.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     random: tuple[Tensor, list[Tensor]]
     autocast: tuple[bool, torch.dtype]
+    weight: Tensor | None = None
+
+    def arrived(self, gradient: Tensor) -> None:
+        """Note the gradient of the loss."""
+        self.weight = gradient.detach() if self.weight is None else self.weight + gradient.detach()
 
 
 class DataProbe:
     """The `Probe` of a run.
+
+    It keeps the inputs of every forward pass of a step (references, no copies) and the gradient that arrives at its
+    loss. A pass whose loss is never differentiated, such as an evaluation, is none of the step's.
 
     Args:
         model: The model that is trained.
@@ -74,35 +95,46 @@ class DataProbe:
         self._drawn = 0
         self._seen: list[_Seen] = []
         self._looking = False
-        self._loss_checked = False
-        self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        self._loss_checked = self._scale_checked = False
+        self._hooks = (
+            model.register_forward_pre_hook(self._remember, with_kwargs=True),
+            model.register_forward_hook(self._follow),
+        )
 
     @classmethod
     def of(cls, model: nn.Module, sites: Sequence[Site], validation: Any) -> DataProbe | None:
         """Return a probe for a method that has validation data, None for one that has not."""
         return None if validation is None else cls(model, sites, validation)
 
-    def train_loss(self) -> Tensor:
-        """Loss of the current step's own batches; what it divides by follows the Trainer's rule (see the class)."""
-        if not self._seen:
+    def weights(self) -> list[Tensor]:
+        """Everything that the optimizer trains, gates left out."""
+        gates = {id(site.gate) for site in self.sites}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in gates]
+
+    def train_losses(self) -> Iterator[Tensor]:
+        """Losses of the step's own batches, one at a time, each weighted as it was in the step.
+
+        Raises:
+            UserError: The step's loss was not the model's own, or is scaled as for fp16.
+        """
+        seen = [(pass_, pass_.weight) for pass_ in self._seen if pass_.weight is not None]
+        if not seen:
             raise UserError(
-                "the batches of this step are not known: the loss must come from calling the model that the "
-                "allocation is attached to, model(**batch), in training mode and with labels"
+                "the batches of this step are not known: no gradient came through the loss that the model returns. "
+                "This method computes the step's loss again, so train on model(**batch).loss, with labels in the "
+                "batch, and with the model that the allocation is attached to"
             )
-        total = torch.zeros(())
-        for seen in self._seen:
-            with self._replayed(seen):
-                loss = self._loss(seen.inputs)
-            # With a number of items the loss is a share of the step's already; without one the step takes the mean.
-            share = loss if "num_items_in_batch" in seen.inputs else loss / len(self._seen)
-            total = total.to(share.device) + share
-        return total
+        self._refuse_scaled_loss(seen[0][1])
+        for pass_, weight in seen:
+            with self._replayed(pass_):
+                loss = self._loss(self.model(*pass_.args, **pass_.kwargs))
+            yield loss * weight
 
     def validation_loss(self) -> Tensor:
         """Loss of the next validation batch, in the mode that the model is in."""
         batch = self.next_batch()
         with self._scoring():
-            return self._loss(batch)
+            return self._loss(self.model(**batch))
 
     def next_batch(self) -> Batch:
         """The next validation batch, on the model's device."""
@@ -147,7 +179,8 @@ class DataProbe:
     def close(self) -> None:
         """Stop watching the model."""
         self.forget()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def state_dict(self) -> dict[str, int]:
         """How many validation batches have been drawn."""
@@ -158,12 +191,27 @@ class DataProbe:
         self._drawn = int(state["drawn"])
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what the model is called with in training (a reference, no copy)."""
-        if module.training and torch.is_grad_enabled() and not self._looking and not args:
-            self._seen.append(_Seen(dict(kwargs), random_state(), _autocast(self.device)))
+        """Keep what the model is called with while gradients are recorded."""
+        if torch.is_grad_enabled() and not self._looking:
+            self._seen.append(_Seen(args, dict(kwargs), random_state(), _autocast(self.device)))
 
-    def _loss(self, batch: Batch) -> Tensor:
-        loss = getattr(self.model(**batch), "loss", None)
+    def _follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Wait for the gradient of the loss."""
+        loss: Any = getattr(output, "loss", None)
+        if self._seen and not self._looking and isinstance(loss, Tensor) and loss.requires_grad:
+            loss.register_hook(self._seen[-1].arrived)
+
+    def _refuse_scaled_loss(self, weight: Tensor) -> None:
+        """Notice fp16's gradient scaler: gradients are unscaled later, which a method cannot know of."""
+        if not self._scale_checked and weight.abs().item() > MOST_WEIGHT:
+            raise UserError(
+                f"the loss was multiplied by {weight.item():g} before backward(), as fp16's gradient scaler does; this "
+                "method needs the gradients themselves: use bf16, or no mixed precision"
+            )
+        self._scale_checked = True
+
+    def _loss(self, output: Any) -> Tensor:
+        loss = getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
             raise UserError("the model returned no loss: batches must hold labels (or what the model's loss needs)")
         return loss
