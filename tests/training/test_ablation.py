@@ -33,6 +33,7 @@ def model_of(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> 
     base = BUILDERS[name](0, layers=LAYERS, dtype=dtype)
     targets = {"llama": ["q_proj", "down_proj"], "bert": ["query", "output.dense"], "gpt2": ["c_attn", "c_proj"]}[name]
     config = {"r": 3, "lora_alpha": 6, "target_modules": targets, "fan_in_fan_out": name == "gpt2", **settings}
+    torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(**config)).to(dtype).eval()
     train_adapter(model)
     sites = attach_gates(model)

@@ -255,19 +255,12 @@ class ABLoRA:
         costs, spare = self._costs(state.sites), state.spare(self._costs(state.sites))
         pruned: list[int] = []
         grown = [0] * len(state.sites)
+        count = self._count(state.sites)
         for group in self._groups(state.sites):
             members = (state.members(group) & state.open).nonzero()[:, 0]
             module = [index for index, site in enumerate(group) for _ in range(ranks[site])]
-            room = [state.room[site] - ranks[site] for site in group]
-            moved = reallocate(
-                scores[members],
-                module,
-                candidates[members],
-                self._count(state.sites),
-                room,
-                [costs[site] for site in group],
-                spare,
-            )
+            room, price = [state.room[site] - ranks[site] for site in group], [costs[site] for site in group]
+            moved = reallocate(scores[members], module, candidates[members], count, room, price, spare)
             pruned += members[list(moved.pruned)].tolist()
             for site, new in zip(group, moved.grown, strict=True):
                 grown[site] = new
