@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError
