@@ -99,6 +99,14 @@ def fresh_model(method: Callable[[Budget], Method], name: str, **settings: Any) 
     return tiny_peft(name, **{"lora_alpha": 4 if method(HALF).id == "allora" else 6, **settings})
 
 
+@torch.no_grad()
+def redraw(model: PeftModel) -> None:
+    """Draw every A anew, from the generator as it stands."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
+
+
 class Loop:
     """The loop of `attach`'s documentation, on batches that depend on the step alone."""
 
@@ -114,8 +122,10 @@ class Loop:
         model: PeftModel | None = None,
     ) -> None:
         self.name = name
-        self.model = fresh_model(method, name, dtype=dtype, seed=seed) if model is None else model
+        self.model = fresh_model(method, name, dtype=dtype) if model is None else model
         torch.manual_seed(seed)
+        if seed:
+            redraw(self.model)  # the base stays: what differs then comes from the adapter and the method's own draws
         self.run = attach(self.model, made(method, budget, name), STEPS)
         self.events: list[dict[str, Any]] = []
         self.run.on_event = self.events.append
