@@ -39,7 +39,8 @@ class RankAllocation(TrainerCallback):
     `train()` it is plain LoRA. Each checkpoint carries the allocation's state; resuming restores it.
 
     Args:
-        method: For example `AdaLoRA(Budget(average_rank=8))`.
+        method: For example `AdaLoRA(Budget(average_rank=8))`. Where it looks at validation data, `validation` holds
+            examples as they are in the training set (tokenized alike); the Trainer's collator makes batches of them.
         trace: File to append allocation events to, one JSON object a line; None for none.
         provenance: What to record in the plan beyond versions, settings and steps.
 
@@ -104,9 +105,16 @@ class RankAllocation(TrainerCallback):
         run.max_grad_norm = args.max_grad_norm or None
         run.check_optimizer(kwargs["optimizer"])
         if run.probe is not None:
-            collate = kwargs["train_dataloader"].collate_fn
+            loader = kwargs["train_dataloader"]
+            columns = getattr(loader.dataset, "column_names", None)  # the Trainer has removed what the model takes not
             size, seed = args.per_device_eval_batch_size, args.seed
-            run.probe.validation = CollatedBatches(self.method.validation, collate, size, seed)  # type: ignore[attr-defined]
+            run.probe.validation = CollatedBatches(
+                self.method.validation,  # type: ignore[attr-defined]
+                loader.collate_fn,
+                size,
+                seed,
+                columns,
+            )
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.final)
         if state.global_step > 0:
