@@ -15,7 +15,7 @@ from models import labelled_batch, tiny_peft
 from peft import PeftModel
 from torch import Tensor
 
-from loralloc import ABLoRA, AdaLoRA, ALLoRA, Budget, DepthLinear, Random, Truncate, Uniform, attach
+from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget, DepthLinear, Random, Truncate, Uniform, attach
 from loralloc.methods.base import Method
 
 STEPS, WARMUP, COOLDOWN = 18, 2, 7
@@ -39,12 +39,21 @@ METHODS: Mapping[str, Callable[[Budget], Method]] = {
     "allora-hybrid": lambda budget: ALLoRA(mode="hybrid"),
     "allora-post": lambda budget: ALLoRA(mode="post"),
     "allora-adalora": lambda budget: ALLoRA(mode="hybrid", allocate=AdaLoRA(budget, **PHASES)),
+    "autolora": lambda budget: AutoLoRA(UNSEEN, logit_learning_rate=0.01),
+    "autolora-published": lambda budget: AutoLoRA.as_published(UNSEEN, logit_learning_rate=0.01),
+    "autolora-budget": lambda budget: AutoLoRA(UNSEEN, budget, mode="first_order", check_every=3),
     "uniform": Uniform,
     "random": lambda budget: Random(budget, rank_seed=4),
     "depth_linear": DepthLinear,
     "truncate": Truncate,
 }
-DECIDES = {"adalora": "while training", "ablora": "while training", "allora": "never", "truncate": "at the end"}
+DECIDES = {
+    "adalora": "while training",
+    "ablora": "while training",
+    "allora": "never",
+    "autolora": "at the end",
+    "truncate": "at the end",
+}
 """When a method chooses ranks, by its id; before the first step unless it is named here."""
 
 INF, NAN = float("inf"), float("nan")
@@ -68,7 +77,16 @@ def made(method: Callable[[Budget], Method], budget: Budget, name: str) -> Metho
 
 
 ON_BOTH_MODELS = ("adalora", "adalora-reference", "adalora-published")
-SLOW = ("ablora-published", "ablora-taylor", "allora-hybrid", "allora-post", "uniform", "depth_linear")
+SLOW = (
+    "ablora-published",
+    "ablora-taylor",
+    "allora-hybrid",
+    "allora-post",
+    "autolora-published",
+    "autolora-budget",
+    "uniform",
+    "depth_linear",
+)
 """Rows that differ from a neighbour by little: they run with the slow tests."""
 
 

@@ -12,7 +12,7 @@ import torch
 from parity import first_steps
 from torch import Tensor
 
-from loralloc import AdaLoRA, ALLoRA, Budget, DepthLinear, Random, Truncate, Uniform
+from loralloc import ABLoRA, AdaLoRA, ALLoRA, Budget, DepthLinear, Random, Truncate, Uniform
 from loralloc.methods.base import Method
 
 pytestmark = pytest.mark.filterwarnings("ignore:ALLoRA.*AdamW")
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:ALLoRA.*AdamW")
 PARITY_LAYERS = [(32, 32), (48, 96), (96, 48)]
 DEFAULTS: Mapping[str, Method] = {
     "adalora": AdaLoRA(Budget(fraction=0.5)),
+    "ablora": ABLoRA(Budget(fraction=0.5), [{}]),  # the first round, which would look at the data, comes later
     "allora": ALLoRA(),
     "allora-adalora": ALLoRA(allocate=AdaLoRA(Budget(fraction=0.5))),
     "uniform": Uniform(Budget(fraction=0.5)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,24 @@ class TestRefusals:
         nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
         with pytest.raises(UserError, match="no gradient came through the loss that the model returns"):
             next(probe.train_losses())
+
+    def test_a_loss_that_weighs_tokens_by_their_probability(self) -> None:
+        model, probe = probed()
+        output = SimpleNamespace(log_probs=None)
+
+        def forward(**batch: Any) -> Any:
+            output.log_probs = torch.log_softmax(model.base_model(**batch).logits, -1)[..., 0]
+            return output
+
+        model.forward = forward  # type: ignore[method-assign]
+        found = model(**labelled_batch("llama")).log_probs
+        (-found * found.exp().detach()).sum().backward()
+        with pytest.raises(UserError, match=r"weighs tokens by what the model thinks of them.*train on model"):
+            next(probe.train_losses())
+        probe.forget()
+        probe._weights_checked = False
+        (-model(**labelled_batch("llama")).log_probs).sum().backward()  # the partner: a plain sum will do
+        assert torch.isfinite(next(probe.train_losses()))
 
     def test_the_gradient_scaler_of_fp16(self) -> None:
         model, probe = probed()

@@ -32,7 +32,7 @@ from trainers import (
 )
 from transformers import Trainer
 
-from loralloc import ABLoRA, AdaLoRA, Budget, RankAllocation, UserError
+from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, RankAllocation, UserError
 from loralloc.training.callback import MARKER, TENSORS
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8, "logging_steps": 1}
@@ -44,6 +44,8 @@ METHODS = {
     "ablora": ABLoRA(
         Budget(average_rank=2), sentences(24, seed=5), warmup=3, interval=5, rounds=3, samples=12, resample=True
     ),
+    "autolora": AutoLoRA(sentences(20, seed=5), logit_learning_rate=0.05, check_every=3),
+    "autolora-paper": AutoLoRA.as_published(sentences(20, seed=5), logit_learning_rate=0.05),
     "published": AdaLoRA.as_published(Budget(total_rank=7), penalty="paper", importance="sensitivity"),
 }
 
@@ -128,6 +130,8 @@ def slow(*values: Any) -> Any:
         slow("ablora", 14),
         slow("published", 8),
         slow("published", 20),
+        ("autolora", 8),
+        slow("autolora-paper", 8),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(

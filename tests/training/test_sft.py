@@ -14,11 +14,11 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from trainers import training_rows
+from trainers import Compare, training_rows
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from loralloc import ABLoRA, AdaLoRA, Budget, RankAllocation, UserError, export_adapter
+from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, RankAllocation, UserError, export_adapter
 from loralloc.gating import is_gated
 from loralloc.methods.base import Method
 
@@ -155,6 +155,27 @@ def test_accumulated_micro_batches_give_the_plan_of_the_whole_batch(data: str, t
     assert allocation.plan.to_dict() == expected.plan.to_dict()
     losses = [[row["loss"] for row in training_rows(trainer)] for trainer in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fast", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("data", ["text", pytest.param("chat", marks=pytest.mark.slow)])
+def test_a_method_that_looks_at_validation_data(data: str, mode: str, tmp_path: Path) -> None:
+    """With gradient checkpointing, TRL's default, and accumulated batches; the examples are tokenized beforehand."""
+    tokenizer = word_tokenizer()
+    held_out = [{"input_ids": tokenizer(text)["input_ids"]} for text in phrases(20, seed=7)]
+    method = AutoLoRA(held_out, mode=mode, logit_learning_rate=0.05)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 0}
+    trainer, allocation = sft(tmp_path, data=data, method=method, **settings)
+    assert trainer.args.gradient_checkpointing
+    compare = Compare(allocation)
+    trainer.add_callback(compare)
+    trainer.train()
+    assert compare.equal == [True] * 16  # with its own way to compute the loss, TRL's step too is computed again
+    assert allocation.plan is not None
+    assert allocation.run.state.updates == 16
+    assert all(1 <= module.rank <= module.start for module in allocation.plan.modules.values())
+    assert 6 <= allocation.plan.total_rank < 24
+    assert not is_gated(trainer.model, "default")  # type: ignore[arg-type]
 
 
 def test_what_is_refused_is_refused_here_too(tmp_path: Path) -> None:

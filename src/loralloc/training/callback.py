@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,7 +21,7 @@ from loralloc.errors import UserError
 from loralloc.methods.base import Method
 from loralloc.plan import RankPlan, write_atomically
 from loralloc.training.checkpoint import read_jsonl
-from loralloc.training.probe import Batch, CollatedBatches, random_state, set_random_state
+from loralloc.training.probe import CollatedBatches, random_state, set_random_state
 from loralloc.training.run import AllocationRun, Event
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
@@ -41,7 +39,8 @@ class RankAllocation(TrainerCallback):
     `train()` it is plain LoRA. Each checkpoint carries the allocation's state; resuming restores it.
 
     Args:
-        method: For example `AdaLoRA(Budget(average_rank=8))`.
+        method: For example `AdaLoRA(Budget(average_rank=8))`. Where it looks at validation data, `validation` holds
+            examples as they are in the training set (tokenized alike); the Trainer's collator makes batches of them.
         trace: File to append allocation events to, one JSON object a line; None for none.
         provenance: What to record in the plan beyond versions, settings and steps.
         compact: Take closed ranks out of the tensors once the ranks are final (see `attach`). One process only.
@@ -110,8 +109,8 @@ class RankAllocation(TrainerCallback):
         run.max_grad_norm = args.max_grad_norm or None
         run.check_optimizer(kwargs["optimizer"])
         if run.probe is not None:
-            collate = kwargs["train_dataloader"].collate_fn
-            run.probe.validation = _validation_batches(self.method.validation, collate, args, run.model)  # type: ignore[attr-defined]
+            data = self.method.validation  # type: ignore[attr-defined]
+            run.probe.validation = _validation_batches(data, kwargs["train_dataloader"], args)
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.final)
         if state.global_step > 0:
@@ -221,21 +220,14 @@ def refuse_unfinished(folder: Path) -> None:
         )
 
 
-def _validation_batches(
-    data: Any, collate: Callable[[list[Any]], Batch], args: TrainingArguments, model: nn.Module
-) -> CollatedBatches:
+def _validation_batches(data: Any, training: Any, args: TrainingArguments) -> CollatedBatches:
     """Batches of a method's validation data, made as the Trainer makes its own.
 
     Raises:
         UserError: The data are not in the form of the Trainer's training data.
     """
-    rows: Any = data
-    if isinstance(data, Dataset) and args.remove_unused_columns:
-        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        taken = {*inspect.signature(inner.forward).parameters, "label", "label_ids"}
-        unused = [name for name in data.column_names if name not in taken]
-        rows = data.remove_columns(unused if len(unused) < len(data.column_names) else [])
-    batches = CollatedBatches(rows, collate, args.per_device_eval_batch_size, args.seed)
+    columns = getattr(training.dataset, "column_names", None)  # the Trainer has removed what the model takes not
+    batches = CollatedBatches(data, training.collate_fn, args.per_device_eval_batch_size, args.seed, columns)
     try:
         batches[0]
     except Exception as error:

@@ -6,9 +6,10 @@ never land in `.grad`, and frozen weights are only read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from loralloc.gating import Site
 from loralloc.training.ablation import AblationScorer
 
 Batch = Mapping[str, Any]
+
+LINEAR = ("loss", "log_probs")
+"""Outputs of a model that a training loss is a weighted sum of: its own loss, or TRL's log-probabilities of labels."""
 
 MOST_WEIGHT = 1024
 """No training loop multiplies a loss by more than this, except fp16's gradient scaler, which starts at 65,536."""
@@ -32,12 +36,19 @@ class CollatedBatches(Sequence[Batch]):
         collate: Turns a list of examples into a batch.
         batch_size: Examples in a batch; the last batch of a pass may be smaller.
         seed: Every pass has an order of its own, drawn from it.
+        columns: What `collate` is given of an example; None for all of it.
     """
 
     def __init__(
-        self, dataset: Sequence[Any], collate: Callable[[list[Any]], Batch], batch_size: int, seed: int
+        self,
+        dataset: Sequence[Any],
+        collate: Callable[[list[Any]], Batch],
+        batch_size: int,
+        seed: int,
+        columns: Collection[str] | None = None,
     ) -> None:
         self._dataset, self._collate, self._size, self._seed = dataset, collate, batch_size, seed
+        self._columns = columns
         self._order: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
@@ -51,7 +62,16 @@ class CollatedBatches(Sequence[Batch]):
             generator = torch.Generator().manual_seed(self._seed + done)
             self._order = done, torch.randperm(len(self._dataset), generator=generator).tolist()
         chosen = self._order[1][place * self._size : (place + 1) * self._size]
-        return self._collate([self._dataset[i] for i in chosen])
+        rows = [self._dataset[i] for i in chosen]
+        if self._columns is not None:
+            rows = [{key: value for key, value in row.items() if key in self._columns} for row in rows]
+        return self._collate(rows)
+
+
+OWN_LOSS = (
+    "that the model returns. This method computes the step's loss again, so train on model(**batch).loss, with labels "
+    "in the batch, and with the model that the allocation is attached to"
+)
 
 
 @dataclass
@@ -63,19 +83,20 @@ class _Seen:
         kwargs: Inputs by name.
         random: States of the generators when it began.
         autocast: Whether autocast was on around it, and its dtype.
-        weight: ∂(the step's loss) / ∂(this pass's loss), as `backward()` delivered it: what the training loop scaled
-            the loss by (accumulation, processes). None as long as no gradient has arrived.
+        weights: ∂(the step's loss) / ∂(an output of this pass), as `backward()` delivered it: what the training loop
+            scaled the loss by (accumulation, processes). Empty as long as no gradient has arrived.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     random: tuple[Tensor, list[Tensor]]
     autocast: tuple[bool, torch.dtype]
-    weight: Tensor | None = None
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def arrived(self, gradient: Tensor) -> None:
-        """Note the gradient of the loss."""
-        self.weight = gradient.detach() if self.weight is None else self.weight + gradient.detach()
+    def arrived(self, output: str, gradient: Tensor) -> None:
+        """Note the gradient of an output."""
+        before = self.weights.get(output)
+        self.weights[output] = gradient.detach() if before is None else before + gradient.detach()
 
 
 class DataProbe:
@@ -95,7 +116,7 @@ class DataProbe:
         self._drawn = 0
         self._seen: list[_Seen] = []
         self._looking = False
-        self._loss_checked = self._scale_checked = False
+        self._loss_checked = self._weights_checked = False
         self._hooks = (
             model.register_forward_pre_hook(self._remember, with_kwargs=True),
             model.register_forward_hook(self._follow),
@@ -117,18 +138,14 @@ class DataProbe:
         Raises:
             UserError: The step's loss was not the model's own, or is scaled as for fp16.
         """
-        seen = [(pass_, pass_.weight) for pass_ in self._seen if pass_.weight is not None]
+        seen = [pass_ for pass_ in self._seen if pass_.weights]
         if not seen:
-            raise UserError(
-                "the batches of this step are not known: no gradient came through the loss that the model returns. "
-                "This method computes the step's loss again, so train on model(**batch).loss, with labels in the "
-                "batch, and with the model that the allocation is attached to"
-            )
-        self._refuse_scaled_loss(seen[0][1])
-        for pass_, weight in seen:
+            raise UserError(f"the batches of this step are not known: no gradient came through the loss {OWN_LOSS}")
+        self._check_weights(seen[0].weights)
+        for pass_ in seen:
             with self._replayed(pass_):
-                loss = self._loss(self.model(*pass_.args, **pass_.kwargs))
-            yield loss * weight
+                output = self.model(*pass_.args, **pass_.kwargs)
+            yield torch.stack([(getattr(output, key) * weight).sum() for key, weight in pass_.weights.items()]).sum()
 
     def validation_loss(self) -> Tensor:
         """Loss of the next validation batch, in the mode that the model is in."""
@@ -197,18 +214,30 @@ class DataProbe:
 
     def _follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Wait for the gradient of the loss."""
-        loss: Any = getattr(output, "loss", None)
-        if self._seen and not self._looking and isinstance(loss, Tensor) and loss.requires_grad:
-            loss.register_hook(self._seen[-1].arrived)
+        if not self._seen or self._looking:
+            return
+        for key in LINEAR:
+            tensor: Any = getattr(output, key, None)
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(self._seen[-1].arrived, key))
 
-    def _refuse_scaled_loss(self, weight: Tensor) -> None:
-        """Notice fp16's gradient scaler: gradients are unscaled later, which a method cannot know of."""
-        if not self._scale_checked and weight.abs().item() > MOST_WEIGHT:
+    def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuse, in the first step, a loss that cannot be computed again from its weights."""
+        if self._weights_checked:
+            return
+        self._weights_checked = True
+        total = torch.stack([weight.abs().sum().float() for weight in weights.values()]).sum().item()
+        if total > MOST_WEIGHT:  # gradients are unscaled later, which a method cannot know of
             raise UserError(
-                f"the loss was multiplied by {weight.item():g} before backward(), as fp16's gradient scaler does; this "
+                f"the loss was multiplied by {total:g} before backward(), as fp16's gradient scaler does; this "
                 "method needs the gradients themselves: use bf16, or no mixed precision"
             )
-        self._scale_checked = True
+        for weight in weights.values():
+            used = weight[weight != 0]
+            if used.numel() and (used.max() - used.min()).abs() > 1e-3 * used.abs().max():
+                raise UserError(
+                    f"the step's loss weighs tokens by what the model thinks of them; it is not the loss {OWN_LOSS}"
+                )
 
     def _loss(self, output: Any) -> Tensor:
         loss = getattr(output, "loss", None)
