@@ -1,6 +1,6 @@
 """Every method on the demo's task at one budget, over several seeds: ranks, accuracy, time, agreement between seeds.
 
-    python benchmarks/methods.py            # about an hour on two cores; runs that have a record are not repeated
+    python benchmarks/methods.py            # under an hour; runs that have a record are not repeated
     python benchmarks/methods.py --table    # print the table of docs/methods.md from the records
 
 Each run is one call of the command line, `loralloc train` on the packaged recipe demo/adalora with other flags. One
@@ -27,7 +27,7 @@ from loralloc import RankPlan, __version__
 from loralloc.recipes import recipe_text
 
 RESULTS = Path(__file__).parent / "results" / "methods.jsonl"
-STEPS, SEEDS, AVERAGE = 150, (0, 1, 2), 8
+STEPS, SEEDS, AVERAGE = 100, (0, 1, 2), 8
 BUDGET = f"budget: {{average_rank: {AVERAGE}}}"
 
 METHODS: Mapping[str, Sequence[str]] = {  # every adapter starts at the scale 2, or at its equivalent
@@ -53,7 +53,8 @@ def run(name: str, seed: int, folder: Path) -> dict:
     recipe = folder / "recipe.yaml"
     recipe.write_text(recipe_text("demo/adalora"), encoding="utf-8")
     flags = [flag.replace("%SEED%", str(seed)) for flag in METHODS[name]]
-    options = ["--steps", str(STEPS), "--training.seed", str(seed), "--output", str(folder / "run")]
+    options = ["--steps", str(STEPS), "--training.seed", str(seed), "--data.validation", "0.05"]
+    options += ["--output", str(folder / "run")]
     command = [str(Path(sys.executable).parent / "loralloc"), "train", str(recipe), *flags, *options]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
