@@ -219,7 +219,8 @@ def plot(records: Sequence[Record], path: Path = FIGURE) -> None:
         panel.set(xscale="log", xlabel=label)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("step ÷ PEFT LoRA's step")
-    panels[0].legend(frameon=False, fontsize="x-small")
+    if panels[0].lines[:-1]:  # the last is the grey one
+        panels[0].legend(frameon=False, fontsize="x-small")
     figure.savefig(path, metadata={"Date": None})
 
 
