@@ -5,7 +5,7 @@
 
 The model is the MiniLM encoder of the extra `demo`. The runs of a seed see the same batches in the same order, start
 from the same head, and are scored on the same held-out rows. One record a run goes to
-benchmarks/results/step_parity.jsonl.
+benchmarks/results/step_parity.jsonl; runs that have one there are not repeated.
 """
 
 from __future__ import annotations
@@ -120,16 +120,21 @@ def run(name: str, rate: float, seed: int, path: Path) -> dict:
     }
 
 
+def records() -> list[dict]:
+    """The records there are."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return [json.loads(line) for line in lines]
+
+
 def plot() -> None:
     """Draw the curves of all records: a panel per learning rate, thin lines for seeds, strong ones for their mean."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     panels = figure.subplots(1, len(RATES), sharey=True)
     for panel, rate in zip(panels, RATES, strict=True):
         for name, colour in zip(METHODS, ("#3b6ea8", "#c8553d", "#8a8a8a"), strict=True):
-            curves = [r["accuracy"] for r in records if (r["method"], r["learning_rate"]) == (name, rate)]
+            curves = [r["accuracy"] for r in records() if (r["method"], r["learning_rate"]) == (name, rate)]
             steps = [step for step, _ in curves[0]]
             scores = [[score for _, score in curve] for curve in curves]
             for curve in scores:
@@ -153,12 +158,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.plot:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("w", encoding="utf-8") as file:
-            for seed, rate, name in product(SEEDS, RATES, METHODS):
+        done = {(r["method"], r["learning_rate"], r["settings"]["seed"]) for r in records()}
+        for seed, rate, name in product(SEEDS, RATES, METHODS):
+            if (name, rate, seed) not in done:
                 record = run(name, rate, seed, arguments.data)
                 print(name, rate, seed, record["accuracy"], f"{record['seconds']} s", flush=True)
-                file.write(json.dumps(record) + "\n")
-                file.flush()
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
     plot()
 
 

@@ -31,6 +31,7 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("config",),
     ("recipe_source", "recipe_methods"),
     ("training", "tasks", "report"),
+    ("truncation",),
     ("export",),
     ("methods",),
     ("gating",),

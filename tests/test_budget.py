@@ -68,7 +68,7 @@ class TestOneOfFour:
     def test_an_endless_average_is_refused_as_above_the_start(self, value: float, asked: str) -> None:
         text = (
             f"the budget average_rank={value} asks for {asked} ranks, but the 3 adapted modules start with 36; "
-            "lower the budget or raise LoraConfig.r"
+            "lower the budget or raise LoraConfig.r (lora.r in a recipe)"
         )
         with pytest.raises(UserError, match=refusal(text)):
             Budget(average_rank=value).resolve([12] * 3, [100, 100, 200])
@@ -125,7 +125,8 @@ class TestResolve:
     def test_above_the_start_is_refused_with_both_numbers(self, budget: Budget, text: str) -> None:
         available = 27 if budget.average_rank else 28
         ranks = (12, 12, 3) if budget.average_rank else self.RANKS
-        end = f"start with {available if budget.unit == 'ranks' else 3200}; lower the budget or raise LoraConfig.r"
+        start = available if budget.unit == "ranks" else 3200
+        end = f"start with {start}; lower the budget or raise LoraConfig.r (lora.r in a recipe)"
         with pytest.raises(UserError, match=refusal(f"the budget {text}, but the 3 adapted modules {end}")):
             budget.resolve(ranks, self.COSTS)
 

@@ -4,11 +4,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from pydantic import ValidationError
 
-from loralloc.config import RECIPE_KEYS, Recipe, load_recipe
+from loralloc.config import RECIPE_KEYS, Recipe, listed, load_recipe
 from loralloc.errors import UserError, closest
 from loralloc.recipe_methods import METHODS, AdaLoRAConfig
 
@@ -169,7 +170,7 @@ class TestErrors:
              "so that the budget can fall in between"),
             ("name: adalora", "name: adalora\n  beta1: 1", "recipe.yaml:10: method.beta1 must be below 1, got 1"),
             ("name: adalora", "name: adalroa",
-             'recipe.yaml:9: method.name must be adalora or lora, got "adalroa". Did you mean "adalora"?'),
+             f'recipe.yaml:9: method.name must be {listed(METHODS)}, got "adalroa". Did you mean "adalora"?'),
             ("  name: adalora\n", "", 'recipe.yaml:8: missing "name" in "method": the method'),
             ("method:\n  name: adalora\n  budget:\n    average_rank: 8\n", "method: adalora\n",
              'recipe.yaml:8: method must be a mapping of keys, got "adalora"'),
@@ -391,7 +392,8 @@ class TestModels:
         assert {"method.budget.average_rank", "training.steps", "lora.r"} <= set(RECIPE_KEYS)
 
     def test_methods_are_found_by_name(self) -> None:
-        assert sorted(METHODS) == ["adalora", "lora"]
+        assert {"adalora", "allora", "uniform", "random", "depth_linear", "truncate", "lora"} <= set(METHODS)
+        assert all(METHODS[name].model_fields["name"].annotation == Literal[name] for name in METHODS)
 
     def test_imports_no_torch(self) -> None:
         code = (

@@ -9,9 +9,13 @@ from loralloc.config import RECIPE_KEYS, dump_recipe, load_recipe
 from loralloc.errors import UserError
 from loralloc.recipes import list_recipes, recipe_text
 
-NAMES = [
-    f"{task}/{method}" for task in ("causal-lm", "demo", "sequence-classification") for method in ("adalora", "lora")
-]
+TASKS = ("causal-lm", "sequence-classification")
+CONTROLS = ("depth_linear", "random", "truncate", "uniform")
+NAMES = sorted(
+    f"{folder}/{method}"
+    for folder in (*TASKS, "demo")
+    for method in ("adalora", "lora", *(() if folder == "demo" else ("allora", *CONTROLS)))
+)
 
 
 def test_the_list_is_complete_and_sorted() -> None:
@@ -54,6 +58,26 @@ def test_the_baseline_costs_what_adalora_keeps_and_differs_in_nothing_else(folde
     assert ours.lora.alpha / ours.lora.r == baseline.lora.alpha / baseline.lora.r
     same = {"task", "model", "data", "training"}
     assert ours.model_dump(include=same) == baseline.model_dump(include=same)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_control_has_adaloras_budget_and_scale_and_differs_in_nothing_else(task: str, control: str) -> None:
+    ours, theirs = (load_recipe(list_recipes()[f"{task}/{method}"]) for method in (control, "adalora"))
+    assert ours.method.budget == theirs.method.budget
+    assert ours.lora.alpha / ours.lora.r == theirs.lora.alpha / theirs.lora.r
+    same = {"task", "model", "data", "training"}
+    assert ours.model_dump(include=same) == theirs.model_dump(include=same)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_allora_starts_as_fast_as_the_baseline(task: str) -> None:
+    ours, baseline = (load_recipe(list_recipes()[f"{task}/{method}"]) for method in ("allora", "lora"))
+    assert ours.method.mode == "hybrid"
+    assert ours.lora.r == ours.lora.alpha == baseline.lora.r
+    pace = baseline.training.learning_rate * baseline.lora.alpha / baseline.lora.r
+    assert ours.method.eta * ours.training.learning_rate == pace
+    assert ours.model_dump(include={"task", "model", "data"}) == baseline.model_dump(include={"task", "model", "data"})
 
 
 def test_the_demo_is_small_seeded_and_offline() -> None:

@@ -17,29 +17,45 @@ if TYPE_CHECKING:
     from loralloc.errors import UserError
     from loralloc.export import export_adapter
     from loralloc.methods.adalora import AdaLoRA
+    from loralloc.methods.allora import ALLoRA
+    from loralloc.methods.controls import DepthLinear, Random, Uniform
+    from loralloc.methods.truncate import Truncate
     from loralloc.plan import RankPlan
     from loralloc.training.callback import RankAllocation
     from loralloc.training.run import attach
+    from loralloc.truncation import truncate_adapter
 
 __all__ = [
+    "ALLoRA",
     "AdaLoRA",
     "Budget",
+    "DepthLinear",
+    "Random",
     "RankAllocation",
     "RankPlan",
+    "Truncate",
+    "Uniform",
     "UserError",
     "__version__",
     "attach",
     "export_adapter",
+    "truncate_adapter",
 ]
 
 _HOME = {
+    "ALLoRA": "loralloc.methods.allora",
     "AdaLoRA": "loralloc.methods.adalora",
     "Budget": "loralloc.budget",
+    "DepthLinear": "loralloc.methods.controls",
+    "Random": "loralloc.methods.controls",
     "RankAllocation": "loralloc.training.callback",
     "RankPlan": "loralloc.plan",
+    "Truncate": "loralloc.methods.truncate",
+    "Uniform": "loralloc.methods.controls",
     "UserError": "loralloc.errors",
     "attach": "loralloc.training.run",
     "export_adapter": "loralloc.export",
+    "truncate_adapter": "loralloc.truncation",
 }
 
 

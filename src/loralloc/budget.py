@@ -82,7 +82,7 @@ class Budget:
             asked = wanted if type(wanted) is int else f"{wanted:.12g}"
             raise UserError(
                 f"the budget {name}={value} asks for {asked} {self.unit}, but the {len(ranks)} adapted modules start "
-                f"with {available}; lower the budget or raise LoraConfig.r"
+                f"with {available}; lower the budget or raise LoraConfig.r (lora.r in a recipe)"
             )
         # The twelve digits are for products such as 0.7 · 10, which come out a hair below their whole number.
         target = int(float(f"{wanted:.12g}"))

@@ -8,7 +8,7 @@ the recipe. This module imports neither torch nor transformers, so that `--help`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -121,6 +121,9 @@ class TrainingConfig(Section):
     save_every: Count | None = Field(default=None, description="steps between checkpoints; null: none")
     log_every: Count = Field(default=10, description="steps between log lines")
     bf16: bool = Field(default=False, description="bfloat16 autocast")
+    compact: bool = Field(
+        default=False, description="take closed ranks out of memory once the ranks are final: faster steps, one process"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations: slower, less memory")
 
 
@@ -187,6 +190,7 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     yield from _broken_phases(tree)
     if tree.get("task") == "causal-lm" and _get(tree, "data", "max_length") == 1:
         yield ("data", "max_length"), "data.max_length must be at least 2: a single token has no next one to predict"
+    yield from _broken_allora(tree)
     capacity, target = _get(tree, "lora", "r"), _get(tree, "method", "budget", "average_rank")
     capacity = LoraSection.model_fields["r"].default if capacity is None else capacity
     if is_number(capacity) and is_number(target) and target > capacity:
@@ -240,6 +244,36 @@ def _broken_phases(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         )
 
 
+def _broken_allora(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """ALLoRA has neither scale nor dropout, and a budget only where another method allocates."""
+    method = _get(tree, "method")
+    if _get(method, "name") != "allora":
+        return
+    allocate, budget = method.get("allocate"), method.get("budget")
+    if allocate is not None and budget is None:
+        yield ("method", "allocate"), f"method.allocate: {allocate} needs a budget: add method.budget"
+    if allocate is None and budget is not None:
+        yield ("method", "budget"), "method.budget has no effect without method.allocate, such as adalora"
+    defaults = LoraSection.model_fields
+    r, alpha, dropout = (_get(tree, "lora", key) for key in ("r", "alpha", "dropout"))
+    r, alpha = defaults["r"].default if r is None else r, defaults["alpha"].default if alpha is None else alpha
+    if is_number(r) and is_number(alpha) and r != alpha:
+        key = ("lora", "alpha") if _get(tree, "lora", "alpha") is not None else ("lora",)
+        yield key, f"lora.alpha is {alpha}, but ALLoRA has no scaling factor: set lora.alpha to lora.r, which is {r}"
+    if is_number(dropout) and dropout > 0:
+        yield ("lora", "dropout"), f"lora.dropout is {dropout}, but ALLoRA trains without dropout: set it to 0"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Join names for a message.
+
+    >>> listed(["adalora", "uniform", "lora"])
+    'adalora, uniform or lora'
+    """
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _in_section(key: Key) -> str:
     return f' in "{dotted(key[:-1])}"' if key[:-1] else ""
 
@@ -283,7 +317,7 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
     value, hint = error["input"], ""
     if kind == "union_tag_invalid":
         key, value = (*key, "name"), context["tag"]
-        rule, hint = f"must be {' or '.join(METHODS)}", closest(str(value), METHODS)
+        rule, hint = f"must be {listed(METHODS)}", closest(str(value), METHODS)
     elif kind in _RULES:
         limits = {name: f"{limit:.10g}" if is_number(limit) else limit for name, limit in context.items()}
         rule = "must be " + _RULES[kind].format(**limits).replace("'", "")

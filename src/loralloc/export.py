@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -123,7 +123,7 @@ def export_adapter(
     path = Path(path).resolve()
     if profile not in PROFILES:
         raise UserError(f'profile must be one of {", ".join(PROFILES)}; got "{profile}"')
-    _check_target(path)
+    check_target(path)
     sites = list(plain_sites(model))
     adapter = sites[0][2]
     if is_gated(model, adapter):
@@ -151,7 +151,7 @@ def export_adapter(
         record = {"loralloc": __version__, "profile": profile, "ranks": export.ranks, "difference": difference}
         record["files"] = sorted(entry.name for entry in folder.iterdir())
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        _move_into_place(folder, path)
+        move_into_place(folder, path)
     return export
 
 
@@ -191,7 +191,7 @@ def _write_adapter(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
     fields, stored = (ragged if profile == "ragged" else uniform)(factors)
-    config = _plain_config(model, adapter, fields, left_out=[name for name in factors if name not in stored])
+    config = plain_config(model.peft_config[adapter], fields, [name for name in factors if name not in stored])
     tensors = get_peft_model_state_dict(model, adapter_name=adapter)
     for name in factors:
         keys = [f"{PREFIX}{name}.lora_{symbol}.weight" for symbol in "AB"]
@@ -207,9 +207,9 @@ def _write_adapter(
     )
 
 
-def _plain_config(model: PeftModel, adapter: str, fields: Mapping[str, Any], left_out: list[str]) -> LoraConfig:
-    """The adapter's own config, reduced to what every consumer of LoRA understands."""
-    config = copy.deepcopy(model.peft_config[adapter])
+def plain_config(config: PeftConfig, fields: Mapping[str, Any], left_out: list[str]) -> LoraConfig:
+    """Copy an adapter's own config, reduced to what every consumer of LoRA understands."""
+    config = copy.deepcopy(config)
     assert isinstance(config, LoraConfig)
     for key, value in {
         **fields,
@@ -325,7 +325,17 @@ def _made_up_batch(model: PeftModel) -> dict[str, Tensor]:
 
 def _check_plain(model: PeftModel, adapter: str) -> None:
     """Refuse an adapter that is more than B·A on the base weights: the files could not say so."""
-    config = model.peft_config[adapter]
+    check_plain_config(model.peft_config[adapter])
+    for name, layer, _ in plain_sites(model):
+        if adapter in layer.lora_variant or layer.lora_bias[adapter] or layer.lora_A[adapter].weight.dim() != 2:
+            raise UserError(f"{name}: not plain LoRA on a linear layer (a variant, a bias or a convolution)")
+        if layer.merged or layer.disable_adapters:
+            state, cure = ("merged", "unmerge_adapter()") if layer.merged else ("disabled", "enable_adapter_layers()")
+            raise UserError(f"{name}: the adapter is {state}, so there is nothing to compare with; call {cure} first")
+
+
+def check_plain_config(config: PeftConfig) -> None:
+    """Refuse what a config says of an adapter that is more than B·A on the base weights."""
     assert isinstance(config, LoraConfig)
     start = config.init_lora_weights
     if isinstance(start, str) and start.startswith(CHANGES_BASE_WEIGHTS):
@@ -336,15 +346,9 @@ def _check_plain(model: PeftModel, adapter: str) -> None:
     if config.layer_replication or config.bias != "none":
         what = "layer_replication" if config.layer_replication else f'bias="{config.bias}"'
         raise UserError(f"an adapter with {what} is more than plain LoRA and cannot be exported as such")
-    for name, layer, _ in plain_sites(model):
-        if adapter in layer.lora_variant or layer.lora_bias[adapter] or layer.lora_A[adapter].weight.dim() != 2:
-            raise UserError(f"{name}: not plain LoRA on a linear layer (a variant, a bias or a convolution)")
-        if layer.merged or layer.disable_adapters:
-            state, cure = ("merged", "unmerge_adapter()") if layer.merged else ("disabled", "enable_adapter_layers()")
-            raise UserError(f"{name}: the adapter is {state}, so there is nothing to compare with; call {cure} first")
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path) -> None:
     """Refuse to replace a folder that is not an export, or that holds anything besides."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give a folder for the export")
@@ -361,7 +365,7 @@ def _check_target(path: Path) -> None:
             )
 
 
-def _move_into_place(folder: Path, path: Path) -> None:
+def move_into_place(folder: Path, path: Path) -> None:
     """Swap the finished folder in; the old one goes only after that."""
     if path.exists():
         old = folder.with_name("old")

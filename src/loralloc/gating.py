@@ -128,8 +128,23 @@ class Site:
         return self.scaling * self._variant.factor
 
     @property
+    def dropout(self) -> float:
+        """Probability of PEFT's dropout in front of A."""
+        return float(getattr(self.layer.lora_dropout[self.adapter], "p", 0.0))
+
+    @property
     def _variant(self) -> _GatedVariant:
         return self.layer.lora_variant[self.adapter]
+
+    @property
+    def gate_is_trained(self) -> bool:
+        """Whether the gate takes part in training; it does until it is frozen."""
+        return not self._variant.gate_frozen
+
+    def freeze_gate(self) -> None:
+        """Leave the gate as it is: no gradient, no place in the optimizer. Before the optimizer is built."""
+        self._variant.gate_frozen = True  # the flag alone would not do: PEFT sets it anew in disable_adapter()
+        self.gate.requires_grad_(False)
 
     def set_scale(self, open_ranks: Tensor, factor: float = 1.0, gain: float = 1.0) -> None:
         """Set the fixed scale to `scaling · factor · gain` where ranks are open, to 0 where they are closed for good.
@@ -145,6 +160,15 @@ class Site:
     def set_row_scale(self, row_scale: Tensor | None) -> None:
         """Set the factor of the weight gradients per output row, [out] (see `kernel.gated_lora`); None for none."""
         self._variant.row_scale = row_scale
+
+    def take_scale(self, ranks: Tensor) -> None:
+        """Keep the scale of some ranks alone, int64 [k]: the others have left the tensors."""
+        self._variant.scale = self.scale[ranks.to(self.gate.device)]
+
+    def put_back_scale(self, ranks: Tensor, capacity: int) -> None:
+        """Undo `take_scale`; the ranks that had left are closed for good."""
+        small = self._variant.scale
+        self._variant.scale = small.new_zeros(capacity).index_copy_(0, ranks.to(small.device), small)
 
     @contextmanager
     def gates_replaced(self, gate: Tensor) -> Iterator[None]:
@@ -164,6 +188,7 @@ class _GatedVariant(LoraVariant):
         self.factor = 1.0
         self.row_scale: Tensor | None = None
         self.gate: Tensor | None = None  # instead of the layer's parameter
+        self.gate_frozen = False
 
     def supports_lora_conversion(self) -> bool:
         return False  # PEFT would convert without the gates; export_adapter does it right
@@ -171,14 +196,17 @@ class _GatedVariant(LoraVariant):
     def forward(  # type: ignore[override]  # PEFT calls it on the instance; ours has state
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
+        if not len(self.scale):  # every rank has left the tensors
+            return result
         if self.scale.device != x.device:  # the model was moved after attaching
             self.scale = self.scale.to(x.device)
             self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
+        gate = module.lora_gate[active_adapter] if self.gate is None else self.gate
         return gated_lora(
             module.lora_dropout[active_adapter](x),
             result,
             module.lora_A[active_adapter].weight,
-            module.lora_gate[active_adapter] if self.gate is None else self.gate,
+            gate.detach() if self.gate_frozen else gate,
             module.lora_B[active_adapter].weight,
             self.scale,
             self.row_scale,

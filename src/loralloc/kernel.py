@@ -7,7 +7,8 @@ Notable choices:
 * The add is part of the matrix product (`addmm`), the scale is folded into the gate, and only the input and the
   r-wide activation are kept for the backward pass.
 * `row_scale` multiplies the *weight* gradients of each output row (ALLoRA, arXiv 2410.09692): the input's gradient
-  is untouched, and because the scale sits inside the contraction over rows, A's gradient is exact too.
+  is untouched, and because the scale sits inside the contraction over rows, A's gradient is exact too. Both products
+  with the output's gradient dy are one, dy [B | SB] with S = diag(row_scale): dy is read once and never rescaled.
 * Second derivatives are exact. The saved r-wide activation is a constant to autograd, so it is recomputed from x and
   A when the backward pass is itself being differentiated.
 
@@ -123,26 +124,36 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     s = ctx.s if s is None else s
     need_x, need_base, need_A, need_g, need_B, *_ = ctx.needs_input_grad
     dtype, shape = ctx.dtype, x.shape
-    x_, A_, B_, dy_ = _flat(x, dtype), _cast(A, dtype), _cast(B, dtype), _flat(dy, dtype)
+    x_, A_, dy_ = _flat(x, dtype), _cast(A, dtype), _flat(dy, dtype)
     if torch.is_grad_enabled():  # a second derivative is wanted: h must depend on x and A again
         h = x_ @ A_.t()
     gate = _effective_gate(g, s)
 
     dx = dA = dg = dB = None
-    t: Any = None
-    if need_x or need_g or (need_A and row_scale is None):
-        t = dy_ @ B_  # [N, r]: gradient of the gated activation
+    t, t_rows = _activation_gradients(dy_, B, row_scale, need_x or need_g, need_A)
     if need_x:
         dx = _cast(_gate(t, gate, shape) @ A_, x.dtype).view(shape)
     if need_g:
         dg = _gate_gradient(t, h, s, g, shape)
     if need_A:
-        t_rows = t if row_scale is None else dy_ @ (row_scale[:, None] * B).to(dtype)
         dA = _cast(_gate(t_rows, gate, shape).t() @ x_, A.dtype)
     if need_B:
         dB = dy_.t() @ _gate(h, gate, shape)
-        dB = (dB if row_scale is None else row_scale[:, None] * dB).to(B.dtype)
+        dB = _cast(dB if row_scale is None else row_scale[:, None] * dB, B.dtype)
     return dx, dy if need_base else None, dA, dg, dB, None, None
+
+
+def _activation_gradients(
+    dy: Tensor, B: Tensor, row_scale: Tensor | None, plain: bool, scaled: bool
+) -> tuple[Any, Any]:
+    """Gradient of the gated activation, [N, r]: (dy B for input and gates, dy S B for A), None where not needed."""
+    if row_scale is None:
+        t = dy @ _cast(B, dy.dtype) if plain or scaled else None
+        return t, t
+    scaled_B = _cast(row_scale[:, None] * B, dy.dtype) if scaled else None  # in the parameters' precision, then rounded
+    if plain and scaled_B is not None:
+        return (dy @ torch.cat((_cast(B, dy.dtype), scaled_B), dim=1)).split(B.shape[1], dim=1)  # type: ignore[return-value]
+    return (dy @ _cast(B, dy.dtype) if plain else None), (None if scaled_B is None else dy @ scaled_B)
 
 
 def _gate(h: Tensor, gate: Tensor, shape: torch.Size) -> Tensor:

@@ -72,13 +72,61 @@ class AdaLoRAConfig(Section):
     )
 
 
+class ALLoRAConfig(Section):
+    """ALLoRA: scale the gradient of each output row by its norm; the ranks are another method's, or all are kept."""
+
+    name: Literal["allora"] = Field(description="the method")
+    eta: Positive = Field(default=2.0, description="scale of a row that is still zero")
+    mode: Literal["paper", "hybrid", "post"] = Field(
+        default="paper", description="paper: scale gradients, fit for SGD; hybrid and post: fit for Adam"
+    )
+    allocate: Literal["adalora", "uniform", "random", "depth_linear", "truncate"] | None = Field(
+        default=None, description="a method that allocates the ranks, with its defaults; null keeps them all"
+    )
+    budget: BudgetConfig | None = Field(default=None, description="the budget of the allocating method")
+
+
+class UniformConfig(Section):
+    """A control: the same rank in every layer, from the start."""
+
+    name: Literal["uniform"] = Field(description="the method")
+    budget: BudgetConfig = Field(description="one of average_rank, total_rank, parameters, fraction")
+
+
+class RandomConfig(Section):
+    """A control: ranks drawn at random, from the start."""
+
+    name: Literal["random"] = Field(description="the method")
+    budget: BudgetConfig = Field(description="one of average_rank, total_rank, parameters, fraction")
+    rank_seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="seed of the draw of the ranks")
+
+
+class DepthLinearConfig(Section):
+    """A control: ranks proportional to the depth of the layer, from the start."""
+
+    name: Literal["depth_linear"] = Field(description="the method")
+    budget: BudgetConfig = Field(description="one of average_rank, total_rank, parameters, fraction")
+    direction: Literal["increasing", "decreasing"] = Field(
+        default="increasing", description="whether the last layers or the first get most"
+    )
+
+
+class TruncateConfig(Section):
+    """A control: train every rank, keep the largest singular values at the end."""
+
+    name: Literal["truncate"] = Field(description="the method")
+    budget: BudgetConfig = Field(description="one of average_rank, total_rank, parameters, fraction")
+
+
 class LoRAConfigSection(Section):
     """Plain LoRA, the baseline: every layer keeps rank lora.r."""
 
     name: Literal["lora"] = Field(description="the method")
 
 
-MethodConfig = AdaLoRAConfig | LoRAConfigSection  # a further method is one class here
+MethodConfig = (  # a further method is one class here
+    AdaLoRAConfig | ALLoRAConfig | UniformConfig | RandomConfig | DepthLinearConfig | TruncateConfig | LoRAConfigSection
+)
 METHODS: dict[str, type[Section]] = {
     get_args(method.model_fields["name"].annotation)[0]: method for method in get_args(MethodConfig)
 }

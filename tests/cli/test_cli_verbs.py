@@ -282,7 +282,7 @@ class TestProcess:
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert result.stdout.splitlines()[-1] == "0 False"
-        verbs = ("demo", "init", "train", "evaluate", "export", "report", "env")
+        verbs = ("demo", "init", "train", "evaluate", "export", "truncate", "report", "env")
         assert all(re.search(rf"\b{verb}\b", result.stdout) for verb in verbs)
         # Processor time, since other processes may hold this one up.
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
@@ -299,7 +299,7 @@ class TestProcess:
 
 
 def test_verbs_have_help() -> None:
-    for verb in ("demo", "init", "train", "evaluate", "export", "report", "env"):
+    for verb in ("demo", "init", "train", "evaluate", "export", "truncate", "report", "env"):
         assert f"loralloc {verb}" in done(verb, "--help")
 
 

@@ -1,4 +1,4 @@
-"""A small model and training loop for the tests of AdaLoRA: three layers side by side, in float64."""
+"""A small model and training loop for the tests of methods: three layers side by side, in float64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from loralloc import AdaLoRA, Budget, attach
+from loralloc.methods.base import Method
 
 SHAPES = [(6, 8), (8, 5), (5, 9)]  # in, out
 RANK, ALL, TARGET = 4, 12, 6
@@ -56,7 +57,7 @@ class Loop:
 
     def __init__(
         self,
-        method: AdaLoRA,
+        method: Method,
         model: PeftModel | None = None,
         optimizer: Callable[[Sequence[Tensor]], torch.optim.Optimizer] = adam,
         weights: Sequence[float] | None = None,

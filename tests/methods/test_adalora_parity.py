@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from parity import Optimizer, Parallel, first_steps, regression
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference.adalora import ReferenceAdaLoRA
 from reference.adalora import Site as TwinSite
@@ -21,8 +22,6 @@ from torch import Tensor, nn
 from loralloc import AdaLoRA, Budget, attach
 from loralloc.methods.adalora import gate_gain
 from loralloc.training.run import AllocationRun
-
-Optimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 # ---- Beside the twin ----
 
@@ -201,66 +200,6 @@ def test_reference_order_leaves_the_moments_of_closed_triplets_alone():
 LAYERS = [(32, 32), (32, 1536), (1536, 32), (64, 172), (172, 64), (384, 384), (384, 1536), (1536, 384), (64, 1536)]
 FACTOR = 2.0
 
-
-class Parallel(nn.Module):
-    """One layer of every shape, side by side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        self.layers = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in LAYERS)
-        for layer in self.layers:
-            draw = torch.randn(layer.weight.shape, generator=generator)
-            layer.weight.data = draw / math.sqrt(layer.in_features)
-
-    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
-
-
-def regression(seed: int):
-    """Batches of 32 towards weights 30 % away: gradients are noisy, and ten steps do not reach the goal."""
-    generator = torch.Generator().manual_seed(100 + seed)
-    goals = [0.3 * torch.randn(o, i, generator=generator) / math.sqrt(i) for i, o in LAYERS]
-
-    def loss(model: PeftModel) -> Tensor:
-        inputs = [torch.randn(32, i, generator=generator) for i, _ in LAYERS]
-        with torch.no_grad(), model.disable_adapter():
-            targets = [y + x @ goal.T for x, y, goal in zip(inputs, model(inputs), goals, strict=True)]
-        return sum(((y - target) ** 2).mean() for y, target in zip(model(inputs), targets, strict=True))  # type: ignore[return-value]
-
-    return loss
-
-
-@torch.no_grad()
-def updates(model: PeftModel, run: AllocationRun | None) -> Tensor:
-    """‖ΔW‖ of every layer."""
-    norms = []
-    for k, layer in enumerate(model.base_model.model.layers):
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        scale = layer.scaling["default"] if run is None else run.sites[k].gate * run.sites[k].scale
-        norms.append(torch.linalg.matrix_norm((B * scale) @ A))
-    return torch.stack(norms)
-
-
-def first_steps(rank: int, method: AdaLoRA | None, optimizer: Optimizer, at: Sequence[int], seed: int = 1) -> Tensor:
-    """‖ΔW‖, [steps, layers], of plain LoRA (no method) or an allocation."""
-    torch.manual_seed(seed)
-    model = get_peft_model(Parallel(), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=r"layers\.\d+"))
-    run = None if method is None else attach(model, method, 1000)
-    optim, loss, norms = optimizer([p for p in model.parameters() if p.requires_grad]), regression(seed), []
-    for t in range(max(at)):
-        optim.zero_grad()
-        loss(model).backward()
-        if run is not None:
-            run.before_step()
-        optim.step()
-        if run is not None:
-            run.after_step(optim)
-        if t + 1 in at:
-            norms.append(updates(model, run))
-    return torch.stack(norms)
-
-
 HALF = Budget(fraction=0.5)
 
 
@@ -272,7 +211,7 @@ def ratios(rank: int, draws: int, optimizer: Optimizer, method: AdaLoRA, at: Seq
     """
 
     def rms(method: AdaLoRA | None) -> Tensor:
-        every = [first_steps(rank, method, optimizer, at, seed) for seed in range(draws)]
+        every = [first_steps(LAYERS, rank, method, optimizer, at, seed) for seed in range(draws)]
         return torch.stack(every).square().mean(0).sqrt()
 
     return rms(method) / rms(None)
@@ -310,13 +249,13 @@ def test_the_first_step_of_sgd_goes_as_far_as_loras(rank, draws):
 
 def parallel_peft() -> PeftModel:
     torch.manual_seed(1)
-    return get_peft_model(Parallel(), LoraConfig(r=8, lora_alpha=16, target_modules=r"layers\.\d+"))
+    return get_peft_model(Parallel(LAYERS), LoraConfig(r=8, lora_alpha=16, target_modules=r"layers\.\d+"))
 
 
 def first_update(model: PeftModel, optimizer: Optimizer, run: AllocationRun | None) -> list[Tensor]:
     """ΔW of every layer after one step."""
     optim = optimizer([p for p in model.parameters() if p.requires_grad])
-    regression(1)(model).backward()
+    regression(LAYERS, 1)(model).backward()
     if run is not None:
         run.before_step()
     optim.step()

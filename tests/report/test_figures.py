@@ -16,12 +16,11 @@ from loralloc.report.figures import (
     budget_figure,
     heat_figure,
     loss_figure,
-    short_names,
     smoothed,
     timeline_figure,
     types_figure,
 )
-from loralloc.report.grid import arrange
+from loralloc.report.grid import arrange, short_names
 from loralloc.report.run_folder import RunFolder, Trace, read_run
 
 from .fabricate import BERT_TYPES, LLAMA_TYPES, Fabricated, bert, layered, lines

@@ -53,6 +53,7 @@ VARIANTS: dict[str, list[Any]] = {
     "reference": ["--order", "reference", "--penalty", "paper"],
     "published": ["--parity", "none", "--importance", "sensitivity", "--interval", 3],
     "accumulated": ["--batch_size", 4, "--accumulation", 3],
+    "compact": ["--compact", "true"],
     "evaluated": ["--eval_every", 3],
     "epochs": ["--steps", "null", "--epochs", 3.4],
 }

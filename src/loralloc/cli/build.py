@@ -28,9 +28,12 @@ from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError, closest
 from loralloc.gating import plain_sites
 from loralloc.methods.adalora import AdaLoRA
+from loralloc.methods.allora import ALLoRA
 from loralloc.methods.base import Method
+from loralloc.methods.controls import DepthLinear, Random, Uniform
+from loralloc.methods.truncate import Truncate
 from loralloc.plan import RankPlan
-from loralloc.recipe_methods import LoRAConfigSection, MethodConfig
+from loralloc.recipe_methods import ALLoRAConfig, LoRAConfigSection, MethodConfig
 from loralloc.tasks import prepare
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.pretrained import load_model, locate
@@ -38,8 +41,10 @@ from loralloc.tasks.pretrained import load_model, locate
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
 
-METHODS: dict[str, Callable[..., Method]] = {kind.id: kind for kind in (AdaLoRA,)}
-"""The methods by the names that recipes call them."""
+METHODS: dict[str, Callable[..., Method]] = {
+    kind.id: kind for kind in (AdaLoRA, Uniform, Random, DepthLinear, Truncate)
+}
+"""The methods that have a budget, by the names that recipes call them."""
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
@@ -62,7 +67,11 @@ def method_of(section: MethodConfig, validation: Dataset | None = None) -> Metho
     if isinstance(section, LoRAConfigSection):
         return None
     settings = {key: None if value == "none" else value for key, value in section.model_dump(exclude={"name"}).items()}
-    settings["budget"] = Budget(**section.budget.model_dump(exclude_none=True))
+    budget = None if section.budget is None else Budget(**section.budget.model_dump(exclude_none=True))
+    if isinstance(section, ALLoRAConfig):
+        inner = None if section.allocate is None else METHODS[section.allocate](budget=budget)
+        return ALLoRA(eta=section.eta, mode=section.mode, allocate=inner)
+    settings["budget"] = budget
     if validation is not None:
         settings["validation"] = validation
     return METHODS[section.name](**settings)

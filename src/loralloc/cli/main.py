@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loralloc._version import __version__
-from loralloc.cli import demo, env, evaluate, export, init, report, train
+from loralloc.cli import demo, env, evaluate, export, init, report, train, truncate
 from loralloc.errors import UserError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("init")(init.init)
 app.command("train", context_settings=LEFTOVER_WORDS)(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("truncate")(truncate.truncate)
 app.command("report")(report.report)
 app.command("env")(env.env)
 

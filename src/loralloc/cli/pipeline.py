@@ -117,7 +117,7 @@ def make_trainer(
     allocation = None
     if method is not None:
         provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}
-        allocation = RankAllocation(method, trace=folder.trace, provenance=provenance)
+        allocation = RankAllocation(method, trace=folder.trace, provenance=provenance, compact=recipe.training.compact)
     callbacks = [callback for callback in (allocation, terminal.Progress(allocation)) if callback is not None]
     trainer = PlainTrainer(
         model=model,

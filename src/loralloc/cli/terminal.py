@@ -24,7 +24,7 @@ from loralloc.config import Recipe
 from loralloc.export import Export
 from loralloc.gating import plain_sites
 from loralloc.plan import RankPlan
-from loralloc.report.grid import arrange
+from loralloc.report.grid import arrange, short_names
 from loralloc.tasks.base import TaskData
 from loralloc.training.callback import RankAllocation
 from loralloc.training.run import AllocationRun
@@ -116,8 +116,8 @@ def _rank_table(plan: RankPlan) -> Table:
     grid = arrange(plan.modules)
     table = Table(title="Ranks", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", justify="right")
-    for kind in grid.types:
-        table.add_column(escape(".".join(kind.split(".")[-2:])), justify="right", overflow="fold")
+    for name in short_names(grid.types).values():
+        table.add_column(escape(name), justify="right", overflow="fold")
     for stack, layer in grid.rows:
         names = [grid.cells.get((stack, layer, kind)) for kind in grid.types]
         table.add_row(str(layer), *("" if name is None else str(plan.modules[name].rank) for name in names))

@@ -111,6 +111,11 @@ class AdaLoRA:
         """Return AdaLoRA in the paper's parametrisation: λ = 0, ρ = 1, P and Q ~ N(0, 0.02²)."""
         return cls(budget, parity=None, **settings)  # type: ignore[arg-type]
 
+    @property
+    def compacts(self) -> bool:
+        """In the final phase; not as in the public code, where closed triplets live on."""
+        return self.order == "paper"
+
     def schedule(self, total_steps: int, start: int, target: int) -> BudgetSchedule:
         """Return the cubic budget of eq. 14 (corrected) over the run."""
         return cubic_schedule(total_steps, self.warmup, self.cooldown, self.interval, start, target)
@@ -179,17 +184,24 @@ class AdaLoRA:
     def state_dict(self, state: AdaLoRAState) -> dict[str, Tensor]:
         """Running averages, and the final selection once it is made."""
         tensors = {} if state.final is None else {"final": state.final}
+        if state.compact:
+            return tensors  # nothing is selected any more
         for index, stack in enumerate(state.stacks):
             tensors |= {f"{index}.mean": stack.mean, f"{index}.uncertainty": stack.uncertainty}
         return tensors
 
     def load_state_dict(self, state: AdaLoRAState, tensors: Mapping[str, Tensor]) -> None:
         """Restore running averages and the final selection."""
-        for index, stack in enumerate(state.stacks):
+        for index, stack in enumerate(state.stacks if "0.mean" in tensors else ()):
             stack.mean.copy_(tensors[f"{index}.mean"])
             stack.uncertainty.copy_(tensors[f"{index}.uncertainty"])
         state.final = tensors["final"].to(state.sites[0].gate.device) if "final" in tensors else None
         self._mask(state, None if self.order == "reference" else state.final)
+
+    def resized(self, state: AdaLoRAState) -> None:
+        """Group the tensors anew by their shapes."""
+        state.compact = not state.compact
+        state.stacks = _stacks(state.sites)
 
     def _measure(self, stack: _Stack, weights: Tensor, gradients: Tensor, sound: Tensor | None) -> None:
         """Update the importance of a stack's entries from one step's weights and gradients, if the step is sound."""
@@ -308,12 +320,14 @@ class AdaLoRAState:
         stacks: Their tensors by kind and shape.
         final: The final selection, boolean [R]; None until it is made.
         measure_after_step: Whether the current step's sensitivities are still to be measured (order `reference`).
+        compact: Whether closed triplets are out of the tensors; their scores have gone with them.
     """
 
     sites: Sequence[Site]
     stacks: Sequence[_Stack]
     final: Tensor | None = None
     measure_after_step: bool = False
+    compact: bool = False
 
     @torch.no_grad()
     def flat_gates(self) -> Tensor:

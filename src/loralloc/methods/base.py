@@ -49,6 +49,7 @@ class Moment:
         schedule: The budget over the run.
         learning_rate: The optimizer's current learning rate for the adapter; None where no optimizer was shown.
         probe: The data, for methods that look at them; None where there are none.
+        optimizer: Name of the optimizer's class, for example `AdamW`; None where no optimizer was shown.
         sound: Whether the step's gradients are finite: a boolean on the device, for methods with `masks_bad_steps`
             where the host does not know yet; None where they are (other steps are not shown to a method).
     """
@@ -57,6 +58,7 @@ class Moment:
     schedule: Schedule
     learning_rate: float | None = None
     probe: Probe | None = None
+    optimizer: str | None = None
     sound: Tensor | None = None
 
 
@@ -91,6 +93,11 @@ class Method(Protocol):
         """What the final adapter may cost; None for a method that needs no budget."""
         ...
 
+    @property
+    def compacts(self) -> bool:
+        """Whether ranks are closed for good by a final decision before the run ends, so that they may leave memory."""
+        ...
+
     def schedule(self, total_steps: int, start: int, target: int) -> Schedule:
         """Lay the budget over the run; raises UserError where it does not fit."""
         ...
@@ -117,6 +124,10 @@ class Method(Protocol):
 
     def load_state_dict(self, state: Any, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
+        ...
+
+    def resized(self, state: Any) -> None:
+        """Closed ranks have left the tensors after the final decision, or are back for `finish`."""
         ...
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loralloc.report.canvas import end_labels, shade_phases, short, step_axes
-from loralloc.report.grid import Grid
+from loralloc.report.grid import Grid, short_names
 from loralloc.report.palette import LIGHT, RAMP_STEPS, SERIES, ramp, step_of, text_on
 from loralloc.report.run_folder import RunFolder, Trace
 
@@ -196,25 +196,6 @@ def _groups(grid: Grid) -> dict[str, list[str]]:
     names = short_names(grid.types)
     groups = {names[module_type]: grid.column(module_type) for module_type in grid.types}
     return groups | ({"other": list(grid.others)} if grid.others else {})
-
-
-def short_names(types: Sequence[str]) -> dict[str, str]:
-    """Return for each type the shortest run of its parts that no other type has, the last one on a tie.
-
-    >>> short_names(["attention.output.dense", "output.dense", "attention.self.query"])
-    {'attention.output.dense': 'attention.output', 'output.dense': 'output.dense', 'attention.self.query': 'query'}
-    """
-    short = {}
-    for name in types:
-        parts = name.split(".")
-        others = [f".{other}." for other in types if other != name]
-        runs = (
-            ".".join(parts[at : at + length])
-            for length in range(1, len(parts))
-            for at in reversed(range(len(parts) - length + 1))
-        )
-        short[name] = next((run for run in runs if not any(f".{run}." in other for other in others)), name)
-    return short
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

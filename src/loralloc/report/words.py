@@ -12,6 +12,10 @@ METHODS = {
     "ablora": "AB-LoRA",
     "autolora": "AutoLoRA",
     "allora": "ALLoRA",
+    "uniform": "uniform ranks",
+    "random": "random ranks",
+    "depth_linear": "ranks by depth",
+    "truncate": "truncation",
     "lora": "plain LoRA",
 }
 TASKS = {"sequence-classification": "sequence classification", "causal-lm": "causal language modelling"}

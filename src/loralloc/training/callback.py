@@ -42,6 +42,7 @@ class RankAllocation(TrainerCallback):
         method: For example `AdaLoRA(Budget(average_rank=8))`.
         trace: File to append allocation events to, one JSON object a line; None for none.
         provenance: What to record in the plan beyond versions, settings and steps.
+        compact: Take closed ranks out of the tensors once the ranks are final (see `attach`). One process only.
 
     Raises:
         UserError: From the Trainer's constructor or from `train()`, before the first step: the model, the budget, the
@@ -53,11 +54,14 @@ class RankAllocation(TrainerCallback):
         method: Method,
         trace: str | Path | None = None,
         provenance: dict[str, Any] | None = None,
+        *,
+        compact: bool = False,
     ) -> None:
         self.method = method
         self.plan: RankPlan | None = None
         self._trace = None if trace is None else Path(trace)
         self._provenance = provenance
+        self._compact = compact
         self._run: AllocationRun | None = None
         self._random: tuple[Tensor, list[Tensor]] | None = None
 
@@ -78,7 +82,7 @@ class RankAllocation(TrainerCallback):
         """Attach the gates: the optimizer, built later, must see them."""
         if self._run is not None:
             raise UserError("this RankAllocation belongs to a Trainer already; make a new one for each Trainer")
-        self._run = AllocationRun(kwargs["model"], self.method)
+        self._run = AllocationRun(kwargs["model"], self.method, compact=self._compact)
         if self._trace is not None:
             self._run.on_event = self._append_event
 
@@ -109,7 +113,7 @@ class RankAllocation(TrainerCallback):
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.final)
         if state.global_step > 0:
-            self._resume(_checkpoint(args, state))
+            self._resume(_checkpoint(args, state), kwargs["optimizer"])
         elif self._trace is not None and args.should_save:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             self._trace.write_text("", encoding="utf-8")
@@ -168,11 +172,11 @@ class RankAllocation(TrainerCallback):
         """Fold the gates: the model is plain LoRA from here on."""
         self.plan = self.run.finish(self._provenance)
 
-    def _resume(self, folder: Path) -> None:
+    def _resume(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         try:
             numbers = json.loads((folder / MARKER).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSORS)
-            self.run.load_state_dict(tensors, numbers)
+            self.run.load_state_dict(tensors, numbers, optimizer)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -263,9 +267,14 @@ def _counts_items(model: nn.Module) -> bool:
 
 def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final: int) -> None:
     """Refuse to let a checkpoint win that was evaluated before the ranks were final."""
-    if not args.load_best_model_at_end:
+    if not args.load_best_model_at_end or final < 0:  # fixed from the start
         return
     steps_per_unit = 1.0 if args.eval_strategy == "steps" else state.max_steps / max(state.num_train_epochs, 1)
+    if final + 2 > state.max_steps:
+        raise UserError(
+            "load_best_model_at_end would bring back a checkpoint from before the ranks are chosen, which is when the "
+            "run ends; set load_best_model_at_end=False"
+        )
     if args.eval_delay * steps_per_unit <= final + 1:
         raise UserError(
             f"load_best_model_at_end could bring back a checkpoint from before step {final + 2}, when the ranks become "

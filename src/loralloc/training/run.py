@@ -26,6 +26,7 @@ from loralloc.methods.base import (
     site_budget,
 )
 from loralloc.plan import RankPlan
+from loralloc.training.compaction import Compaction
 from loralloc.training.moments import FreshRanks, clear_moments
 from loralloc.training.probe import DataProbe
 from loralloc.training.soundness import StepChecks, can_skip, forget
@@ -40,7 +41,9 @@ OPTIMIZER_WITHOUT_GATES = (
 Event = dict[str, Any]
 
 
-def attach(model: nn.Module, method: Method, total_steps: int, adapter: str | None = None) -> AllocationRun:
+def attach(
+    model: nn.Module, method: Method, total_steps: int, adapter: str | None = None, *, compact: bool = False
+) -> AllocationRun:
     """Attach a method to a `PeftModel` for a training loop of your own.
 
     Call it before the optimizer is built, since gates are parameters:
@@ -61,11 +64,13 @@ def attach(model: nn.Module, method: Method, total_steps: int, adapter: str | No
             batches here: mappings of what the model's forward takes, labels included.
         total_steps: Optimizer steps of the whole run.
         adapter: Name of the adapter; the active one by default.
+        compact: Take ranks that are closed for good out of the tensors, once the ranks are final: a step then costs
+            what it costs with plain LoRA of those ranks. One process only; `after_step` needs the optimizer.
 
     Raises:
         UserError: The model, the adapter, the budget or the schedule does not allow it; the message says why.
     """
-    run = AllocationRun(model, method, adapter)
+    run = AllocationRun(model, method, adapter, compact=compact)
     try:
         run.begin(total_steps)
     except BaseException:
@@ -83,7 +88,9 @@ class AllocationRun:
         on_event: Called with every allocation event, a JSON-able dictionary (the lines of trace.jsonl).
     """
 
-    def __init__(self, model: nn.Module, method: Method, adapter: str | None = None) -> None:
+    def __init__(self, model: nn.Module, method: Method, adapter: str | None = None, *, compact: bool = False) -> None:
+        if compact:
+            _check_compact(method)
         self.method = method
         self.model = model
         self.sites: list[Site] = attach_gates(model, adapter)
@@ -101,6 +108,10 @@ class AllocationRun:
         self._ranks = open_ranks(self.sites)
         self._peak = sum(self._ranks)
         self._fresh = FreshRanks(self.sites)
+        self._shapes = {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites}
+        self._compact = compact
+        self._final: Tensor | None = None
+        self._compaction: Compaction | None = None
         self._gates_at_start = [site.gate.detach().clone() for site in self.sites]
         self._gates_checked = False
         self._checks = StepChecks(model, lambda step: self._emit({"event": "bad_step", "step": step}))
@@ -175,6 +186,9 @@ class AllocationRun:
             self._record(decision)
             if decision.closed is not None and optimizer is not None:
                 clear_moments(optimizer, self.sites)
+            if decision.closed is not None and decision.frozen:
+                self._final = decision.kept.clone()
+                self._take_out_closed(optimizer)
             if decision.opened is not None:
                 self._fresh.open(decision.opened)
         if self.probe is not None:
@@ -196,6 +210,9 @@ class AllocationRun:
         if self.plan is not None:
             raise RuntimeError("the run is finished already")
         total_steps = 0 if self._schedule is None else self._schedule.total_steps  # 0: it was refused
+        if self._compaction is not None:
+            self._compaction.undo()
+            self.method.resized(self.state)
         with torch.no_grad():
             kept = self.method.finish(self.state, self.target)
         record = {
@@ -224,13 +241,13 @@ class AllocationRun:
         }
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer that does not know the gates.
+        """Refuse an optimizer that does not know the gates that are trained.
 
         Raises:
             UserError: It was built before the allocation was attached.
         """
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [site.name for site in self.sites if id(site.gate) not in known]
+        missing = [site.name for site in self.sites if site.gate_is_trained and id(site.gate) not in known]
         if missing:
             raise UserError(
                 f"the optimizer does not hold the gates of {len(missing)} modules ({missing[0]}, ...): "
@@ -249,16 +266,27 @@ class AllocationRun:
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self._checks.bad_in_a_row,
             "ranks": self._ranks,
-            "sites": {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites},
+            "sites": self._shapes,
             "schedule": asdict(self.schedule),  # type: ignore[call-overload]
             "gates": self._gate_checksum() if self.plan is None else None,
             "peak": self._peak,
             "probe": None if self.probe is None else self.probe.state_dict(),
         }
-        return {**self.method.state_dict(self.state), **self._fresh.state_dict()}, numbers
+        final = {} if self._final is None else {"run.final": self._final}
+        return {**self.method.state_dict(self.state), **self._fresh.state_dict(), **final}, numbers
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, after the model's own weights have been restored.
+    def load_state_dict(
+        self,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, Any],
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Restore what `state_dict` returned, after the weights of the model and the optimizer's state.
+
+        Args:
+            tensors: The tensors.
+            numbers: The numbers.
+            optimizer: The optimizer; a compact run needs it.
 
         Raises:
             UserError: The state is of another method, model, schedule or of other weights; the message says what
@@ -284,10 +312,22 @@ class AllocationRun:
         self._fresh.load_state_dict(tensors)
         with torch.no_grad():
             self.method.load_state_dict(self.state, tensors)
+        self._final = tensors.get("run.final")
+        self._take_out_closed(optimizer)
+
+    def _take_out_closed(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """In a compact run, let the closed ranks leave the tensors once the ranks are final."""
+        if not self._compact or self._final is None:
+            return
+        if optimizer is None:
+            raise UserError("compact=True shrinks the optimizer's state too: pass the optimizer to after_step()")
+        self._compaction = Compaction(self.model, self.sites, self._final, optimizer)
+        self.method.resized(self.state)
 
     def _now(self, optimizer: torch.optim.Optimizer | None) -> Moment:
         """What a method is told besides its state."""
-        return Moment(self.step, self.schedule, learning_rate(optimizer, self.sites), self.probe, self._sound)
+        rate, name = learning_rate(optimizer, self.sites), optimizer_name(optimizer)
+        return Moment(self.step, self.schedule, rate, self.probe, name, self._sound)
 
     def _check_gates_moved(self) -> None:
         """Notice an optimizer that does not hold the gates, also where nobody has shown it to us."""
@@ -300,10 +340,10 @@ class AllocationRun:
             )
 
     def _gate_checksum(self) -> str:
-        """Tie the state to the weights it was taken with."""
+        """Tie the state to the weights it was taken with; zeros are left out, as compact runs do not have them."""
         digest = hashlib.sha256()
         for site in self.sites:
-            digest.update(site.gate.detach().cpu().numpy().tobytes())
+            digest.update(site.gate[site.gate != 0].detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _parameters(self) -> int:
@@ -352,11 +392,32 @@ class AllocationRun:
             self.on_event(event)
 
 
+def _check_compact(method: Method) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise UserError(
+            "compact=True takes ranks out of the tensors, which other processes' buckets do not follow; leave it out, "
+            "or train with one process"
+        )
+    if not method.compacts:
+        raise UserError(
+            f"compact=True needs ranks that are closed for good before the run ends, and {method.id} with these "
+            "settings closes none; leave it out"
+        )
+
+
 def learning_rate(optimizer: torch.optim.Optimizer | None, sites: Sequence[Site]) -> float | None:
     """The rate of the group that holds the adapter; None without an optimizer."""
     groups = () if optimizer is None else optimizer.param_groups
     first = sites[0].A
     return next((float(group["lr"]) for group in groups if any(p is first for p in group["params"])), None)
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer | None) -> str | None:
+    """The class of an optimizer, without the wrappers that hold one; None without an optimizer."""
+    inner: Any = optimizer
+    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+        inner = inner.optimizer
+    return None if inner is None else type(inner).__name__
 
 
 def _difference(theirs: Any, mine: Any) -> str:

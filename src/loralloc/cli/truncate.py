@@ -1,0 +1,36 @@
+"""`loralloc truncate`: cut an existing adapter down to a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def truncate(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a plain LoRA adapter of PEFT.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    average_rank: Annotated[
+        float | None, typer.Option("--average_rank", help="Ranks per adapted layer, on average.")
+    ] = None,
+    total_rank: Annotated[int | None, typer.Option("--total_rank", help="Ranks of all layers together.")] = None,
+    parameters: Annotated[int | None, typer.Option(help="Parameters of all kept ranks together.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Fraction of the parameters that are there.")] = None,
+) -> None:
+    """Keep the largest singular values of all updates; give one budget. Needs neither the base model nor data."""
+    from loralloc.budget import Budget
+    from loralloc.cli import terminal
+    from loralloc.training.callback import refuse_unfinished
+    from loralloc.truncation import truncate_adapter
+
+    terminal.quiet_libraries()
+    budget = Budget(average_rank, total_rank, parameters, fraction)
+    refuse_unfinished(adapter)
+    done = truncate_adapter(adapter, output, budget)
+    plan = done.plan
+    share = plan.parameters / plan.start_parameters
+    typer.echo(f"wrote {done.path}")
+    typer.echo(f"  ranks   {plan.total_rank:,} of {plan.peak:,} over {len(plan.modules)} modules")
+    typer.echo(f"  size    {plan.parameters:,} parameters, {share:.0%} of the start")
+    typer.echo(f"  kept    {done.kept:.2%} of the updates' squared norm")

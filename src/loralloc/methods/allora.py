@@ -1,0 +1,258 @@
+"""ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws (arXiv 2410.09692).
+
+Plain LoRA without dropout and without a scaling factor, in which the gradient of each row i of the update is divided by
+the square root of that row's norm:
+
+    W = W⁰ + B A,      ∂L/∂(BA)_i ← s_i · ∂L/∂(BA)_i,      s_i = 1 / √(‖(BA)_i‖ + 1/η²)
+
+For A and B that means  ∂B = S G Aᵀ  and  ∂A = Bᵀ S G  with G = ∂L/∂(BA) and S = diag(s). The gradient that flows to
+lower layers is not scaled, and s is a constant to autograd.
+
+Where we deviate, and why:
+
+* Row norms come from r×r matrices (`scores.row_norms`); BA is never formed. s depends on the weights alone, so it is
+  computed once per optimizer step for all layers together, not in every forward pass as in the paper's listing.
+* Exactness: A's gradient cannot be made from plain LoRA's, because S stands inside a sum over rows. The scaling is in
+  the kernel's backward pass, before accumulation, averaging over processes and clipping.
+* Optimizer: the paper does not name one. Adam's step does not change when a row's gradient is scaled by a constant, so
+  under Adam η hardly matters and a larger η makes training *slower*; `paper` warns once. Two modes that are ours:
+
+      hybrid   gradients scaled by s/η, and the step of A and B multiplied by η: with SGD the paper's method, with Adam
+               (decoupled weight decay included, for it is part of the step) LoRA at the learning rate η · lr at first
+      post     gradients unscaled; then the step of B's row i is multiplied by s_i, and that of A by the mean
+               s̄ = ‖S B‖_F / ‖B‖_F  (η while B = 0)
+
+  The fair baseline of all three is plain LoRA at the learning rate η · lr.
+* Budget: the paper has none. `allocate=` takes a method that has; ranks, schedule and state are its own, and the rows
+  are those of the gated product s · B diag(g) A. Its gates are trained with their plain gradient and step.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from loralloc.budget import Budget, ConstantSchedule, Schedule
+from loralloc.errors import UserError, closest
+from loralloc.gating import Site
+from loralloc.methods.base import Decision, Method, Moment
+from loralloc.scores import row_norms, row_scales
+
+Mode = Literal["paper", "hybrid", "post"]
+
+ADAPTIVE = ("adam", "adagrad", "rmsprop", "adafactor", "lion", "lamb")
+"""Optimizers whose step does not change when a gradient is multiplied by a constant, by parts of their names."""
+
+
+@dataclass(frozen=True)
+class ALLoRA:
+    """Scale the gradient of each output row by the inverse square root of its norm.
+
+    Takes an adapter with `lora_alpha` = r and no dropout; keeps every rank, unless another method allocates them.
+
+    Attributes:
+        eta: η, the scale of a row that is still zero, above 0; η² = 4 is the paper's listing. A row of norm 1/η² is
+            scaled by η/√2.
+        mode: `paper`, for SGD; `hybrid` or `post` for Adam, see the module's docstring.
+        allocate: A method that allocates the ranks, for example `AdaLoRA(Budget(average_rank=8))`; None keeps all.
+
+    Raises:
+        UserError: A number is out of its range.
+    """
+
+    id: ClassVar[str] = "allora"
+
+    eta: float = 2.0
+    mode: Mode = "paper"
+    allocate: Method | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eta < math.inf:
+            raise UserError(f"eta must be above 0 and finite, got {self.eta}; the paper uses 1, 1.41 and 2")
+        if self.mode not in get_args(Mode):
+            known = ", ".join(get_args(Mode))
+            raise UserError(f'mode must be one of {known}; got "{self.mode}".{closest(self.mode, get_args(Mode))}')
+        if isinstance(self.allocate, ALLoRA):
+            raise UserError("allocate must be a method that allocates ranks, such as AdaLoRA; ALLoRA keeps them all")
+
+    @property
+    def budget(self) -> Budget | None:
+        """The allocating method's; None without one."""
+        return None if self.allocate is None else self.allocate.budget
+
+    @property
+    def validation(self) -> Any:
+        """The allocating method's validation data; None where it looks at none."""
+        return getattr(self.allocate, "validation", None)
+
+    @property
+    def compacts(self) -> bool:
+        """Where the allocating method does."""
+        return self.allocate is not None and self.allocate.compacts
+
+    def schedule(self, total_steps: int, start: int, target: int) -> Schedule:
+        """Return the allocating method's schedule; all ranks throughout without one."""
+        if self.allocate is not None:
+            return self.allocate.schedule(total_steps, start, target)
+        return ConstantSchedule(total_steps, start, target)
+
+    # The five verbs.
+
+    def prepare(self, sites: Sequence[Site]) -> ALLoRAState:
+        """Leave the gates at 1, or to the allocating method; scale the rows.
+
+        Raises:
+            UserError: The adapter has dropout or a scale other than 1.
+        """
+        for site in sites:
+            _check_dropout(site)
+        inner = None
+        if self.allocate is None:
+            for site in sites:
+                site.freeze_gate()
+        else:
+            inner = self.allocate.prepare(sites)
+        for site in sites:
+            _check_scale(site)
+        state = ALLoRAState(sites, _groups(sites), inner)
+        self._scale_rows(state)
+        return state
+
+    def on_gradients(self, state: ALLoRAState, now: Moment) -> None:
+        """Keep the factors where the step is to be stretched; the kernel has scaled the gradients."""
+        self._warn_once(state, now)
+        if self.mode != "paper":
+            state.before = [factor.detach().clone() for factor in state.factors()]
+        if self.allocate is not None:
+            self.allocate.on_gradients(state.inner, now)
+
+    def on_step(self, state: ALLoRAState, now: Moment) -> Decision | None:
+        """Stretch the step (`hybrid`, `post`), let the allocating method decide, scale the rows anew."""
+        self._warn_once(state, now)
+        if state.before is not None:
+            self._stretch(state, state.before)
+            state.before = None
+        decision = None if self.allocate is None else self.allocate.on_step(state.inner, now)
+        self._scale_rows(state)
+        return decision
+
+    def finish(self, state: ALLoRAState, target: int) -> Tensor:
+        """Keep every rank, or what the allocating method keeps."""
+        if self.allocate is not None:
+            return self.allocate.finish(state.inner, target)
+        return torch.cat([site.scale != 0 for site in state.sites])
+
+    def state_dict(self, state: ALLoRAState) -> dict[str, Tensor]:
+        """The allocating method's; s is a function of the weights."""
+        return {} if self.allocate is None else self.allocate.state_dict(state.inner)
+
+    def load_state_dict(self, state: ALLoRAState, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the allocating method; scale the rows by the weights that were loaded."""
+        if self.allocate is not None:
+            self.allocate.load_state_dict(state.inner, tensors)
+        self._scale_rows(state)
+
+    def resized(self, state: ALLoRAState) -> None:
+        """Group the factors anew by their shapes."""
+        if self.allocate is not None:
+            self.allocate.resized(state.inner)
+        state.groups = _groups(state.sites)
+        self._scale_rows(state)
+
+    @torch.no_grad()
+    def _scale_rows(self, state: ALLoRAState) -> None:
+        """Compute s for every site, group by group, and hand it to the kernel or keep it, as the mode wants it."""
+        state.stretch = []
+        for sites in state.groups:
+            gates = torch.stack([site.gate.detach() * site.scale for site in sites])
+            A, B = (torch.stack([getattr(site, symbol).detach() for site in sites]) for symbol in "AB")
+            s = row_scales(row_norms(A, gates, B), self.eta)
+            if self.mode == "post":
+                B = B.to(s.dtype) * torch.stack([site.scale != 0 for site in sites])[:, None]  # closed ranks are gone
+                mean = torch.linalg.matrix_norm(s[:, :, None] * B) / torch.linalg.matrix_norm(B)
+                mean = torch.where(B.flatten(1).any(1), mean, self.eta)
+                for mean_of_site, s_of_site in zip(mean, s, strict=True):
+                    state.stretch += [mean_of_site - 1, s_of_site[:, None] - 1]
+                continue
+            for site, scale in zip(sites, (s / self.eta if self.mode == "hybrid" else s).unbind(), strict=True):
+                site.set_row_scale(scale)
+
+    @torch.no_grad()
+    def _stretch(self, state: ALLoRAState, before: list[Tensor]) -> None:
+        """Multiply the step that the optimizer has just made; with a factor of 1 it stays as it is, bit for bit."""
+        factors = state.factors()
+        steps = torch._foreach_sub(factors, before)
+        if self.mode == "hybrid":
+            torch._foreach_add_(factors, steps, alpha=self.eta - 1)
+        else:
+            torch._foreach_mul_(steps, [extra.to(step) for extra, step in zip(state.stretch, steps, strict=True)])
+            torch._foreach_add_(factors, steps)
+
+    def _warn_once(self, state: ALLoRAState, now: Moment) -> None:
+        if self.mode != "paper" or now.optimizer is None or state.optimizer_seen:
+            return
+        state.optimizer_seen = True
+        if any(part in now.optimizer.lower() for part in ADAPTIVE):
+            warnings.warn(
+                f'ALLoRA(mode="paper") with {now.optimizer}: its step does not change when a row\'s gradient is scaled '
+                "by a constant, so eta hardly matters and a larger eta makes training slower; "
+                'use mode="hybrid" or mode="post", or SGD',
+                stacklevel=2,
+            )
+
+
+@dataclass(eq=False)
+class ALLoRAState:
+    """What changes during a run.
+
+    Attributes:
+        sites: The gated layers.
+        groups: The same, by shape and device.
+        inner: State of the allocating method; None without one.
+        before: The factors as they were before the optimizer's step (`hybrid`, `post`).
+        stretch: What to multiply the next step with, less 1: s̄ for each A, s for the rows of each B (`post`).
+        optimizer_seen: Whether the optimizer's name is known, and the warning given where it is due.
+    """
+
+    sites: Sequence[Site]
+    groups: Sequence[Sequence[Site]]
+    inner: Any = None
+    before: list[Tensor] | None = None
+    stretch: list[Tensor] = field(default_factory=list)
+    optimizer_seen: bool = False
+
+    def factors(self) -> list[Tensor]:
+        """A and B of every site in turn, one group after the other."""
+        return [factor for sites in self.groups for site in sites for factor in (site.A, site.B)]
+
+
+def _groups(sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites whose factors can be stacked; those that have lost all ranks have nothing to scale."""
+    groups: dict[tuple[int, int, int, torch.device], list[Site]] = {}
+    for site in (site for site in sites if site.rank):
+        groups.setdefault((site.rank, site.inputs, site.outputs, site.A.device), []).append(site)
+    return list(groups.values())
+
+
+def _check_dropout(site: Site) -> None:
+    if site.dropout:
+        raise UserError(
+            f"{site.name}: lora_dropout is {site.dropout:g}, but ALLoRA trains without dropout: its gradients take "
+            "over what dropout is for; set LoraConfig(lora_dropout=0.0)"
+        )
+
+
+def _check_scale(site: Site) -> None:
+    """The scale is PEFT's times the allocating method's own (`ablora` has one), which a plan keeps."""
+    if not math.isclose(site.plan_scale, 1.0, rel_tol=1e-9):
+        alpha = site.rank * site.scaling / site.plan_scale
+        raise UserError(
+            f"{site.name}: the adapter is scaled by {site.plan_scale:g}, but ALLoRA has no scaling factor; set "
+            f"LoraConfig(lora_alpha={alpha:g}, use_rslora=False) (eta and the learning rate take its place)"
+        )

@@ -1,0 +1,242 @@
+"""Controls: ranks that are fixed before training, at the same budget and scale as those that a method allocates.
+
+Whether a method's ranks are worth their trouble shows only beside ranks that cost the same and took no thought:
+
+    uniform        the same rank everywhere
+    random         ranks drawn at random
+    depth_linear   rank proportional to the depth of the layer
+
+Each control is a score per rank; the selection under the budget is the one that every method uses (`allocate`), so a
+budget in ranks is met exactly, and one in parameters is never exceeded while no further rank fits.
+
+What makes them comparable: the capacity is `LoraConfig.r`, as for AdaLoRA, and the scale is lora_alpha / `LoraConfig.r`
+whatever rank a module gets. (Plain LoRA at rank k would be scaled by lora_alpha / k: another learning rate, not another
+allocation.) Ranks above a module's own are closed before the first step, for good.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from loralloc.allocate import keep_top, keep_within
+from loralloc.budget import Budget, ConstantSchedule
+from loralloc.errors import UserError, closest
+from loralloc.gating import Site
+from loralloc.methods.base import Decision, Moment
+
+Direction = Literal["increasing", "decreasing"]
+
+
+@dataclass(frozen=True)
+class FixedRanks(ABC):
+    """What the controls share: ranks chosen by `scores` before the first step.
+
+    Attributes:
+        budget: What the adapter may cost, from the first step on.
+    """
+
+    id: ClassVar[str]
+
+    budget: Budget
+
+    @abstractmethod
+    def scores(self, names: Sequence[str], ranks: Sequence[int]) -> Tensor:
+        """Score every rank of modules with these names and capacities, [R]; the best are kept."""
+
+    @property
+    def compacts(self) -> bool:
+        """No: no rank is closed while training."""
+        return False
+
+    def schedule(self, total_steps: int, start: int, target: int) -> ConstantSchedule:
+        """Return the target throughout."""
+        del start
+        return ConstantSchedule(total_steps, target, target)
+
+    # The five verbs.
+
+    def prepare(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """Close all ranks but those chosen, for good.
+
+        Raises:
+            UserError: The adapter has been trained already in ranks that would be closed.
+        """
+        ranks, costs = [site.rank for site in sites], [site.cost for site in sites]
+        target = self.budget.resolve(ranks, costs)
+        scores = self.scores([site.name for site in sites], ranks)
+        if self.budget.unit == "ranks":
+            keep = keep_top(scores, target)
+        else:
+            keep = keep_within(scores, torch.tensor(costs).repeat_interleave(torch.tensor(ranks)), target)
+        for site, kept in zip(sites, keep.split(ranks), strict=True):
+            kept = kept.to(site.gate.device)
+            _check_untrained(site, kept)
+            site.freeze_gate()
+            site.set_scale(kept)
+        return sites
+
+    def on_gradients(self, state: Sequence[Site], now: Moment) -> None:
+        """Nothing to do."""
+        del state, now
+
+    def on_step(self, state: Sequence[Site], now: Moment) -> Decision | None:
+        """Decide nothing."""
+        del state, now
+
+    def finish(self, state: Sequence[Site], target: int) -> Tensor:
+        """Keep the ranks chosen at the start."""
+        del target
+        return torch.cat([(site.scale != 0).cpu() for site in state])
+
+    def state_dict(self, state: Sequence[Site]) -> dict[str, Tensor]:
+        """Nothing: the ranks follow from the settings."""
+        del state
+        return {}
+
+    def load_state_dict(self, state: Sequence[Site], tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to restore."""
+        del state, tensors
+
+    def resized(self, state: Sequence[Site]) -> None:
+        """Nothing to do: no rank leaves the tensors."""
+        del state
+
+
+@dataclass(frozen=True)
+class Uniform(FixedRanks):
+    """The same rank everywhere; what does not divide evenly goes to modules spread over the depth of the model.
+
+    Attributes:
+        budget: What the adapter may cost, from the first step on.
+    """
+
+    id: ClassVar[str] = "uniform"
+
+    def scores(self, names: Sequence[str], ranks: Sequence[int]) -> Tensor:
+        """Score level by level, see `uniform_scores`."""
+        del names
+        return uniform_scores(ranks)
+
+
+@dataclass(frozen=True)
+class Random(FixedRanks):
+    """Ranks drawn at random: every set of ranks that meets the budget is equally likely, none of them looked at.
+
+    Attributes:
+        budget: What the adapter may cost, from the first step on.
+        rank_seed: Seed of the draw; the weights and data have their own.
+    """
+
+    id: ClassVar[str] = "random"
+
+    rank_seed: int = 0
+
+    def scores(self, names: Sequence[str], ranks: Sequence[int]) -> Tensor:
+        """Draw a score for every rank, on the CPU, so that a seed means the same on every device."""
+        del names
+        generator = torch.Generator().manual_seed(self.rank_seed)
+        return torch.rand(sum(ranks), dtype=torch.float64, generator=generator)
+
+
+@dataclass(frozen=True)
+class DepthLinear(FixedRanks):
+    """Ranks proportional to depth: layer d of D (from 1 on) gets d parts, or D + 1 − d.
+
+    Proportional as far as `LoraConfig.r` lets it: capacity twice the average rank is enough for a straight line.
+
+    Attributes:
+        budget: What the adapter may cost, from the first step on.
+        direction: `increasing`: the last layer gets most; `decreasing`: the first does.
+
+    Raises:
+        UserError: The direction is unknown.
+    """
+
+    id: ClassVar[str] = "depth_linear"
+
+    direction: Direction = "increasing"
+
+    def __post_init__(self) -> None:
+        known = get_args(Direction)
+        if self.direction not in known:
+            raise UserError(
+                f'direction must be {" or ".join(known)}; got "{self.direction}".{closest(self.direction, known)}'
+            )
+
+    def scores(self, names: Sequence[str], ranks: Sequence[int]) -> Tensor:
+        """Score by depth, see `depth_scores`."""
+        return depth_scores(depths_of(names), ranks, self.direction)
+
+
+def uniform_scores(ranks: Sequence[int]) -> Tensor:
+    """Score ranks such that they are given out level by level: a first rank to every module, then a second, ...
+
+    A level that is not full is spread: modules take turns by the reversed binary digits of their position (van der
+    Corput's sequence: first, middle, quarters, ...).
+
+    Args:
+        ranks: Capacity of each module.
+
+    Returns:
+        [R], higher is better.
+
+    >>> uniform_scores([2, 1, 2]).tolist()
+    [-0.0, -1.0, -0.5, -0.25, -1.25]
+    """
+    turns = [int(f"{module:b}"[::-1], 2) / (1 << module.bit_length()) for module in range(len(ranks))]
+    given = [level + turn for turn, r in zip(turns, ranks, strict=True) for level in range(r)]
+    return -torch.tensor(given, dtype=torch.float64)
+
+
+def depth_scores(depths: Sequence[int], ranks: Sequence[int], direction: Direction) -> Tensor:
+    """Score ranks such that every module gets a number in proportion to its weight.
+
+    The weight is depth + 1, or the number of layers − depth. A module's j-th rank is due when c · weight rounds to j,
+    that is at c = (j − ½) / weight, and ranks are given out in the order in which they are due: the rule by which
+    Webster shares out seats. What a module with no rank left would get goes to the others in the same proportion.
+
+    Args:
+        depths: Layer of each module, from 0 on.
+        ranks: Capacity of each module.
+        direction: Whether the last layer or the first gets most.
+
+    Returns:
+        [R], higher is better.
+
+    >>> depth_scores([0, 1], [2, 2], "increasing").tolist()
+    [-0.5, -1.5, -0.25, -0.75]
+    """
+    layers = max(depths) + 1
+    weights = [depth + 1 if direction == "increasing" else layers - depth for depth in depths]
+    due = [(level + 0.5) / weight for weight, r in zip(weights, ranks, strict=True) for level in range(r)]
+    return -torch.tensor(due, dtype=torch.float64)
+
+
+def depths_of(names: Sequence[str]) -> list[int]:
+    """Number the layers in the model's order.
+
+    Modules whose names agree up to and including the first number are one layer; a module whose name has none is a
+    layer by itself.
+
+    >>> depths_of(["embed", "layers.0.q", "layers.0.v", "layers.1.q", "head"])
+    [0, 1, 1, 2, 3]
+    """
+    numbered = [re.match(r"(?:\D[^.]*\.)*\d+(?=\.|$)", name) for name in names]
+    layers = [name if match is None else match[0] for name, match in zip(names, numbered, strict=True)]
+    order = {layer: depth for depth, layer in enumerate(dict.fromkeys(layers))}
+    return [order[layer] for layer in layers]
+
+
+def _check_untrained(site: Site, kept: Tensor) -> None:
+    if site.B.detach()[:, ~kept].any():
+        raise UserError(
+            f"{site.name}: the adapter has been trained already (B is not zero), and closing ranks would change what "
+            "it computes; start from a fresh adapter, or cut the trained one down with Truncate"
+        )

@@ -1,0 +1,142 @@
+"""Closed ranks leave the tensors: from the final phase on a step costs what plain LoRA of the kept ranks costs.
+
+Parameters stay the same objects, so the optimizer keeps them; its state shrinks with them. What is saved keeps the full
+shapes, with zeros for closed ranks: a checkpoint looks the same on both sides of the boundary, and a run resumed from
+it starts full and is compacted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralloc.gating import Site
+
+
+@dataclass(frozen=True)
+class _Shrunk:
+    """One parameter that lost ranks: `kept` of `capacity` positions along `dim` are left."""
+
+    dim: int
+    kept: Tensor
+    capacity: int
+
+    def take(self, full: Tensor) -> Tensor:
+        """The kept positions of a full tensor."""
+        return full.index_select(self.dim, self.kept.to(full.device))
+
+    def put_back(self, small: Tensor) -> Tensor:
+        """A full tensor with zeros for closed ranks."""
+        shape = list(small.shape)
+        shape[self.dim] = self.capacity
+        return small.new_zeros(shape).index_copy_(self.dim, self.kept.to(small.device), small)
+
+
+_Change = Callable[[_Shrunk, Tensor, torch.Size], Tensor]
+"""What becomes of a tensor of the optimizer's state, given the small shape of its parameter."""
+
+
+class Compaction:
+    """The kept ranks of a model whose closed ranks are out of the tensors.
+
+    Args:
+        model: The model, whose `state_dict` and `load_state_dict` go on to speak of full shapes.
+        sites: Its gated layers.
+        kept: Boolean [R]: the ranks that stay.
+        optimizer: The optimizer; its state of closed ranks goes too. None where it has none yet.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], kept: Tensor, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        self.sites = sites
+        self._kept = [part.nonzero().flatten() for part in kept.split([site.rank for site in sites])]
+        self._capacity = [site.rank for site in sites]
+        self._shrunk = dict(self._parameters())
+        self._names = {name: p for name, p in model.named_parameters() if p in self._shrunk}
+        # accelerate wraps the optimizer; hooks belong to the one inside.
+        self._optimizer: torch.optim.Optimizer | None = getattr(optimizer, "optimizer", optimizer)
+        self._shrink()
+        self._hooks = [
+            model.register_state_dict_post_hook(partial(self._fill_model)),  # a bound method takes no attributes
+            model.register_load_state_dict_pre_hook(self._cut_model),
+        ]
+        if self._optimizer is not None:
+            self._hooks.append(self._optimizer.register_state_dict_post_hook(self._fill_optimizer))
+            self._hooks.append(self._optimizer.register_load_state_dict_pre_hook(self._cut_optimizer))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give every tensor its full shape again, with zeros for closed ranks."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter, shrunk in self._shrunk.items():
+            self._reshape(parameter, shrunk.put_back)
+        for site, kept, capacity in zip(self.sites, self._kept, self._capacity, strict=True):
+            site.put_back_scale(kept, capacity)
+
+    def _parameters(self) -> Iterator[tuple[nn.Parameter, _Shrunk]]:
+        for site, kept, capacity in zip(self.sites, self._kept, self._capacity, strict=True):
+            for parameter, dim in ((site.A, 0), (site.B, 1), (site.gate, 0)):
+                yield parameter, _Shrunk(dim, kept, capacity)
+
+    @torch.no_grad()
+    def _shrink(self) -> None:
+        for parameter, shrunk in self._shrunk.items():
+            self._reshape(parameter, shrunk.take)
+        for site, kept in zip(self.sites, self._kept, strict=True):
+            site.take_scale(kept)
+
+    def _reshape(self, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the shape of a parameter, and of its state in the optimizer likewise."""
+        before, data = parameter.shape, change(parameter.data)
+        parameter.grad = None
+        # Autograd keeps the old shape as long as a graph of an earlier step is alive, unless the dtype changes.
+        parameter.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)
+        parameter.data = data
+        state = {} if self._optimizer is None else self._optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == before:
+                state[key] = change(value)
+
+    def _fill_model(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name, parameter in self._names.items():
+            if prefix + name in state:
+                state[prefix + name] = self._shrunk[parameter].put_back(state[prefix + name])
+
+    def _cut_model(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, parameter in self._names.items():
+            value, shrunk = state.get(prefix + name), self._shrunk[parameter]
+            if isinstance(value, Tensor) and value.shape[shrunk.dim] == shrunk.capacity:
+                state[prefix + name] = shrunk.take(value)
+
+    def _fill_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        def fill(shrunk: _Shrunk, value: Tensor, small: torch.Size) -> Tensor:
+            return shrunk.put_back(value) if value.shape == small else value
+
+        return self._changed(optimizer, state, fill)
+
+    def _cut_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        def cut(shrunk: _Shrunk, value: Tensor, small: torch.Size) -> Tensor:
+            full = (*small[: shrunk.dim], shrunk.capacity, *small[shrunk.dim + 1 :])
+            return shrunk.take(value) if value.shape == full else value
+
+        return self._changed(optimizer, state, cut)
+
+    def _changed(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], change: _Change) -> dict[str, Any]:
+        """A copy of an optimizer's state dictionary with the state of shrunk parameters changed."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        entries = dict(state["state"])
+        for index, parameter in enumerate(parameters):
+            shrunk = self._shrunk.get(parameter)
+            if shrunk is not None and index in entries:
+                entries[index] = {
+                    key: change(shrunk, value, parameter.shape) if isinstance(value, Tensor) else value
+                    for key, value in entries[index].items()
+                }
+        return {**state, "state": entries}

@@ -1,0 +1,181 @@
+"""Cut an adapter folder of PEFT down to a budget, without its base model and without data."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loralloc._version import __version__
+from loralloc.budget import Budget
+from loralloc.errors import UserError
+from loralloc.export import RECORD, Factors, check_plain_config, check_target, move_into_place, plain_config, ragged
+from loralloc.gating import PREFIX
+from loralloc.methods.truncate import Truncate, balanced, decompose, select
+from loralloc.plan import ModuleRank, RankPlan
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+OTHER_UPDATES = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "arrow_config")
+"""Settings under which an adapter is more, or other, than B·A on linear layers."""
+
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        plan: Ranks before and after.
+        kept: Share of Σ ‖ΔW‖²_F over all modules that is still there.
+    """
+
+    path: Path
+    plan: RankPlan
+    kept: float
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An adapter as it stands in its folder: A [r, in] and B [out, r] by full module name, their scales, the rest."""
+
+    config: LoraConfig
+    factors: Mapping[str, Factors]
+    scales: Mapping[str, float]
+    others: Mapping[str, Tensor]
+
+
+def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> Truncation:
+    """Write a smaller copy of any plain LoRA adapter: of all modules' singular values, the largest under the budget.
+
+    Scales (`alpha_pattern`, `rank_pattern`, rsLoRA) are respected. The copy is a plain adapter in which each module has
+    its own rank, with `ranks.json` beside it; heads that were saved with the adapter are copied.
+
+    Args:
+        source: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        output: Folder to write; an export that stands there is replaced.
+        budget: What the copy may cost; a `fraction` is of what there is.
+
+    Raises:
+        UserError: The source is not plain LoRA, the budget is above what it holds, or the output is something else.
+    """
+    source, output = Path(source).resolve(), Path(output).resolve()
+    check_target(output)
+    if output == source:
+        raise UserError(f"{source}: the adapter cannot be replaced by its own truncation; choose another --output")
+    stored = _read(source)
+    names = list(stored.factors)
+    parts = decompose([(f.A.double(), f.B.double() * stored.scales[name]) for name, f in stored.factors.items()])
+    values = [sigma for _, sigma, _ in parts]
+    ranks = [len(sigma) for sigma in values]
+    costs = [f.A.shape[1] + f.B.shape[0] for f in stored.factors.values()]
+    keep = select(values, costs, budget, budget.resolve(ranks, costs)).split(ranks)
+    factors, modules = {}, {}
+    for name, part, kept in zip(names, parts, keep, strict=True):
+        A, B = balanced(*part)
+        factors[name] = Factors(A[kept], B[:, kept])
+        modules[name] = ModuleRank(int(kept.sum()), len(kept), A.shape[1], B.shape[0], stored.scales[name])
+    provenance = {"loralloc": __version__, "base_model": stored.config.base_model_name_or_path}
+    plan = RankPlan(Truncate.id, modules, budget.to_dict(), sum(ranks), provenance)
+    energy = torch.cat(values).square()
+    kept_energy = float(energy[torch.cat(keep)].sum() / energy.sum()) if energy.any() else 1.0
+    _write(output, stored, factors, plan)
+    return Truncation(output, plan, kept_energy)
+
+
+def _read(folder: Path) -> _Stored:
+    config = _read_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        cure = f"; convert {PICKLED}, a pickle, with PEFT's save_pretrained" if (folder / PICKLED).exists() else ""
+        raise UserError(f"{folder} has no {WEIGHTS}{cure}")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read: {str(error).splitlines()[0]}") from error
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key in [key for key in tensors if ".lora_" in key]:
+        match, tensor = _FACTOR.fullmatch(key), tensors.pop(key)
+        if match is None or tensor.dim() != 2:
+            raise UserError(f"{folder}: {key} is no factor of a linear layer: only plain LoRA can be truncated")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{folder}: {key} holds numbers that are not finite")
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    if not pairs:
+        raise UserError(f"{folder}: {WEIGHTS} holds no LoRA factors")
+    factors = {}
+    for name, pair in pairs.items():
+        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise UserError(f"{folder}: the factors of {name} do not fit together")
+        factors[name] = Factors(pair["A"], pair["B"])
+    return _Stored(config, factors, {name: _scale(config, name, f.rank) for name, f in factors.items()}, tensors)
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    """Read the config; refuse what is not plain LoRA."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    if not (folder / CONFIG).is_file():
+        inner = folder / "adapter"
+        hint = f"; the adapter of this run is {inner}" if (inner / CONFIG).is_file() else ""
+        raise UserError(f"{folder} is no adapter: it has no {CONFIG}{hint}")
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = settings.get("peft_type")
+        if kind != "LORA":
+            raise UserError(f"{folder} is an adapter of type {kind}: only plain LoRA can be truncated")
+        config = LoraConfig.from_pretrained(str(folder))
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG} is no config of PEFT: {str(error).splitlines()[0]}") from error
+    more = [key for key in OTHER_UPDATES if settings.get(key)]
+    if more:
+        raise UserError(f"{folder} has {more[0]}, which is more than B·A: only plain LoRA can be truncated")
+    check_plain_config(config)
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def _scale(config: LoraConfig, name: str, rank: int) -> float:
+    """The factor of B·A as PEFT computes it."""
+    patterns = config.alpha_pattern or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha)  # type: ignore[arg-type]
+    patterns = config.rank_pattern or {}
+    stated = patterns.get(get_pattern_key(patterns.keys(), name), config.r)  # type: ignore[arg-type]
+    if stated != rank:
+        raise UserError(f"{name} has rank {rank} where {CONFIG} says {stated}: the files do not belong together")
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _write(output: Path, stored: _Stored, factors: Mapping[str, Factors], plan: RankPlan) -> None:
+    """Write the folder beside its place and move it there whole."""
+    fields, kept = ragged(factors)
+    tensors = dict(stored.others)
+    for name, factor in kept.items():
+        for symbol, value in (("A", factor.A), ("B", factor.B)):
+            dtype = getattr(stored.factors[name], symbol).dtype
+            tensors[f"{PREFIX}{name}.lora_{symbol}.weight"] = value.to(dtype).contiguous()
+    config = plain_config(stored.config, fields, [name for name in factors if name not in kept])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+        folder = Path(temporary) / "export"
+        config.save_pretrained(str(folder))
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        plan.save(folder / "ranks.json")
+        files = sorted(entry.name for entry in folder.iterdir())
+        record = {"loralloc": __version__, "profile": "ragged", "ranks": plan.ranks, "files": files}
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        move_into_place(folder, output)

@@ -1,0 +1,168 @@
+"""The methods under contract, and the training loop in which they are held to it.
+
+A new method is a new row of `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from models import labelled_batch, tiny_peft
+from peft import PeftModel
+from torch import Tensor
+
+from loralloc import AdaLoRA, ALLoRA, Budget, DepthLinear, Random, Truncate, Uniform, attach
+from loralloc.methods.base import Method
+
+STEPS, WARMUP, COOLDOWN = 18, 2, 7
+FREEZE = STEPS - COOLDOWN + 1  # the first step of the final phase
+HALF = Budget(average_rank=2)  # of 4
+PHASES: dict[str, Any] = {"warmup": WARMUP, "cooldown": COOLDOWN, "interval": 1}
+
+METHODS: Mapping[str, Callable[[Budget], Method]] = {
+    "adalora": lambda budget: AdaLoRA(budget, **PHASES),
+    "adalora-reference": lambda budget: AdaLoRA(budget, order="reference", **PHASES),
+    "adalora-published": lambda budget: AdaLoRA.as_published(budget, penalty="paper", **PHASES),
+    "allora": lambda budget: ALLoRA(),
+    "allora-hybrid": lambda budget: ALLoRA(mode="hybrid"),
+    "allora-post": lambda budget: ALLoRA(mode="post"),
+    "allora-adalora": lambda budget: ALLoRA(mode="hybrid", allocate=AdaLoRA(budget, **PHASES)),
+    "uniform": Uniform,
+    "random": lambda budget: Random(budget, rank_seed=4),
+    "depth_linear": DepthLinear,
+    "truncate": Truncate,
+}
+DECIDES = {"adalora": "while training", "allora": "never", "truncate": "at the end"}
+"""When a method chooses ranks, by its id; before the first step unless it is named here."""
+
+INF, NAN = float("inf"), float("nan")
+MODELS = ("llama", "bert")  # causal language model and sequence classification
+
+
+def decides(method: Method) -> str:
+    inner = getattr(method, "allocate", None)
+    return DECIDES.get(method.id, "at the start") if inner is None else decides(inner)
+
+
+FREEZING = [name for name, make in METHODS.items() if decides(make(HALF)) == "while training"]
+ON_BOTH_MODELS = ("adalora", "adalora-reference", "adalora-published")
+SLOW = ("allora-hybrid", "allora-post", "uniform", "depth_linear")
+"""Rows that differ from a neighbour by little: they run with the slow tests."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every method on some model, those with most to get wrong on both."""
+    asked = [name for name in ("method", "name") if name in metafunc.fixturenames]
+    cases = []
+    for number, (method, make) in enumerate(METHODS.items()):
+        marks = pytest.mark.slow if method in SLOW else ()
+        models = MODELS if method in ON_BOTH_MODELS else (MODELS[number % 2],)
+        for model in models if asked == ["method", "name"] else (None,):
+            values = (make,) if model is None else (make, model)
+            cases.append(pytest.param(*values, id="-".join(filter(None, (method, model))), marks=marks))
+    if asked[:1] == ["method"]:
+        metafunc.parametrize(asked, cases)
+
+
+def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01)
+
+
+def momentum(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def fresh_model(method: Callable[[Budget], Method], name: str, **settings: Any) -> PeftModel:
+    """A tiny model for a method; ALLoRA takes no scaling factor."""
+    return tiny_peft(name, **{"lora_alpha": 4 if method(HALF).id == "allora" else 6, **settings})
+
+
+class Loop:
+    """The loop of `attach`'s documentation, on batches that depend on the step alone."""
+
+    def __init__(
+        self,
+        method: Callable[[Budget], Method],
+        name: str,
+        budget: Budget = HALF,
+        *,
+        seed: int = 0,
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = adamw,
+        dtype: torch.dtype = torch.float32,
+        model: PeftModel | None = None,
+    ) -> None:
+        self.name = name
+        self.model = fresh_model(method, name, dtype=dtype, seed=seed) if model is None else model
+        torch.manual_seed(seed)
+        self.run = attach(self.model, method(budget), STEPS)
+        self.events: list[dict[str, Any]] = []
+        self.run.on_event = self.events.append
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = optimizer(list(self.trainable.values()))
+        self.losses: list[float] = []
+
+    def backward(self, parts: int = 1) -> None:
+        """One batch of 8 samples, or as many smaller ones whose losses are averaged."""
+        self.optimizer.zero_grad()
+        batch = batch_of_8(self.name, self.run.step)
+        total = 0.0
+        for part in zip(*(value.chunk(parts) for value in batch.values()), strict=True):
+            loss = self.model(**dict(zip(batch, part, strict=True))).loss / parts
+            loss.backward()
+            total += loss.item()
+        self.losses.append(total)
+
+    def update(self) -> bool:
+        sound = self.run.before_step()
+        self.optimizer.step()
+        self.run.after_step(self.optimizer)
+        return sound
+
+    def stumble(self) -> Loop:
+        """One step with a gradient that is not a number."""
+        self.backward()
+        next(iter(self.trainable.values())).grad.fill_(NAN)
+        assert self.update() is False
+        return self
+
+    def walk(self, until: int = STEPS, parts: int = 1) -> Loop:
+        while self.run.step < until:
+            self.backward(parts)
+            self.update()
+        return self
+
+    @property
+    def decides(self) -> str:
+        return decides(self.run.method)
+
+    def open_gates(self) -> list[int]:
+        return [int((site.gate * site.scale != 0).sum()) for site in self.run.sites]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Every number that training moves: weights, optimizer state, scores."""
+        tensors = {n: p.detach().clone() for n, p in self.trainable.items()}
+        for n, parameter in self.trainable.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{n}.{key}"] = torch.as_tensor(value).clone()
+        return tensors | {f"run.{n}": t.clone() for n, t in self.run.state_dict()[0].items()}
+
+
+def batch_of_8(name: str, step: int) -> dict[str, Tensor]:
+    parts = [labelled_batch(name, seed=10 * step + part) for part in range(3)]  # 3 samples each
+    return {key: torch.cat([part[key] for part in parts])[:8] for key in parts[0]}
+
+
+def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def total(loop: Loop) -> int:
+    """Ranks that stay of 4 in every module, with a budget of half of them."""
+    return (4 if loop.decides == "never" else 2) * len(loop.run.sites)
+
+
+def cost(loop: Loop, ranks: list[int]) -> int:
+    return sum(rank * site.cost for rank, site in zip(ranks, loop.run.sites, strict=True))

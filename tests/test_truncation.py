@@ -1,0 +1,265 @@
+"""Adapters cut down from their folder: what stock PEFT loads afterwards, and what is refused.
+
+1. The result is the best approximation: per module Eckart and Young, over all modules one threshold.
+2. Stock PEFT loads it, whatever the source spelled its scales with; heads come along.
+3. Everything that is not plain LoRA, or would overwrite something, ends with one message and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli.command import done, files, refused
+from exports import AUTO, adapted, config_of, saved_base, stored
+from models import logits, lora_layers, tiny_peft, train_adapter
+from peft import IA3Config, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loralloc import AdaLoRA, Budget, RankPlan, attach, export_adapter, truncate_adapter
+from loralloc.training.callback import MARKER
+
+SCALES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rsLoRA": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3, "v_proj": 7}},
+}
+
+
+def updates(model: PeftModel) -> dict[str, Tensor]:
+    """ΔW of every module, formed in full."""
+    return {
+        name: layer.scaling["default"]
+        * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach().double()
+        for name, layer in lora_layers(model).items()
+    }
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[..., tuple[PeftModel, Path]]:
+    def make(name: str = "llama", **settings: Any) -> tuple[PeftModel, Path]:
+        model = adapted(name, **settings)
+        model.save_pretrained(str(tmp_path / "source"))
+        return model, tmp_path / "source"
+
+    return make
+
+
+def reload(name: str, folder: Path) -> PeftModel:
+    return PeftModel.from_pretrained(AUTO[name].from_pretrained(saved_base(name)), str(folder)).eval()
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_the_copy_is_the_best_approximation_under_one_threshold(scales: str, source, tmp_path: Path) -> None:
+    model, folder = source(**SCALES[scales])
+    wanted = updates(model)
+    result = truncate_adapter(folder, tmp_path / "small", Budget(total_rank=9))
+    found, plan = updates(reload("llama", tmp_path / "small")), result.plan
+    spectra = {name: torch.linalg.svdvals(delta) for name, delta in wanted.items()}
+    threshold = torch.cat(list(spectra.values())).sort(descending=True).values[8]
+    assert plan.ranks == {name: int((sigma >= threshold).sum()) for name, sigma in spectra.items()}
+    assert plan.total_rank == 9
+    for name, delta in wanted.items():
+        U, sigma, Vt = torch.linalg.svd(delta, full_matrices=False)
+        k = plan.ranks[name]
+        best = (U[:, :k] * sigma[:k]) @ Vt[:k]
+        torch.testing.assert_close(found.get(name, torch.zeros_like(delta)), best, rtol=0, atol=1e-6)
+    energy = sum(float(sigma.square().sum()) for sigma in spectra.values())
+    kept = sum(float(sigma[: plan.ranks[name]].square().sum()) for name, sigma in spectra.items())
+    assert result.kept == pytest.approx(kept / energy, rel=1e-6)
+    assert plan.modules["model.layers.0.self_attn.v_proj"].scale == pytest.approx(
+        lora_layers(model)["model.layers.0.self_attn.v_proj"].scaling["default"]
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_with_every_rank_it_computes_the_same_heads_included(name: str, source, tmp_path: Path) -> None:
+    model, folder = source(name)
+    truncate_adapter(folder, tmp_path / "small", Budget(average_rank=4))
+    expected = logits(model)
+    assert (logits(reload(name, tmp_path / "small")) - expected).abs().max() < 1e-5
+    truncate_adapter(folder, tmp_path / "small", Budget(average_rank=1))  # our own export is replaced
+    assert (logits(reload(name, tmp_path / "small")) - expected).abs().max() > 1e-3
+
+
+def test_a_budget_in_parameters_is_filled_by_value_per_parameter(source, tmp_path: Path) -> None:
+    model, folder = source()
+    plan = truncate_adapter(folder, tmp_path / "small", Budget(parameters=400)).plan
+    costs = {name: module.inputs + module.outputs for name, module in plan.modules.items()}
+    left = 400 - plan.parameters
+    assert 0 <= left < min(costs[name] for name, module in plan.modules.items() if module.rank < module.start)
+    values = sorted(
+        ((float(s**2) / costs[n], n) for n, d in updates(model).items() for s in torch.linalg.svdvals(d)[:4]),
+        reverse=True,
+    )
+    room, expected = 400, dict.fromkeys(costs, 0)
+    for _, name in values:
+        if costs[name] <= room:
+            room, expected[name] = room - costs[name], expected[name] + 1
+    assert plan.ranks == expected
+
+
+def test_the_folder_is_a_plain_ragged_adapter_with_its_plan(source, tmp_path: Path) -> None:
+    _, folder = source()
+    plan = truncate_adapter(folder, tmp_path / "small", Budget(total_rank=3)).plan
+    assert {path.name for path in (tmp_path / "small").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "ranks.json",
+        "loralloc_export.json",
+    }
+    assert RankPlan.load(tmp_path / "small" / "ranks.json").to_dict() == plan.to_dict()
+    assert (plan.method, plan.budget, plan.peak) == ("truncate", {"total_rank": 3}, 24)
+    factors = stored(tmp_path / "small")
+    assert {name: len(A) for name, (A, _) in factors.items()} == {n: r for n, r in plan.ranks.items() if r}
+    config = config_of(tmp_path / "small")
+    assert config["alpha_pattern"] == {}
+    assert config["inference_mode"]
+    assert {name for name, rank in plan.ranks.items() if not rank} <= set(config["exclude_modules"])
+    for A, B in factors.values():  # balanced: both carry the root of the singular values
+        assert torch.allclose((A @ A.T).diagonal() / (A @ A.T).diagonal()[0], (B.T @ B).diagonal() / (B.T @ B)[0, 0])
+
+
+def test_a_module_with_more_ranks_than_dimensions_has_no_more_singular_values(source, tmp_path: Path) -> None:
+    model, folder = source(rank_pattern={"v_proj": 12}, alpha_pattern={"v_proj": 18})  # v_proj has 8 outputs
+    plan = truncate_adapter(folder, tmp_path / "small", Budget(fraction=1.0)).plan
+    assert plan.ranks["model.layers.0.self_attn.v_proj"] == 8
+    assert (logits(reload("llama", tmp_path / "small")) - logits(model)).abs().max() < 1e-5
+
+
+def test_an_untrained_adapter_keeps_its_number_of_ranks(tmp_path: Path) -> None:
+    tiny_peft("llama").save_pretrained(str(tmp_path / "source"))
+    result = truncate_adapter(tmp_path / "source", tmp_path / "small", Budget(total_rank=7))
+    assert result.plan.total_rank == 7
+    assert result.kept == 1.0
+    assert (logits(reload("llama", tmp_path / "small")) - logits(tiny_peft("llama").unload())).abs().max() == 0
+
+
+def test_what_an_allocation_exported_can_be_cut_further(tmp_path: Path) -> None:
+    model = tiny_peft("llama")
+    run = attach(model, AdaLoRA(Budget(average_rank=2)), 10)
+    run.finish()
+    train_adapter(model)
+    export_adapter(model, tmp_path / "source")
+    plan = truncate_adapter(tmp_path / "source", tmp_path / "small", Budget(fraction=0.5)).plan
+    assert plan.parameters <= plan.start_parameters / 2
+    assert (logits(reload("llama", tmp_path / "small")) - logits(model)).abs().max() > 0
+
+
+# ---- From the shell ----
+
+
+def test_the_command_writes_the_same_folder(source, tmp_path: Path) -> None:
+    _, folder = source()
+    said = done("truncate", folder, "--average_rank", 1.5, "--output", tmp_path / "shell")
+    truncate_adapter(folder, tmp_path / "python", Budget(average_rank=1.5))
+    assert files(tmp_path / "shell") == files(tmp_path / "python")
+    assert "ranks   9 of 24 over 6 modules" in said
+    assert "of the updates' squared norm" in said
+
+
+def _drop(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+
+def _configure(folder: Path, **settings: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def _tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def _break_first(tensors: dict[str, Tensor]) -> None:
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def _prompt_tuning(folder: Path) -> None:
+    shutil.rmtree(folder)
+    model = tiny_peft("llama").unload()
+    get_peft_model(model, IA3Config(target_modules=["v_proj"], feedforward_modules=[])).save_pretrained(str(folder))  # type: ignore[arg-type]
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "there is no folder"),
+    "no config": (lambda f: _drop(f, "adapter_config.json"), "is no adapter: it has no adapter_config.json"),
+    "no weights": (lambda f: _drop(f, "adapter_model.safetensors"), "has no adapter_model.safetensors"),
+    "a pickle": (_pickle, "convert adapter_model.bin, a pickle, with PEFT's save_pretrained"),
+    "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is no config of PEFT"),
+    "no mapping": (lambda f: (f / "adapter_config.json").write_text("[]"), "is no config of PEFT"),
+    "not LoRA": (_prompt_tuning, "is an adapter of type IA3: only plain LoRA"),
+    "DoRA": (lambda f: _configure(f, use_dora=True), "has use_dora, which is more than B·A"),
+    "changed base": (lambda f: _configure(f, init_lora_weights="pissa"), "changed the base weights at the start"),
+    "trained bias": (lambda f: _configure(f, bias="all"), 'bias="all" is more than plain LoRA'),
+    "another rank": (lambda f: _configure(f, r=5), "has rank 4 where adapter_config.json says 5"),
+    "cut off": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x09"), "cannot be read"),
+    "not finite": (lambda f: _tensors(f, _break_first), "holds numbers that are not finite"),
+    "half a pair": (lambda f: _tensors(f, lambda t: t.pop(next(iter(t)))), "do not fit together"),
+    "no factors": (lambda f: _tensors(f, lambda t: [t.pop(key) for key in list(t)]), "holds no LoRA factors"),
+    "gates": (
+        lambda f: _tensors(f, lambda t: t.update({"base_model.model.x.lora_gate": torch.ones(2)})),
+        "x.lora_gate is no factor of a linear layer",
+    ),
+    "unfinished": (lambda f: (f / MARKER).write_text("{}"), "is a checkpoint of an unfinished allocation"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_source_that_is_not_plain_lora_is_refused(damage: str, source, tmp_path: Path) -> None:
+    _, folder = source()
+    spoil, pattern = DAMAGES[damage]
+    spoil(folder)
+    message = refused("truncate", folder, "--average_rank", 1, "--output", tmp_path / "small")
+    assert pattern in message
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_run_folder_meets_the_adapter_in_it(source, tmp_path: Path) -> None:
+    _, folder = source()
+    folder.rename(tmp_path / "adapter")
+    message = refused("truncate", tmp_path, "--average_rank", 1, "--output", tmp_path / "small")
+    assert f"the adapter of this run is {tmp_path / 'adapter'}" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["--average_rank", 5], "asks for 30 ranks, but the 6 adapted modules start with 24"),
+        (["--parameters", 20], "not even one rank (the cheapest costs 24)"),
+        (["--total_rank", 0], "the budget must be positive, got total_rank=0"),
+        ([], "a budget is exactly one of average_rank, total_rank, parameters, fraction; got none"),
+        (["--total_rank", 3, "--fraction", 0.5], "got total_rank, fraction"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused(words: list[Any], pattern: str, source, tmp_path: Path) -> None:
+    _, folder = source()
+    assert pattern in refused("truncate", folder, *words, "--output", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_nothing_but_an_export_is_overwritten(source, tmp_path: Path) -> None:
+    _, folder = source()
+    budget = ("--average_rank", 1)
+    before = files(tmp_path)
+    for output in (folder, tmp_path):
+        assert "exists and is no export of loralloc" in refused("truncate", folder, *budget, "--output", output)
+    assert "is a file" in refused("truncate", folder, *budget, "--output", folder / "README.md")
+    assert files(tmp_path) == before
+    done("truncate", folder, *budget, "--output", tmp_path / "small")
+    itself = refused("truncate", tmp_path / "small", "--total_rank", 2, "--output", tmp_path / "small")
+    assert "cannot be replaced by its own truncation" in itself
