@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -137,6 +137,15 @@ def ablora(plan: Plan) -> Iterator[Record]:
         yield record("ablora", setting, {"modules": _modules(setting), "rounds": figures}, failures)
 
 
+def compact(plan: Plan) -> Iterator[Record]:
+    """AdaLoRA's last phase at a quarter of the ranks, in steps of PEFT's LoRA of that rank."""
+    for shape in plan.chosen(CUDA_SHAPES[:1] if plan.device == "cuda" else ("llama-512",)):
+        few = plan.settings(shape, 16)[0]
+        many = plan.settings(shape, 4 * few.rank)[0]
+        which = {REFERENCE: few, "adalora": many, "adalora-compact": many}
+        yield timed("compact", few, which, plan)
+
+
 def convert(plan: Plan) -> Iterator[Record]:
     """Halving the rank of a trained adapter, against PEFT's conversion."""
     for shape in plan.chosen(("minilm",)):
@@ -154,6 +163,7 @@ SUITES: dict[str, Callable[[Plan], Iterator[Record]]] = {
     "memory": memory,
     "ablora": ablora,
     "search": search,
+    "compact": compact,
     "convert": convert,
     "modules": modules,
     "rank": rank,
@@ -161,11 +171,18 @@ SUITES: dict[str, Callable[[Plan], Iterator[Record]]] = {
 }
 
 
-def timed(suite: str, setting: Setting, names: tuple[str, ...], plan: Plan) -> Record:
-    """Interleave contenders; ratios are against `REFERENCE`."""
+def timed(suite: str, setting: Setting, names: Iterable[str], plan: Plan) -> Record:
+    """Interleave contenders; ratios are against `REFERENCE`.
+
+    Args:
+        suite: Name of the suite, for the record.
+        setting: What is recorded as the setting.
+        names: The contenders; a mapping gives some of them a setting of their own.
+        plan: How much is measured.
+    """
     built, failures = {}, {}
     for name in names:
-        contender = build(name, setting)
+        contender = build(name, names[name] if isinstance(names, Mapping) else setting)
         if isinstance(contender, str):
             failures[name] = contender
         else:
