@@ -15,7 +15,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format clean
+.PHONY: help demo test check bench lint format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,10 @@ test: lint ## lint, types, and the fast tests with all doctests
 
 check: .venv/.dev ## the slow tests: minutes of training
 	$(PYTEST) -m slow --dist loadfile
+
+# One thread a process, as with the tests: the numbers do not depend on how many cores are free.
+bench: .venv/.bench ## what rank allocation costs, against its peers; writes the tables of benchmarks/README.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py --quick
 
 lint: .venv/.dev ## ruff and pyright, changing nothing
 	$(BIN)/ruff check .
@@ -59,3 +63,8 @@ clean: ## remove .venv, caches and build products; runs/ stays
 .venv/.dev: .venv/.created pyproject.toml constraints.txt
 	$(INSTALL) --build-constraint constraints.txt --editable '.[demo]' --group dev
 	@touch $@ .venv/.demo
+
+# betty-ml declares Python < 3.11, which no dependency group can overrule; its benchmark checks that it works.
+.venv/.bench: .venv/.demo
+	$(INSTALL) --no-deps --ignore-requires-python betty-ml
+	@touch $@

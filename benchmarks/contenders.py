@@ -42,6 +42,8 @@ class Setting:
 class Step:
     """A frozen model with LoRA from PEFT, and one step of training. The other contenders change parts of it."""
 
+    learning_rate = 1e-3
+
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         base = setting.shape.build(setting.device)
@@ -57,7 +59,8 @@ class Step:
         self.prepare()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.parameters = sum(parameter.numel() for parameter in trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)  # the Trainer's default
+        # The Trainer's default, fused.
+        self.optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0, fused=True)
 
     def adapt(self, base: nn.Module) -> nn.Module:
         """Put the adapter on the model."""
@@ -138,6 +141,8 @@ class Frozen(Step):
 class FullFineTuning(Step):
     """Every weight is trained."""
 
+    learning_rate = 1e-5
+
     def adapt(self, base: nn.Module) -> nn.Module:
         return base
 
@@ -190,8 +195,8 @@ class Attached(Step):
     def prepare(self) -> None:
         loralloc = importlib.import_module("loralloc")
         self.run = loralloc.attach(self.model, self.method(loralloc), total_steps=STEPS)
-        self.run.on_event = (events := []).append
-        self.events = events
+        self.events: list[dict[str, Any]] = []
+        self.run.on_event = self.events.append
 
     def before_step(self) -> None:
         self.run.before_step(self.optimizer, wait=False)
@@ -217,6 +222,31 @@ class AdaLoRA(Attached):
         scores = [t for name, t in self.run.state_dict()[0].items() if "mean" in name]
         if not scores or not all(t.any() for t in scores):
             raise AssertionError("a factor has no score")
+
+
+class CompactAdaLoRA(Attached):
+    """Our AdaLoRA in its final phase, the ranks that it closed out of the tensors: a quarter is left."""
+
+    FREEZE_AFTER = 4
+
+    def prepare(self) -> None:
+        loralloc = importlib.import_module("loralloc")
+        method = loralloc.AdaLoRA(
+            loralloc.Budget(average_rank=self.setting.rank / 4),
+            warmup=1,
+            cooldown=STEPS - self.FREEZE_AFTER,
+            interval=1,
+        )
+        self.run = loralloc.attach(self.model, method, total_steps=STEPS, compact=True)
+        self.events: list[dict[str, Any]] = []
+        self.run.on_event = self.events.append
+
+    def check(self, steps: int = 2 * FREEZE_AFTER) -> None:
+        before = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        super().check(steps)
+        self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        if not self.events[-1]["event"] == "freeze" or not self.parameters < 0.5 * before:
+            raise AssertionError(f"{before} parameters have become {self.parameters}, last: {self.events[-1]['event']}")
 
 
 class ALLoRA(Attached):
@@ -253,6 +283,7 @@ CONTENDERS: dict[str, Callable[[Setting], Step]] = {
     "peft-lora": Step,
     "peft-adalora": PeftAdaLoRA,
     "adalora": AdaLoRA,
+    "adalora-compact": CompactAdaLoRA,
     "allora": ALLoRA,
     "autolora-fast": AutoLoRA,
     "autolora-paper": AutoLoRAPaper,

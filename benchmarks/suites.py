@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ def calls(plan: Plan) -> Iterator[Record]:
             if isinstance(contender, str):
                 failures[name] = contender
                 continue
-            counts[name] = _allocator_calls(contender)
+            counts[name] = allocator_calls(contender)
         yield record("calls", setting, {"modules": _modules(setting), "calls": counts}, failures)
 
 
@@ -137,6 +137,15 @@ def ablora(plan: Plan) -> Iterator[Record]:
         yield record("ablora", setting, {"modules": _modules(setting), "rounds": figures}, failures)
 
 
+def compact(plan: Plan) -> Iterator[Record]:
+    """AdaLoRA's last phase at a quarter of the ranks, in steps of PEFT's LoRA of that rank."""
+    for shape in plan.chosen(CUDA_SHAPES[:1] if plan.device == "cuda" else ("llama-512",)):
+        few = plan.settings(shape, 16)[0]
+        many = plan.settings(shape, 4 * few.rank)[0]
+        which = {REFERENCE: few, "adalora": many, "adalora-compact": many}
+        yield timed("compact", few, which, plan)
+
+
 def convert(plan: Plan) -> Iterator[Record]:
     """Halving the rank of a trained adapter, against PEFT's conversion."""
     for shape in plan.chosen(("minilm",)):
@@ -154,6 +163,7 @@ SUITES: dict[str, Callable[[Plan], Iterator[Record]]] = {
     "memory": memory,
     "ablora": ablora,
     "search": search,
+    "compact": compact,
     "convert": convert,
     "modules": modules,
     "rank": rank,
@@ -161,11 +171,18 @@ SUITES: dict[str, Callable[[Plan], Iterator[Record]]] = {
 }
 
 
-def timed(suite: str, setting: Setting, names: tuple[str, ...], plan: Plan) -> Record:
-    """Interleave contenders; ratios are against `REFERENCE`."""
+def timed(suite: str, setting: Setting, names: Iterable[str], plan: Plan) -> Record:
+    """Interleave contenders; ratios are against `REFERENCE`.
+
+    Args:
+        suite: Name of the suite, for the record.
+        setting: What is recorded as the setting.
+        names: The contenders; a mapping gives some of them a setting of their own.
+        plan: How much is measured.
+    """
     built, failures = {}, {}
     for name in names:
-        contender = build(name, setting)
+        contender = build(name, names[name] if isinstance(names, Mapping) else setting)
         if isinstance(contender, str):
             failures[name] = contender
         else:
@@ -191,8 +208,10 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _allocator_calls(contender: Step) -> dict[str, dict[str, float]]:
+def allocator_calls(contender: Step) -> dict[str, dict[str, float]]:
     """Calls of a step that allocates (the most of an interval) and of one that does not (the least)."""
+    for _ in range(INTERVAL):  # what happens once in a run is no part of a step
+        contender.step()
     totals, waits = [], []
     for _ in range(INTERVAL):
         contender.loss().backward()

@@ -20,6 +20,7 @@ NAMES = {
     "peft-lora": "PEFT LoRA",
     "peft-adalora": "PEFT AdaLoRA",
     "adalora": "AdaLoRA",
+    "adalora-compact": "AdaLoRA, compact, in its last phase",
     "allora": "ALLoRA",
     "autolora-fast": "AutoLoRA `fast`",
     "autolora-paper": "AutoLoRA `paper`",
@@ -50,6 +51,7 @@ def render(records: Sequence[Record]) -> str:
         "Numbers to reach": targets(found),
         "A training step ÷ PEFT LoRA's, same starting rank": _steps(found, "steps"),
         "AutoLoRA's search step ÷ PEFT LoRA's step": _steps(found, "search"),
+        "AdaLoRA from rank 64 to 16, its last phase ÷ PEFT LoRA's step at rank 16": _steps(found, "compact"),
         "Growth": _growth(found),
         "A round of AB-LoRA ÷ the naive loop": _rounds(found),
         "Halving the rank of a trained adapter": _conversions(found),
@@ -77,7 +79,11 @@ def targets(found: Sequence[Record]) -> str:
         ("AB-LoRA round `exact` ÷ naive, time", "≤ 0.55", _round(found, "exact", "processor")),
         ("AutoLoRA search step ÷ PEFT LoRA step, `fast`", "≤ 3.0", _ratios(found, "search", "autolora-fast")),
         ("AutoLoRA search step ÷ PEFT LoRA step, `paper`", "≤ 5.0", _ratios(found, "search", "autolora-paper")),
-        ("step after compaction to 25 % ÷ plain LoRA's at that rank", "≤ 1", NONE + ": ranks stay in the tensors"),
+        (
+            "step after compaction to 25 % ÷ PEFT LoRA's of that rank",
+            "≤ 1",
+            _ratios(found, "compact", "adalora-compact"),
+        ),
     ]
     return _markdown(("number", "to reach", "measured"), [[name, goal, value or NONE] for name, goal, value in rows])
 
@@ -219,7 +225,8 @@ def plot(records: Sequence[Record], path: Path = FIGURE) -> None:
         panel.set(xscale="log", xlabel=label)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("step ÷ PEFT LoRA's step")
-    panels[0].legend(frameon=False, fontsize="x-small")
+    if panels[0].lines[:-1]:  # the last is the grey one
+        panels[0].legend(frameon=False, fontsize="x-small")
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -86,6 +86,20 @@ class TestWork:
         y.sum().backward()
         assert [g is not None for g in returned[:5]] == [t.requires_grad for t in inputs]
 
+    @pytest.mark.parametrize("ranks", [1, 15, 16, 40])
+    def test_products_that_are_turned_around_are_the_same_products(self, ranks: int) -> None:
+        """On a CPU, below 16 ranks all narrow products are; from there on that of B's gradient alone."""
+        x, base_out, dy = torch.randn(9, 5, 24), torch.randn(9, 5, 17), torch.randn(9, 5, 17)
+        drawn = Inputs(x, base_out, torch.randn(ranks, 24), torch.randn(ranks), torch.randn(17, ranks))
+        inputs = Inputs(*(t.requires_grad_() for t in drawn))
+        exact = like(inputs, torch.float64)
+        y, truth = gated_lora(*inputs, SCALE), exact.base_out + SCALE * ((exact.x @ exact.A.T) * exact.g) @ exact.B.T
+        assert relative(y, truth) < 1e-5
+        found, expected = gradients(y, inputs, dy), gradients(truth, exact, dy)
+        for name in inputs._fields:
+            assert found[name].shape == expected[name].shape
+            assert relative(found[name], expected[name]) < 1e-5
+
     def test_nothing_is_kept_of_a_frozen_layer(self) -> None:
         with kept_tensors() as kept:
             y = gated_lora(*draw(trained=""), SCALE)

@@ -5,7 +5,7 @@
 Notable choices:
 
 * The add is part of the matrix product (`addmm`), the scale is folded into the gate, and only the input and the
-  r-wide activation are kept for the backward pass.
+  r-wide activation are kept for the backward pass. On a CPU the products that are r wide are computed as r high.
 * `row_scale` multiplies the *weight* gradients of each output row (ALLoRA, arXiv 2410.09692): the input's gradient
   is untouched, and because the scale sits inside the contraction over rows, A's gradient is exact too. Both products
   with the output's gradient dy are one, dy [B | SB] with S = diag(row_scale): dy is read once and never rescaled.
@@ -78,6 +78,17 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def _narrow(a: Tensor, b: Tensor, always: bool = False) -> Tensor:
+    """Return a @ b, where b has one column per rank.
+
+    MKL computes products with fewer than 16 columns at a half to a tenth of the speed of those with as few rows, so on
+    a CPU they are turned around; `always` is for aᵀ contiguous, where that pays at any number (benchmarks/LOG.md).
+    """
+    if a.device.type == "cpu" and (always or b.shape[1] < 16):
+        return (b.t() @ a.t()).t()
+    return a @ b
+
+
 def _effective_gate(g: Tensor, s: float | Tensor) -> Tensor:
     """The factor of the r-wide activation, s · g, in fp32 or wider."""
     return _cast(g, torch.promote_types(g.dtype, torch.float32)) * s
@@ -102,7 +113,7 @@ class _GatedLoRA(torch.autograd.Function):
     ) -> Tensor:
         dtype = _compute_dtype(x, A)
         with _without_autocast(x.device.type):
-            h = _flat(x, dtype) @ _cast(A, dtype).t()  # [N, r]
+            h = _narrow(_flat(x, dtype), _cast(A, dtype).t())  # [N, r]
             hg = _gate(h, _effective_gate(g, s), x.shape)
             wide = torch.promote_types(dtype, base_out.dtype)
             y = torch.addmm(_flat(base_out, wide), _cast(hg, wide), _cast(_cast(B, dtype), wide).t())
@@ -126,7 +137,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dtype, shape = ctx.dtype, x.shape
     x_, A_, dy_ = _flat(x, dtype), _cast(A, dtype), _flat(dy, dtype)
     if torch.is_grad_enabled():  # a second derivative is wanted: h must depend on x and A again
-        h = x_ @ A_.t()
+        h = _narrow(x_, A_.t())
     gate = _effective_gate(g, s)
 
     dx = dA = dg = dB = None
@@ -138,7 +149,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if need_A:
         dA = _cast(_gate(t_rows, gate, shape).t() @ x_, A.dtype)
     if need_B:
-        dB = dy_.t() @ _gate(h, gate, shape)
+        dB = _narrow(dy_.t(), _gate(h, gate, shape), always=True)
         dB = _cast(dB if row_scale is None else row_scale[:, None] * dB, B.dtype)
     return dx, dy if need_base else None, dA, dg, dB, None, None
 
@@ -148,12 +159,12 @@ def _activation_gradients(
 ) -> tuple[Any, Any]:
     """Gradient of the gated activation, [N, r]: (dy B for input and gates, dy S B for A), None where not needed."""
     if row_scale is None:
-        t = dy @ _cast(B, dy.dtype) if plain or scaled else None
+        t = _narrow(dy, _cast(B, dy.dtype)) if plain or scaled else None
         return t, t
     scaled_B = _cast(row_scale[:, None] * B, dy.dtype) if scaled else None  # in the parameters' precision, then rounded
     if plain and scaled_B is not None:
-        return (dy @ torch.cat((_cast(B, dy.dtype), scaled_B), dim=1)).split(B.shape[1], dim=1)  # type: ignore[return-value]
-    return (dy @ _cast(B, dy.dtype) if plain else None), (None if scaled_B is None else dy @ scaled_B)
+        return _narrow(dy, torch.cat((_cast(B, dy.dtype), scaled_B), dim=1)).split(B.shape[1], dim=1)  # type: ignore[return-value]
+    return (_narrow(dy, _cast(B, dy.dtype)) if plain else None), (None if scaled_B is None else _narrow(dy, scaled_B))
 
 
 def _gate(h: Tensor, gate: Tensor, shape: torch.Size) -> Tensor:

@@ -128,6 +128,16 @@ def test_a_step_that_does_not_allocate_reads_nothing(monkeypatch: pytest.MonkeyP
     assert found.found.total() == reads
 
 
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize(("value", "sound"), [(1e30, True), (-3e38, True), (NAN, False), (-float("inf"), False)])
+def test_large_is_not_infinite(monkeypatch: pytest.MonkeyPatch, host: bool, value: float, sound: bool) -> None:
+    monkeypatch.setattr(soundness, "on_host", lambda device: host)
+    parameter = torch.nn.Linear(3, 3)
+    parameter.weight.grad = torch.zeros(3, 3)
+    parameter.weight.grad[1, 2] = value
+    assert StepChecks(parameter, lambda step: None).is_sound(0) is sound
+
+
 def test_a_verdict_is_about_one_step() -> None:
     loop = Loop(False, bad=(3,)).walk(3)
     loop.backward()

@@ -103,9 +103,11 @@ class StepChecks:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if not gradients:
             return torch.zeros((), dtype=torch.bool, device=self._parameters[0].device)
-        device = gradients[0].device
-        norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(gradients, float("inf"))])
-        return ~torch.isfinite(norms).all()
+        # The largest entry decides. On a CPU the Euclidean norm is found ten times faster: where it is finite, so is
+        # every entry, but it may overflow where none is infinite.
+        if on_host(gradients[0].device) and not _any_overflows(gradients, 2.0):
+            return torch.zeros((), dtype=torch.bool)
+        return _any_overflows(gradients, float("inf"))
 
     def _count(self, step: int, bad: bool) -> None:
         if not bad:
@@ -120,6 +122,13 @@ class StepChecks:
                 f"{self.bad_in_a_row} optimizer steps in a row had a non-finite gradient (last: step {step}); "
                 "lower the learning rate, or use bf16 instead of fp16"
             )
+
+
+def _any_overflows(tensors: list[Tensor], order: float) -> Tensor:
+    """Whether the norm of any tensor is not finite, on the device of the first."""
+    device = tensors[0].device
+    norms = [norm.to(device, torch.float32) for norm in torch._foreach_norm(tensors, order)]
+    return ~torch.isfinite(torch.stack(norms)).all()
 
 
 def can_skip(optimizer: Any, method: Method, device: torch.device) -> bool:

@@ -1,0 +1,124 @@
+"""Where the time of a step goes: the measurements behind LOG.md. Processor time, one thread, medians, interleaved.
+
+python benchmarks/micro.py parts --shape llama-512    # forward, backward, allocator, optimizer
+python benchmarks/micro.py layer                      # a layer whose products cost nothing: what is beside them
+python benchmarks/micro.py averages                   # AdaLoRA's running averages: stacks, or lists of tensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from contenders import Setting, build
+from peft import LoraConfig, get_peft_model
+from shapes import SHAPES
+from torch import Tensor, nn
+
+from loralloc import AdaLoRA, Budget, attach
+
+Parts = Mapping[str, Callable[[], object]]
+
+
+def interleaved(parts: Parts, turns: int) -> dict[str, float]:
+    """Median milliseconds of processor time of each part, run in turn."""
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(turns):
+        for name, part in parts.items():
+            started = time.process_time()
+            part()
+            times[name].append(1000 * (time.process_time() - started))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def parts(shape: str, rank: int, turns: int) -> None:
+    """Forward, backward, the allocator's two parts, optimizer, clearing."""
+    for name in ("peft-lora", "peft-adalora", "adalora"):
+        step = build(name, Setting(SHAPES[shape], rank))
+        if isinstance(step, str):
+            raise SystemExit(f"{name}: {step}")
+        losses: list[Tensor] = []
+        whole = {
+            "forward": lambda losses=losses, step=step: losses.append(step.loss()),
+            "backward": lambda losses=losses: losses.pop().backward(),
+            "before_step": step.before_step,
+            "optimizer": step.optimizer.step,
+            "after_step": step.after_step,
+            "clearing": step.optimizer.zero_grad,
+        }
+        show(f"{shape}, r {rank}, {name}, ms", interleaved(whole, turns))
+
+
+def layer(turns: int, layers: int = 200) -> None:
+    """Forward and backward of a 16 × 16 layer, in µs a layer; PEFT's and ours over the same base."""
+    for dtype, adapter in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
+        x = torch.randn(2, 8, 16, dtype=getattr(torch, dtype))
+        whole: dict[str, Callable[[], object]] = {}
+        for name in ("PEFT LoRA", "AdaLoRA"):
+            base = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(layers)]).to(x.dtype)
+            model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+            for key, parameter in model.named_parameters():
+                if "lora_" in key:
+                    parameter.data = parameter.data.to(getattr(torch, adapter))
+            if name == "AdaLoRA":
+                attach(model, AdaLoRA(Budget(average_rank=2)), total_steps=100)
+            outputs: list[Tensor] = []
+
+            def forward(x: Tensor = x, model: nn.Module = model, outputs: list[Tensor] = outputs) -> None:
+                outputs.append(model(x).float().sum())
+
+            whole[f"{name} forward"] = forward
+            whole[f"{name} backward"] = lambda outputs=outputs: outputs.pop().backward()
+        found = interleaved(whole, turns)
+        show(f"base {dtype}, adapter {adapter}, µs", {name: 1000 * ms / layers for name, ms in found.items()})
+
+
+@torch.no_grad()
+def averages(turns: int) -> None:
+    """One update of both averages for factors of equal shape."""
+    for sites, rank, width in ((28, 12, 512), (112, 12, 128), (112, 12, 2048)):
+        weights, gradients = ([torch.randn(rank, width) for _ in range(sites)] for _ in range(2))
+        mean, uncertainty = torch.zeros(sites, rank, width), torch.zeros(sites, rank, width)
+        means, uncertainties = list(mean.unbind()), list(uncertainty.unbind())
+
+        def stacked(weights=weights, gradients=gradients, mean=mean, uncertainty=uncertainty) -> None:
+            current = (torch.stack(weights) * torch.stack(gradients)).abs_()
+            mean.lerp_(current, 0.15)
+            uncertainty.lerp_(current.sub_(mean).abs_(), 0.15)
+
+        def lists(weights=weights, gradients=gradients, means=means, uncertainties=uncertainties) -> None:
+            current = torch._foreach_mul(weights, gradients)
+            torch._foreach_abs_(current)
+            torch._foreach_lerp_(means, current, 0.15)
+            torch._foreach_sub_(current, means)
+            torch._foreach_abs_(current)
+            torch._foreach_lerp_(uncertainties, current, 0.15)
+
+        show(f"{sites} x {rank} x {width}, ms", interleaved({"stacked": stacked, "lists": lists}, turns))
+
+
+def show(title: str, found: Mapping[str, float]) -> None:
+    """Print one line."""
+    print(f"{title}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True)
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("parts", "layer", "averages"))
+    parser.add_argument("--shape", choices=SHAPES, default="llama-512")
+    parser.add_argument("--rank", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.what == "parts":
+        parts(options.shape, options.rank, options.turns)
+    else:
+        {"layer": layer, "averages": averages}[options.what](options.turns)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The benchmark itself, on a model of a few thousand weights: it refuses what is wrong, and makes its tables.
+
+`benchmarks/` is a folder of scripts, not a package; its files are imported as they import each other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+MODULES = ("contenders", "counting", "record", "shapes", "suites", "table", "timing", "run")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(FOLDER)
+    yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
+    for name in set(sys.modules) - before:
+        if (FOLDER / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+def test_a_run_leaves_a_record_that_says_how_it_was_made(bench: SimpleNamespace, tmp_path: Path) -> None:
+    bench.run.main(["--shape", "tiny", "--rank", "4", "--turns", "2", "--suite", "steps", "--results", str(tmp_path)])
+    (made,) = bench.record.read(tmp_path)
+    for clock in ("wall", "processor"):
+        ratios = made[f"{clock}_ratio"]
+        assert ratios["peft-lora"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+        assert {"frozen", "full", "peft-adalora", "adalora"} <= set(ratios)
+        assert ratios["adalora"]["low"] <= ratios["adalora"]["median"] <= ratios["adalora"]["high"]
+    lora = made["parameters"]["peft-lora"]
+    assert made["parameters"]["adalora"] == made["parameters"]["peft-adalora"] == lora + 4 * made["modules"]
+    assert made["versions"]["torch"] == torch.__version__
+    assert len(made["commit"]) in (0, 40)
+    assert made["machine"]["threads"] == 1
+
+
+def test_our_allocator_makes_few_calls_however_many_modules_there_are(bench: SimpleNamespace) -> None:
+    def calls(name: str, layers: int) -> dict[str, Any]:
+        setting = bench.contenders.Setting(bench.shapes.SHAPES["tiny"].with_(layers=layers), 4)
+        return bench.suites.allocator_calls(bench.contenders.build(name, setting))
+
+    few, many = calls("adalora", 1), calls("adalora", 2)
+    assert few == many
+    assert many["allocating"]["calls"] <= 200
+    assert many["plain"]["waits"] <= 1
+    theirs = calls("peft-adalora", 2)
+    assert theirs["plain"]["calls"] == 2 * calls("peft-adalora", 1)["plain"]["calls"] > 0
+
+
+class TestChecks:
+    def test_a_contender_that_does_not_learn_is_refused(
+        self, bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Idle(bench.contenders.Step):
+            def before_step(self) -> None:
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+
+        monkeypatch.setitem(bench.contenders.CONTENDERS, "idle", Idle)
+        why = bench.contenders.build("idle", bench.contenders.Setting(bench.shapes.SHAPES["tiny"], 4))
+        assert why.startswith("AssertionError: its loss does not fall")
+
+    def test_the_peer_is_refused_without_its_allocator(
+        self, bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Forgotten(bench.contenders.PeftAdaLoRA):
+            def after_step(self) -> None:
+                pass
+
+        monkeypatch.setitem(bench.contenders.CONTENDERS, "forgotten", Forgotten)
+        why = bench.contenders.build("forgotten", bench.contenders.Setting(bench.shapes.SHAPES["tiny"], 4))
+        assert why == "AssertionError: update_and_allocate has not seen every factor of every layer"
+
+
+class TestTables:
+    @staticmethod
+    def made(**changes: Any) -> dict[str, Any]:
+        spread = {"median": 0.9, "low": 0.8, "high": 1.0}
+        ratios = {"peft-lora": spread, "adalora": spread}
+        setting = {"suite": "steps", "shape": "tiny", "layers": 2, "modules": 14, "tokens": 16, "rank": 4}
+        kind = {"device": "cpu", "dtype": "float32", "adapter": "fp32", "failures": {"allora": "ImportError: none"}}
+        figures = {f"{clock}_{kind}": ratios for clock in ("wall", "processor") for kind in ("ratio", "seconds")}
+        return {**setting, **kind, **figures, "parameters": {"peft-lora": 100, "adalora": 112}, **changes}
+
+    def test_show_the_newest_record_of_each_setting_and_every_failure(self, bench: SimpleNamespace) -> None:
+        old = self.made(processor_ratio={"adalora": {"median": 7.0, "low": 7.0, "high": 7.0}})
+        text = bench.table.render([old, self.made(), self.made(suite="rank", rank=8)])
+        assert "0.900 (tiny r 4)" in text
+        assert "7.0" not in text
+        assert "steps, tiny r 4, allora: `ImportError: none`" in text
+        assert "no GPU was at hand" in text
+        assert "no GPU was at hand" not in bench.table.render([self.made(device="cuda")])
+
+    def test_replace_what_stands_between_the_markers(
+        self, bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        page = tmp_path / "README.md"
+        page.write_text(f"before\n{bench.table.BEGIN}\nold\n{bench.table.END}\nafter\n", encoding="utf-8")
+        monkeypatch.setattr(bench.table, "README", page)
+        monkeypatch.setattr(bench.table, "plot", lambda records: None)
+        bench.table.write([self.made()])
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert "old" not in text
+        assert "Numbers to reach" in text
+
+    def test_the_page_is_the_one_that_the_records_give(self, bench: SimpleNamespace) -> None:
+        page = (FOLDER / "README.md").read_text(encoding="utf-8")
+        assert bench.table.render(list(bench.record.read(FOLDER / "results"))) in page
+
+    def test_the_plot_has_a_panel_for_each_kind_of_growth(self, bench: SimpleNamespace, tmp_path: Path) -> None:
+        kinds = ("rank", "modules", "tokens")
+        records = [self.made(**{"suite": kind, kind: value}) for kind in kinds for value in (16, 32)]
+        bench.table.plot(records, tmp_path / "plot.svg")
+        assert "<svg" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
+
+
+def test_records_are_lines_of_json(bench: SimpleNamespace, tmp_path: Path) -> None:
+    setting = bench.contenders.Setting(bench.shapes.SHAPES["tiny"], 4)
+    for number in range(2):
+        made = bench.record.record("steps", setting, {"number": number}, {})
+        bench.record.append(made, tmp_path / "new" / "speed-cpu.jsonl")
+    lines = (tmp_path / "new" / "speed-cpu.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["number"] for line in lines] == [0, 1]
