@@ -177,7 +177,7 @@ class AutoLoRAConfig(Section):
         default=None, description="null: ranks with at least an equal share stay; or the largest shares under a budget"
     )
     mode: Literal["fast", "paper", "exact", "first_order", "reference"] = Field(
-        default="fast", description="gradient of the selection variables; a step costs 3, 5, 5, 2 or 5 of LoRA"
+        default="fast", description="gradient of the selection variables; a step costs 3, 5, 6, 2 or 5 of LoRA"
     )
     logit_learning_rate: Annotated[float, Field(gt=0)] = Field(
         default=3e-4, description="learning rate of the selection variables"

@@ -138,7 +138,9 @@ def test_the_search_sees_disjoint_parts_of_the_training_data_and_nothing_else(
 
 
 @pytest.mark.usefixtures("unreported")
-@pytest.mark.parametrize("where", ["search", "between", "training", "end"])
+@pytest.mark.parametrize(
+    "where", ["search", "training", *(pytest.param(place, marks=pytest.mark.slow) for place in ("between", "end"))]
+)
 def test_a_killed_run_goes_on_in_the_stage_it_was_in(write: Write, where: str) -> None:
     recipe = write(SEARCH)
     words = [recipe, *SAVING, "--lora.dropout", 0.1]

@@ -15,7 +15,19 @@ from models import labelled_batch, tiny_peft
 from peft import PeftModel
 from torch import Tensor
 
-from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget, DepthLinear, Random, Truncate, Uniform, attach
+from loralloc import (
+    ABLoRA,
+    AdaLoRA,
+    ALLoRA,
+    AutoLoRA,
+    Budget,
+    DepthLinear,
+    Random,
+    RankPlan,
+    Truncate,
+    Uniform,
+    attach,
+)
 from loralloc.methods.base import Method
 
 STEPS, WARMUP, COOLDOWN = 18, 2, 7
@@ -163,7 +175,7 @@ class Loop:
         self.losses.append(total)
 
     def update(self) -> bool:
-        sound = self.run.before_step()
+        sound = self.run.before_step(self.optimizer)
         self.optimizer.step()
         self.run.after_step(self.optimizer)
         return sound
@@ -206,9 +218,16 @@ def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
-def total(loop: Loop) -> int:
-    """Ranks that stay of 4 in every module, with a budget of half of them."""
-    return (4 if loop.decides == "never" else 2) * len(loop.run.sites)
+def thresholds(loop: Loop) -> bool:
+    """Whether the method keeps what it finds worth keeping, whatever that comes to."""
+    return loop.decides == "at the end" and loop.run.method.budget is None
+
+
+def is_halved(loop: Loop, plan: RankPlan) -> bool:
+    """Whether the plan keeps what it should of 4 ranks in every module, with a budget of half of them."""
+    if thresholds(loop):
+        return all(1 <= module.rank <= 4 for module in plan.modules.values())
+    return plan.total_rank == (4 if loop.decides == "never" else 2) * len(plan.modules)
 
 
 def cost(loop: Loop, ranks: list[int]) -> int:

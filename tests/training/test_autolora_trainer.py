@@ -119,7 +119,7 @@ def test_the_best_model_cannot_be_one_of_the_search(tmp_path: Path) -> None:
     trainer, _ = build(
         tmp_path, method=searching(), load_best_model_at_end=True, extra={"eval_dataset": HELD_OUT}, **settings
     )
-    with pytest.raises(UserError, match="load_best_model_at_end could bring back a checkpoint"):
+    with pytest.raises(UserError, match="would bring back a checkpoint from before the ranks are chosen"):
         trainer.train()
 
 

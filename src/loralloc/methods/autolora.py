@@ -75,7 +75,7 @@ class AutoLoRA:
         budget: What the adapter may cost: the largest αⱼ stay, over all matrices, instead of those above 1/k. Not in
             the paper; None for the threshold.
         mode: How the gradient of the logits is computed: `fast`, `paper`, `exact`, `first_order` (without the second
-            derivative) or `reference`, see the module's docstring. They cost 3, 5, about 5, 2 and 5 steps of LoRA.
+            derivative) or `reference`, see the module's docstring. They cost 3, 5, about 6, 2 and 5 steps of LoRA.
         logit_learning_rate: Step size of the logits; constant.
         beta1: Adam's β₁ for the logits, in [0, 1).
         beta2: Adam's β₂ for the logits, in [0, 1).
