@@ -77,9 +77,6 @@ def decides(method: Method) -> str:
     return DECIDES.get(allocator(method).id, "at the start")
 
 
-FREEZING = [name for name, make in METHODS.items() if decides(make(HALF)) == "while training"]
-
-
 def made(method: Callable[[Budget], Method], budget: Budget, name: str) -> Method:
     """The method, with validation batches of the model where it looks at any."""
     built: Any = method(budget)
@@ -92,6 +89,8 @@ def made(method: Callable[[Budget], Method], budget: Budget, name: str) -> Metho
 
 ON_BOTH_MODELS = ("adalora", "adalora-reference", "adalora-published")
 SLOW = (
+    "adalora-reference",
+    "adalora-published",
     "ablora-published",
     "ablora-taylor",
     "allora-hybrid",
@@ -105,16 +104,22 @@ SLOW = (
 """Rows that differ from a neighbour by little: they run with the slow tests."""
 
 
+def marks(row: str) -> Any:
+    return pytest.mark.slow if row in SLOW else ()
+
+
+FREEZING = [pytest.param(row, marks=marks(row)) for row in METHODS if decides(METHODS[row](HALF)) == "while training"]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every method on some model, those with most to get wrong on both."""
     asked = [name for name in ("method", "name") if name in metafunc.fixturenames]
     cases = []
     for number, (method, make) in enumerate(METHODS.items()):
-        marks = pytest.mark.slow if method in SLOW else ()
         models = MODELS if method in ON_BOTH_MODELS else (MODELS[number % 2],)
         for model in models if asked == ["method", "name"] else (None,):
             values = (make,) if model is None else (make, model)
-            cases.append(pytest.param(*values, id="-".join(filter(None, (method, model))), marks=marks))
+            cases.append(pytest.param(*values, id="-".join(filter(None, (method, model))), marks=marks(method)))
     if asked[:1] == ["method"]:
         metafunc.parametrize(asked, cases)
 
