@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loralloc.gating import Site
+from loralloc.training.optimizer import unwrapped
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ class Compaction:
         self._capacity = [site.rank for site in sites]
         self._shrunk = dict(self._parameters())
         self._names = {name: p for name, p in model.named_parameters() if p in self._shrunk}
-        # accelerate wraps the optimizer; hooks belong to the one inside.
-        self._optimizer: torch.optim.Optimizer | None = getattr(optimizer, "optimizer", optimizer)
+        self._optimizer: torch.optim.Optimizer | None = unwrapped(optimizer)  # to which hooks belong
         self._shrink()
         self._hooks = [
             model.register_state_dict_post_hook(partial(self._fill_model)),  # a bound method takes no attributes

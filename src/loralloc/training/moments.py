@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loralloc.gating import Site
+from loralloc.training.optimizer import unwrapped
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ class FreshRanks:
             optimizer: The optimizer, or accelerate's wrapper of it.
         """
         before, self._before = self._before, {}
-        inner = getattr(optimizer, "optimizer", optimizer)
+        inner = unwrapped(optimizer)
         if not before or inner is None:
             return
         groups = {id(p): group for group in inner.param_groups for p in group["params"]}

@@ -28,15 +28,9 @@ from loralloc.methods.base import (
 from loralloc.plan import RankPlan
 from loralloc.training.compaction import Compaction
 from loralloc.training.moments import FreshRanks, clear_moments
+from loralloc.training.optimizer import GateWatch, check_holds_gates, learning_rate, optimizer_name
 from loralloc.training.probe import DataProbe
 from loralloc.training.soundness import StepChecks, can_skip, forget
-
-GATES_HAVE_MOVED_BY = 10
-"""Sound step by which trained gates must have moved; a learning-rate warm-up may well start from zero."""
-
-OPTIMIZER_WITHOUT_GATES = (
-    "it was built before the allocation was attached; let the Trainer build it, or build it after attach()"
-)
 
 Event = dict[str, Any]
 
@@ -117,8 +111,7 @@ class AllocationRun:
         self._compact = compact
         self._final: Tensor | None = None
         self._compaction: Compaction | None = None
-        self._gates_at_start = [site.gate.detach().clone() for site in self.sites]
-        self._gates_checked = False
+        self._gate_watch = GateWatch(self.sites)
         self._checks = StepChecks(model, lambda step: self._emit({"event": "bad_step", "step": step}))
         self._sound: Tensor | None = None
 
@@ -181,9 +174,7 @@ class AllocationRun:
         Args:
             optimizer: When given, the moments of ranks that are closed for good are cleared.
         """
-        if self._checks.good >= GATES_HAVE_MOVED_BY and not self._gates_checked:
-            self._check_gates_moved()
-            self._gates_checked = True
+        self._gate_watch.look(self._checks.good)
         with torch.no_grad():
             self._fresh.after_step(optimizer)
             decision = self.method.on_step(self.state, self._now(optimizer))
@@ -251,13 +242,7 @@ class AllocationRun:
         Raises:
             UserError: It was built before the allocation was attached.
         """
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [site.name for site in self.sites if site.gate_is_trained and id(site.gate) not in known]
-        if missing:
-            raise UserError(
-                f"the optimizer does not hold the gates of {len(missing)} modules ({missing[0]}, ...): "
-                f"{OPTIMIZER_WITHOUT_GATES}"
-            )
+        check_holds_gates(optimizer, self.sites)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, numbers) that a resumed run needs beyond the model's and the optimizer's own."""
@@ -337,16 +322,6 @@ class AllocationRun:
         rate, name = learning_rate(optimizer, self.sites), optimizer_name(optimizer)
         return Moment(self.step, self.schedule, rate, self.probe, name, self._sound, self.max_grad_norm)
 
-    def _check_gates_moved(self) -> None:
-        """Notice an optimizer that does not hold the gates, also where nobody has shown it to us."""
-        pairs = zip(self.sites, self._gates_at_start, strict=True)
-        trained = [(site, start) for site, start in pairs if site.gate.grad is not None and site.gate.grad.any()]
-        if trained and all(torch.equal(site.gate, start.to(site.gate.device)) for site, start in trained):
-            raise UserError(
-                f"the gates do not move although they have gradients; does the optimizer hold them? Maybe "
-                f"{OPTIMIZER_WITHOUT_GATES}"
-            )
-
     def _gate_checksum(self) -> str:
         """Tie the state to the weights it was taken with: the gates, or B where the gates are not trained.
 
@@ -422,21 +397,6 @@ def _check_compact(method: Method) -> None:
             f"compact=True needs ranks that are closed for good before the run ends, and {method.id} with these "
             "settings closes none; leave it out"
         )
-
-
-def learning_rate(optimizer: torch.optim.Optimizer | None, sites: Sequence[Site]) -> float | None:
-    """The rate of the group that holds the adapter; None without an optimizer."""
-    groups = () if optimizer is None else optimizer.param_groups
-    first = sites[0].A
-    return next((float(group["lr"]) for group in groups if any(p is first for p in group["params"])), None)
-
-
-def optimizer_name(optimizer: torch.optim.Optimizer | None) -> str | None:
-    """The class of an optimizer, without the wrappers that hold one; None without an optimizer."""
-    inner: Any = optimizer
-    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
-        inner = inner.optimizer
-    return None if inner is None else type(inner).__name__
 
 
 def _difference(theirs: Any, mine: Any) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loralloc.methods.base import Method, any_process, on_any_process
+from loralloc.training.optimizer import unwrapped
 
 MAX_BAD_STEPS = 50
 """Consecutive steps with a non-finite gradient after which a run is given up: more than any loss scaler needs."""
@@ -73,7 +74,7 @@ class StepChecks:
         """
         self.settle(wait=len(self._unread) > MAX_BAD_STEPS)
         bad = on_any_process(self._not_finite()).bool()
-        inner = _inner(optimizer)
+        inner = unwrapped(optimizer)
         inner.found_inf, inner.grad_scale = bad.to(torch.float32), None
         if bad.is_cuda:
             host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(bad, non_blocking=True)
@@ -133,7 +134,7 @@ def _any_overflows(tensors: list[Tensor], order: float) -> Tensor:
 
 def can_skip(optimizer: Any, method: Method, device: torch.device) -> bool:
     """Whether a bad step can be skipped without the host, and whether that saves anything."""
-    inner = _inner(optimizer)
+    inner = unwrapped(optimizer)
     fused = isinstance(inner, torch.optim.Adam) and all(group.get("fused") for group in inner.param_groups)
     scaled = getattr(optimizer, "scaler", None) is not None  # a loss scaler decides, and waits, for itself
     return fused and not scaled and getattr(method, "masks_bad_steps", False) and not on_host(device)
@@ -142,14 +143,9 @@ def can_skip(optimizer: Any, method: Method, device: torch.device) -> bool:
 def forget(optimizer: Any) -> None:
     """Take back what `skip_if_bad` told the optimizer: the verdict is about one step."""
     for name in ("found_inf", "grad_scale"):
-        vars(_inner(optimizer)).pop(name, None)
+        vars(unwrapped(optimizer)).pop(name, None)
 
 
 def on_host(device: torch.device) -> bool:
     """Whether reading a number there costs no waiting."""
     return device.type == "cpu"
-
-
-def _inner(optimizer: Any) -> Any:
-    """The optimizer itself where accelerate has wrapped it."""
-    return getattr(optimizer, "optimizer", optimizer)
