@@ -103,7 +103,10 @@ def calls(plan: Plan) -> Iterator[Record]:
 
 def memory(plan: Plan) -> Iterator[Record]:
     """Peak memory of a step, one contender at a time."""
-    for shape in plan.chosen(CUDA_SHAPES if plan.device == "cuda" else CPU_SHAPES[:2]):
+    shapes = plan.chosen(CUDA_SHAPES if plan.device == "cuda" else CPU_SHAPES[:2])
+    if plan.device == "cpu":  # what is kept of a step depends on dtypes more than on the device
+        shapes.append(shapes[-1].with_(dtype=torch.bfloat16))
+    for shape in shapes:
         for setting in plan.settings(shape):
             peaks: dict[str, int] = {}
             failures: dict[str, str] = {}
