@@ -162,6 +162,14 @@ class TestErrors:
             ("average_rank: 8", "average_rank: 13",
              "recipe.yaml:11: method.budget.average_rank is 13, but no layer can exceed lora.r, which is 12. "
              "Lower the one or raise the other (AdaLoRA starts at about 1.5 times its target)"),
+            ("name: adalora\n  budget:\n    average_rank: 8", "name: ablora\n  budget:\n    average_rank: 12",
+             "recipe.yaml:11: method.budget.average_rank is 12 and so is lora.r, the most a layer may get: no rank "
+             "could move. Set lora.r to 24 (and lora.alpha as before: the scale is lora.alpha / average_rank)"),
+            ("name: adalora", "name: ablora\n  validation: 1.5",
+             "recipe.yaml:10: method.validation must be validation (the recipe's validation data), or a fraction to "
+             "cut from train, such as 0.1, got 1.5"),
+            ("name: adalora", "name: ablora\n  mode: quick",
+             'recipe.yaml:10: method.mode must be fast, exact or taylor, got "quick"'),
             ("name: adalora", "name: adalora\n  warmup: 0.6",
              "recipe.yaml:10: method.warmup (0.6) + method.cooldown (0.45) is 1.05 of the run: keep it below 1, "
              "so that the budget can fall in between"),
@@ -392,7 +400,17 @@ class TestModels:
         assert {"method.budget.average_rank", "training.steps", "lora.r"} <= set(RECIPE_KEYS)
 
     def test_methods_are_found_by_name(self) -> None:
-        assert {"adalora", "allora", "uniform", "random", "depth_linear", "truncate", "lora"} <= set(METHODS)
+        assert {
+            "ablora",
+            "adalora",
+            "allora",
+            "autolora",
+            "uniform",
+            "random",
+            "depth_linear",
+            "truncate",
+            "lora",
+        } <= set(METHODS)
         assert all(METHODS[name].model_fields["name"].annotation == Literal[name] for name in METHODS)
 
     def test_imports_no_torch(self) -> None:

@@ -14,7 +14,7 @@ CONTROLS = ("depth_linear", "random", "truncate", "uniform")
 NAMES = sorted(
     f"{folder}/{method}"
     for folder in (*TASKS, "demo")
-    for method in ("adalora", "lora", *(() if folder == "demo" else ("allora", *CONTROLS)))
+    for method in ("adalora", "lora", *(() if folder == "demo" else ("ablora", "allora", "autolora", *CONTROLS)))
 )
 
 
@@ -78,6 +78,17 @@ def test_allora_starts_as_fast_as_the_baseline(task: str) -> None:
     pace = baseline.training.learning_rate * baseline.lora.alpha / baseline.lora.r
     assert ours.method.eta * ours.training.learning_rate == pace
     assert ours.model_dump(include={"task", "model", "data"}) == baseline.model_dump(include={"task", "model", "data"})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_ablora_costs_what_the_baseline_does_at_its_scale(task: str) -> None:
+    ours = load_recipe(list_recipes()[f"{task}/ablora"])
+    baseline = load_recipe(list_recipes()[f"{task}/lora"])
+    average = ours.method.budget.average_rank
+    assert average == baseline.lora.r == ours.lora.r / 2
+    assert ours.lora.alpha / average == baseline.lora.alpha / baseline.lora.r
+    same = {"task", "model", "data", "training"}
+    assert ours.model_dump(include=same) == baseline.model_dump(include=same)
 
 
 def test_the_demo_is_small_seeded_and_offline() -> None:

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from loralloc.budget import Budget
     from loralloc.errors import UserError
     from loralloc.export import export_adapter
+    from loralloc.from_plan import lora_config
+    from loralloc.methods.ablora import ABLoRA
     from loralloc.methods.adalora import AdaLoRA
     from loralloc.methods.allora import ALLoRA
+    from loralloc.methods.autolora import AutoLoRA
     from loralloc.methods.controls import DepthLinear, Random, Uniform
     from loralloc.methods.truncate import Truncate
     from loralloc.plan import RankPlan
@@ -26,8 +29,10 @@ if TYPE_CHECKING:
     from loralloc.truncation import truncate_adapter
 
 __all__ = [
+    "ABLoRA",
     "ALLoRA",
     "AdaLoRA",
+    "AutoLoRA",
     "Budget",
     "DepthLinear",
     "Random",
@@ -39,12 +44,15 @@ __all__ = [
     "__version__",
     "attach",
     "export_adapter",
+    "lora_config",
     "truncate_adapter",
 ]
 
 _HOME = {
+    "ABLoRA": "loralloc.methods.ablora",
     "ALLoRA": "loralloc.methods.allora",
     "AdaLoRA": "loralloc.methods.adalora",
+    "AutoLoRA": "loralloc.methods.autolora",
     "Budget": "loralloc.budget",
     "DepthLinear": "loralloc.methods.controls",
     "Random": "loralloc.methods.controls",
@@ -55,6 +63,7 @@ _HOME = {
     "UserError": "loralloc.errors",
     "attach": "loralloc.training.run",
     "export_adapter": "loralloc.export",
+    "lora_config": "loralloc.from_plan",
     "truncate_adapter": "loralloc.truncation",
 }
 

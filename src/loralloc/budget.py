@@ -297,6 +297,34 @@ def cubic_schedule(
     )
 
 
+def round_schedule(total_steps: int, warmup: float, interval: float, rounds: int, target: int) -> RoundSchedule:
+    """Lay rounds over a run.
+
+    Args:
+        total_steps: Optimizer steps of the run.
+        warmup: Steps before the first round: a whole number (int), or a fraction of the run (float below 1). At least
+            one step in either case, since a rank that was never trained has no score.
+        interval: Steps between rounds, likewise.
+        rounds: Number of rounds.
+        target: The budget.
+
+    Raises:
+        UserError: The rounds do not fit into the run, so that new ranks are trained for at least one step.
+
+    >>> round_schedule(100, 0.2, 0.05, 3, 56)
+    RoundSchedule(total_steps=100, start=56, target=56, warmup=20, interval=5, rounds=3)
+    """
+    first = max(1, phase_steps("warmup", warmup, total_steps))
+    between = max(1, phase_steps("interval", interval, total_steps))
+    last = first + (rounds - 1) * between
+    if rounds and last >= total_steps:
+        raise UserError(
+            f"the last of {rounds} rounds would follow step {last} of {total_steps}, and new ranks would never be "
+            f"trained: lower warmup={warmup} ({first} steps), interval={interval} ({between} steps) or rounds"
+        )
+    return RoundSchedule(total_steps, target, target, first, between, rounds)
+
+
 def phase_steps(name: str, value: float, total_steps: int) -> int:
     """Turn a phase given as steps (int) or as a fraction of the run (float) into steps.
 

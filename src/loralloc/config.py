@@ -159,7 +159,9 @@ def _walk_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
             yield from _walk_keys(section, f"{prefix}{name}.")
 
 
-RECIPE_KEYS: dict[str, str] = dict(_walk_keys(Recipe))  # every key with dots -> its description
+_WALKED = list(_walk_keys(Recipe))
+# Every key with dots -> its description; of a key that several methods have, the first one's.
+RECIPE_KEYS: dict[str, str] = {**dict(_WALKED), **dict(reversed(_WALKED))}
 _EXCLUSIVE: dict[Key, tuple[str, ...]] = {
     ("method", "budget"): tuple(BudgetConfig.model_fields),
     ("training",): ("steps", "epochs"),
@@ -198,6 +200,12 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             ("method", "budget", "average_rank"),
             f"method.budget.average_rank is {target}, but no layer can exceed lora.r, which is {capacity}. "
             "Lower the one or raise the other (AdaLoRA starts at about 1.5 times its target)",
+        )
+    elif is_number(capacity) and capacity == target and _get(tree, "method", "name") == "ablora":
+        yield (
+            ("method", "budget", "average_rank"),
+            f"method.budget.average_rank is {target} and so is lora.r, the most a layer may get: no rank could move. "
+            f"Set lora.r to {2 * capacity} (and lora.alpha as before: the scale is lora.alpha / average_rank)",
         )
 
 

@@ -122,6 +122,11 @@ class Site:
         """PEFT's scaling of this adapter: lora_alpha / r, or lora_alpha / √r with rsLoRA."""
         return float(self.layer.scaling[self.adapter])
 
+    def scaling_at(self, rank: float) -> float:
+        """What PEFT's scaling would be if the adapter had this rank."""
+        power = 0.5 if self.layer.use_rslora.get(self.adapter, False) else 1.0
+        return self.scaling * (self.rank / rank) ** power
+
     @property
     def plan_scale(self) -> float:
         """Factor of B·A that a run from this one's plan should train with: PEFT's scaling times the method's factor."""
@@ -201,12 +206,13 @@ class _GatedVariant(LoraVariant):
         if self.scale.device != x.device:  # the model was moved after attaching
             self.scale = self.scale.to(x.device)
             self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
-        gate = module.lora_gate[active_adapter] if self.gate is None else self.gate
+        gate = module.lora_gate[active_adapter]
+        gate = gate.detach() if self.gate_frozen else gate
         return gated_lora(
             module.lora_dropout[active_adapter](x),
             result,
             module.lora_A[active_adapter].weight,
-            gate.detach() if self.gate_frozen else gate,
+            gate if self.gate is None else _fitted(self.gate, x),
             module.lora_B[active_adapter].weight,
             self.scale,
             self.row_scale,
@@ -225,6 +231,21 @@ class _GatedVariant(LoraVariant):
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         return orig_weight - self._delta(module, active_adapter, orig_weight)
+
+
+def _fitted(gate: Tensor, x: Tensor) -> Tensor:
+    """A gate per sample, [n, 1, r], for an input [n, ..., in], or [n · tokens, in] where a layer flattens them."""
+    if gate.dim() == 1 or x.dim() == 3:
+        return gate
+    n, rank = gate.shape[0], gate.shape[-1]
+    if x.dim() == 2 and len(x) % n == 0:
+        return gate.view(n, rank).repeat_interleave(len(x) // n, 0)
+    if len(x) != n:
+        raise UserError(
+            f"a layer sees {len(x)} rows for {n} samples, so its ranks cannot be switched per sample (does it route "
+            "tokens to experts?); leave such layers out with exclude_modules"
+        )
+    return gate.view(n, *[1] * (x.dim() - 2), rank)
 
 
 def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:

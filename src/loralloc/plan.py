@@ -26,7 +26,7 @@ class ModuleRank:
     """One adapted module.
 
     Attributes:
-        rank: Ranks kept, 0 ≤ rank ≤ start.
+        rank: Ranks kept; above the start in a module that was given ranks of others.
         start: Ranks at the start of training.
         inputs: Input features of the layer.
         outputs: Output features of the layer.
@@ -151,9 +151,9 @@ def _module(path: Path, name: str, entry: Any) -> ModuleRank:
         raise PlanError(f'{path}: module "{name}" needs rank, start, in, out and scale, got {entry!r}') from error
     rank, start, inputs, outputs, scale = numbers.values()
     whole = all(type(n) is int for n in (rank, start, inputs, outputs))
-    if not whole or min(inputs, outputs) < 1 or not 0 <= rank <= start <= max(inputs, outputs):
+    if not whole or min(inputs, outputs) < 1 or not 0 <= min(rank, start) <= max(rank, start) <= max(inputs, outputs):
         raise PlanError(
-            f'{path}: module "{name}" must have whole numbers with 0 <= rank <= start <= max(in, out), '
+            f'{path}: module "{name}" must have whole numbers with 0 <= rank, start <= max(in, out), '
             f"got rank={rank!r}, start={start!r}, in={inputs!r}, out={outputs!r}"
         )
     if type(scale) not in (int, float) or not 0 < scale <= sys.float_info.max:

@@ -1,4 +1,4 @@
-"""Measure ranks and rows: sensitivity, its smoothing, the orthogonality penalty, row norms, singular values.
+"""Measure ranks and rows: sensitivity, orthogonality penalty, row norms, singular values, ablation.
 
 Tensors in, tensors out. Sites of equal shape are stacked, so that each function is a few tensor operations for many
 sites at once. Stacks of A are [n, r, in] (`rank_dim=1`), of B [n, out, r] (`rank_dim=2`), of gates [n, r]
@@ -129,3 +129,76 @@ def factor_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Q_A, R_A = torch.linalg.qr(A.to(dtype).mT)
     u, sigma, v = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
     return Q_B @ u, sigma, Q_A @ v.mT
+
+
+def ablation_settings(gates: Tensor, ranks: Tensor) -> Tensor:
+    """Settings of all gates in which each of some ranks is the only one off, then the only one on.
+
+    Args:
+        gates: [R], as trained; 0 for ranks that are closed.
+        ranks: [K], positions of the ranks to ablate.
+
+    Returns:
+        [2K, R]: K settings without the rank, then K with the rank alone.
+
+    >>> ablation_settings(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1])).tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    """
+    chosen = torch.zeros(len(ranks), len(gates), dtype=torch.bool, device=gates.device)
+    chosen[torch.arange(len(ranks), device=gates.device), ranks] = True
+    return torch.cat([torch.where(chosen, 0.0, gates), torch.where(chosen, gates, 0.0)])
+
+
+def ablation_importance(losses: Tensor) -> Tensor:
+    """CS(r) = −S(M without r) + S(M with r alone), S = −loss (ALoRA, eq. 6 up to S(M), which is the same for all).
+
+    Args:
+        losses: [2K], those of `ablation_settings`.
+
+    Returns:
+        [K].
+    """
+    without, alone = losses.chunk(2)
+    return without - alone
+
+
+def two_point_importance(on: Tensor, off: Tensor, labels: int) -> Tensor:
+    """Estimate IS(r) − S(no rank) from the gradients at both ends of the path along which all gates open.
+
+        IS(r) − S(∅)  ≈  gᵣ(1) + Fᵣ/2 + gᵣ(0)         g = dS/dα,   Fᵣ = N Σₙ cₙᵣ²
+
+    cₙᵣ is what sample n adds to dLoss/dαᵣ, the loss being the mean over N labels. In the sum of both gradients the
+    second-order errors of removing a rank and of adding it cancel up to a third derivative; F is the empirical Fisher
+    information, which is the curvature where the model fits the data: with the ranks on, and only there.
+
+    Args:
+        on: [n, R], contributions with all gates as trained.
+        off: [n, R], with all gates at zero.
+        labels: N.
+
+    Returns:
+        [R].
+    """
+    return -on.sum(0) + 0.5 * labels * on.square().sum(0) - off.sum(0)
+
+
+def ablation_spread(on: Tensor, off: Tensor, labels: int) -> Tensor:
+    """How far off `two_point_importance` may be for each rank, up to a common factor, [R]; positive.
+
+    Errors grow with curvature. Its root, with the mean as a floor, keeps one rank with an odd ratio from making all
+    others look uncertain.
+    """
+    root = (labels * (on.square().sum(0) + off.square().sum(0))).sqrt()
+    return root + root.mean().clamp(min=1e-30)
+
+
+def rank_correlation(left: Tensor, right: Tensor) -> float:
+    """Spearman's correlation of two vectors without ties; NaN for fewer than two numbers.
+
+    >>> rank_correlation(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.1, 0.3, 0.2]))
+    0.5
+    """
+    if len(left) < 2:
+        return float("nan")
+    places = torch.stack([left.argsort().argsort(), right.argsort().argsort()]).double()
+    return round(float(torch.corrcoef(places)[0, 1]), 6)

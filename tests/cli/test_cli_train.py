@@ -1,4 +1,4 @@
-"""`loralloc train`: the run folder is complete and true, for every task and both methods."""
+"""`loralloc train`: the run folder is complete and true, for every task and method."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ CLASSIFIER_CASES = {
     "regression": ["--data.label", "score", "--data.labels", "regression"],
     "accumulated": ["--batch_size", "2", "--accumulation", "4"],
 }
-METHODS = {"adalora": [], "lora": ["--method", "{name: lora}"]}
+MOVES = "{name: ablora, budget: {average_rank: 2}, rounds: 2, validation: 0.25}"
+METHODS = {"adalora": [], "lora": ["--method", "{name: lora}"], "ablora": ["--method", MOVES]}
 LANGUAGE_CASES = {
     "text": [],
     "completion": ["--data.text", "null", "--data.prompt", "prompt", "--data.completion", "completion"],
@@ -142,13 +143,15 @@ def _classify(model: PeftModel, folder: Path, texts: list[str], pairs: list[str]
     return torch.cat([model(**batch).logits for batch in batches])
 
 
-def _both_methods(cases: Iterable[str]) -> list[Any]:
-    """Every case with AdaLoRA; with plain LoRA the first one, and the others among the slow tests."""
-    slow = [pytest.param(case, "lora", marks=pytest.mark.slow) for case in cases]
-    return [*((case, "adalora") for case in cases), (next(iter(cases)), "lora"), *slow[1:]]
+def _all_methods(cases: Iterable[str]) -> list[Any]:
+    """Every case with AdaLoRA; with each other method the first one, and the others among the slow tests."""
+    first, *others = cases
+    rest = [name for name in METHODS if name != "adalora"]
+    slow = [pytest.param(case, name, marks=pytest.mark.slow) for case in others for name in rest]
+    return [*((case, "adalora") for case in cases), *((first, name) for name in rest), *slow]
 
 
-@pytest.mark.parametrize(("case", "method"), _both_methods(CLASSIFIER_CASES))
+@pytest.mark.parametrize(("case", "method"), _all_methods(CLASSIFIER_CASES))
 def test_classifiers(case: str, method: str, write: Write, encoder: Path, data: Path) -> None:
     said = done("train", write(RECIPE), *METHODS[method], "--steps", 6, *CLASSIFIER_CASES[case])
     run = Path("run")
@@ -170,7 +173,7 @@ def test_classifiers(case: str, method: str, write: Write, encoder: Path, data: 
     _check_ranks(run, method, said)
 
 
-@pytest.mark.parametrize(("case", "method"), _both_methods(LANGUAGE_CASES))
+@pytest.mark.parametrize(("case", "method"), _all_methods(LANGUAGE_CASES))
 def test_language_models(case: str, method: str, write: Write, decoder: Path, data: Path) -> None:
     said = done("train", write(LANGUAGE), *METHODS[method], "--steps", 6, *LANGUAGE_CASES[case])
     run = Path("run")
@@ -208,7 +211,7 @@ def _perplexity(model: Any, folder: Path, case: str, rows: list[dict[str, Any]])
 def _check_ranks(run: Path, method: str, said: str) -> None:
     """The budget is met, or else every rank is as it started; the trace agrees, and the user is told."""
     found = ranks(run)
-    total = (2 if method == "adalora" else 4) * len(found)
+    total = (4 if method == "lora" else 2) * len(found)
     assert sum(found.values()) == total
     assert read_json(run / "ranks.json")["method"] == method
     events = read_rows(run / "trace.jsonl")
@@ -217,6 +220,10 @@ def _check_ranks(run: Path, method: str, said: str) -> None:
     if method == "lora":
         assert [event["event"] for event in events] == ["start", "finish"]
         assert set(found.values()) == {4}
+    if method == "ablora":
+        assert [event["event"] for event in events] == ["start", "allocate", "freeze", "finish"]
+        assert all(sum(event["pruned"]) == sum(event["grown"]) > 0 for event in events[1:3])
+        assert "moved to another module" in (run / "report.html").read_text(encoding="utf-8")
     assert f"{total} over {len(found)} modules" in said
     assert str(run / "adapter") in said
     assert read_json(run / "metrics.json")["adapter_check"] <= 1e-5

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +22,7 @@ Layers = Sequence[tuple[int, int]]  # in, out
 
 
 class Parallel(nn.Module):
-    """One layer of every shape, side by side."""
+    """One layer of every shape, side by side; returns its loss as transformers' models do."""
 
     def __init__(self, shapes: Layers) -> None:
         super().__init__()
@@ -28,22 +32,32 @@ class Parallel(nn.Module):
             draw = torch.randn(layer.weight.shape, generator=generator)
             layer.weight.data = draw / math.sqrt(layer.in_features)
 
-    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
+    def forward(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Any:
+        outputs = [layer(x) for layer, x in zip(self.layers, inputs, strict=True)]
+        return SimpleNamespace(loss=sum(((y - target) ** 2).mean() for y, target in zip(outputs, targets, strict=True)))
 
 
-def regression(shapes: Layers, seed: int) -> Callable[[PeftModel], Tensor]:
+def batches(shapes: Layers, seed: int) -> Iterator[dict[str, list[Tensor]]]:
     """Batches of 32 towards weights 30 % away: gradients are noisy, and ten steps do not reach the goal."""
     generator = torch.Generator().manual_seed(100 + seed)
     goals = [0.3 * torch.randn(o, i, generator=generator) / math.sqrt(i) for i, o in shapes]
-
-    def loss(model: PeftModel) -> Tensor:
+    base = [layer.weight.detach() for layer in Parallel(shapes).layers]
+    while True:
         inputs = [torch.randn(32, i, generator=generator) for i, _ in shapes]
-        with torch.no_grad(), model.disable_adapter():
-            targets = [y + x @ goal.T for x, y, goal in zip(inputs, model(inputs), goals, strict=True)]
-        return sum(((y - target) ** 2).mean() for y, target in zip(model(inputs), targets, strict=True))  # type: ignore[return-value]
+        yield {"inputs": inputs, "targets": [x @ (W + goal).T for x, W, goal in zip(inputs, base, goals, strict=True)]}
 
-    return loss
+
+def regression(shapes: Layers, seed: int) -> Callable[[PeftModel], Tensor]:
+    """The loss of a model on one batch after the other."""
+    endless = batches(shapes, seed)
+    return lambda model: model(**next(endless)).loss
+
+
+def made(method: Method, shapes: Layers, seed: int, steps: int) -> Method:
+    """The method, with batches that come after the steps where it looks at any."""
+    if "validation" not in {field.name for field in fields(method)}:  # type: ignore[arg-type]
+        return method
+    return replace(method, validation=list(islice(batches(shapes, seed), steps, steps + 4)))  # type: ignore[type-var]
 
 
 @torch.no_grad()
@@ -71,13 +85,13 @@ def first_steps(
     config = LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=r"layers\.\d+")  # type: ignore[arg-type]
     model = get_peft_model(Parallel(shapes), config)  # type: ignore[arg-type]
     assert isinstance(model, PeftModel)
-    run = None if method is None else attach(model, method, 1000)
+    run = None if method is None else attach(model, made(method, shapes, seed, max(at)), 1000)
     optim, loss, norms = optimizer([p for p in model.parameters() if p.requires_grad]), regression(shapes, seed), []
     for t in range(max(at)):
         optim.zero_grad()
         loss(model).backward()
         if run is not None:
-            run.before_step()
+            run.before_step(optim)
         optim.step()
         if run is not None:
             run.after_step(optim)

@@ -86,7 +86,7 @@ class TestContents:
 
     def test_cells_say_the_full_name(self, page: Element, made: Fabricated) -> None:
         titles = [cell.attributes["title"] for cell in page.section("ranks").all("td", "cell")]
-        assert titles[5] == f"bert.encoder.layer.0.output.dense: rank {made.ranks[5]} of 12, 1,536 × 384"  # noqa: RUF001
+        assert titles[5] == f"bert.encoder.layer.0.output.dense: rank {made.ranks[5]}, 12 at the start, 1,536 × 384"  # noqa: RUF001
 
     def test_sums_of_layers_and_types_equal_the_plan(self, page: Element, made: Fabricated) -> None:
         table = page.section("ranks").one("table", "heat")

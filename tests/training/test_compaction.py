@@ -13,7 +13,7 @@ import torch
 from models import labelled_batch, logits, tiny_peft
 from torch import Tensor
 
-from loralloc import AdaLoRA, ALLoRA, Budget, UserError, attach
+from loralloc import ABLoRA, AdaLoRA, ALLoRA, Budget, UserError, attach
 from loralloc.training.run import AllocationRun
 
 STEPS, WARMUP, COOLDOWN = 18, 2, 8
@@ -88,6 +88,27 @@ def test_so_does_one_whose_rows_are_scaled(mode):
     masked, compact = (Loop(compact=flag, budget=BUDGETS["few"], wrap=allora).walk() for flag in (False, True))
     assert sum(compact.ranks()) < sum(masked.ranks())
     torch.testing.assert_close(compact.losses, masked.losses, rtol=1e-9, atol=1e-9)
+
+
+def ablora(method):
+    """Instead of AdaLoRA: rounds that end at the same step; new ranks are of different ages at the boundary."""
+    validation = [labelled_batch("llama", seed=100 + index) for index in range(3)]
+    return ABLoRA(method.budget, validation, warmup=5, interval=3, rounds=3, samples=9, n_prune=3)
+
+
+@pytest.mark.parametrize("cut", [10, FREEZE + 2])
+def test_ranks_of_any_age_go_on_after_the_last_round(cut):
+    settings = {"budget": Budget(average_rank=2), "wrap": ablora}
+    masked, whole, first, second = (Loop(compact=flag, **settings) for flag in (False, True, True, True))
+    masked.walk(), whole.walk(), first.walk(cut)
+    assert sum(whole.ranks()) == 12 < sum(masked.ranks())
+    torch.testing.assert_close(whole.losses, masked.losses, rtol=1e-9, atol=1e-9)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.run.load_state_dict(*first.run.state_dict(), second.optimizer)
+    second.walk()
+    assert second.losses == whole.losses[cut:]
+    assert second.run.finish().to_dict() == whole.run.finish().to_dict()
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from trainers import (
     training_rows,
 )
 
-from loralloc import AdaLoRA, Budget, UserError, attach
+from loralloc import ABLoRA, AdaLoRA, Budget, UserError, attach
+from loralloc.methods.base import Method
 from loralloc.training.run import AllocationRun
 
 pytestmark = pytest.mark.slow
@@ -38,6 +39,12 @@ pytestmark = pytest.mark.slow
 WORLD = 2
 STEPS = 16
 TWO_RANKS = AdaLoRA(Budget(average_rank=2))
+
+
+def moving(validation: Sequence[Any]) -> ABLoRA:
+    """Ranks that move after steps 3, 6 and 9."""
+    return ABLoRA(Budget(average_rank=2), validation, warmup=4, interval=3, rounds=3, samples=12)
+
 
 SEEDS_DIFFER = 17
 """Added to the seed of the second process, so that nothing agrees by chance."""
@@ -59,11 +66,13 @@ class Loop:
     """A training loop over `STEPS` batches, each split over the processes.
 
     Attributes:
+        method: The method.
         poison: (step, process) at which the loss is infinite; one process does the work of both.
         disagree: Whether the second process's scores are turned upside down after each step.
         wrapped: Whether the model is in DistributedDataParallel, which averages the gradients.
     """
 
+    method: Method = TWO_RANKS
     poison: tuple[int, int] | None = None
     disagree: bool = False
     wrapped: bool = True
@@ -71,7 +80,7 @@ class Loop:
     def run(self, rank: int, world: int) -> dict[str, Any]:
         torch.manual_seed(rank * SEEDS_DIFFER)  # P and Q are drawn differently; DDP takes those of the first process
         model = tiny_peft("llama").train()
-        run = attach(model, TWO_RANKS, total_steps=STEPS)
+        run = attach(model, self.method, total_steps=STEPS)
         wrapped = DistributedDataParallel(model) if self.wrapped and world > 1 else model
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         events: list[dict[str, Any]] = []
@@ -92,7 +101,7 @@ class Loop:
                 turn_scores_over(run)
             run.after_step(optimizer)
             optimizer.zero_grad()
-            masks.append([(site.gate != 0).int().tolist() for site in run.sites])
+            masks.append([(site.gate * site.scale != 0).int().tolist() for site in run.sites])
             still.append(all(torch.equal(a, site.A) for a, site in zip(before, run.sites, strict=True)))
         plan = run.finish()
         return {
@@ -163,6 +172,13 @@ SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {
     "loop, one bad step": lambda folder, rank, world: Loop(poison=(6, 1)).run(rank, world),
     "loop, scores disagree": lambda folder, rank, world: Loop(disagree=True).run(rank, world),
     "loop, bad step without DDP": lambda folder, rank, world: Loop(poison=(6, 1), wrapped=False).run(rank, world),
+    "loop, ablation": lambda folder, rank, world: Loop(moving([language_batch(sentences(12, seed=3))])).run(
+        rank, world
+    ),
+    "ablation, scores disagree": lambda folder, rank, world: Loop(
+        moving([language_batch(sentences(12, seed=3 + rank))])
+    ).run(rank, world),
+    "trainer, ablation": lambda folder, rank, world: trainer_run(folder, world, method=moving(sentences(24, seed=3))),
     "trainer": lambda folder, rank, world: trainer_run(folder, world),
     "trainer, accumulation": lambda folder, rank, world: trainer_run(
         folder, world, batch=4, gradient_accumulation_steps=2
@@ -222,7 +238,9 @@ def test_both_processes_close_the_same_ranks_at_every_step(name: str, two: Any) 
     assert [event["event"] for event in first["events"]][-2:] == ["freeze", "finish"]
 
 
-@pytest.mark.parametrize("name", ["loop", "loop, one bad step", "trainer", "trainer, accumulation"])
+@pytest.mark.parametrize(
+    "name", ["loop", "loop, one bad step", "loop, ablation", "trainer", "trainer, accumulation", "trainer, ablation"]
+)
 def test_two_processes_decide_as_one_with_the_doubled_batch(name: str, two: Any, one: Any) -> None:
     both, alone = two[1][0][name], one(name)
     assert both["ranks"] == alone["ranks"]
@@ -267,6 +285,7 @@ def test_a_bad_step_under_the_trainer_is_counted_once_on_both(two: Any) -> None:
 
 def test_scores_that_disagree_lead_to_the_first_processs_decision(two: Any, one: Any) -> None:
     assert two[1][1]["loop, scores disagree"]["ranks"] == one("loop")["ranks"]
+    assert two[1][1]["ablation, scores disagree"]["ranks"] == one("loop, ablation")["ranks"]
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if "trainer" in name])

@@ -25,13 +25,14 @@ from trainers import (
     build,
     read_trace,
     same_tensors,
+    sentences,
     train,
     train_until_killed,
     training_rows,
 )
 from transformers import Trainer
 
-from loralloc import AdaLoRA, Budget, RankAllocation, UserError
+from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, RankAllocation, UserError
 from loralloc.training.callback import MARKER, TENSORS
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8, "logging_steps": 1}
@@ -40,6 +41,11 @@ METHODS = {
     "default": AdaLoRA(Budget(average_rank=2)),
     "parameters": AdaLoRA(Budget(fraction=0.5), interval=2),
     "reference": AdaLoRA(Budget(average_rank=2), order="reference", parity="sgd"),
+    "ablora": ABLoRA(
+        Budget(average_rank=2), sentences(24, seed=5), warmup=3, interval=5, rounds=3, samples=12, resample=True
+    ),
+    "autolora": AutoLoRA(sentences(20, seed=5), logit_learning_rate=0.05, check_every=3),
+    "autolora-paper": AutoLoRA.as_published(sentences(20, seed=5), logit_learning_rate=0.05),
     "published": AdaLoRA.as_published(Budget(total_rank=7), penalty="paper", importance="sensitivity"),
 }
 
@@ -120,8 +126,12 @@ def slow(*values: Any) -> Any:
         slow("parameters", 20),
         slow("reference", 8),
         slow("reference", 20),
+        ("ablora", 8),  # with ranks that are one round old
+        slow("ablora", 14),
         slow("published", 8),
         slow("published", 20),
+        ("autolora", 8),
+        slow("autolora-paper", 8),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(

@@ -14,12 +14,13 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from trainers import training_rows
+from trainers import Compare, training_rows
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from loralloc import AdaLoRA, Budget, RankAllocation, UserError, export_adapter
+from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, RankAllocation, UserError, export_adapter
 from loralloc.gating import is_gated
+from loralloc.methods.base import Method
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = VOCABULARY - len(SPECIAL)
@@ -70,10 +71,10 @@ DATA: dict[str, Any] = {
 
 
 def sft(
-    folder: Path, *, made_by: str = "user", data: str = "text", **settings: Any
+    folder: Path, *, made_by: str = "user", data: str = "text", method: Method | None = None, **settings: Any
 ) -> tuple[SFTTrainer, RankAllocation]:
     """An SFTTrainer on the CPU; everything not named here is TRL's default, gradient checkpointing among it."""
-    allocation = RankAllocation(AdaLoRA(Budget(average_rank=2)))
+    allocation = RankAllocation(AdaLoRA(Budget(average_rank=2)) if method is None else method)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 16,
@@ -123,6 +124,19 @@ def test_it_prunes_to_the_budget_and_leaves_plain_lora(made_by: str, tmp_path: P
     assert (logits(reloaded) - logits(tiny_llama())).abs().max() > 1e-2
 
 
+def test_ablation_scores_look_at_tokenized_validation_data(tmp_path: Path) -> None:
+    tokenized = word_tokenizer()(phrases(24, seed=7))
+    rows = [{"input_ids": ids} for ids in tokenized["input_ids"]]
+    method = ABLoRA(Budget(average_rank=2), rows, warmup=4, interval=3, rounds=3, samples=16)
+    _, allocation = trained(tmp_path, method=method)
+    assert allocation.plan is not None
+    assert allocation.plan.total_rank == 12
+    assert len(set(allocation.plan.ranks.values())) > 1
+    raw = ABLoRA(Budget(average_rank=2), DATA["text"](), warmup=4, interval=3, rounds=3)
+    with pytest.raises(UserError, match=r"the validation data of the method cannot be made into a batch .*: tokenized"):
+        sft(tmp_path, method=raw)[0].train()
+
+
 def test_the_log_has_trls_columns_and_ours(tmp_path: Path) -> None:
     rows = training_rows(trained(tmp_path)[0])
     assert len(rows) == 16
@@ -141,6 +155,27 @@ def test_accumulated_micro_batches_give_the_plan_of_the_whole_batch(data: str, t
     assert allocation.plan.to_dict() == expected.plan.to_dict()
     losses = [[row["loss"] for row in training_rows(trainer)] for trainer in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fast", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("data", ["text", pytest.param("chat", marks=pytest.mark.slow)])
+def test_a_method_that_looks_at_validation_data(data: str, mode: str, tmp_path: Path) -> None:
+    """With gradient checkpointing, TRL's default, and accumulated batches; the examples are tokenized beforehand."""
+    tokenizer = word_tokenizer()
+    held_out = [{"input_ids": tokenizer(text)["input_ids"]} for text in phrases(20, seed=7)]
+    method = AutoLoRA(held_out, mode=mode, logit_learning_rate=0.05)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 0}
+    trainer, allocation = sft(tmp_path, data=data, method=method, **settings)
+    assert trainer.args.gradient_checkpointing
+    compare = Compare(allocation)
+    trainer.add_callback(compare)
+    trainer.train()
+    assert compare.equal == [True] * 16  # with its own way to compute the loss, TRL's step too is computed again
+    assert allocation.plan is not None
+    assert allocation.run.state.updates == 16
+    assert all(1 <= module.rank <= module.start for module in allocation.plan.modules.values())
+    assert 6 <= allocation.plan.total_rank < 24
+    assert not is_gated(trainer.model, "default")  # type: ignore[arg-type]
 
 
 def test_what_is_refused_is_refused_here_too(tmp_path: Path) -> None:

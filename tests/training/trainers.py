@@ -41,6 +41,26 @@ class KillAt(TrainerCallback):
             raise KilledError
 
 
+class Compare(TrainerCallback):
+    """Compute every step again and compare it with the gradients that the Trainer has."""
+
+    def __init__(self, allocation: RankAllocation) -> None:
+        self.allocation, self.equal = allocation, []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        probe = self.allocation.run.probe
+        assert probe is not None
+        weights = probe.weights()
+        total = [torch.zeros_like(weight) for weight in weights]
+        for loss in probe.train_losses():
+            found = torch.autograd.grad(loss, weights)
+            total = [t + f for t, f in zip(total, found, strict=True)]
+        slopes: list[Any] = [weight.grad for weight in weights]
+        self.equal.append(all(torch.allclose(t, s, rtol=1e-4, atol=1e-7) for t, s in zip(total, slopes, strict=True)))
+
+
 def sentences(count: int = 64, *, seed: int = 0) -> list[dict[str, Any]]:
     """Sequences with a rule to learn, of 3 to 11 tokens; `label` is what a classifier is to find."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,10 +26,13 @@ from transformers import (
 from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe, TrainingConfig
-from loralloc.errors import UserError, closest
+from loralloc.errors import UserError
+from loralloc.from_plan import lora_config
 from loralloc.gating import plain_sites
+from loralloc.methods.ablora import ABLoRA
 from loralloc.methods.adalora import AdaLoRA
 from loralloc.methods.allora import ALLoRA
+from loralloc.methods.autolora import AutoLoRA
 from loralloc.methods.base import Method
 from loralloc.methods.controls import DepthLinear, Random, Uniform
 from loralloc.methods.truncate import Truncate
@@ -41,10 +45,10 @@ from loralloc.tasks.pretrained import load_model, locate
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
 
-METHODS: dict[str, Callable[..., Method]] = {
-    kind.id: kind for kind in (AdaLoRA, Uniform, Random, DepthLinear, Truncate)
+METHODS: dict[str, Any] = {
+    kind.id: kind for kind in (AdaLoRA, ABLoRA, AutoLoRA, Uniform, Random, DepthLinear, Truncate)
 }
-"""The methods that have a budget, by the names that recipes call them."""
+"""The methods that take a budget, by the names that recipes call them."""
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
@@ -66,15 +70,20 @@ def method_of(section: MethodConfig, validation: Dataset | None = None) -> Metho
     """
     if isinstance(section, LoRAConfigSection):
         return None
-    settings = {key: None if value == "none" else value for key, value in section.model_dump(exclude={"name"}).items()}
-    budget = None if section.budget is None else Budget(**section.budget.model_dump(exclude_none=True))
     if isinstance(section, ALLoRAConfig):
-        inner = None if section.allocate is None else METHODS[section.allocate](budget=budget)
+        inner = None if section.allocate is None else METHODS[section.allocate](budget=_budget(section))
         return ALLoRA(eta=section.eta, mode=section.mode, allocate=inner)
-    settings["budget"] = budget
+    kind = METHODS[section.name]
+    known = {field.name for field in fields(kind)}  # the rest is for the command line, such as the length of a search
+    settings = {key: None if value == "none" else value for key, value in section.model_dump(include=known).items()}
+    settings["budget"] = _budget(section)
     if validation is not None:
         settings["validation"] = validation
-    return METHODS[section.name](**settings)
+    return kind(**settings)
+
+
+def _budget(section: Any) -> Budget | None:
+    return None if section.budget is None else Budget(**section.budget.model_dump(exclude_none=True))
 
 
 def method_data(section: MethodConfig, data: TaskData, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -100,17 +109,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """
     set_seed(recipe.training.seed)
     lora = recipe.lora
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it as int and takes any number
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        exclude_modules=lora.exclude_modules,
-        modules_to_save=lora.modules_to_save,
-        task_type=TASK_TYPES[recipe.task],
-    )
-    if recipe.plan is not None:
-        _start_from(config, RankPlan.load(recipe.plan), model, recipe.plan)
+    config = _planned_config(recipe, model) if recipe.plan is not None else _even_config(recipe)
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, re.error) as error:
@@ -124,6 +123,38 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         if rank > widest:
             raise UserError(f"lora.r: rank {rank} is above the {widest} dimensions of {name}; lower it")
     return adapted
+
+
+def _even_config(recipe: Recipe) -> LoraConfig:
+    """The rank of the recipe in every module."""
+    lora = recipe.lora
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it as int and takes any number
+        target_modules=lora.target_modules,
+        exclude_modules=lora.exclude_modules,
+        **_common(recipe),
+    )
+
+
+def _planned_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
+    """The ranks and the scale of a plan."""
+    assert recipe.plan is not None
+    plan = RankPlan.load(recipe.plan)
+    try:
+        return lora_config(plan, model, **_common(recipe))
+    except UserError as error:
+        raise UserError(f"{recipe.plan}: {error}") from error
+
+
+def _common(recipe: Recipe) -> dict[str, Any]:
+    """What a plan does not decide."""
+    lora = recipe.lora
+    return {
+        "lora_dropout": lora.dropout,
+        "modules_to_save": lora.modules_to_save,
+        "task_type": TASK_TYPES[recipe.task],
+    }
 
 
 def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArguments:
@@ -180,30 +211,6 @@ def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData
     """Load the base model and the data of a run and, with stock PEFT, the adapter it exported."""
     data = task_data(recipe)
     return _with_adapter(data.model, folder), data
-
-
-def _start_from(config: LoraConfig, plan: RankPlan, model: torch.nn.Module, source: str) -> None:
-    """Start at the ranks of a plan, and keep its scale.
-
-    Raises:
-        UserError: The plan belongs to another model.
-    """
-    modules = dict(model.named_modules())
-    for name, planned in plan.modules.items():
-        weight = getattr(modules.get(name), "weight", None)
-        shape = None if weight is None else sorted(weight.shape)
-        if shape != sorted((planned.inputs, planned.outputs)):
-            found = f"there is no such module.{closest(name, modules)}" if shape is None else f"the model's is {shape}"
-            raise UserError(
-                f"{source}: the plan belongs to another model: {name} is {planned.inputs} x {planned.outputs}, {found}"
-            )
-    kept = {name: planned for name, planned in plan.modules.items() if planned.rank > 0}
-    config.r = max(planned.rank for planned in kept.values())
-    config.target_modules, config.exclude_modules = list(kept), None
-    # PEFT takes the first pattern that matches the end of a module's name: longer names first.
-    names = sorted(kept, key=len, reverse=True)
-    config.rank_pattern = {name: kept[name].rank for name in names}
-    config.alpha_pattern = {name: kept[name].scale * kept[name].rank for name in names}
 
 
 def _linear_modules(model: torch.nn.Module) -> str:

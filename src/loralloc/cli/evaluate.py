@@ -15,7 +15,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Load the exported adapter with stock PEFT and evaluate it on the validation and test data."""
-    from loralloc.cli import pipeline, terminal
+    from loralloc.cli import stage, terminal
     from loralloc.cli.build import load_adapted
     from loralloc.cli.folder import RunFolder
 
@@ -25,10 +25,10 @@ def evaluate(
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": data})})
     model, loaded = load_adapted(folder, recipe)
-    trainer, _ = pipeline.make_trainer(recipe, loaded, model, folder, method=None)
+    trainer, _ = stage.make_trainer(recipe, loaded, model, folder, method=None)
     results = {}
     if data is None:
-        results["validation"] = pipeline.evaluate(trainer, loaded, "eval", loaded.validation)
+        results["validation"] = stage.evaluate(trainer, loaded, "eval", loaded.validation)
     if loaded.test is not None:
-        results["test" if data is None else data] = pipeline.evaluate(trainer, loaded, "eval", loaded.test)
+        results["test" if data is None else data] = stage.evaluate(trainer, loaded, "eval", loaded.test)
     terminal.show_metrics(results)

@@ -32,6 +32,7 @@ class RunFolder:
         "log.jsonl",
         "metrics.json",
         "checkpoints",
+        "search",
         "report.html",
         "figures",
     )
@@ -82,6 +83,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Resumable state."""
         return self.root / "checkpoints"
+
+    @property
+    def search(self) -> RunFolder:
+        """The search that precedes the training of some methods, a folder with its own trace, log and checkpoints."""
+        return RunFolder(self.root / "search")
 
     @classmethod
     def existing(cls, root: Path) -> RunFolder:
@@ -162,7 +168,7 @@ class RunFolder:
             )
         if folder.metrics.is_file():
             raise UserError(f"{folder.root} has finished; there is nothing to resume")
-        if recipe.training.save_every is None:
+        if recipe.training.save_every is None and not folder.search.plan.is_file():
             raise UserError(
                 f"{folder.root} kept no checkpoints (training.save_every is not set); start over with --replace"
             )

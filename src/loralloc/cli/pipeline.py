@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 
 from loralloc._version import __version__
-from loralloc.cli import terminal
-from loralloc.cli.build import add_adapter, method_data, method_of, task_data, training_arguments
+from loralloc.cli import search, stage, terminal
+from loralloc.cli.build import add_adapter, method_data, method_of, task_data
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.export import Export, export_adapter
 from loralloc.gating import plain_sites
-from loralloc.methods.base import Method
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData
-from loralloc.training.callback import RankAllocation
-from loralloc.training.checkpoint import newest_complete
 from loralloc.training.run import AllocationRun
 from loralloc.training.trainer import PlainTrainer
 
@@ -49,39 +45,43 @@ class Outcome:
 def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outcome:
     """Train, allocate, export, evaluate and report one recipe.
 
-    Everything is loaded and checked before anything is written or an earlier run is replaced.
+    Everything is loaded and checked before anything is written or an earlier run is replaced. A method that searches
+    first (AutoLoRA) does so in RUN/search; what is trained afterwards is plain LoRA at the ranks that were found.
     """
     terminal.quiet_libraries()
     folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
-    data = task_data(recipe)
-    model = add_adapter(data.model, recipe)
-    terminal.show_start(recipe, data, model)
-    train, held = method_data(recipe.method, data, recipe.training.seed)
-    trainer, allocation = make_trainer(
-        recipe, replace(data, train=train), model, folder, method_of(recipe.method, held)
+    searched = search.find_plan(recipe, folder, resume) if search.searches(recipe) else None
+    trained = recipe if searched is None else search.retraining(recipe, folder)
+    data = task_data(trained)
+    model = add_adapter(data.model, trained)
+    train, held = method_data(trained.method, data, trained.training.seed)
+    steps = stage.total_steps(trained, len(train))
+    if searched is None:
+        terminal.show_start(trained, data, model)
+    else:
+        terminal.show_retraining(steps, len(train))
+    trainer, allocation = stage.make_trainer(
+        trained, replace(data, train=train), model, folder, method_of(trained.method, held)
     )
-    steps = total_steps(recipe, len(train))
     if allocation is not None:
         allocation.run.begin(steps)
-    if not resume:
+    if not resume and searched is None:
         folder.create(recipe)
-    untrained = evaluate(trainer, data, "untrained")[data.metric]
-    checkpoint = newest_complete(folder.checkpoints, before=steps) if resume else None
-    with terminal.progress_bar():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    untrained = stage.evaluate(trainer, data, "untrained")[data.metric]
+    stage.train(trainer, folder.checkpoints, steps, resume)
     seconds = trainer.train_seconds
-    plan = allocation.plan if allocation is not None else _constant_plan(recipe, data, model, folder, trainer)
+    plan = allocation.plan if allocation is not None else _plan_without_allocation(trained, data, model, trainer)
     assert plan is not None
+    if searched is not None:
+        plan = search.combined(searched, plan)
+        shutil.copyfile(folder.search.trace, folder.trace)
+    elif allocation is None:
+        _write_constant_trace(folder, plan)
     plan.save(folder.plan)
-    data.model.config.save_pretrained(folder.model)
-    data.tokenizer.save_pretrained(folder.model)
-    try:
-        export = export_adapter(model, folder.adapter)
-    except RuntimeError as error:
-        raise UserError(
-            f"the run ended without an adapter: {error}; if the loss diverged, lower the learning rate"
-        ) from error
-    metrics = _final_metrics(recipe, data, trainer, plan, export, untrained, seconds)
+    export = _export(data, model, folder)
+    metrics = _final_metrics(trained, data, trainer, plan, export, untrained, seconds)
+    if searched is not None:
+        metrics["search"] = search.metrics(folder)
     folder.write_json(folder.metrics, metrics)
     report = write_report(folder.root)
     terminal.show_outcome(folder, plan, metrics, export, report)
@@ -96,54 +96,28 @@ def show_plan(recipe: Recipe) -> None:
     terminal.show_start(recipe, data, model)
     train, held = method_data(recipe.method, data, recipe.training.seed)
     method = method_of(recipe.method, held)
+    steps = stage.total_steps(recipe, len(train))
+    if search.searches(recipe):
+        steps = search.steps_of(recipe, len(data.train))
+        terminal.show_search(steps, len(train), 0 if held is None else len(held))
     if method is not None:
         allocation = AllocationRun(model, method)
-        allocation.begin(total_steps(recipe, len(train)))
+        allocation.begin(steps)
         terminal.show_schedule(allocation)
+    if search.searches(recipe):
+        terminal.show_retraining(stage.total_steps(recipe, len(data.train)), len(data.train))
 
 
-def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of a run, counted as the Trainer does."""
-    if recipe.training.steps is not None:
-        return recipe.training.steps
-    batches = math.ceil(examples / recipe.training.batch_size)
-    return math.ceil((recipe.training.epochs or 1) * max(1, math.ceil(batches / recipe.training.accumulation)))
-
-
-def make_trainer(
-    recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, method: Method | None
-) -> tuple[PlainTrainer, RankAllocation | None]:
-    """Build the trainer, with the allocation as a callback."""
-    allocation = None
-    if method is not None:
-        provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}
-        allocation = RankAllocation(method, trace=folder.trace, provenance=provenance, compact=recipe.training.compact)
-    callbacks = [callback for callback in (allocation, terminal.Progress(allocation)) if callback is not None]
-    trainer = PlainTrainer(
-        model=model,
-        args=training_arguments(recipe.training, folder.checkpoints),
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=data.collator,
-        compute_metrics=data.compute_metrics,
-        preprocess_logits_for_metrics=data.preprocess_logits,
-        log=folder.log,
-        callbacks=callbacks,
-    )
-    return trainer, allocation
-
-
-def evaluate(trainer: PlainTrainer, data: TaskData, prefix: str, split: Dataset | None = None) -> dict[str, float]:
-    """Evaluate on a split, by default the test data or, without them, the validation data."""
-    if split is None:
-        split = data.validation if data.test is None else data.test
-    found = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
-    timing = ("_runtime", "_per_second", "_preparation_time")
-    return {
-        key.removeprefix(f"{prefix}_"): value
-        for key, value in found.items()
-        if not key.endswith(timing) and key != "epoch"
-    }
+def _export(data: TaskData, model: PeftModel, folder: RunFolder) -> Export:
+    """Write the adapter, and what else it takes to load it."""
+    data.model.config.save_pretrained(folder.model)
+    data.tokenizer.save_pretrained(folder.model)
+    try:
+        return export_adapter(model, folder.adapter)
+    except RuntimeError as error:
+        raise UserError(
+            f"the run ended without an adapter: {error}; if the loss diverged, lower the learning rate"
+        ) from error
 
 
 def _final_metrics(
@@ -159,8 +133,8 @@ def _final_metrics(
         "task": recipe.task,
         "metric": data.metric,
         "greater_is_better": data.greater_is_better,
-        "validation": evaluate(trainer, data, "eval", data.validation),
-        "test": None if data.test is None else evaluate(trainer, data, "test", data.test),
+        "validation": stage.evaluate(trainer, data, "eval", data.validation),
+        "test": None if data.test is None else stage.evaluate(trainer, data, "test", data.test),
         "reference": {**data.reference, "untrained": untrained},
         "train_seconds": round(seconds, 1),
         "total_steps": trainer.state.max_steps,
@@ -170,9 +144,7 @@ def _final_metrics(
     }
 
 
-def _constant_plan(
-    recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, trainer: PlainTrainer
-) -> RankPlan:
+def _plan_without_allocation(recipe: Recipe, data: TaskData, model: PeftModel, trainer: PlainTrainer) -> RankPlan:
     """The plan of a run without allocation: every rank as it started."""
     modules = {}
     for name, layer, adapter in plain_sites(model):
@@ -187,10 +159,13 @@ def _constant_plan(
         "total_steps": steps,
         "steps": steps,
     }
-    plan = RankPlan(recipe.method.name, modules, provenance=provenance)
-    ranks = list(plan.ranks.values())
-    sizes = {"in": [m.inputs for m in modules.values()], "out": [m.outputs for m in modules.values()]}
-    start = {"event": "start", "step": 0, "total_steps": steps, "sites": list(modules), **sizes, "ranks": ranks}
+    return RankPlan(recipe.method.name, modules, provenance=provenance)
+
+
+def _write_constant_trace(folder: RunFolder, plan: RankPlan) -> None:
+    """The trace of a run without allocation."""
+    modules, ranks, steps = plan.modules.values(), list(plan.ranks.values()), plan.provenance["steps"]
+    sizes = {"in": [m.inputs for m in modules], "out": [m.outputs for m in modules]}
+    start = {"event": "start", "step": 0, "total_steps": steps, "sites": list(plan.modules), **sizes, "ranks": ranks}
     finish = {"event": "finish", "step": steps, "ranks": ranks, "parameters": plan.parameters}
     folder.trace.write_text("".join(json.dumps(event) + "\n" for event in (start, finish)), encoding="utf-8")
-    return plan

@@ -58,6 +58,18 @@ def show_start(recipe: Recipe, data: TaskData, model: PeftModel) -> None:
     console.print(f"  adapter   {sites} modules, {trainable:,} trainable parameters at the start (heads included)")
 
 
+def show_search(steps: int, examples: int, held_out: int) -> None:
+    """Say what the search does that precedes the training."""
+    console.print(
+        f"[bold]search[/]    {steps:,} steps on {examples:,} examples; ranks are learned on {held_out:,} others"
+    )
+
+
+def show_retraining(steps: int, examples: int) -> None:
+    """Say what follows the search."""
+    console.print(f"[bold]then[/]      plain LoRA at the ranks found, {steps:,} steps on all {examples:,} examples")
+
+
 def show_schedule(run: AllocationRun) -> None:
     """Show the budget over the run, before it starts."""
     schedule = run.schedule
@@ -82,6 +94,10 @@ def show_outcome(folder: RunFolder, plan: RankPlan, metrics: Mapping[str, Any], 
     )
     console.print(f"  size      {plan.parameters:,} parameters, {share:.0%} of the start")
     console.print(f"  time      {metrics['train_seconds']:,.0f} s for {metrics['total_steps']:,} steps")
+    if "search" in metrics:
+        console.print(
+            f"  search    {metrics['search']['seconds']:,.0f} s for {metrics['search']['steps']:,} steps before"
+        )
     console.print(f"  checked   reloaded by stock PEFT, largest difference of a logit {export.difference:.1e}")
     console.print(f"  adapter   {escape(str(folder.adapter))}")
     console.print(f"  report    {escape(str(report))}")

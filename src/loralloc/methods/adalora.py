@@ -216,7 +216,7 @@ class AdaLoRA:
             stack.mean.copy_(current)
 
     def _scores(self, state: AdaLoRAState) -> Tensor:
-        """S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij) for every triplet, [R] (eq. 7)."""
+        """S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij) for every triplet, [R] (eq. 9)."""
         scores = torch.zeros_like(state.flat_gates())
         if self.importance == "magnitude":
             return state.flat_gates().abs()

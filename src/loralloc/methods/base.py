@@ -7,7 +7,7 @@ Trainer, a data loader or PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any, ClassVar, Protocol
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loralloc.budget import Budget, Schedule, Unit, start_budget
+from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.plan import ModuleRank, RankPlan
 
@@ -31,12 +32,46 @@ class Probe(Protocol):
     the same before and after.
     """
 
-    def train_loss(self) -> Tensor:
-        """Loss of the current step's own batches, with the random numbers (dropout) they had; differentiable."""
+    def weights(self) -> list[Tensor]:
+        """Everything that the optimizer trains, gates left out: the adapter's factors, and heads."""
+        ...
+
+    def train_losses(self) -> Iterator[Tensor]:
+        """Losses of the current step's own batches, with the random numbers (dropout) they had; differentiable.
+
+        Each is weighted as it was in the step, so that their gradients add up to the step's (on this process, and
+        before clipping). Take each one's gradient before the next is asked for: one graph is alive at a time.
+        """
         ...
 
     def validation_loss(self) -> Tensor:
         """Loss of the next validation batch, in the mode that the model is in; differentiable."""
+        ...
+
+    def scoring(self, samples: int, draw: int) -> Ablations:
+        """Return the losses of one scoring batch under any setting of the gates, dropout off.
+
+        Args:
+            samples: Validation samples in the batch; all there are, where there are fewer.
+            draw: Which batch: equal numbers give equal batches.
+        """
+        ...
+
+
+class Ablations(Protocol):
+    """The loss of one scoring batch as a function of all gates: S(·) of the ALoRA paper with the sign turned."""
+
+    @property
+    def forwards(self) -> float:
+        """What has been computed so far, in forward passes over the scoring batch."""
+        ...
+
+    def ablate(self, gates: Tensor) -> Tensor:
+        """Losses (mean over labels), [K], of K settings of all R gates, [K, R]; no gradients."""
+        ...
+
+    def gate_gradients(self, gates: Tensor) -> tuple[Tensor, int]:
+        """What each sample adds to the gradient of the loss at one setting, [n, R], and the number of labels."""
         ...
 
 
@@ -52,6 +87,8 @@ class Moment:
         optimizer: Name of the optimizer's class, for example `AdamW`; None where no optimizer was shown.
         sound: Whether the step's gradients are finite: a boolean on the device, for methods with `masks_bad_steps`
             where the host does not know yet; None where they are (other steps are not shown to a method).
+        max_grad_norm: The norm to which gradients are clipped, for methods that compute them anew; None for no
+            clipping.
     """
 
     step: int
@@ -60,6 +97,7 @@ class Moment:
     probe: Probe | None = None
     optimizer: str | None = None
     sound: Tensor | None = None
+    max_grad_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +110,8 @@ class Decision:
         frozen: Whether it is the final decision.
         closed: Boolean [R]: ranks closed for good by it, whose moments are to be cleared; None for none.
         opened: Boolean [R]: ranks that start afresh, whose moments are to start at age 0; None for none.
+        planned: Whether `kept` is only what the run would keep if it ended now, and nothing has been closed yet. Where
+            it is `frozen` as well, the run has nothing left to find out and may end.
         details: What else the trace should tell, JSON-able.
     """
 
@@ -80,6 +120,7 @@ class Decision:
     frozen: bool
     closed: Tensor | None = None
     opened: Tensor | None = None
+    planned: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -131,6 +172,24 @@ class Method(Protocol):
         ...
 
 
+def check_validation(method: str, validation: Any) -> None:
+    """Refuse validation data that a probe cannot draw by index.
+
+    Raises:
+        UserError: There are none, they have no index, or they are empty.
+    """
+    cure = f"pass {method}(validation=...), examples that are held out of the training data"
+    if validation is None:
+        raise UserError(f"{method} needs data that it may look at besides the training data; {cure}")
+    if not isinstance(validation, Sized) or not callable(getattr(type(validation), "__getitem__", None)):
+        raise UserError(
+            f"{method} draws validation data by index, and {type(validation).__name__} has none; {cure}, as a list or "
+            "a data set (the batches of a loader: list(loader))"
+        )
+    if not len(validation):
+        raise UserError(f"the validation data of {method} are empty; {cure}")
+
+
 def site_budget(sites: Sequence[Site], budget: Budget | None) -> tuple[Unit, int, int]:
     """Return (unit, start, target): what the open ranks cost now and may cost in the end.
 
@@ -153,6 +212,17 @@ def agree(decision: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast(decision, src=0)
     return decision
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Average tensors over all processes, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        flat = torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def on_any_process(flag: Tensor) -> Tensor:
@@ -183,12 +253,12 @@ def ranks_by_site(sites: Sequence[Site], kept: Tensor) -> list[int]:
 
 
 def rank_plan(
-    method: Method, sites: Sequence[Site], kept: Tensor, peak: int, provenance: Mapping[str, Any]
+    method: Method, sites: Sequence[Site], kept: Tensor, start: Sequence[int], peak: int, provenance: Mapping[str, Any]
 ) -> RankPlan:
-    """Write the kept ranks down as a plan; `peak` is the most ranks that were open at any time."""
+    """Write the kept ranks down as a plan; `start` are the ranks at first, `peak` the most that were open together."""
     modules = {
-        site.name: ModuleRank(rank, site.rank, site.inputs, site.outputs, site.plan_scale)
-        for site, rank in zip(sites, ranks_by_site(sites, kept), strict=True)
+        site.name: ModuleRank(rank, first, site.inputs, site.outputs, site.plan_scale)
+        for site, first, rank in zip(sites, start, ranks_by_site(sites, kept), strict=True)
     }
     return RankPlan(
         method=method.id,

@@ -14,6 +14,7 @@ from loralloc.plan import write_atomically
 from loralloc.report import figures
 from loralloc.report.canvas import drawing, png, svg
 from loralloc.report.grid import Grid, arrange
+from loralloc.report.null_control import null_control
 from loralloc.report.palette import style_variables
 from loralloc.report.run_folder import RunFolder, Trace, read_run
 from loralloc.report.tables import heat_map, measure_table, module_table, provenance_table
@@ -60,7 +61,7 @@ def write_report(run: Path) -> Path:
     """
     folder = read_run(Path(run))
     grid = arrange(folder.plan.modules)
-    top = max(module.start for module in folder.plan.modules.values())
+    top = max(max(module.rank, module.start) for module in folder.plan.modules.values())
     with drawing():
         charts = _charts(folder, top)
         _write_pngs(
@@ -72,6 +73,7 @@ def write_report(run: Path) -> Path:
         _header(folder),
         tiles(folder),
         _ranks(folder, grid, top),
+        null_control(folder),
         history,
         _loading(folder),
         _bad_steps(folder),
@@ -104,15 +106,20 @@ def _write_pngs(run: RunFolder, drawn: dict[str, Figure]) -> None:
 def _header(run: RunFolder) -> str:
     modules = run.plan.modules.values()
     start, final = sum(module.start for module in modules), run.plan.total_rank
+    moved = sum(max(0, module.rank - module.start) for module in modules)
     steps = f" in {count(run.last_step, 'step')}" if run.last_step else ""
     where = f"{count(len(modules), 'module')}{steps}"
     if not run.finished:
         summary = (
             f"Training has not finished: <strong>{final:,} of {start:,} ranks</strong> are in use over {where} planned."
         )
-    elif final == start:
+    elif all(module.rank == module.start for module in modules):
         summary = (
             f"Trained <strong>{count(final, 'rank')}</strong> over {where}; every module kept the rank it started with."
+        )
+    elif moved and final == start:
+        summary = (
+            f"Trained <strong>{count(final, 'rank')}</strong> over {where}; {moved:,} of them moved to another module."
         )
     else:
         summary = f"Started with {count(start, 'rank')} and kept <strong>{final:,}</strong> of them, over {where}."
@@ -223,6 +230,11 @@ def _loss_caption(run: RunFolder) -> str:
 
 def _history(run: RunFolder, charts: list[Chart]) -> str:
     notes = []
+    if run.search_steps:
+        notes.append(
+            f"Steps 1 to {run.search_steps:,} are the search for the ranks; after it, what is exported was trained "
+            "anew at the ranks found."
+        )
     if run.trace is None:
         notes.append("There is no trace.jsonl, so the development of the ranks cannot be shown.")
     elif run.trace.constant and run.trace.phases is None:

@@ -77,6 +77,7 @@ class RunFolder:
         metrics: metrics.json; empty when there is none.
         recipe_text: recipe.yaml as written; None when there is none.
         recipe: recipe.yaml parsed; empty when it is missing or not a mapping.
+        search_steps: Steps of the search that preceded the training; they count on the time axis. 0 for none.
         absent: What is not in the folder, each as a sentence.
     """
 
@@ -90,6 +91,7 @@ class RunFolder:
     metrics: dict[str, Any]
     recipe_text: str | None
     recipe: dict[str, Any]
+    search_steps: int
     absent: tuple[str, ...]
 
     @property
@@ -129,7 +131,8 @@ def read_run(path: Path) -> RunFolder:
     """
     files = {name: path / name for name in ("ranks.json", "trace.jsonl", "log.jsonl", "metrics.json", "recipe.yaml")}
     absent = []
-    trace = _read_trace(files["trace.jsonl"])
+    searched = path / "search" / "trace.jsonl"
+    trace = _read_trace(files["trace.jsonl"] if files["trace.jsonl"].is_file() else searched)
     finished = files["ranks.json"].is_file()
     if not finished and trace is None:
         raise UserError(
@@ -148,6 +151,10 @@ def read_run(path: Path) -> RunFolder:
     if trace is None:
         absent.append("trace.jsonl: how the ranks developed is not known.")
     train, evaluations, budgets = _read_log(files["log.jsonl"])
+    search_steps = trace.events[-1].step if trace and searched.is_file() and files["log.jsonl"].is_file() else 0
+    if searched.is_file():
+        train = (*_read_log(searched.with_name("log.jsonl"))[0], *_later(train, search_steps))
+        evaluations = _later(evaluations, search_steps)
     if not train and not evaluations:
         absent.append("log.jsonl: no losses have been logged.")
     metrics = _read_object(files["metrics.json"])
@@ -156,7 +163,18 @@ def read_run(path: Path) -> RunFolder:
     if recipe_text is None:
         absent.append("recipe.yaml: the recipe of this run is not in the folder.")
     return RunFolder(
-        path, plan, finished, trace, train, evaluations, budgets, metrics, recipe_text, recipe, tuple(absent)
+        path,
+        plan,
+        finished,
+        trace,
+        train,
+        evaluations,
+        budgets,
+        metrics,
+        recipe_text,
+        recipe,
+        search_steps,
+        tuple(absent),
     )
 
 
@@ -230,6 +248,11 @@ def _read_log(path: Path) -> tuple[Points, Points, tuple[tuple[int, int], ...]]:
     evaluations = tuple((int(row["step"]), number(row["eval_loss"])) for row in rows if "eval_loss" in row)
     budgets = ((int(row["step"]), number(row.get("budget"))) for row in rows)
     return train, evaluations, tuple((step, int(value)) for step, value in budgets if math.isfinite(value))
+
+
+def _later(points: Points, steps: int) -> Points:
+    """The points of a stage that another one of so many steps precedes."""
+    return tuple((step + steps, value) for step, value in points)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -53,7 +53,8 @@ def _row(run: RunFolder, grid: Grid, stack: str, layer: int, top: int) -> str:
 
 
 def _cell(name: str, module: ModuleRank, top: int) -> str:
-    title = f"{escape(name)}: rank {module.rank} of {module.start}, {module.inputs:,} &times; {module.outputs:,}"
+    size = f"{module.inputs:,} &times; {module.outputs:,}"
+    title = f"{escape(name)}: rank {module.rank}, {module.start} at the start, {size}"
     return (
         f'<td class="cell r{step_of(module.rank, top)}" title="{title}">'
         f"{module.rank}<small>/{module.start}</small></td>"

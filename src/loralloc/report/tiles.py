@@ -78,9 +78,13 @@ def _parameters(run: RunFolder) -> str:
 
 def _time(run: RunFolder) -> str:
     seconds, steps = number(run.metrics.get("train_seconds")), run.last_step
+    search = run.metrics.get("search")
+    before = number(search.get("seconds")) if isinstance(search, dict) else 0.0
+    seconds += before
     if not math.isfinite(seconds):
         return _tile("Training time", "&ndash;", f"{count(steps, 'step')} planned" if steps else "Not recorded.")
     note = f"{count(steps, 'step')}, {seconds / steps:.3g} s each" if steps else "number of steps not recorded"
+    note += f"; {duration(before)} of it for the search" if before else ""
     return _tile("Training time", duration(seconds), note)
 
 

@@ -39,7 +39,8 @@ class RankAllocation(TrainerCallback):
     `train()` it is plain LoRA. Each checkpoint carries the allocation's state; resuming restores it.
 
     Args:
-        method: For example `AdaLoRA(Budget(average_rank=8))`.
+        method: For example `AdaLoRA(Budget(average_rank=8))`. Where it looks at validation data, `validation` holds
+            examples as they are in the training set (tokenized alike); the Trainer's collator makes batches of them.
         trace: File to append allocation events to, one JSON object a line; None for none.
         provenance: What to record in the plan beyond versions, settings and steps.
         compact: Take closed ranks out of the tensors once the ranks are final (see `attach`). One process only.
@@ -105,11 +106,11 @@ class RankAllocation(TrainerCallback):
                 "resume_from_checkpoint=True, or start over with a new model, callback and Trainer"
             )
         run.begin(state.max_steps)
+        run.max_grad_norm = args.max_grad_norm or None
         run.check_optimizer(kwargs["optimizer"])
         if run.probe is not None:
-            collate = kwargs["train_dataloader"].collate_fn
-            size, seed = args.per_device_eval_batch_size, args.seed
-            run.probe.validation = CollatedBatches(self.method.validation, collate, size, seed)  # type: ignore[attr-defined]
+            data = self.method.validation  # type: ignore[attr-defined]
+            run.probe.validation = _validation_batches(data, kwargs["train_dataloader"], args)
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.final)
         if state.global_step > 0:
@@ -131,9 +132,11 @@ class RankAllocation(TrainerCallback):
         self.run.after_step(kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the random state before an evaluation, which draws seeds for its data loader."""
+        """Note the random state before an evaluation, which draws seeds for its data loader; end a settled run."""
         if control.should_evaluate:
             self._random = random_state()
+        if self.run.settled:
+            control.should_training_stop = True
 
     on_epoch_end = on_step_end
 
@@ -215,6 +218,25 @@ def refuse_unfinished(folder: Path) -> None:
             f"{folder} is a checkpoint of an unfinished allocation: its gates are not folded into the adapter, so "
             "loading it as LoRA would give another function; resume the run, or use the adapter it exports at the end"
         )
+
+
+def _validation_batches(data: Any, training: Any, args: TrainingArguments) -> CollatedBatches:
+    """Batches of a method's validation data, made as the Trainer makes its own.
+
+    Raises:
+        UserError: The data are not in the form of the Trainer's training data.
+    """
+    columns = getattr(training.dataset, "column_names", None)  # the Trainer has removed what the model takes not
+    batches = CollatedBatches(data, training.collate_fn, args.per_device_eval_batch_size, args.seed, columns)
+    try:
+        batches[0]
+    except Exception as error:
+        raise UserError(
+            f"the validation data of the method cannot be made into a batch ({type(error).__name__}: {error}); they "
+            "must look like the Trainer's training data when it trains: tokenized, with labels where the collator adds "
+            "none"
+        ) from error
+    return batches
 
 
 def _refuse_engines(args: TrainingArguments) -> None:

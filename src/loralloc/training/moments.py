@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,39 +12,152 @@ from loralloc.gating import Site
 
 
 @torch.no_grad()
-def clear_moments(optimizer: torch.optim.Optimizer, sites: Iterable[Site]) -> None:
+def clear_moments(optimizer: torch.optim.Optimizer, sites: Sequence[Site], opened: Tensor | None = None) -> None:
     """Zero the optimizer's state of ranks that are closed for good, so that no momentum moves them any more.
 
     Args:
         optimizer: Any optimizer whose state holds tensors in the shape of the parameter (Adam's moments, momentum).
         sites: The sites; a scale of zero marks a closed rank.
+        opened: Boolean [R]; ranks that start afresh and are cleared as well.
     """
-    for site in sites:
-        closed = site.scale == 0
-        for parameter, index in ((site.A, closed), (site.B, (slice(None), closed)), (site.gate, closed)):
+    parts = [None] * len(sites) if opened is None else opened.split([site.rank for site in sites])
+    for site, part in zip(sites, parts, strict=True):
+        gone = site.scale == 0 if part is None else (site.scale == 0) | part.to(site.gate.device)
+        for parameter, index in ((site.A, gone), (site.B, (slice(None), gone)), (site.gate, gone)):
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value[index] = 0
 
 
 class FreshRanks:
-    """Ranks that were opened in the middle of a run, and their age in steps."""
+    """Ranks that were opened in the middle of a run, and their age in steps.
+
+    Adam counts steps once for a whole parameter. After t steps its bias corrections are near 1, and a rank that starts
+    with moments of zero at step t would move √(1 − β₂ᵏ) / (1 − β₁ᵏ) times too fast or slow at its age k: with
+    β = (0.9, 0.999), 3.2 times too far in its first step and 6.5 times in its tenth. After each step the rows of such
+    ranks are therefore set to what Adam would have made of them with their own age,
+
+        θ ← (1 − lr · wd) θ₀ − lr / (1 − β₁ᵏ) · m / (√(v / (1 − β₂ᵏ)) + eps)        wd: AdamW's decoupled decay
+
+    until the corrections of age k no longer differ from 1 in fp32. Other optimizers are left alone: momentum has no
+    bias to correct.
+    """
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = sites
+        self._ages: dict[int, tuple[Tensor, Tensor]] = {}  # site -> (positions of its fresh ranks, their ages)
+        self._before: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        self._youngest = 0
+        self._kept: Tensor | None = None
+
+    def take(self, kept: Tensor) -> None:
+        """Follow a compaction that is about to happen.
+
+        Args:
+            kept: Boolean [R]: the ranks that stay in the tensors.
+        """
+        self._kept = kept.cpu()
+        parts = self._kept.split([site.rank for site in self.sites])
+        for index, (fresh, age) in list(self._ages.items()):
+            part = parts[index].to(fresh.device)
+            stay = part[fresh]
+            self._ages[index] = (part.cumsum(0) - 1)[fresh[stay]], age[stay]
 
     def open(self, opened: Tensor) -> None:
-        """Start ranks at age 0."""
+        """Start ranks at age 0.
 
+        Args:
+            opened: Boolean [R].
+        """
+        ages = self._all_ages().masked_fill(opened.cpu(), 0)
+        self._set(ages)
+
+    @torch.no_grad()
     def before_step(self) -> None:
-        """Keep what the correction after the step needs."""
+        """Keep the rows of fresh ranks as they are before the step, where the step will move them."""
+        for index, (fresh, _) in self._ages.items():
+            A, B = self.sites[index].A, self.sites[index].B
+            self._before[index] = (
+                None if A.grad is None else A.index_select(0, fresh),
+                None if B.grad is None else B.index_select(1, fresh),
+            )
 
+    @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Correct the update."""
+        """Correct the step of fresh ranks. After a step that was skipped there is nothing to do, and they do not age.
+
+        Args:
+            optimizer: The optimizer, or accelerate's wrapper of it.
+        """
+        before, self._before = self._before, {}
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if not before or inner is None:
+            return
+        groups = {id(p): group for group in inner.param_groups for p in group["params"]}
+        for index, rows in before.items():
+            if rows == (None, None):  # the layer took no part
+                continue
+            fresh, age = self._ages[index]
+            age += 1
+            factors = (self.sites[index].A, 0), (self.sites[index].B, 1)
+            for (parameter, dim), old in zip(factors, rows, strict=True):
+                state, group = inner.state.get(parameter, {}), groups.get(id(parameter))
+                if isinstance(inner, torch.optim.Adam) and old is not None and group is not None and "exp_avg" in state:
+                    parameter.index_copy_(dim, fresh, _adam_step(old, state, group, fresh, age, dim))
+        self._forget(inner)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Ages of fresh ranks."""
-        return {}
+        """Ages of fresh ranks, −1 for all others, [R]; nothing where there are none."""
+        if not self._ages:
+            return {}
+        ages = self._all_ages()
+        if self._kept is not None:
+            ages = torch.full_like(self._kept, -1, dtype=torch.long).masked_scatter_(self._kept, ages)
+        return {"fresh.ages": ages}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore ages."""
+        self._before = {}
+        self._ages = {}
+        if "fresh.ages" in tensors:
+            self._set(tensors["fresh.ages"])
+
+    def _all_ages(self) -> Tensor:
+        ages = [torch.full((site.rank,), -1, dtype=torch.long) for site in self.sites]
+        for index, (fresh, age) in self._ages.items():
+            ages[index][fresh.cpu()] = age.cpu()
+        return torch.cat(ages)
+
+    def _set(self, ages: Tensor) -> None:
+        parts = ages.split([site.rank for site in self.sites])
+        self._ages, self._youngest = {}, int(ages.max())
+        for index, (part, site) in enumerate(zip(parts, self.sites, strict=True)):
+            (fresh,) = (part >= 0).nonzero(as_tuple=True)
+            if len(fresh):
+                self._youngest = min(self._youngest, int(part[fresh].min()))
+                self._ages[index] = fresh.to(site.A.device), part[fresh].to(site.A.device)
+
+    def _forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop all once the youngest has grown up: its corrections round to 1. With other optimizers, at once."""
+        self._youngest += 1
+        slowest = max((beta for group in optimizer.param_groups for beta in group.get("betas", ())), default=0.0)
+        if slowest**self._youngest < torch.finfo(torch.float32).eps:
+            self._ages = {}
+
+
+def _adam_step(
+    old: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], fresh: Tensor, age: Tensor, dim: int
+) -> Tensor:
+    """What Adam makes of rows (`dim` 0) or columns (`dim` 1) whose moments are `age` steps old."""
+    beta1, beta2 = group["betas"]
+    shape = (-1, 1) if dim == 0 else (1, -1)
+    wide = torch.promote_types(old.dtype, torch.float32)
+    first, second = (
+        1 - torch.as_tensor(beta, dtype=torch.float64, device=age.device) ** age for beta in (beta1, beta2)
+    )
+    m = state["exp_avg"].index_select(dim, fresh)
+    v = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"].index_select(dim, fresh)
+    step = m / first.to(wide).view(shape)
+    step = step / ((v / second.to(wide).view(shape)).sqrt() + group["eps"])
+    decay = group["weight_decay"] if group.get("decoupled_weight_decay", False) else 0.0
+    return (old * (1 - group["lr"] * decay) - group["lr"] * step).to(old.dtype)

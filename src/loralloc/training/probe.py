@@ -6,9 +6,10 @@ never land in `.grad`, and frozen weights are only read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,15 @@ from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
+from loralloc.training.ablation import AblationScorer
 
 Batch = Mapping[str, Any]
+
+LINEAR = ("loss", "log_probs")
+"""Outputs of a model that a training loss is a weighted sum of: its own loss, or TRL's log-probabilities of labels."""
+
+MOST_WEIGHT = 1024
+"""No training loop multiplies a loss by more than this, except fp16's gradient scaler, which starts at 65,536."""
 
 
 class CollatedBatches(Sequence[Batch]):
@@ -28,12 +36,19 @@ class CollatedBatches(Sequence[Batch]):
         collate: Turns a list of examples into a batch.
         batch_size: Examples in a batch; the last batch of a pass may be smaller.
         seed: Every pass has an order of its own, drawn from it.
+        columns: What `collate` is given of an example; None for all of it.
     """
 
     def __init__(
-        self, dataset: Sequence[Any], collate: Callable[[list[Any]], Batch], batch_size: int, seed: int
+        self,
+        dataset: Sequence[Any],
+        collate: Callable[[list[Any]], Batch],
+        batch_size: int,
+        seed: int,
+        columns: Collection[str] | None = None,
     ) -> None:
         self._dataset, self._collate, self._size, self._seed = dataset, collate, batch_size, seed
+        self._columns = columns
         self._order: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
@@ -47,20 +62,48 @@ class CollatedBatches(Sequence[Batch]):
             generator = torch.Generator().manual_seed(self._seed + done)
             self._order = done, torch.randperm(len(self._dataset), generator=generator).tolist()
         chosen = self._order[1][place * self._size : (place + 1) * self._size]
-        return self._collate([self._dataset[i] for i in chosen])
+        rows = [self._dataset[i] for i in chosen]
+        if self._columns is not None:
+            rows = [{key: value for key, value in row.items() if key in self._columns} for row in rows]
+        return self._collate(rows)
 
 
-@dataclass(frozen=True)
+OWN_LOSS = (
+    "that the model returns. This method computes the step's loss again, so train on model(**batch).loss, with labels "
+    "in the batch, and with the model that the allocation is attached to"
+)
+
+
+@dataclass
 class _Seen:
-    """A forward pass of training: its inputs, and what else decides its outcome."""
+    """A forward pass of training: its inputs, what else decides its outcome, and what became of its loss.
 
-    inputs: Mapping[str, Any]
+    Attributes:
+        args: Positional inputs.
+        kwargs: Inputs by name.
+        random: States of the generators when it began.
+        autocast: Whether autocast was on around it, and its dtype.
+        weights: ∂(the step's loss) / ∂(an output of this pass), as `backward()` delivered it: what the training loop
+            scaled the loss by (accumulation, processes). Empty as long as no gradient has arrived.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     random: tuple[Tensor, list[Tensor]]
     autocast: tuple[bool, torch.dtype]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def arrived(self, output: str, gradient: Tensor) -> None:
+        """Note the gradient of an output."""
+        before = self.weights.get(output)
+        self.weights[output] = gradient.detach() if before is None else before + gradient.detach()
 
 
 class DataProbe:
     """The `Probe` of a run.
+
+    It keeps the inputs of every forward pass of a step (references, no copies) and the gradient that arrives at its
+    loss. A pass whose loss is never differentiated, such as an evaluation, is none of the step's.
 
     Args:
         model: The model that is trained.
@@ -73,43 +116,73 @@ class DataProbe:
         self._drawn = 0
         self._seen: list[_Seen] = []
         self._looking = False
-        self._hook = model.register_forward_pre_hook(self._remember, with_kwargs=True)
+        self._loss_checked = self._weights_checked = False
+        self._hooks = (
+            model.register_forward_pre_hook(self._remember, with_kwargs=True),
+            model.register_forward_hook(self._follow),
+        )
 
     @classmethod
     def of(cls, model: nn.Module, sites: Sequence[Site], validation: Any) -> DataProbe | None:
         """Return a probe for a method that has validation data, None for one that has not."""
         return None if validation is None else cls(model, sites, validation)
 
-    def train_loss(self) -> Tensor:
-        """Loss of the current step's own batches; what it divides by follows the Trainer's rule (see the class)."""
-        if not self._seen:
-            raise UserError(
-                "the batches of this step are not known: the loss must come from calling the model that the "
-                "allocation is attached to, model(**batch), in training mode and with labels"
-            )
-        total = torch.zeros(())
-        for seen in self._seen:
-            with self._replayed(seen):
-                loss = self._loss(seen.inputs)
-            # With a number of items the loss is a share of the step's already; without one the step takes the mean.
-            share = loss if "num_items_in_batch" in seen.inputs else loss / len(self._seen)
-            total = total.to(share.device) + share
-        return total
+    def weights(self) -> list[Tensor]:
+        """Everything that the optimizer trains, gates left out."""
+        gates = {id(site.gate) for site in self.sites}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in gates]
+
+    def train_losses(self) -> Iterator[Tensor]:
+        """Losses of the step's own batches, one at a time, each weighted as it was in the step.
+
+        Raises:
+            UserError: The step's loss was not the model's own, or is scaled as for fp16.
+        """
+        seen = [pass_ for pass_ in self._seen if pass_.weights]
+        if not seen:
+            raise UserError(f"the batches of this step are not known: no gradient came through the loss {OWN_LOSS}")
+        self._check_weights(seen[0].weights)
+        for pass_ in seen:
+            with self._replayed(pass_):
+                output = self.model(*pass_.args, **pass_.kwargs)
+            yield torch.stack([(getattr(output, key) * weight).sum() for key, weight in pass_.weights.items()]).sum()
 
     def validation_loss(self) -> Tensor:
         """Loss of the next validation batch, in the mode that the model is in."""
         batch = self.next_batch()
-        autocast = self._seen[-1].autocast if self._seen else _autocast(self.device)
-        with self._looking_only(), torch.autocast(self.device.type, enabled=autocast[0], dtype=autocast[1]):
-            return self._loss(batch)
+        with self._scoring():
+            return self._loss(self.model(**batch))
 
     def next_batch(self) -> Batch:
         """The next validation batch, on the model's device."""
         if not len(self.validation):
             raise UserError("the validation data are empty; this method learns ranks from them")
-        index = self._drawn if isinstance(self.validation, CollatedBatches) else self._drawn % len(self.validation)
         self._drawn += 1
-        return on_device(self.validation[index], self.device)
+        return self.batch(self._drawn - 1)
+
+    def scoring(self, samples: int, draw: int) -> AblationScorer:
+        """Losses of one scoring batch under any setting of the gates.
+
+        Args:
+            samples: Validation samples in it; all there are, where there are fewer.
+            draw: Which batch: the first ones, the next ones, and so on.
+        """
+        count = min(len(self.validation), -(-samples // size_of(self.batch(0))))
+        batches: list[Batch] = []
+        for index in range(count):
+            batch, left = self.batch(draw * count + index), samples - sum(map(size_of, batches))
+            if left > 0:
+                batches.append({key: v[:left] if isinstance(v, Tensor) else v for key, v in batch.items()})
+        scorer = AblationScorer(self.model, self.sites, batches, self._scoring)
+        if not self._loss_checked:
+            scorer.check_loss(batches[0])
+            self._loss_checked = True
+        return scorer
+
+    def batch(self, index: int) -> Batch:
+        """A validation batch on the model's device; data without an end of their own start over."""
+        endless = isinstance(self.validation, CollatedBatches)
+        return on_device(self.validation[index if endless else index % len(self.validation)], self.device)
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +196,8 @@ class DataProbe:
     def close(self) -> None:
         """Stop watching the model."""
         self.forget()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def state_dict(self) -> dict[str, int]:
         """How many validation batches have been drawn."""
@@ -134,15 +208,49 @@ class DataProbe:
         self._drawn = int(state["drawn"])
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what the model is called with in training (a reference, no copy)."""
-        if module.training and torch.is_grad_enabled() and not self._looking and not args:
-            self._seen.append(_Seen(dict(kwargs), random_state(), _autocast(self.device)))
+        """Keep what the model is called with while gradients are recorded."""
+        if torch.is_grad_enabled() and not self._looking:
+            self._seen.append(_Seen(args, dict(kwargs), random_state(), _autocast(self.device)))
 
-    def _loss(self, batch: Batch) -> Tensor:
-        loss = getattr(self.model(**batch), "loss", None)
+    def _follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Wait for the gradient of the loss."""
+        if not self._seen or self._looking:
+            return
+        for key in LINEAR:
+            tensor: Any = getattr(output, key, None)
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(self._seen[-1].arrived, key))
+
+    def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuse, in the first step, a loss that cannot be computed again from its weights."""
+        if self._weights_checked:
+            return
+        self._weights_checked = True
+        total = torch.stack([weight.abs().sum().float() for weight in weights.values()]).sum().item()
+        if total > MOST_WEIGHT:  # gradients are unscaled later, which a method cannot know of
+            raise UserError(
+                f"the loss was multiplied by {total:g} before backward(), as fp16's gradient scaler does; this "
+                "method needs the gradients themselves: use bf16, or no mixed precision"
+            )
+        for weight in weights.values():
+            used = weight[weight != 0]
+            if used.numel() and (used.max() - used.min()).abs() > 1e-3 * used.abs().max():
+                raise UserError(
+                    f"the step's loss weighs tokens by what the model thinks of them; it is not the loss {OWN_LOSS}"
+                )
+
+    def _loss(self, output: Any) -> Tensor:
+        loss = getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
             raise UserError("the model returned no loss: batches must hold labels (or what the model's loss needs)")
         return loss
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """The precision that training has; no trace."""
+        enabled, dtype = self._seen[-1].autocast if self._seen else _autocast(self.device)
+        with self._looking_only(), torch.autocast(self.device.type, enabled=enabled, dtype=dtype):
+            yield
 
     @contextmanager
     def _replayed(self, seen: _Seen) -> Iterator[None]:
@@ -161,6 +269,11 @@ class DataProbe:
         finally:
             self._looking = False
             set_random_state(before)
+
+
+def size_of(batch: Batch) -> int:
+    """Samples in a batch."""
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0), 0)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

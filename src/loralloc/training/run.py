@@ -85,6 +85,9 @@ class AllocationRun:
     Attributes:
         step: Optimizer steps done.
         plan: The rank plan, once finished.
+        settled: Whether the method has nothing left to find out: the run may end.
+        max_grad_norm: The norm to which the loop clips gradients, None for no clipping. Methods that compute a step's
+            gradient anew clip it alike, so set it where you clip; the Trainer callback does.
         on_event: Called with every allocation event, a JSON-able dictionary (the lines of trace.jsonl).
     """
 
@@ -101,11 +104,13 @@ class AllocationRun:
             fold_gates(self.sites)
             raise
         self.step = 0
+        self.settled = False
+        self.max_grad_norm: float | None = None
         self.plan: RankPlan | None = None
         self.on_event: Callable[[Event], None] | None = None
         self.probe = DataProbe.of(model, self.sites, getattr(method, "validation", None))
         self._schedule: Schedule | None = None
-        self._ranks = open_ranks(self.sites)
+        self._ranks = self._start_ranks = open_ranks(self.sites)
         self._peak = sum(self._ranks)
         self._fresh = FreshRanks(self.sites)
         self._shapes = {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites}
@@ -184,13 +189,13 @@ class AllocationRun:
             decision = self.method.on_step(self.state, self._now(optimizer))
         if decision is not None:
             self._record(decision)
-            if decision.closed is not None and optimizer is not None:
-                clear_moments(optimizer, self.sites)
+            if optimizer is not None and (decision.closed is not None or decision.opened is not None):
+                clear_moments(optimizer, self.sites, decision.opened)
+            if decision.opened is not None:
+                self._fresh.open(decision.opened)
             if decision.closed is not None and decision.frozen:
                 self._final = decision.kept.clone()
                 self._take_out_closed(optimizer)
-            if decision.opened is not None:
-                self._fresh.open(decision.opened)
         if self.probe is not None:
             self.probe.forget()
         if self._sound is not None:
@@ -222,7 +227,7 @@ class AllocationRun:
             "bad_steps": self.bad_steps,
             **(provenance or {}),
         }
-        self.plan = rank_plan(self.method, self.sites, kept, self._peak, record)
+        self.plan = rank_plan(self.method, self.sites, kept, self._start_ranks, self._peak, record)
         if self.probe is not None:
             self.probe.close()
         self._ranks = list(self.plan.ranks.values())
@@ -270,6 +275,7 @@ class AllocationRun:
             "schedule": asdict(self.schedule),  # type: ignore[call-overload]
             "gates": self._gate_checksum() if self.plan is None else None,
             "peak": self._peak,
+            "settled": self.settled,
             "probe": None if self.probe is None else self.probe.state_dict(),
         }
         final = {} if self._final is None else {"run.final": self._final}
@@ -307,6 +313,7 @@ class AllocationRun:
         self.step = int(numbers["step"])
         self._checks.bad, self._checks.bad_in_a_row = int(numbers["bad_steps"]), int(numbers["bad_in_a_row"])
         self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])
+        self.settled = bool(numbers["settled"])
         if self.probe is not None:
             self.probe.load_state_dict(numbers["probe"])
         self._fresh.load_state_dict(tensors)
@@ -321,13 +328,14 @@ class AllocationRun:
             return
         if optimizer is None:
             raise UserError("compact=True shrinks the optimizer's state too: pass the optimizer to after_step()")
+        self._fresh.take(self._final)
         self._compaction = Compaction(self.model, self.sites, self._final, optimizer)
         self.method.resized(self.state)
 
     def _now(self, optimizer: torch.optim.Optimizer | None) -> Moment:
         """What a method is told besides its state."""
         rate, name = learning_rate(optimizer, self.sites), optimizer_name(optimizer)
-        return Moment(self.step, self.schedule, rate, self.probe, name, self._sound)
+        return Moment(self.step, self.schedule, rate, self.probe, name, self._sound, self.max_grad_norm)
 
     def _check_gates_moved(self) -> None:
         """Notice an optimizer that does not hold the gates, also where nobody has shown it to us."""
@@ -340,18 +348,29 @@ class AllocationRun:
             )
 
     def _gate_checksum(self) -> str:
-        """Tie the state to the weights it was taken with; zeros are left out, as compact runs do not have them."""
+        """Tie the state to the weights it was taken with: the gates, or B where the gates are not trained.
+
+        Zeros are left out, as compact runs do not have those of closed ranks.
+        """
         digest = hashlib.sha256()
         for site in self.sites:
-            digest.update(site.gate[site.gate != 0].detach().cpu().numpy().tobytes())
+            weights = site.gate if site.gate_is_trained else site.B.to(site.gate.dtype)
+            digest.update(weights[weights != 0].detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _parameters(self) -> int:
-        return sum(rank * site.cost for rank, site in zip(self._ranks, self.sites, strict=True))
+    def _parameters(self, ranks: Sequence[int] | None = None) -> int:
+        """Parameters of these ranks, by default of those that are open."""
+        ranks = self._ranks if ranks is None else ranks
+        return sum(rank * site.cost for rank, site in zip(ranks, self.sites, strict=True))
 
     def _record(self, decision: Decision) -> None:
         ranks = ranks_by_site(self.sites, decision.kept)
-        if ranks != self._ranks or decision.frozen:
+        if decision.planned:
+            self.settled = decision.frozen
+            record = {"ranks": ranks, "parameters": self._parameters(ranks), "settled": self.settled}
+            self._emit({"event": "plan", "step": self.step, **record, **decision.details})
+            return
+        if ranks != self._ranks or decision.frozen or decision.details:
             self._ranks = ranks
             self._peak = max(self._peak, sum(ranks))
             event = "freeze" if decision.frozen else "allocate"
@@ -377,7 +396,7 @@ class AllocationRun:
                 "schedule": {key: value for key, value in asdict(schedule).items() if key not in common},  # type: ignore[call-overload]
                 "unit": self.unit,
                 "start_budget": schedule.start,
-                "target_budget": schedule.target,
+                "target_budget": None if self.method.budget is None else schedule.target,
                 "sites": [site.name for site in self.sites],
                 "in": [site.inputs for site in self.sites],
                 "out": [site.outputs for site in self.sites],

@@ -1,0 +1,87 @@
+"""The first stage of methods that search for ranks and then train anew: the search, in RUN/search.
+
+The search trains on one part of the training data and learns the ranks on the other; the retraining sees both. Neither
+the validation nor the test data of the recipe are looked at before the retraining.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from loralloc.cli import stage, terminal
+from loralloc.cli.build import add_adapter, method_data, method_of, task_data
+from loralloc.cli.folder import RunFolder
+from loralloc.config import Recipe
+from loralloc.plan import RankPlan
+from loralloc.recipe_methods import AutoLoRAConfig, LoRAConfigSection
+
+
+def searches(recipe: Recipe) -> bool:
+    """Whether the recipe's method searches for ranks before what it exports is trained."""
+    return isinstance(recipe.method, AutoLoRAConfig)
+
+
+def steps_of(recipe: Recipe, examples: int) -> int:
+    """Optimizer steps of the search.
+
+    Args:
+        recipe: The recipe.
+        examples: Training examples before the split.
+    """
+    assert isinstance(recipe.method, AutoLoRAConfig)
+    length = recipe.method.search
+    return length if isinstance(length, int) else max(1, round(length * stage.total_steps(recipe, examples)))
+
+
+def find_plan(recipe: Recipe, folder: RunFolder, resume: bool) -> RankPlan:
+    """Search for the ranks, or read what an earlier process has found.
+
+    Returns:
+        The plan of RUN/search/ranks.json.
+    """
+    if resume and folder.search.plan.is_file():
+        return RankPlan.load(folder.search.plan)
+    data = task_data(recipe)
+    train, held = method_data(recipe.method, data, recipe.training.seed)
+    assert held is not None
+    steps = steps_of(recipe, len(data.train))
+    model = add_adapter(data.model, recipe)
+    settings = {"steps": steps, "epochs": None, "eval_every": None}
+    searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
+    seen = replace(data, train=train, validation=held, test=None)
+    trainer, allocation = stage.make_trainer(searching, seen, model, folder.search, method_of(recipe.method, held))
+    assert allocation is not None
+    allocation.run.begin(steps)
+    if not resume:
+        folder.create(recipe)
+    folder.search.root.mkdir(exist_ok=True)
+    terminal.show_start(recipe, data, model)
+    terminal.show_search(steps, len(train), len(held))
+    stage.train(trainer, folder.search.checkpoints, steps, resume)
+    plan = allocation.plan
+    assert plan is not None
+    record = {"examples": len(train), "held_out": len(held), "steps": plan.provenance["steps"]}
+    folder.write_json(folder.search.metrics, {**record, "seconds": round(trainer.train_seconds, 1)})
+    plan.save(folder.search.plan)  # last: it says that the search is over
+    return plan
+
+
+def retraining(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """Plain LoRA at the ranks that the search has found, on all training data."""
+    return recipe.model_copy(
+        update={"method": LoRAConfigSection(name="lora"), "plan": str(folder.search.plan.resolve())}
+    )
+
+
+def combined(searched: RankPlan, trained: RankPlan) -> RankPlan:
+    """The plan of the whole run: the ranks and settings of the search, the steps of both stages."""
+    found = searched.provenance
+    steps = {key: found[key] for key in ("total_steps", "steps", "bad_steps")}
+    return replace(searched, provenance={**trained.provenance, "settings": found["settings"], "search": steps})
+
+
+def metrics(folder: RunFolder) -> dict[str, Any]:
+    """Examples, steps and seconds of the search."""
+    return json.loads(folder.search.metrics.read_text(encoding="utf-8"))

@@ -1,0 +1,67 @@
+"""From a rank plan to a fresh LoRA adapter."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from loralloc.errors import UserError, closest
+from loralloc.plan import RankPlan
+
+DECIDED = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+"""Fields of LoraConfig that a plan decides."""
+
+
+def lora_config(plan: RankPlan, model: nn.Module, **settings: Any) -> LoraConfig:
+    """Return the LoraConfig of a fresh adapter at the ranks of a plan, with the plan's scale.
+
+        plan = RankPlan.load("runs/NAME/ranks.json")  # or allocation.plan
+        model = get_peft_model(base, lora_config(plan, base, task_type="CAUSAL_LM"))
+
+    Every module gets the rank that the plan keeps for it, those without a rank get no adapter, and B·A is multiplied
+    by what it was multiplied by when the plan was found, whatever the rank.
+
+    Args:
+        plan: The ranks.
+        model: The base model, without an adapter.
+        settings: Other fields of LoraConfig: `lora_dropout`, `modules_to_save`, `task_type`, ...
+
+    Raises:
+        UserError: The plan belongs to another model, or a setting is the plan's to decide.
+    """
+    if taken := [name for name in DECIDED if name in settings]:
+        raise UserError(f"{', '.join(taken)}: the plan decides that; leave it out of lora_config(plan, model, ...)")
+    _check_model(plan, model)
+    kept = {name: planned for name, planned in plan.modules.items() if planned.rank > 0}
+    # PEFT takes the first pattern that matches the end of a module's name: longer names first.
+    names = sorted(kept, key=len, reverse=True)
+    return LoraConfig(
+        **settings,
+        r=max(planned.rank for planned in kept.values()),
+        target_modules=_targets(list(kept), model),
+        rank_pattern={name: kept[name].rank for name in names},
+        alpha_pattern={name: kept[name].scale * kept[name].rank for name in names},
+    )
+
+
+def _check_model(plan: RankPlan, model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for name, planned in plan.modules.items():
+        weight = getattr(modules.get(name), "weight", None)
+        shape = None if weight is None else sorted(weight.shape)
+        if shape != sorted((planned.inputs, planned.outputs)):
+            found = f"there is no such module.{closest(name, modules)}" if shape is None else f"the model's is {shape}"
+            raise UserError(
+                f"the plan belongs to another model: {name} is {planned.inputs} x {planned.outputs}, {found}"
+            )
+
+
+def _targets(kept: list[str], model: nn.Module) -> list[str] | str:
+    """The modules to adapt: PEFT matches the ends of listed names, so only a pattern tells `fc` from `block.fc`."""
+    others = {name for name, _ in model.named_modules()} - set(kept)
+    if any(other.endswith(f".{name}") for name in kept for other in others):
+        return "|".join(map(re.escape, kept))
+    return kept

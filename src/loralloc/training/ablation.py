@@ -1,0 +1,259 @@
+"""Losses of one scoring batch under many settings of all gates, for methods that score ranks by switching them off.
+
+Three things make it fast, none of which changes a loss:
+
+* Many settings a forward pass: the batch is repeated, and each copy has its own gates (per sample, [n, 1, r]).
+* Prefix reuse: a setting that agrees with a *reference* (the gates as trained, or all of them zero) up to a block
+  starts from the hidden state that the reference had there. On average a rank's two ablations then cost
+  (L + 1) / L forward passes instead of two. Models that cannot be walked like that (see `blocks`) are computed whole.
+* The head only computes positions that have a label, where the model takes `logits_to_keep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralloc.errors import UserError
+from loralloc.gating import Site
+from loralloc.training.blocks import States, Watcher, evaluating, find_blocks, frozen, skipped
+from loralloc.training.losses import SampleLoss
+
+TOKENS = 16_384
+"""Tokens in one forward pass: enough copies to fill a GPU, few enough for activations to fit."""
+
+LOGITS = 2**28
+"""Logits in one forward pass: 1 GB in fp32."""
+
+KEPT_BYTES = 2**30
+"""Hidden states of the references are kept from one call to the next up to this size, and computed anew above it."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the scoring batch that fits into one forward pass."""
+
+    inputs: Mapping[str, Any]
+    labels: Tensor
+    samples: int
+    tokens: int
+    logits: int
+
+    def repeated(self, copies: int) -> _Part:
+        """The samples again and again, copy after copy."""
+        inputs = {
+            key: value.repeat(copies, *[1] * (value.dim() - 1)) if self._per_sample(key, value) else value
+            for key, value in self.inputs.items()
+        }
+        labels = self.labels.repeat(copies, *[1] * (self.labels.dim() - 1))
+        return replace(self, inputs=inputs, labels=labels, samples=copies * self.samples)
+
+    def _per_sample(self, key: str, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.samples and key != "logits_to_keep"
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass: the rows it computes, and from which block on."""
+
+    rows: Tensor
+    start: int
+    hidden: Tensor | None
+
+
+class AblationScorer:
+    """The loss of one scoring batch as a function of all gates. Implements `methods.base.Ablations`.
+
+    Args:
+        model: The model.
+        sites: Its gated layers.
+        batches: The scoring batch, in one part or several: mappings of what the model takes, labels included.
+        looking: Makes a context in which the model may be called without leaving a trace.
+        tokens: Most tokens in one forward pass; one copy of a part is the least.
+        walk: Whether to reuse prefixes where the model's blocks allow it.
+
+    Attributes:
+        samples: Samples in the scoring batch.
+        labels: Labels in it; losses are means over them.
+        block_samples: Evaluations of one block for one sample so far. A gradient pass counts twice: it goes back
+            through the activations only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        batches: Sequence[Mapping[str, Any]],
+        looking: Callable[[], AbstractContextManager[None]],
+        tokens: int = TOKENS,
+        walk: bool = True,
+    ) -> None:
+        self._model, self._sites, self._tokens, self._looking = model, sites, tokens, looking
+        self._ranks = [site.rank for site in sites]
+        self._loss = SampleLoss.of(model)
+        self._parts = [self._part(batch) for batch in batches]
+        self.samples = sum(part.samples for part in self._parts)
+        self.labels = sum(self._loss.count(part.labels) for part in self._parts)
+        if self.labels == 0:
+            raise UserError("the validation batch has no labels (all are -100); give examples with something to learn")
+        self._blocks = find_blocks(model, sites) if walk else ()
+        self._depth = max(1, len(self._blocks))
+        self._kept: dict[tuple[int, int], States | None] = {}
+        self.block_samples = 0
+        device = sites[0].gate.device
+        self._open = torch.cat([(site.scale != 0).to(device) for site in sites])
+        trained = self._masked(torch.cat([site.gate.detach().to(device) for site in sites]))
+        self._references = torch.stack([trained, torch.zeros_like(trained)])
+
+    @property
+    def forwards(self) -> float:
+        """What has been computed so far, in forward passes over the scoring batch."""
+        return self.block_samples / (self._depth * self.samples)
+
+    def ablate(self, gates: Tensor) -> Tensor:
+        """Return the loss, mean over the labels of the scoring batch, for each setting of all gates.
+
+        Args:
+            gates: [K, R]: the gates of all sites, one site after the other. Those of closed ranks do not matter.
+
+        Returns:
+            [K], float64.
+        """
+        rows = self._masked(gates)
+        losses = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        with torch.no_grad(), self._scoring():
+            for index, part in enumerate(self._parts):
+                references = [self._reference(index, which) for which in (0, 1)] if self._blocks else [None]
+                for plan in self._passes(part, rows, references):
+                    sums = self._run(part, rows[plan.rows], plan, references[0])
+                    losses.index_add_(0, plan.rows, sums.to(losses))
+        return losses / self.labels
+
+    def gate_gradients(self, gates: Tensor) -> tuple[Tensor, int]:
+        """Return what each sample contributes to the gradient of the loss with respect to the gates.
+
+        Args:
+            gates: [R], where the gradient is taken.
+
+        Returns:
+            The contributions, [n, R] (their sum over samples is the gradient), and the number of labels in the batch.
+        """
+        row = self._masked(gates)
+        same = [which for which in (0, 1) if torch.equal(row, self._references[which])]
+        contributions = []
+        with torch.enable_grad(), self._scoring(), frozen(self._model):
+            for index, part in enumerate(self._parts):
+                own = row.repeat(part.samples, 1).requires_grad_()
+                with self._watched(index, same[0]) if same and self._blocks else nullcontext():
+                    loss = self._losses(part, own).sum() / self.labels
+                contributions.append(torch.autograd.grad(loss, own)[0])
+                self.block_samples += 2 * part.samples * self._depth
+        return torch.cat(contributions), self.labels
+
+    def check_loss(self, batch: Mapping[str, Any]) -> None:
+        """Compare with the model's own loss.
+
+        Args:
+            batch: The first part of the scoring batch.
+
+        Raises:
+            UserError: From the labels the model computes another loss than the one that is computed per sample here.
+        """
+        part = self._parts[0]
+        with torch.no_grad(), self._scoring():
+            sums = self._losses(part, self._references[:1].expand(part.samples, -1))
+            mine = float(sums.sum()) / max(1, self._loss.count(part.labels))
+            found = getattr(self._model(**batch), "loss", None)
+        own = float("nan") if found is None else float(found)
+        if abs(own - mine) > 1e-3 + 0.02 * abs(mine):
+            raise UserError(
+                f"{type(self._loss.model).__name__} computes the loss {own:.4g} where that of a "
+                f'"{self._loss.kind(part.labels)}" is {mine:.4g}: scoring by ablation needs the loss of each sample, '
+                "and knows those of language models, classifiers and regression"
+            )
+
+    def _masked(self, gates: Tensor) -> Tensor:
+        """Gates, 0 for closed ranks so that they do not count as different."""
+        return torch.where(self._open, gates.to(self._open.device), 0.0)
+
+    def _part(self, batch: Mapping[str, Any]) -> _Part:
+        inputs, labels = self._loss.split(batch)
+        length = max(value.shape[1] for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1)
+        return _Part(inputs, labels, len(labels), len(labels) * length, self._loss.logits(labels))
+
+    def _reference(self, index: int, which: int) -> States | None:
+        """The hidden states of a reference on a part, kept or computed; None where the model cannot be walked."""
+        if (index, which) in self._kept:
+            return self._kept[index, which]
+        part = self._parts[index]
+        with self._watched(index, which) as found:
+            self._losses(part, self._references[which].expand(part.samples, -1))
+        self.block_samples += part.samples * self._depth
+        return found[0]
+
+    @contextmanager
+    def _watched(self, index: int, which: int) -> Iterator[list[States | None]]:
+        """Note the hidden states of the pass inside, and keep them where they are not too large."""
+        found: list[States | None] = []
+        watcher = Watcher(self._blocks, self._sites)
+        with watcher.watching():
+            yield found
+        found.append(watcher.states())
+        size = sum(hidden.nbytes for hidden in found[0].hidden) if found[0] is not None else 0
+        if 2 * len(self._parts) * size <= KEPT_BYTES:
+            self._kept[index, which] = found[0]
+
+    def _passes(self, part: _Part, rows: Tensor, references: Sequence[States | None]) -> Iterator[_Pass]:
+        """Cut the rows into forward passes, those that start at the same block together."""
+        walked = [states for states in references if states is not None]
+        starts, nearest = self._starts(rows, walked[0].places if len(walked) == 2 else None)
+        copies = max(1, min(self._tokens // part.tokens, LOGITS // max(1, part.logits)))
+        for start in sorted(set(starts.tolist())):
+            for chosen in (starts == start).nonzero()[:, 0].split(copies):
+                known = [walked[which].hidden[start - 1] for which in nearest[chosen].tolist()] if start else []
+                yield _Pass(chosen, start, torch.cat(known) if known else None)
+
+    def _starts(self, rows: Tensor, places: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """First block in which each row differs from the reference that it follows for longer, and which that is.
+
+        A row that equals a reference starts at the beginning, with the rows that differ from it in the first block: in
+        a pass of the same shape, so that rounding is alike.
+        """
+        if places is None:
+            nowhere = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+            return nowhere, nowhere
+        ranks = torch.tensor(self._ranks, device=rows.device)
+        place = torch.tensor(places, device=rows.device).repeat_interleave(ranks)
+        beyond = self._depth + 1
+        first = [torch.where(rows != reference, place, beyond).amin(1) for reference in self._references]
+        starts, nearest = torch.stack(first).max(0)
+        return torch.where(starts == beyond, 0, starts.clamp(min=0)), nearest
+
+    def _run(self, part: _Part, rows: Tensor, plan: _Pass, like: States | None) -> Tensor:
+        """Sums of the losses of a part's samples, [G], for G rows."""
+        blocks = self._blocks[: plan.start]
+        skipping = nullcontext()
+        if plan.hidden is not None and like is not None:
+            skipping = skipped(blocks, plan.hidden, like)
+        with skipping:
+            losses = self._losses(part.repeated(len(rows)), rows.repeat_interleave(part.samples, 0))
+        self.block_samples += len(losses) * (self._depth - plan.start)
+        return losses.view(len(rows), -1).sum(1)
+
+    def _losses(self, part: _Part, gates: Tensor) -> Tensor:
+        """Losses of a part's samples, each the sum over its labels, [n]; `gates` is [n, R]."""
+        with ExitStack() as stack:
+            for site, own in zip(self._sites, gates.split(self._ranks, 1), strict=True):
+                stack.enter_context(site.gates_replaced(own[:, None].to(site.gate.device)))
+            return self._loss(self._model(**part.inputs).logits, part.labels)
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Evaluation mode, and no trace."""
+        with self._looking(), evaluating(self._model):
+            yield

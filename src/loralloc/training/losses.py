@@ -1,0 +1,119 @@
+"""The losses of single samples, as transformers' models compute them for a whole batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loralloc.errors import UserError
+
+Kind = Literal["next token", "token", "class", "regression", "several classes"]
+
+IGNORED = -100
+"""Label of a position that has none."""
+
+_KINDS: Mapping[str | None, Kind] = {
+    "ForCausalLM": "next token",
+    None: "next token",  # transformers' own fallback, GPT-2's for one
+    "ForMaskedLM": "token",
+    "ForTokenClassification": "token",
+}
+
+_CLASSES: Mapping[str | None, Kind] = {
+    "regression": "regression",
+    "single_label_classification": "class",
+    "multi_label_classification": "several classes",
+}
+
+
+@dataclass(frozen=True)
+class SampleLoss:
+    """The loss of each sample, the sum over its labels, in fp32 or wider.
+
+    Attributes:
+        model: The transformers model.
+        positions: Whether its head can be told which positions to compute (`logits_to_keep`).
+    """
+
+    model: Any
+    positions: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> SampleLoss:
+        """Find out how a model computes its loss."""
+        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        return cls(inner, "logits_to_keep" in inspect.signature(inner.forward).parameters)
+
+    def kind(self, labels: Tensor) -> Kind:
+        """What the labels say.
+
+        Raises:
+            UserError: The model's loss is not known.
+        """
+        name = getattr(self.model, "loss_type", None)
+        config = getattr(self.model, "config", None)
+        if name == "ForSequenceClassification":
+            count, known = config.num_labels, config.problem_type  # type: ignore[union-attr]
+            found = "class" if labels.dtype in (torch.long, torch.int) else "several classes"
+            return _CLASSES[known] if known is not None else "regression" if count == 1 else found
+        if name not in _KINDS or labels.dim() != 2:
+            raise UserError(
+                f"the loss of {type(self.model).__name__} cannot be taken sample by sample (its kind is {name}, its "
+                f"labels have {labels.dim()} dimensions): scoring by ablation knows language models, token and "
+                "sequence classifiers, and regression"
+            )
+        return _KINDS[name]
+
+    def split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        """Return (what the model is called with, labels); both in the form that `__call__` takes.
+
+        Raises:
+            UserError: The batch has no labels.
+        """
+        inputs = dict(batch)
+        labels = inputs.pop("labels", None)
+        if not isinstance(labels, Tensor):
+            raise UserError(f"a validation batch must hold labels as a tensor; it has {', '.join(inputs) or 'nothing'}")
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
+            inputs["use_cache"] = False
+        if self.kind(labels) == "next token":
+            labels = labels[:, 1:]
+            where = (labels != IGNORED).any(0).nonzero()[:, 0]
+            if self.positions and len(where):
+                inputs["logits_to_keep"], labels = where, labels[:, where]
+        return inputs, labels
+
+    def count(self, labels: Tensor) -> int:
+        """Number of labels that the mean is over."""
+        return int((labels != IGNORED).sum()) if self.kind(labels) in ("next token", "token") else labels.numel()
+
+    def logits(self, labels: Tensor) -> int:
+        """About how many logits a batch with these labels has."""
+        config = getattr(self.model, "config", None)
+        wide = self.kind(labels) in ("next token", "token")
+        return labels.numel() * int(getattr(config, "vocab_size", 1)) if wide else labels.numel()
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return [n], the sum over each sample's labels."""
+        kind = self.kind(labels)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        labels = labels.to(logits.device)
+        if kind in ("regression", "several classes"):
+            logits, target = logits.reshape(len(labels), -1), labels.reshape(len(labels), -1).to(logits.dtype)
+            loss = functional.mse_loss if kind == "regression" else functional.binary_cross_entropy_with_logits
+            return loss(logits, target, reduction="none").sum(1)
+        if kind == "class":
+            return functional.cross_entropy(logits, labels.view(-1), reduction="none")
+        if kind == "next token":
+            logits = logits[:, : labels.shape[1]]  # without `logits_to_keep`, the last position predicts nothing
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return losses.view(labels.shape).sum(1)

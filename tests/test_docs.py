@@ -1,0 +1,96 @@
+"""What the pages in docs/ and the README point at exists: files, headings, and the symbols that papers.md names."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAPERS = ROOT / "docs" / "papers.md"
+
+FENCE = re.compile(r"^```.*?^```", re.M | re.S)
+LINK = re.compile(r"\[(?P<label>[^\]]*)\]\((?P<target>[^)\s]+)\)")
+SYMBOL = re.compile(r"`(\w+)\.([\w.]+)`")
+
+
+def links(page: Path) -> Iterator[tuple[str, str]]:
+    """Yield (label, target) of the links of a page into the repository; code blocks have none."""
+    for found in LINK.finditer(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if not re.match(r"\w+:", found["target"]):
+            yield found["label"], found["target"]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Targets that are no file of the repository, or no heading of the file."""
+    broken = []
+    for _, target in links(page):
+        place, _, anchor = target.partition("#")
+        file = page.parent / place if place else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    return broken
+
+
+@functools.cache
+def symbols(path: Path) -> frozenset[str]:
+    """Functions, classes and constants of a module, and the methods and attributes of its classes as Class.name."""
+
+    def names(body: list[ast.stmt]) -> Iterator[str]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield node.name
+            elif isinstance(node, ast.ClassDef):
+                yield node.name
+                yield from (f"{node.name}.{name}" for name in names(node.body))
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+    return frozenset(names(ast.parse(path.read_text(encoding="utf-8")).body))
+
+
+def unknown_symbols(page: Path) -> list[str]:
+    """Links to code whose label is not `module.symbol` with a symbol of that module."""
+    unknown = []
+    for label, target in links(page):
+        if target.endswith(".py"):
+            file, named = page.parent / target, SYMBOL.fullmatch(label)
+            if named is None or named[1] != file.stem or named[2] not in symbols(file):
+                unknown.append(f"{label} in {target}")
+    return unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_into_the_repository_lead_somewhere(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_every_symbol_that_papers_names_exists() -> None:
+    assert unknown_symbols(PAPERS) == []
+    assert sum(target.endswith(".py") for _, target in links(PAPERS)) > 60  # the pattern still finds them
+
+
+def test_wrong_links_and_symbols_are_found(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("LIMIT: int = 3\nclass Thing:\n    size = 1\n    def run(self): ...\n")
+    page = tmp_path / "page.md"
+    good = ("`code.LIMIT`", "`code.Thing`", "`code.Thing.size`", "`code.Thing.run`")
+    bad = ("`code.run`", "`code.Thing.walk`", "`other.Thing`", "Thing")
+    page.write_text("# A heading\n" + "\n".join(f"[{label}](code.py)" for label in good + bad))
+    assert unknown_symbols(page) == [f"{label} in code.py" for label in bad]
+    page.write_text(
+        "# A heading\n[a](code.py) [b](#a-heading) [c](https://nowhere.invalid) [d](page.md#a-heading)\n"
+        "[e](gone.py) [f](#no-heading)\n```\n[g](in_code.py)\n```\n"
+    )
+    assert broken_links(page) == ["gone.py", "#no-heading"]

@@ -1,0 +1,181 @@
+"""Moments of ranks that close or start anew: as if each rank had an optimizer of its own (property 16)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import tiny_peft
+from torch import Tensor
+
+from loralloc.gating import Site, attach_gates
+from loralloc.training.moments import FreshRanks, clear_moments
+
+LR = 0.01
+Build = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+ADAMS: dict[str, Build] = {
+    "adam": lambda p: torch.optim.Adam(p, lr=LR),
+    "adam-l2": lambda p: torch.optim.Adam(p, lr=LR, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.1),
+    "eps": lambda p: torch.optim.AdamW(p, lr=LR, eps=1e-2),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=LR, amsgrad=True),
+    "maximize": lambda p: torch.optim.Adam(p, lr=LR, maximize=True),
+    "betas": lambda p: torch.optim.Adam(p, lr=LR, betas=(0.8, 0.95)),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=LR, foreach=True, weight_decay=0.1),
+}
+
+
+class Pair:
+    """One site of a model, and a twin of its rank `fresh` with an optimizer of its own."""
+
+    def __init__(self, build: Build, dtype: torch.dtype = torch.float64, fresh: int = 1) -> None:
+        model = tiny_peft("llama").to(dtype)
+        self.sites: list[Site] = attach_gates(model)
+        self.site, self.rank = self.sites[0], fresh
+        self.optimizer = build([p for site in self.sites for p in (site.A, site.B)])
+        self.ranks = FreshRanks(self.sites)
+        self.build = build
+        self.twin: list[Tensor] = []
+
+    def open(self) -> None:
+        opened = torch.zeros(sum(site.rank for site in self.sites), dtype=torch.bool)
+        opened[self.rank] = True
+        clear_moments(self.optimizer, self.sites, opened)
+        self.ranks.open(opened)
+        self.twin = [p.detach().clone().requires_grad_() for p in (self.site.A[self.rank], self.site.B[:, self.rank])]
+        self.own = self.build(self.twin)
+
+    def step(self, seed: int, correct: bool = True) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for site in self.sites:
+            for parameter in (site.A, site.B):
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+        if self.twin:
+            self.twin[0].grad = self.site.A.grad[self.rank].clone()
+            self.twin[1].grad = self.site.B.grad[:, self.rank].clone()
+            self.own.step()
+        self.ranks.before_step()
+        self.optimizer.step()
+        if correct:
+            self.ranks.after_step(self.optimizer)
+
+    def values(self) -> list[Tensor]:
+        return [self.site.A.detach()[self.rank], self.site.B.detach()[:, self.rank]]
+
+
+@pytest.mark.parametrize("name", ADAMS)
+def test_a_fresh_rank_moves_as_with_an_optimizer_of_its_own(name):
+    pair = Pair(ADAMS[name])
+    for seed in range(30):
+        pair.step(seed)
+    pair.open()
+    for seed in range(30, 50):
+        pair.step(seed)
+        for mine, twin in zip(pair.values(), pair.twin, strict=True):
+            torch.testing.assert_close(mine, twin.detach(), rtol=0, atol=1e-12)
+
+
+def test_the_first_step_of_a_fresh_rank_is_the_learning_rate():
+    """Not 3.16 times as long, which is what Adam would make of it, as the partner shows."""
+    for correct, length in ((True, 1.0), (False, 3.16)):
+        pair = Pair(lambda p: torch.optim.Adam(p, lr=LR, eps=1e-30))
+        for seed in range(20_000 if not correct else 50):
+            if not correct and seed > 40:
+                break
+            pair.step(seed)
+        if not correct:  # an old optimizer: its bias corrections are gone
+            for state in pair.optimizer.state.values():
+                state["step"].fill_(20_000)
+        pair.open()
+        before = [value.clone() for value in pair.values()]
+        pair.step(99, correct)
+        for old, new in zip(before, pair.values(), strict=True):
+            assert ((new - old).abs() / LR).tolist() == pytest.approx([length] * len(old), rel=1e-2)
+
+
+def test_all_other_ranks_move_as_ever():
+    fresh, plain = Pair(ADAMS["adamw"]), Pair(ADAMS["adamw"])
+    for seed in range(5):
+        fresh.step(seed)
+        plain.step(seed)
+    fresh.open()
+    for seed in range(5, 10):
+        fresh.step(seed)
+        plain.step(seed)
+    others = torch.arange(4) != 1
+    for mine, theirs in zip(fresh.sites, plain.sites, strict=True):
+        same = others if mine is fresh.site else torch.ones(4, dtype=torch.bool)
+        assert torch.equal(mine.A[same], theirs.A[same])
+        assert torch.equal(mine.B[:, same], theirs.B[:, same])
+    assert not torch.equal(fresh.site.A[1], plain.site.A[1])
+    state = fresh.optimizer.state[fresh.site.A]["exp_avg"]
+    assert torch.equal(state[others], plain.optimizer.state[plain.site.A]["exp_avg"][others])
+
+
+def test_momentum_needs_no_correction():
+    pair = Pair(lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9))
+    for seed in range(5):
+        pair.step(seed)
+    pair.open()
+    for seed in range(5, 8):
+        pair.step(seed)
+        for mine, twin in zip(pair.values(), pair.twin, strict=True):
+            torch.testing.assert_close(mine, twin.detach(), rtol=0, atol=1e-12)
+
+
+def test_a_step_that_moves_nothing_does_not_age():
+    pair = Pair(ADAMS["adam"])
+    pair.step(0)
+    pair.open()
+    for parameter in (p for site in pair.sites for p in (site.A, site.B)):
+        parameter.grad = None
+    before = [value.clone() for value in pair.values()]
+    pair.ranks.before_step()
+    pair.optimizer.step()
+    pair.ranks.after_step(pair.optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, pair.values(), strict=True))
+    assert int(pair.ranks.state_dict()["fresh.ages"][1]) == 0
+    pair.ranks.after_step(None)  # a step that was never begun
+    pair.step(1)
+    assert int(pair.ranks.state_dict()["fresh.ages"][1]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ages_resume_bit_for_bit(dtype):
+    whole = Pair(ADAMS["adamw"], dtype)
+    for pair, cut in ((whole, False), (resumed := Pair(ADAMS["adamw"], dtype), True)):
+        pair.step(0)
+        pair.open()
+        pair.step(1)
+        if cut:
+            tensors = pair.ranks.state_dict()
+            pair.ranks = FreshRanks(pair.sites)
+            pair.ranks.load_state_dict(tensors)
+        pair.step(2)
+    assert torch.equal(whole.site.A, resumed.site.A)
+    assert torch.equal(whole.site.B, resumed.site.B)
+
+
+def test_grown_ranks_cost_nothing_any_more():
+    pair = Pair(lambda p: torch.optim.Adam(p, lr=LR, betas=(0.5, 0.6)))
+    assert pair.ranks.state_dict() == {}
+    pair.open()
+    for seed in range(33):
+        pair.step(seed)
+        assert ("fresh.ages" in pair.ranks.state_dict()) == (seed < 31)  # 0.6 ** 32 is what fp32 no longer sees
+
+
+def test_closed_and_fresh_ranks_forget_and_no_others():
+    pair = Pair(ADAMS["adam"])
+    pair.step(0)
+    pair.sites[2].set_scale(torch.tensor([True, True, False, True]))
+    before = pair.optimizer.state[pair.sites[2].A]["exp_avg"].clone()
+    pair.open()
+    state = pair.optimizer.state
+    assert not state[pair.site.B]["exp_avg_sq"][:, 1].any()
+    assert not state[pair.sites[2].A]["exp_avg"][2].any()
+    kept = torch.tensor([0, 1, 3])
+    assert torch.equal(state[pair.sites[2].A]["exp_avg"][kept], before[kept])
+    assert float(state[pair.site.A]["step"]) == 1
