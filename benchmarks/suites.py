@@ -15,7 +15,7 @@ from contenders import CONTENDERS, INTERVAL, REFERENCE, SEARCH, TRAINING, Settin
 from counting import count, device_waits
 from record import Record, record
 from shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape
-from timing import Spread, interleave, peak_memory
+from timing import Spread, bytes_alive, interleave, peak_memory
 
 CONTENDERS["betty"] = betty_search.build
 
@@ -111,13 +111,14 @@ def memory(plan: Plan) -> Iterator[Record]:
             peaks: dict[str, int] = {}
             failures: dict[str, str] = {}
             for name in TRAINING:
+                release(plan.device)
+                before = bytes_alive(plan.device)
                 contender = build(name, setting)
                 if isinstance(contender, str):
                     failures[name] = contender
                 else:
-                    peaks[name] = peak_memory(contender.step, plan.device)
+                    peaks[name] = peak_memory(contender.step, plan.device) - before
                 del contender
-                release(plan.device)
             yield record("memory", setting, {"peak_bytes": peaks}, failures)
 
 
