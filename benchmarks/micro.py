@@ -2,6 +2,7 @@
 
 python benchmarks/micro.py parts --shape llama-512    # forward, backward, allocator, optimizer
 python benchmarks/micro.py layer                      # a layer whose products cost nothing: what is beside them
+python benchmarks/micro.py products                   # an adapter's narrow products, either way around
 python benchmarks/micro.py averages                   # AdaLoRA's running averages: stacks, or lists of tensors
 """
 
@@ -36,20 +37,25 @@ def interleaved(parts: Parts, turns: int) -> dict[str, float]:
 
 def parts(shape: str, rank: int, turns: int) -> None:
     """Forward, backward, the allocator's two parts, optimizer, clearing."""
-    for name in ("peft-lora", "peft-adalora", "adalora"):
+    whole: dict[str, Callable[[], object]] = {}
+    names = ("peft-lora", "peft-adalora", "adalora")
+    for name in names:
         step = build(name, Setting(SHAPES[shape], rank))
         if isinstance(step, str):
             raise SystemExit(f"{name}: {step}")
         losses: list[Tensor] = []
-        whole = {
-            "forward": lambda losses=losses, step=step: losses.append(step.loss()),
-            "backward": lambda losses=losses: losses.pop().backward(),
-            "before_step": step.before_step,
-            "optimizer": step.optimizer.step,
-            "after_step": step.after_step,
-            "clearing": step.optimizer.zero_grad,
+        whole |= {
+            f"{name} forward": lambda losses=losses, step=step: losses.append(step.loss()),
+            f"{name} backward": lambda losses=losses: losses.pop().backward(),
+            f"{name} before": step.before_step,
+            f"{name} optimizer": step.optimizer.step,
+            f"{name} after": step.after_step,
+            f"{name} clearing": step.optimizer.zero_grad,
         }
-        show(f"{shape}, r {rank}, {name}, ms", interleaved(whole, turns))
+    found = interleaved(whole, turns)
+    for name in names:
+        mine = {key.removeprefix(f"{name} "): value for key, value in found.items() if key.startswith(f"{name} ")}
+        show(f"{shape}, r {rank}, {name}, ms", {**mine, "all": sum(mine.values())})
 
 
 def layer(turns: int, layers: int = 200) -> None:
@@ -74,6 +80,23 @@ def layer(turns: int, layers: int = 200) -> None:
             whole[f"{name} backward"] = lambda outputs=outputs: outputs.pop().backward()
         found = interleaved(whole, turns)
         show(f"base {dtype}, adapter {adapter}, µs", {name: 1000 * ms / layers for name, ms in found.items()})
+
+
+@torch.no_grad()
+def products(turns: int) -> None:
+    """A layer's products that are as narrow as its rank: h = x Aᵀ, t = dy B, dB = dyᵀ h, straight and turned around."""
+    for tokens, inputs, outputs in ((512, 512, 512), (512, 512, 1376), (1024, 384, 1536)):
+        for rank in (8, 12, 16, 64):
+            x, dy, h = torch.randn(tokens, inputs), torch.randn(tokens, outputs), torch.randn(tokens, rank)
+            A, B = torch.randn(rank, inputs), torch.randn(outputs, rank)
+            pairs = {"h": (x, A.t()), "t": (dy, B), "dB": (dy.t(), h)}
+            whole: dict[str, Callable[[], object]] = {}
+            for name, (a, b) in pairs.items():
+                whole[name] = lambda a=a, b=b: a @ b
+                whole[f"{name} turned"] = lambda a=a, b=b: (b.t() @ a.t()).t()
+            found = interleaved(whole, turns)
+            title = f"{tokens} tokens, {inputs} to {outputs}, r {rank}, µs"
+            show(title, {name: 1000 * value for name, value in found.items()})
 
 
 @torch.no_grad()
@@ -108,7 +131,7 @@ def show(title: str, found: Mapping[str, float]) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("parts", "layer", "averages"))
+    parser.add_argument("what", choices=("parts", "layer", "products", "averages"))
     parser.add_argument("--shape", choices=SHAPES, default="llama-512")
     parser.add_argument("--rank", type=int, default=12)
     parser.add_argument("--turns", type=int, default=20)
@@ -117,7 +140,7 @@ def main() -> None:
     if options.what == "parts":
         parts(options.shape, options.rank, options.turns)
     else:
-        {"layer": layer, "averages": averages}[options.what](options.turns)
+        {"layer": layer, "products": products, "averages": averages}[options.what](options.turns)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from contenders import CONTENDERS, INTERVAL, REFERENCE, SEARCH, TRAINING, Settin
 from counting import count, device_waits
 from record import Record, record
 from shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape
-from timing import Spread, interleave, peak_memory
+from timing import Spread, bytes_alive, interleave, peak_memory
 
 CONTENDERS["betty"] = betty_search.build
 
@@ -103,18 +103,22 @@ def calls(plan: Plan) -> Iterator[Record]:
 
 def memory(plan: Plan) -> Iterator[Record]:
     """Peak memory of a step, one contender at a time."""
-    for shape in plan.chosen(CUDA_SHAPES if plan.device == "cuda" else CPU_SHAPES[:2]):
+    shapes = plan.chosen(CUDA_SHAPES if plan.device == "cuda" else CPU_SHAPES[:2])
+    if plan.device == "cpu":  # what is kept of a step depends on dtypes more than on the device
+        shapes.append(shapes[-1].with_(dtype=torch.bfloat16))
+    for shape in shapes:
         for setting in plan.settings(shape):
             peaks: dict[str, int] = {}
             failures: dict[str, str] = {}
             for name in TRAINING:
+                release(plan.device)
+                before = bytes_alive(plan.device)
                 contender = build(name, setting)
                 if isinstance(contender, str):
                     failures[name] = contender
                 else:
-                    peaks[name] = peak_memory(contender.step, plan.device)
+                    peaks[name] = peak_memory(contender.step, plan.device) - before
                 del contender
-                release(plan.device)
             yield record("memory", setting, {"peak_bytes": peaks}, failures)
 
 

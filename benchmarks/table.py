@@ -95,7 +95,7 @@ def _clock(record: Record) -> str:
 
 def _where(record: Record) -> str:
     where = f"{record['shape']} r {record['rank']}"
-    return where if record["dtype"] == "float32" else f"{where}, {record['adapter']} adapter"
+    return where if record["dtype"] == "float32" else f"{where}, {record['dtype']}, {record['adapter']} adapter"
 
 
 def _ratios(found: Sequence[Record], suite: str, name: str) -> str:

@@ -88,7 +88,7 @@ def peak_memory(step: Callable[[], object], device: str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    alive = _bytes_alive()
+    alive = bytes_alive(device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     return alive + _highest(profiler)
@@ -105,8 +105,10 @@ def _highest(profiler: profile) -> int:
     return most
 
 
-def _bytes_alive() -> int:
-    """Size of the storages of all tensors that Python can reach."""
+def bytes_alive(device: str) -> int:
+    """Bytes of all tensors on a device; on a CPU, of those that Python can reach."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
     sizes = {}
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":

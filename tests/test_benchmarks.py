@@ -52,7 +52,7 @@ def test_our_allocator_makes_few_calls_however_many_modules_there_are(bench: Sim
     few, many = calls("adalora", 1), calls("adalora", 2)
     assert few == many
     assert many["allocating"]["calls"] <= 200
-    assert many["plain"]["waits"] <= 1
+    assert many["plain"]["waits"] <= 2, "the verdict on the gradients, which on a CPU are at hand"
     theirs = calls("peft-adalora", 2)
     assert theirs["plain"]["calls"] == 2 * calls("peft-adalora", 1)["plain"]["calls"] > 0
 

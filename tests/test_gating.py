@@ -187,6 +187,22 @@ def test_a_bf16_base_under_fp32_adapters_gives_bf16_outputs_and_fp32_gradients(n
         assert (site.A.grad.dtype, site.B.grad.dtype, site.gate.grad.dtype) == (torch.float32,) * 3
 
 
+def test_over_a_bf16_base_the_input_is_kept_as_it_is() -> None:
+    """One narrow tensor for all layers that share it; PEFT's cast would keep a wide copy for each."""
+    _, (site, *_) = gated("llama", dtype=torch.bfloat16)
+    x = inputs_of(site, 30, 50).to(torch.bfloat16)
+
+    def kept() -> list[Tensor]:
+        found: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+            site.layer(x)
+        return [t for t in found if t.numel() == x.numel() and t.data_ptr() != x.data_ptr()]
+
+    assert not kept()
+    fold_gates([site])
+    assert [t.dtype for t in kept()] == [torch.float32], "the partner"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_the_products_are_bf16_and_the_gradients_fp32(dtype: torch.dtype) -> None:
     _, sites = gated("llama", dtype=dtype)

@@ -75,6 +75,22 @@ def test_both_adapters_active_add_up() -> None:
         torch.testing.assert_close(site.layer(x), expected)
 
 
+def test_inputs_in_half_precision_reach_every_adapter_as_it_needs_them() -> None:
+    """Gated ones take them as they are; beside a plain one, and for a plain one alone, PEFT's cast is back."""
+    model, sites = two_adapters()
+    for site in sites:
+        site.layer.base_layer.to(torch.bfloat16)
+    for active in (["default"], ["default", "plain"], ["plain"]):
+        model.base_model.set_adapter(active)
+        for site in sites:
+            x = inputs_of(site, 3, 5).to(torch.bfloat16)
+            A, B = site.layer.lora_A["plain"].weight, site.layer.lora_B["plain"].weight
+            expected = site.layer.base_layer(x).float()
+            expected = expected + (naive_update(site, x) if "default" in active else 0)
+            expected = expected + (site.layer.scaling["plain"] * (x.float() @ A.T @ B.T) if "plain" in active else 0)
+            torch.testing.assert_close(site.layer(x).float(), expected, rtol=2**-6, atol=2**-6)
+
+
 def test_a_mixed_batch_gives_every_sample_its_own_adapter() -> None:
     model, _ = two_adapters()
     batch = token_batch()

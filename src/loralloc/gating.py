@@ -5,7 +5,8 @@ A gated layer computes `base(x) + ((x Aᵀ) ∘ (scale ∘ gate)) Bᵀ`: `gate` 
 
 What we rely on in PEFT (tests/test_gating.py says in words which of these broke): a layer calls
 `lora_variant[adapter].forward(layer, active_adapter=, x=, result=)` for adapters that have one, and every parameter
-dictionary named in `adapter_layer_names` follows `set_adapter` and `delete_adapter`.
+dictionary named in `adapter_layer_names` follows `set_adapter` and `delete_adapter`; what a variant gets as `x` has
+gone through the layer's `_cast_input_dtype`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -277,6 +279,7 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
         layer.lora_gate[adapter] = nn.Parameter(torch.ones(weight.shape[0], dtype=dtype, device=weight.device))
         scale = torch.full_like(layer.lora_gate[adapter].data, layer.scaling[adapter])
         layer.lora_variant[adapter] = _GatedVariant(scale)
+        layer._cast_input_dtype = partial(_uncast, layer)
         if _class_name(layer) in MERGE_IGNORES_VARIANTS:
             layer.merge = _refuse_merge
         if _class_name(layer) in MIXED_BATCHES_IGNORE_VARIANTS:
@@ -300,8 +303,8 @@ def fold_gates(sites: Sequence[Site]) -> None:
         if not layer.lora_gate:
             del layer.lora_gate
             layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n != "lora_gate")
-        for blocked in ("merge", "_mixed_batch_forward"):
-            layer.__dict__.pop(blocked, None)
+        for replaced in ("merge", "_mixed_batch_forward", "_cast_input_dtype"):
+            layer.__dict__.pop(replaced, None)
 
 
 def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any, str]]:
@@ -392,6 +395,18 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
             f"{name}: the adapter is sharded over processes (tensor parallel or FSDP); attach before sharding is not "
             "supported yet: train with one process or with DDP"
         )
+
+
+def _uncast(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Leave the input of gated adapters as it is, where PEFT would cast it to the adapter's dtype.
+
+    The kernel casts for itself and keeps what it was given: over a base in half precision that is one narrow tensor for
+    all layers that share an input, instead of a wide copy for each of them.
+    """
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if all(isinstance(layer.lora_variant.get(name), _GatedVariant) for name in active):
+        return x
+    return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
 def _refuse_merge(*args: Any, **kwargs: Any) -> None:
