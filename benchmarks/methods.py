@@ -117,7 +117,7 @@ def table() -> str:
         if not mine:
             continue
         ranks = [rank for r in mine for rank in r["ranks"].values()]
-        agree = f"{agreement([r['ranks'] for r in mine]):.2f}" if name in FIND_RANKS else "one seed"
+        agree = f"{agreement([r['ranks'] for r in mine]):.2f}" if len(mine) > 1 else "one seed"
         times = [r["cpu_seconds"] / base for r in mine]
         accuracies = ", ".join(f"{r['accuracy']:.3f}" for r in mine)
         lines.append(

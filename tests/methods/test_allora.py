@@ -53,6 +53,8 @@ def plain(optimizer=sgd, steps: int = 1) -> list[Tensor]:
 class _Inert:
     """A method that does nothing."""
 
+    budget = None
+
     def on_gradients(self, state, now) -> None: ...
 
     def on_step(self, state, now) -> None: ...
