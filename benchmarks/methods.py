@@ -1,6 +1,6 @@
 """Every method on the demo's task at one budget: ranks, accuracy, time, and whether other seeds find the same ranks.
 
-    python benchmarks/methods.py            # under an hour; runs that have a record are not repeated
+    python benchmarks/methods.py            # runs that have a record are not repeated
     python benchmarks/methods.py --table    # print the table of docs/how-to-choose.md from the records
 
 Each run is one call of the command line, `loralloc train` on the packaged recipe demo/adalora with other flags. One
