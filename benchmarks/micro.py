@@ -3,6 +3,7 @@
 python benchmarks/micro.py parts --shape llama-512    # forward, backward, allocator, optimizer
 python benchmarks/micro.py layer                      # a layer whose products cost nothing: what is beside them
 python benchmarks/micro.py products                   # an adapter's narrow products, either way around
+python benchmarks/micro.py repeats --shape llama-512  # a forward pass of 1 to 32 copies of a batch
 python benchmarks/micro.py averages                   # AdaLoRA's running averages: stacks, or lists of tensors
 """
 
@@ -100,6 +101,19 @@ def products(turns: int) -> None:
 
 
 @torch.no_grad()
+def repeats(shape: str, turns: int) -> None:
+    """A forward pass of a batch that is repeated, in ms a copy."""
+    model, inputs = SHAPES[shape].build("cpu"), SHAPES[shape].inputs("cpu")
+    whole: dict[str, Callable[[], object]] = {}
+    for copies in (1, 2, 4, 8, 16, 32):
+        repeated = {key: value.repeat(copies, *[1] * (value.dim() - 1)) for key, value in inputs.items()}
+        whole[str(copies)] = lambda repeated=repeated: model(**repeated)
+    found = interleaved(whole, turns)
+    title = f"{shape}, {inputs['input_ids'].numel()} tokens a copy, copies and ms a copy"
+    show(title, {copies: value / int(copies) for copies, value in found.items()})
+
+
+@torch.no_grad()
 def averages(turns: int) -> None:
     """One update of both averages for factors of equal shape."""
     for sites, rank, width in ((28, 12, 512), (112, 12, 128), (112, 12, 2048)):
@@ -131,7 +145,7 @@ def show(title: str, found: Mapping[str, float]) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("parts", "layer", "products", "averages"))
+    parser.add_argument("what", choices=("parts", "layer", "products", "repeats", "averages"))
     parser.add_argument("--shape", choices=SHAPES, default="llama-512")
     parser.add_argument("--rank", type=int, default=12)
     parser.add_argument("--turns", type=int, default=20)
@@ -139,6 +153,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.what == "parts":
         parts(options.shape, options.rank, options.turns)
+    elif options.what == "repeats":
+        repeats(options.shape, options.turns)
     else:
         {"layer": layer, "products": products, "averages": averages}[options.what](options.turns)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,16 +89,21 @@ def our_round(step: ABLoRA) -> Round:
     return Round(sum(event["ranks"]), event["forwards"], seconds, processor, event["pruned"])
 
 
-def compare(setting: Setting, mode: str) -> tuple[Round, Round]:
-    """Return (ours, naive) on the same weights and the same samples."""
+def compare(setting: Setting, modes: Sequence[str]) -> tuple[Round, dict[str, Round]]:
+    """Return (the naive round, ours by mode), all on the same weights and the same samples."""
+    steps = {mode: _before_the_round(setting, mode) for mode in modes}
+    naive = naive_round(steps[modes[0]])
+    return naive, {mode: our_round(step) for mode, step in steps.items()}
+
+
+def _before_the_round(setting: Setting, mode: str) -> ABLoRA:
     step = type("ABLoRA", (ABLoRA,), {"mode": mode})(setting)
     for _ in range(WARMUP - 1):
         step.step()
     step.loss().backward()
     step.before_step()
     step.optimizer.step()
-    naive = naive_round(step)
-    return our_round(step), naive
+    return step
 
 
 def _loss(step: ABLoRA) -> Tensor:

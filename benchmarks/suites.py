@@ -123,21 +123,20 @@ def memory(plan: Plan) -> Iterator[Record]:
 
 
 def ablora(plan: Plan) -> Iterator[Record]:
-    """A round of AB-LoRA against the naive loop, at 168 ranks and at about 1,000."""
-    cases = [Setting(SHAPES["llama-512"], 6, plan.device)]
-    if not plan.quick:
-        cases.append(Setting(SHAPES["llama-128"], 9, plan.device))
-    for setting in cases:
+    """A round of AB-LoRA against the naive loop, at about 200 ranks and at about 1,000."""
+    ranks = {"llama-512": 6, "minilm": 6, "llama-128": 9}  # 168, 222 and 1,008 ranks
+    for shape in plan.chosen(tuple(ranks)):
+        setting = Setting(shape, ranks.get(shape.name, plan.rank), plan.device)
         figures: dict[str, Any] = {}
         failures: dict[str, str] = {}
-        for mode in ("fast", "exact"):
-            try:
-                ours, naive = rounds.compare(setting, mode)
-            except Exception as error:
-                failures[f"ablora-{mode}"] = f"{type(error).__name__}: {error}"
-                continue
-            same = ours.pruned == naive.pruned
-            figures[mode] = {"ours": asdict(ours), "naive": asdict(naive), "same_pruned": same}
+        try:
+            naive, ours = rounds.compare(setting, ("fast", "exact"))
+        except Exception as error:
+            failures["ablora"] = f"{type(error).__name__}: {error}"
+        else:
+            for mode, own in ours.items():
+                same = own.pruned == naive.pruned
+                figures[mode] = {"ours": asdict(own), "naive": asdict(naive), "same_pruned": same}
         yield record("ablora", setting, {"modules": _modules(setting), "rounds": figures}, failures)
 
 

@@ -178,13 +178,13 @@ class Site:
         self._variant.scale = small.new_zeros(capacity).index_copy_(0, ranks.to(small.device), small)
 
     @contextmanager
-    def gates_replaced(self, gate: Tensor) -> Iterator[None]:
-        """Compute with another gate inside: [r], or per sample [n, 1, r]. The parameter itself stays as it is."""
-        self._variant.gate = gate
+    def gates_replaced(self, gate: Tensor | None) -> Iterator[None]:
+        """Compute with another gate inside: [r], per sample [n, 1, r], or None for zeros; the parameter stays."""
+        self._variant.gate, self._variant.off = gate, gate is None
         try:
             yield
         finally:
-            self._variant.gate = None
+            self._variant.gate, self._variant.off = None, False
 
 
 class _GatedVariant(LoraVariant):
@@ -195,6 +195,7 @@ class _GatedVariant(LoraVariant):
         self.factor = 1.0
         self.row_scale: Tensor | None = None
         self.gate: Tensor | None = None  # instead of the layer's parameter
+        self.off = False  # no update: as with gates of zero
         self.gate_frozen = False
 
     def supports_lora_conversion(self) -> bool:
@@ -203,7 +204,7 @@ class _GatedVariant(LoraVariant):
     def forward(  # type: ignore[override]  # PEFT calls it on the instance; ours has state
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        if not len(self.scale):  # every rank has left the tensors
+        if self.off or not len(self.scale):  # or every rank has left the tensors
             return result
         if self.scale.device != x.device:  # the model was moved after attaching
             self.scale = self.scale.to(x.device)

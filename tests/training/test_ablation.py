@@ -16,7 +16,7 @@ from models import BUILDERS, labelled_batch, on_layer, tiny_peft, train_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from loralloc import UserError
+from loralloc import UserError, gating
 from loralloc.gating import Site, attach_gates
 from loralloc.scores import ablation_importance, ablation_settings, two_point_importance
 from loralloc.training import ablation
@@ -145,6 +145,60 @@ def test_prefixes_save_what_they_should(name):
     assert walked.block_samples / walked.samples == per_sample + ranks * (LAYERS + 1)  # the references are kept
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_layers_are_not_multiplied_again_up_to_the_first_difference(name, monkeypatch):
+    """A layer sees the two references, and the ablations of ranks in layers that are called before it."""
+    model, sites = model_of(name)
+    seen = {id(site.layer.base_layer): 0 for site in sites}
+    for kind in {type(site.layer.base_layer) for site in sites}:
+        monkeypatch.setattr(kind, "forward", functools.partialmethod(_counted, kind.forward, seen))
+    batch = padded(name)
+    scorer(model, sites, [batch]).ablate(all_ablations(sites)[2:])
+    order = list(seen.values())
+    before = [2 * sum(int((other.scale != 0).sum()) for other in sites[:index]) for index in range(len(sites))]
+    assert order == [4 * (2 + rows) for rows in before]
+
+
+def _counted(layer: Any, forward: Callable[..., Any], seen: dict[int, int], x: Tensor) -> Any:
+    if id(layer) in seen:
+        seen[id(layer)] += len(x)
+    return forward(layer, x)
+
+
+def test_adapters_that_are_shut_off_are_left_out(monkeypatch):
+    """A rank alone needs one adapter; a rank removed needs all those from the first that is computed."""
+    calls: list[int] = []
+    kernel = gating.gated_lora
+    monkeypatch.setattr(gating, "gated_lora", lambda *args: calls.append(1) or kernel(*args))
+    model, sites = model_of("llama")
+    scored = scorer(model, sites, [padded("llama")], tokens=0)
+    without, alone = all_ablations(sites)[2:].chunk(2)
+    scored.ablate(alone[:1])
+    assert len(calls) == len(sites) + 1  # the reference with all gates, and the one that was asked for
+    calls.clear()
+    scored.ablate(alone)
+    assert len(calls) == len(alone)
+    calls.clear()
+    scored.ablate(without[:1])
+    assert len(calls) == len(sites)
+
+
+def test_models_that_go_on_in_place_are_scored_right():
+    """What was noted of a reference is no tensor that the model may still write to."""
+    model, sites = model_of("bert")
+    batch, settings = padded("bert"), all_ablations(sites)
+    before = naive(model, sites, [batch], settings)
+    for site in sites:
+        site.layer.register_forward_hook(lambda module, args, output: output.mul_(1.5))
+    for block in model.get_base_model().bert.encoder.layer:
+        block.attention.register_forward_pre_hook(lambda module, args: (args[0].mul_(1.1), *args[1:]))
+    scored = scorer(model, sites, [batch])
+    expected = naive(model, sites, [batch], settings)
+    torch.testing.assert_close(scored.ablate(settings), expected, rtol=0, atol=1e-12)
+    assert scored.forwards < len(settings)  # it was walked
+    assert (expected - before).abs().min() > 1e-4
+
+
 def test_references_are_computed_anew_where_memory_is_short(monkeypatch):
     monkeypatch.setattr(ablation, "KEPT_BYTES", 0)
     model, sites = model_of("llama")
@@ -198,6 +252,9 @@ def test_a_layer_that_routes_rows_is_refused():
     with sites[0].gates_replaced(apart):
         whole = sites[0].layer(flat.view(4, 2, 16))
         torch.testing.assert_close(sites[0].layer(flat), whole.flatten(0, 1))
+    with sites[0].gates_replaced(None):
+        assert torch.equal(sites[0].layer(flat), sites[0].layer.base_layer(flat))
+    assert not torch.allclose(sites[0].layer(flat), sites[0].layer.base_layer(flat))
 
 
 def test_the_head_computes_labelled_positions_only():

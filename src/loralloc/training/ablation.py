@@ -3,9 +3,12 @@
 Three things make it fast, none of which changes a loss:
 
 * Many settings a forward pass: the batch is repeated, and each copy has its own gates (per sample, [n, 1, r]).
-* Prefix reuse: a setting that agrees with a *reference* (the gates as trained, or all of them zero) up to a block
-  starts from the hidden state that the reference had there. On average a rank's two ablations then cost
-  (L + 1) / L forward passes instead of two. Models that cannot be walked like that (see `blocks`) are computed whole.
+* Prefix reuse: a setting that agrees with a *reference* (the gates as trained, or all of them zero) up to an adapted
+  layer starts from the hidden state that the reference had before this layer's block, and the frozen layers up to this
+  one are not multiplied with what they were multiplied with there. On average a rank's two ablations then cost
+  (L + 1) / L passes through the blocks instead of two, the first block of each in part. Models that cannot be walked
+  like that (see `blocks`) are computed whole.
+* Adapters all of whose gates are zero are left out: nearly all of them where a rank is alone.
 * The head only computes positions that have a label, where the model takes `logits_to_keep`.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,17 +24,21 @@ from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
-from loralloc.training.blocks import States, Watcher, evaluating, find_blocks, frozen, skipped
+from loralloc.training.blocks import States, Watcher, computing, evaluating, find_blocks, frozen, skipped
 from loralloc.training.losses import SampleLoss
 
 TOKENS = 16_384
 """Tokens in one forward pass: enough copies to fill a GPU, few enough for activations to fit."""
 
+CPU_TOKENS = 2_048
+"""The same on a CPU: tensors above some 32 MB go back to the system, and new pages cost as much as products do."""
+
 LOGITS = 2**28
 """Logits in one forward pass: 1 GB in fp32."""
 
 KEPT_BYTES = 2**30
-"""Hidden states of the references are kept from one call to the next up to this size, and computed anew above it."""
+"""What references have computed is kept up to this size: hidden states from one call to the next, or they are computed
+anew; and products of frozen layers, or each row starts at the beginning of its block."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,19 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass: the rows it computes, and from which block on."""
+    """One forward pass: the rows it computes, from which block on, and what is known before it computes anything.
+
+    Attributes:
+        rows: Which rows, int64 [G].
+        start: The first block.
+        hidden: What the block before it returns; None for the first block.
+        products: What some frozen layers return, by site.
+    """
 
     rows: Tensor
-    start: int
-    hidden: Tensor | None
+    start: int = 0
+    hidden: Tensor | None = None
+    products: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class AblationScorer:
@@ -74,7 +89,7 @@ class AblationScorer:
         sites: Its gated layers.
         batches: The scoring batch, in one part or several: mappings of what the model takes, labels included.
         looking: Makes a context in which the model may be called without leaving a trace.
-        tokens: Most tokens in one forward pass; one copy of a part is the least.
+        tokens: Most tokens in one forward pass; one copy of a part is the least. None for what suits the device.
         walk: Whether to reuse prefixes where the model's blocks allow it.
 
     Attributes:
@@ -90,10 +105,10 @@ class AblationScorer:
         sites: Sequence[Site],
         batches: Sequence[Mapping[str, Any]],
         looking: Callable[[], AbstractContextManager[None]],
-        tokens: int = TOKENS,
+        tokens: int | None = None,
         walk: bool = True,
     ) -> None:
-        self._model, self._sites, self._tokens, self._looking = model, sites, tokens, looking
+        self._model, self._sites, self._looking = model, sites, looking
         self._ranks = [site.rank for site in sites]
         self._loss = SampleLoss.of(model)
         self._parts = [self._part(batch) for batch in batches]
@@ -106,6 +121,7 @@ class AblationScorer:
         self._kept: dict[tuple[int, int], States | None] = {}
         self.block_samples = 0
         device = sites[0].gate.device
+        self._tokens = tokens if tokens is not None else CPU_TOKENS if device.type == "cpu" else TOKENS
         self._open = torch.cat([(site.scale != 0).to(device) for site in sites])
         trained = self._masked(torch.cat([site.gate.detach().to(device) for site in sites]))
         self._references = torch.stack([trained, torch.zeros_like(trained)])
@@ -200,60 +216,78 @@ class AblationScorer:
     def _watched(self, index: int, which: int) -> Iterator[list[States | None]]:
         """Note the hidden states of the pass inside, and keep them where they are not too large."""
         found: list[States | None] = []
-        watcher = Watcher(self._blocks, self._sites)
+        room = KEPT_BYTES // (2 * len(self._parts))
+        watcher = Watcher(self._blocks, self._sites, room // 2)
         with watcher.watching():
             yield found
-        found.append(watcher.states())
-        size = sum(hidden.nbytes for hidden in found[0].hidden) if found[0] is not None else 0
-        if 2 * len(self._parts) * size <= KEPT_BYTES:
-            self._kept[index, which] = found[0]
+        states = watcher.states()
+        found.append(states)
+        if states is None or states.nbytes <= room:
+            self._kept[index, which] = states
 
     def _passes(self, part: _Part, rows: Tensor, references: Sequence[States | None]) -> Iterator[_Pass]:
-        """Cut the rows into forward passes, those that start at the same block together."""
-        walked = [states for states in references if states is not None]
-        starts, nearest = self._starts(rows, walked[0].places if len(walked) == 2 else None)
+        """Cut the rows into forward passes, those together that start at the same place."""
         copies = max(1, min(self._tokens // part.tokens, LOGITS // max(1, part.logits)))
-        for start in sorted(set(starts.tolist())):
-            for chosen in (starts == start).nonzero()[:, 0].split(copies):
-                known = [walked[which].hidden[start - 1] for which in nearest[chosen].tolist()] if start else []
-                yield _Pass(chosen, start, torch.cat(known) if known else None)
+        walked = [states for states in references if states is not None]
+        if len(walked) < 2:
+            yield from map(_Pass, torch.arange(len(rows), device=rows.device).split(copies))
+            return
+        order = torch.tensor(walked[0].order)
+        starts, nearest = self._starts(rows, order)
+        for start, which in sorted(set(zip(starts.tolist(), nearest.tolist(), strict=True))):
+            site = int((order == start).nonzero())
+            together = ((starts == start) & (nearest == which)).nonzero()[:, 0]
+            for chosen in together.tensor_split(-(-len(together) // copies)):
+                yield _pass(chosen, site, walked[which])
 
-    def _starts(self, rows: Tensor, places: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        """First block in which each row differs from the reference that it follows for longer, and which that is.
+    def _starts(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Position of the first layer in which each row differs from the reference it follows, and which that is.
 
-        A row that equals a reference starts at the beginning, with the rows that differ from it in the first block: in
-        a pass of the same shape, so that rounding is alike.
+        That is the one with which it agrees for longer. A row that equals a reference starts at the beginning, with the
+        rows that differ from it in the first layer: in a pass of the same shape, so that rounding is alike.
         """
-        if places is None:
-            nowhere = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-            return nowhere, nowhere
-        ranks = torch.tensor(self._ranks, device=rows.device)
-        place = torch.tensor(places, device=rows.device).repeat_interleave(ranks)
-        beyond = self._depth + 1
-        first = [torch.where(rows != reference, place, beyond).amin(1) for reference in self._references]
+        position = order.repeat_interleave(torch.tensor(self._ranks)).to(rows.device)
+        beyond = len(order)
+        first = [torch.where(rows != reference, position, beyond).amin(1) for reference in self._references]
         starts, nearest = torch.stack(first).max(0)
-        return torch.where(starts == beyond, 0, starts.clamp(min=0)), nearest
+        return torch.where(starts == beyond, 0, starts), nearest
 
     def _run(self, part: _Part, rows: Tensor, plan: _Pass, like: States | None) -> Tensor:
         """Sums of the losses of a part's samples, [G], for G rows."""
-        blocks = self._blocks[: plan.start]
-        skipping = nullcontext()
-        if plan.hidden is not None and like is not None:
-            skipping = skipped(blocks, plan.hidden, like)
-        with skipping:
+        with ExitStack() as stack:
+            if plan.hidden is not None and like is not None:
+                hidden = plan.hidden.repeat(len(rows), *[1] * (plan.hidden.dim() - 1))
+                stack.enter_context(skipped(self._blocks[: plan.start], hidden, like))
+            for site, product in plan.products.items():
+                known = product.repeat(len(rows), *[1] * (product.dim() - 1))
+                stack.enter_context(computing(self._sites[site].layer.base_layer, lambda *_, known=known, **__: known))
             losses = self._losses(part.repeated(len(rows)), rows.repeat_interleave(part.samples, 0))
         self.block_samples += len(losses) * (self._depth - plan.start)
         return losses.view(len(rows), -1).sum(1)
 
     def _losses(self, part: _Part, gates: Tensor) -> Tensor:
         """Losses of a part's samples, each the sum over its labels, [n]; `gates` is [n, R]."""
+        of_sites = gates.split(self._ranks, 1)
+        idle = [False] * len(of_sites) if gates.requires_grad else self._idle(of_sites)
         with ExitStack() as stack:
-            for site, own in zip(self._sites, gates.split(self._ranks, 1), strict=True):
-                stack.enter_context(site.gates_replaced(own[:, None].to(site.gate.device)))
+            for site, own, off in zip(self._sites, of_sites, idle, strict=True):
+                stack.enter_context(site.gates_replaced(None if off else own[:, None].to(site.gate.device)))
             return self._loss(self._model(**part.inputs).logits, part.labels)
+
+    @staticmethod
+    def _idle(of_sites: Sequence[Tensor]) -> list[bool]:
+        """Whether all gates of a site are zero, for every site."""
+        return (~torch.stack([own.any() for own in of_sites])).tolist()
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
         """Evaluation mode, and no trace."""
         with self._looking(), evaluating(self._model):
             yield
+
+
+def _pass(rows: Tensor, site: int, reference: States) -> _Pass:
+    """Rows whose gates differ from the reference's first in this site."""
+    start = reference.block(site)
+    products = {known: reference.products[known] for known in reference.known(site)} if reference.products else {}
+    return _Pass(rows, start, reference.hidden[start - 1] if start else None, products)

@@ -1,14 +1,16 @@
 """The blocks of a transformer: what each hands to the next, and how to start in the middle.
 
 A model can be walked when its blocks stand in one `ModuleList`, each is called exactly once and in order, takes the
-hidden state as first argument and returns nothing else. Nothing about an architecture is assumed: `Watcher` looks.
+hidden state as first argument and returns nothing else, and so is the frozen layer under each adapter called once.
+Nothing about an architecture is assumed: `Watcher` looks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,12 +27,32 @@ class States:
         in_tuples: Whether blocks return it as the only entry of a tuple that is not None.
         widths: Number of entries of that tuple; 1 for none.
         places: For each site, the block it stands in (0 to L − 1); −1 before the first, L behind the last.
+        order: For each site, how many others are called before it.
+        products: For each site, what its frozen layer returned; None where that was too large to be noted.
     """
 
     hidden: Sequence[Tensor]
     in_tuples: bool
     widths: Sequence[int]
     places: Sequence[int]
+    order: Sequence[int]
+    products: Sequence[Tensor] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return sum(tensor.nbytes for tensor in (*self.hidden, *(self.products or ())))
+
+    def block(self, site: int) -> int:
+        """The first block to be computed where this site is the first whose gates differ."""
+        return max(0, self.places[site])
+
+    def known(self, site: int) -> list[int]:
+        """Sites outside of earlier blocks whose frozen layers return the same where this one is the first to differ."""
+        if self.products is None:
+            return []
+        earlier = range(self.block(site))
+        return [i for i, place in enumerate(self.places) if self.order[i] <= self.order[site] and place not in earlier]
 
 
 def find_blocks(model: nn.Module, sites: Sequence[Site]) -> Sequence[nn.Module]:
@@ -46,17 +68,25 @@ def find_blocks(model: nn.Module, sites: Sequence[Site]) -> Sequence[nn.Module]:
 
 
 class Watcher:
-    """Notes what passes between blocks during one forward pass."""
+    """Notes what passes between blocks, and what frozen layers under adapters return, during one forward pass.
 
-    def __init__(self, blocks: Sequence[nn.Module], sites: Sequence[Site]) -> None:
-        self._blocks = blocks
+    Args:
+        blocks: The model's blocks.
+        sites: Its gated layers.
+        room: Bytes that the products of these layers may take; if they are larger, none is noted.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], sites: Sequence[Site], room: int) -> None:
+        self._blocks, self._sites, self._room = blocks, sites, room
         inside = {id(child): index for index, block in enumerate(blocks) for child in block.modules()}
         self._inside = [inside.get(id(site.layer)) for site in sites]
-        self._sites = sites
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
+        self._hidden: list[Tensor] = []
         self._order: list[nn.Module] = []
-        self._outside: dict[int, set[tuple[int, int]]] = {}
+        self._called: list[int] = []
+        self._moments: dict[int, tuple[int, int]] = {}
+        self._products: dict[int, Tensor] | None = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -65,33 +95,36 @@ class Watcher:
             for block in self._blocks:
                 stack.callback(block.register_forward_pre_hook(self._enter).remove)
                 stack.callback(block.register_forward_hook(self._leave).remove)
-            for index, (site, block) in enumerate(zip(self._sites, self._inside, strict=True)):
-                if block is None:
-                    self._outside[index] = set()
-                    hook = site.layer.register_forward_pre_hook(lambda *_, index=index: self._pass_by(index))
-                    stack.callback(hook.remove)
+            for index, site in enumerate(self._sites):
+                stack.callback(site.layer.base_layer.register_forward_hook(partial(self._pass_by, index)).remove)
             yield
 
     def states(self) -> States | None:
         """Return what was seen; None where the model cannot be walked."""
-        depth = len(self._blocks)
+        depth, count = len(self._blocks), len(self._sites)
         outputs = [output if isinstance(output, tuple) else (output,) for output in self._outputs]
         walks = (
             self._order == list(self._blocks)
+            and sorted(self._called) == list(range(count))
             and all(isinstance(value, Tensor) for value in self._inputs)
             and all(isinstance(first, Tensor) and not any(r is not None for r in rest) for first, *rest in outputs)
             and all(handed[0] is taken for handed, taken in zip(outputs, self._inputs[1:], strict=False))
         )
-        corners = {(0, 0): -1, (depth, depth): depth}
-        outside = {index: [corners.get(moment) for moment in moments] for index, moments in self._outside.items()}
-        if not walks or any(len(set(places)) != 1 or None in places for places in outside.values()):
+        if not walks:
             return None
-        places = [outside[index][0] if place is None else place for index, place in enumerate(self._inside)]
+        corners = {(0, 0): -1, (depth, depth): depth}
+        outside = [corners.get(self._moments[index]) for index in range(count)]
+        places = [out if place is None else place for out, place in zip(outside, self._inside, strict=True)]
+        if None in places:
+            return None
+        products = self._products
         return States(
-            hidden=[output[0].detach() for output in outputs],
+            hidden=self._hidden,
             in_tuples=isinstance(self._outputs[0], tuple),
             widths=[len(output) for output in outputs],
             places=[place for place in places if place is not None],
+            order=[self._called.index(index) for index in range(count)],
+            products=None if products is None else [products[index] for index in range(count)],
         )
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...]) -> None:
@@ -100,9 +133,18 @@ class Watcher:
 
     def _leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._outputs.append(output)
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            self._hidden.append(first.detach().clone())  # the model may go on in place
 
-    def _pass_by(self, index: int) -> None:
-        self._outside[index].add((len(self._inputs), len(self._outputs)))
+    def _pass_by(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._called.append(index)
+        self._moments[index] = (len(self._inputs), len(self._outputs))
+        self._room -= output.nbytes
+        if self._room < 0:
+            self._products = None
+        elif self._products is not None:
+            self._products[index] = output.detach().clone()
 
 
 @contextmanager
@@ -114,21 +156,28 @@ def skipped(blocks: Sequence[nn.Module], hidden: Tensor, like: States) -> Iterat
         hidden: What the last of them returns.
         like: States of the same model, for the form in which blocks return.
     """
-    earlier = [block.__dict__.get("forward") for block in blocks]
-    try:
+    with ExitStack() as stack:
         for index, block in enumerate(blocks):
             known = hidden if index == len(blocks) - 1 else None
-            block.forward = _passing_on(known, like.in_tuples, like.widths[index])
+            stack.enter_context(computing(block, _passing_on(known, like.in_tuples, like.widths[index])))
+        yield
+
+
+@contextmanager
+def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else inside."""
+    earlier = module.__dict__.get("forward")
+    try:
+        module.forward = forward
         yield
     finally:
-        for block, forward in zip(blocks, earlier, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+        if earlier is None:
+            del module.forward
+        else:
+            module.forward = earlier
 
 
-def _passing_on(known: Tensor | None, in_tuple: bool, width: int) -> Any:
+def _passing_on(known: Tensor | None, in_tuple: bool, width: int) -> Callable[..., Any]:
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         value = hidden if known is None else known
         return (value, *([None] * (width - 1))) if in_tuple else value
