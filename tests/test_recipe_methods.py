@@ -28,9 +28,20 @@ def written(tmp_path: Path, method: str, lora: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["", ", eta: 1.41, mode: post", ", allocate: uniform, budget: {average_rank: 4}"])
-def test_allora_is_taken_with_and_without_a_method_that_allocates(method: str, tmp_path: Path) -> None:
-    assert load_recipe(written(tmp_path, method, EIGHT)).method.name == "allora"
+ABLORA = ", allocate: ablora, budget: {average_rank: 4}"
+
+
+@pytest.mark.parametrize(
+    ("method", "lora"),
+    [
+        ("", EIGHT),
+        (", eta: 1.41, mode: post", EIGHT),
+        (", allocate: uniform, budget: {average_rank: 4}", EIGHT),
+        (f"{ABLORA}, validation: 0.1", "r: 8, alpha: 4"),  # the scale is alpha over the average starting rank
+    ],
+)
+def test_allora_is_taken_with_and_without_a_method_that_allocates(method: str, lora: str, tmp_path: Path) -> None:
+    assert load_recipe(written(tmp_path, method, lora)).method.name == "allora"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +56,13 @@ def test_allora_is_taken_with_and_without_a_method_that_allocates(method: str, t
         (", allocate: uniform", EIGHT, "recipe.yaml:4: method.allocate: uniform needs a budget: add method.budget"),
         (", budget: {average_rank: 4}", EIGHT,
          "recipe.yaml:4: method.budget has no effect without method.allocate, such as adalora"),
-        (", allocate: allora", EIGHT, "recipe.yaml:4: method.allocate must be adalora, uniform, random"),
+        (", allocate: allora", EIGHT, "recipe.yaml:4: method.allocate must be adalora, ablora, uniform"),
+        (ABLORA, "r: 8, alpha: 4",
+         "recipe.yaml:4: method.allocate: ablora scores ranks on validation data: add method.validation, as"),
+        (f"{ABLORA}, validation: validation", EIGHT,
+         "alpha is 8, but ALLoRA has no scaling factor: set lora.alpha to the average rank, which is 4"),
+        (", validation: 0.1", EIGHT,
+         "recipe.yaml:4: method.validation has no effect without method.allocate: ablora"),
         (", eta: 0", EIGHT, "recipe.yaml:4: method.eta must be above 0, got 0"),
     ],
 )  # fmt: skip

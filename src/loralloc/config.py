@@ -253,7 +253,7 @@ def _broken_phases(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _broken_allora(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """ALLoRA has neither scale nor dropout, and a budget only where another method allocates."""
+    """ALLoRA has neither scale nor dropout; a budget and validation data are for the method that allocates."""
     method = _get(tree, "method")
     if _get(method, "name") != "allora":
         return
@@ -262,12 +262,21 @@ def _broken_allora(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("method", "allocate"), f"method.allocate: {allocate} needs a budget: add method.budget"
     if allocate is None and budget is not None:
         yield ("method", "budget"), "method.budget has no effect without method.allocate, such as adalora"
+    validation = method.get("validation")
+    if allocate == "ablora" and validation is None:
+        yield (
+            ("method", "allocate"),
+            "method.allocate: ablora scores ranks on validation data: add method.validation, as validation or 0.1",
+        )
+    if allocate != "ablora" and validation is not None:
+        yield ("method", "validation"), "method.validation has no effect without method.allocate: ablora"
     defaults = LoraSection.model_fields
     r, alpha, dropout = (_get(tree, "lora", key) for key in ("r", "alpha", "dropout"))
     r, alpha = defaults["r"].default if r is None else r, defaults["alpha"].default if alpha is None else alpha
-    if is_number(r) and is_number(alpha) and r != alpha:
+    unit, what = (_get(method, "budget", "average_rank"), "the average rank") if allocate == "ablora" else (r, "lora.r")
+    if is_number(unit) and is_number(alpha) and unit != alpha:
         key = ("lora", "alpha") if _get(tree, "lora", "alpha") is not None else ("lora",)
-        yield key, f"lora.alpha is {alpha}, but ALLoRA has no scaling factor: set lora.alpha to lora.r, which is {r}"
+        yield key, f"lora.alpha is {alpha}, but ALLoRA has no scaling factor: set lora.alpha to {what}, which is {unit}"
     if is_number(dropout) and dropout > 0:
         yield ("lora", "dropout"), f"lora.dropout is {dropout}, but ALLoRA trains without dropout: set it to 0"
 

@@ -125,10 +125,13 @@ class ALLoRAConfig(Section):
     mode: Literal["paper", "hybrid", "post"] = Field(
         default="paper", description="paper: scale gradients, fit for SGD; hybrid and post: fit for Adam"
     )
-    allocate: Literal["adalora", "uniform", "random", "depth_linear", "truncate"] | None = Field(
+    allocate: Literal["adalora", "ablora", "uniform", "random", "depth_linear", "truncate"] | None = Field(
         default=None, description="a method that allocates the ranks, with its defaults; null keeps them all"
     )
     budget: BudgetConfig | None = Field(default=None, description="the budget of the allocating method")
+    validation: Held | None = Field(
+        default=None, description="data that ablora scores ranks on: validation, or a fraction cut from train"
+    )
 
 
 class UniformConfig(Section):

@@ -14,6 +14,7 @@ HALF = "budget: {average_rank: 2}"
 METHODS = {
     "allora": ("{name: allora, eta: 1.41, mode: hybrid}", 4),
     "allora with adalora": (f"{{name: allora, mode: post, allocate: adalora, {HALF}}}", 2),
+    "allora with ablora": (f"{{name: allora, mode: hybrid, allocate: ablora, validation: validation, {HALF}}}", 2),
     "uniform": (f"{{name: uniform, {HALF}}}", 2),
     "random": (f"{{name: random, rank_seed: 3, {HALF}}}", 2),
     "depth_linear": (f"{{name: depth_linear, direction: decreasing, {HALF}}}", 2),
@@ -27,7 +28,7 @@ CASES = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for 
 @pytest.mark.parametrize("case", CASES)
 def test_trains_allocates_and_exports(case: str, recipe: Path, here: Path) -> None:
     section, average = METHODS[case]
-    said = done("train", recipe, "--method", section, "--lora.alpha", 4)
+    said = done("train", recipe, "--method", section, "--lora.alpha", 2 if case.endswith("ablora") else 4)
     plan, found = read_json(here / "run" / "ranks.json"), ranks(here / "run")
     assert plan["method"] == case.partition(" ")[0]
     assert sum(found.values()) == 13 * average

@@ -71,7 +71,8 @@ def method_of(section: MethodConfig, validation: Dataset | None = None) -> Metho
     if isinstance(section, LoRAConfigSection):
         return None
     if isinstance(section, ALLoRAConfig):
-        inner = None if section.allocate is None else METHODS[section.allocate](budget=_budget(section))
+        data = {} if validation is None else {"validation": validation}
+        inner = None if section.allocate is None else METHODS[section.allocate](budget=_budget(section), **data)
         return ALLoRA(eta=section.eta, mode=section.mode, allocate=inner)
     kind = METHODS[section.name]
     known = {field.name for field in fields(kind)}  # the rest is for the command line, such as the length of a search
