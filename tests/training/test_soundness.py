@@ -14,7 +14,7 @@ from models import labelled_batch, tiny_peft
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loralloc import AdaLoRA, Budget, attach
+from loralloc import AdaLoRA, ALLoRA, Budget, Uniform, attach
 from loralloc.training import soundness
 from loralloc.training.soundness import MAX_BAD_STEPS, StepChecks, can_skip
 
@@ -30,11 +30,11 @@ def reading_costs_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 class Loop:
     """Steps whose batches depend on their number alone; some of them bad."""
 
-    def __init__(self, wait: bool, bad: tuple[int, ...] = (), **settings: Any) -> None:
-        self.model = tiny_peft("llama")
+    def __init__(self, wait: bool, bad: tuple[int, ...] = (), allora: str | None = None, **settings: Any) -> None:
+        self.model = tiny_peft("llama", lora_alpha=4)
         torch.manual_seed(0)
         method = AdaLoRA(Budget(average_rank=2), warmup=2, cooldown=5, interval=2, **settings)
-        self.run = attach(self.model, method, STEPS)
+        self.run = attach(self.model, ALLoRA(mode=allora, allocate=method) if allora else method, STEPS)
         self.events: list[dict[str, Any]] = []
         self.run.on_event = self.events.append
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -89,9 +89,13 @@ def test_a_bad_step_moves_nothing_and_a_sound_one_does(order: str, importance: s
 
 
 @pytest.mark.parametrize("bad", [(), (0,), (4, 5), (3, 6, STEPS - 4, STEPS - 1)], ids=str)
-@pytest.mark.parametrize("order", ["paper", "reference"])
-def test_a_run_that_does_not_wait_is_the_run_that_does(bad: tuple[int, ...], order: str) -> None:
-    waiting, other = Loop(True, bad, order=order).walk(), Loop(False, bad, order=order).walk()
+@pytest.mark.parametrize(
+    "settings",
+    [{"order": "paper"}, {"order": "reference"}, {"allora": "hybrid"}, {"allora": "post"}],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_a_run_that_does_not_wait_is_the_run_that_does(bad: tuple[int, ...], settings: dict[str, str]) -> None:
+    waiting, other = Loop(True, bad, **settings).walk(), Loop(False, bad, **settings).walk()
     for n, parameter in waiting.trained.items():
         torch.testing.assert_close(other.trained[n], parameter, rtol=1e-4, atol=1e-6)
     plans = [loop.run.finish().to_dict() for loop in (waiting, other)]
@@ -166,6 +170,10 @@ class TestWhereTheHostHasToWait:
 
     def test_not_with_a_fused_adam(self) -> None:
         assert can_skip(self.adamw(fused=True), self.METHOD, DEVICE)
+
+    def test_not_with_allora_unless_for_the_method_that_allocates(self) -> None:
+        for allocate, skips in ((None, True), (self.METHOD, True), (Uniform(Budget(average_rank=2)), False)):
+            assert can_skip(self.adamw(fused=True), ALLoRA(allocate=allocate), DEVICE) is skips
 
     def test_not_with_one_that_accelerate_has_wrapped(self) -> None:
         wrapped = type("Wrapped", (), {"optimizer": self.adamw(fused=True), "scaler": None})()

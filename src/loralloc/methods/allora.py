@@ -96,6 +96,11 @@ class ALLoRA:
         """Where the allocating method does."""
         return self.allocate is not None and self.allocate.compacts
 
+    @property
+    def masks_bad_steps(self) -> bool:
+        """Where the allocating method does: rows are scaled by weights, and a step that was skipped has no length."""
+        return self.allocate is None or getattr(self.allocate, "masks_bad_steps", False)
+
     def schedule(self, total_steps: int, start: int, target: int) -> Schedule:
         """Return the allocating method's schedule; all ranks throughout without one."""
         if self.allocate is not None:
