@@ -190,7 +190,8 @@ class Site:
 class _GatedVariant(LoraVariant):
     """PEFT's hook for a different forward pass: the gated one."""
 
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, name: str, scale: Tensor) -> None:
+        self.name = name
         self.scale = scale
         self.factor = 1.0
         self.row_scale: Tensor | None = None
@@ -215,7 +216,7 @@ class _GatedVariant(LoraVariant):
             module.lora_dropout[active_adapter](x),
             result,
             module.lora_A[active_adapter].weight,
-            gate if self.gate is None else _fitted(self.gate, x),
+            gate if self.gate is None else _fitted(self.gate, x, self.name),
             module.lora_B[active_adapter].weight,
             self.scale,
             self.row_scale,
@@ -236,17 +237,17 @@ class _GatedVariant(LoraVariant):
         return orig_weight - self._delta(module, active_adapter, orig_weight)
 
 
-def _fitted(gate: Tensor, x: Tensor) -> Tensor:
+def _fitted(gate: Tensor, x: Tensor, name: str) -> Tensor:
     """A gate per sample, [n, 1, r], for an input [n, ..., in], or [n · tokens, in] where a layer flattens them."""
-    if gate.dim() == 1 or x.dim() == 3:
+    if gate.dim() == 1:
         return gate
     n, rank = gate.shape[0], gate.shape[-1]
     if x.dim() == 2 and len(x) % n == 0:
         return gate.view(n, rank).repeat_interleave(len(x) // n, 0)
     if len(x) != n:
         raise UserError(
-            f"a layer sees {len(x)} rows for {n} samples, so its ranks cannot be switched per sample (does it route "
-            "tokens to experts?); leave such layers out with exclude_modules"
+            f"{name}: the layer sees {len(x)} rows for {n} samples, so its ranks cannot be switched per sample (does "
+            f'it route tokens to experts, or look at positions?); leave it out with exclude_modules=["{name}"]'
         )
     return gate.view(n, *[1] * (x.dim() - 2), rank)
 
@@ -279,7 +280,7 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
             layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
         layer.lora_gate[adapter] = nn.Parameter(torch.ones(weight.shape[0], dtype=dtype, device=weight.device))
         scale = torch.full_like(layer.lora_gate[adapter].data, layer.scaling[adapter])
-        layer.lora_variant[adapter] = _GatedVariant(scale)
+        layer.lora_variant[adapter] = _GatedVariant(name, scale)
         layer._cast_input_dtype = partial(_uncast, layer)
         if _class_name(layer) in MERGE_IGNORES_VARIANTS:
             layer.merge = _refuse_merge
@@ -306,6 +307,23 @@ def fold_gates(sites: Sequence[Site]) -> None:
             layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n != "lora_gate")
         for replaced in ("merge", "_mixed_batch_forward", "_cast_input_dtype"):
             layer.__dict__.pop(replaced, None)
+
+
+@contextmanager
+def put_back_on_error(sites: Sequence[Site]) -> Iterator[None]:
+    """Leave plain LoRA as it was where an error ends what is inside: without gates, A and B with their old values."""
+    before = [(factor, factor.detach().clone()) for site in sites for factor in (site.A, site.B)]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for factor, value in before:
+                factor.copy_(value)
+            for site in sites:
+                site.gate.fill_(1)
+                site.set_scale(torch.ones_like(site.gate, dtype=torch.bool))
+        fold_gates(sites)
+        raise
 
 
 def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any, str]]:

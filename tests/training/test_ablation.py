@@ -245,7 +245,7 @@ def test_a_layer_that_routes_rows_is_refused():
     _, sites = model_of("llama")
     with (
         sites[0].gates_replaced(torch.ones(4, 1, 3)),
-        pytest.raises(UserError, match=r"a layer sees 7 rows for 4 samples.*leave such layers out"),
+        pytest.raises(UserError, match=r"q_proj: the layer sees 7 rows for 4 samples.*leave it out"),
     ):
         sites[0].layer(torch.zeros(7, 16, dtype=torch.float64))
     flat, apart = torch.randn(8, 16, dtype=torch.float64), torch.rand(4, 1, 3, dtype=torch.float64)

@@ -1,13 +1,14 @@
 """Losses of one scoring batch under many settings of all gates, for methods that score ranks by switching them off.
 
-Three things make it fast, none of which changes a loss:
+Four things make it fast, none of which changes a loss beyond rounding (but bitsandbytes' int8 layers, which choose
+their outlier columns from all rows of a pass):
 
 * Many settings a forward pass: the batch is repeated, and each copy has its own gates (per sample, [n, 1, r]).
 * Prefix reuse: a setting that agrees with a *reference* (the gates as trained, or all of them zero) up to an adapted
   layer starts from the hidden state that the reference had before this layer's block, and the frozen layers up to this
   one are not multiplied with what they were multiplied with there. On average a rank's two ablations then cost
   (L + 1) / L passes through the blocks instead of two, the first block of each in part. Models that cannot be walked
-  like that (see `blocks`) are computed whole.
+  like that (see `blocks`; `check_walk` compares) are computed whole.
 * Adapters all of whose gates are zero are left out: nearly all of them where a rank is alone.
 * The head only computes positions that have a label, where the model takes `logits_to_keep`.
 """
@@ -59,6 +60,12 @@ class _Part:
         }
         labels = self.labels.repeat(copies, *[1] * (self.labels.dim() - 1))
         return replace(self, inputs=inputs, labels=labels, samples=copies * self.samples)
+
+    def sample(self, index: int) -> _Part:
+        """One sample."""
+        inputs = {k: v[index : index + 1] if self._per_sample(k, v) else v for k, v in self.inputs.items()}
+        tokens, logits = self.tokens // self.samples, self.logits // self.samples
+        return _Part(inputs, self.labels[index : index + 1], 1, tokens, logits)
 
     def _per_sample(self, key: str, value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.samples and key != "logits_to_keep"
@@ -141,14 +148,8 @@ class AblationScorer:
             [K], float64.
         """
         rows = self._masked(gates)
-        losses = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         with torch.no_grad(), self._scoring():
-            for index, part in enumerate(self._parts):
-                references = [self._reference(index, which) for which in (0, 1)] if self._blocks else [None]
-                for plan in self._passes(part, rows, references):
-                    sums = self._run(part, rows[plan.rows], plan, references[0])
-                    losses.index_add_(0, plan.rows, sums.to(losses))
-        return losses / self.labels
+            return torch.stack([self._sums(index, rows) for index in range(len(self._parts))]).sum(0) / self.labels
 
     def gate_gradients(self, gates: Tensor) -> tuple[Tensor, int]:
         """Return what each sample contributes to the gradient of the loss with respect to the gates.
@@ -164,10 +165,14 @@ class AblationScorer:
         contributions = []
         with torch.enable_grad(), self._scoring(), frozen(self._model):
             for index, part in enumerate(self._parts):
-                own = row.repeat(part.samples, 1).requires_grad_()
-                with self._watched(index, same[0]) if same and self._blocks else nullcontext():
-                    loss = self._losses(part, own).sum() / self.labels
-                contributions.append(torch.autograd.grad(loss, own)[0])
+                watching = same and self._blocks and not self._memory_is_short
+                # Checkpoints are off in evaluation mode: all activations of the samples of a pass are kept.
+                pieces = map(part.sample, range(part.samples)) if self._memory_is_short else [part]
+                for piece in pieces:
+                    own = row.repeat(piece.samples, 1).requires_grad_()
+                    with self._watched(index, same[0]) if watching else nullcontext():
+                        loss = self._losses(piece, own).sum() / self.labels
+                    contributions.append(torch.autograd.grad(loss, own)[0])
                 self.block_samples += 2 * part.samples * self._depth
         return torch.cat(contributions), self.labels
 
@@ -186,12 +191,49 @@ class AblationScorer:
             mine = float(sums.sum()) / max(1, self._loss.count(part.labels))
             found = getattr(self._model(**batch), "loss", None)
         own = float("nan") if found is None else float(found)
-        if abs(own - mine) > 1e-3 + 0.02 * abs(mine):
+        if not abs(own - mine) <= 1e-3 + 0.02 * abs(mine):
             raise UserError(
                 f"{type(self._loss.model).__name__} computes the loss {own:.4g} where that of a "
                 f'"{self._loss.kind(part.labels)}" is {mine:.4g}: scoring by ablation needs the loss of each sample, '
                 "and knows those of language models, classifiers and regression"
             )
+
+    def check_walk(self) -> bool:
+        """Compare passes from the middle with whole ones on the first part; where they differ, compute all whole.
+
+        Whatever a model does between blocks that `blocks` cannot see, such as keys that later blocks share, shows here.
+
+        Returns:
+            Whether further scorers of this model may start in the middle.
+        """
+        part, dtype = self._parts[0], _compute_dtype(self._loss.model, self._open.device.type)
+        rows = self._exchanged()
+        with torch.no_grad(), self._scoring():
+            whole = torch.stack([self._losses(part, row.expand(part.samples, -1)).sum() for row in rows])
+            try:
+                walked = self._sums(0, rows).to(whole)
+            except Exception:  # blocks that were passed by have not done what the model needs
+                walked = torch.full_like(whole, torch.nan)
+        self._kept.clear()
+        self.block_samples = 0
+        close = torch.finfo(dtype).eps ** 0.5 * (whole.abs() + self._loss.count(part.labels))
+        if not bool(((walked - whole).abs() <= close).all()):
+            self._blocks, self._depth = (), 1
+        return len(self._blocks) > 0
+
+    def _exchanged(self) -> Tensor:
+        """Each reference with the other's gates at one site: the last with open ranks, and one halfway."""
+        used = [index for index, part in enumerate(self._open.split(self._ranks)) if part.any()]
+        owner = torch.arange(len(self._ranks)).repeat_interleave(torch.tensor(self._ranks)).to(self._open.device)
+        trained, nothing = self._references
+        rows = []
+        for place in (used[-1], used[len(used) // 2]):
+            rows += [torch.where(owner == place, nothing, trained), torch.where(owner == place, trained, nothing)]
+        return torch.stack(rows)
+
+    @property
+    def _memory_is_short(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules())
 
     def _masked(self, gates: Tensor) -> Tensor:
         """Gates, 0 for closed ranks so that they do not count as different."""
@@ -199,6 +241,7 @@ class AblationScorer:
 
     def _part(self, batch: Mapping[str, Any]) -> _Part:
         inputs, labels = self._loss.split(batch)
+        _check_rows(inputs)
         length = max(value.shape[1] for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1)
         return _Part(inputs, labels, len(labels), len(labels) * length, self._loss.logits(labels))
 
@@ -225,6 +268,14 @@ class AblationScorer:
         if states is None or states.nbytes <= room:
             self._kept[index, which] = states
 
+    def _sums(self, index: int, rows: Tensor) -> Tensor:
+        """Losses of a part, the sum over its labels, for each row: [K], float64."""
+        part, sums = self._parts[index], torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        references = [self._reference(index, which) for which in (0, 1)] if self._blocks else [None]
+        for plan in self._passes(part, rows, references):
+            sums.index_add_(0, plan.rows, self._run(part, rows[plan.rows], plan, references[0]).to(sums))
+        return sums
+
     def _passes(self, part: _Part, rows: Tensor, references: Sequence[States | None]) -> Iterator[_Pass]:
         """Cut the rows into forward passes, those together that start at the same place."""
         copies = max(1, min(self._tokens // part.tokens, LOGITS // max(1, part.logits)))
@@ -248,7 +299,10 @@ class AblationScorer:
         """
         position = order.repeat_interleave(torch.tensor(self._ranks)).to(rows.device)
         beyond = len(order)
-        first = [torch.where(rows != reference, position, beyond).amin(1) for reference in self._references]
+        first = [
+            torch.cat([torch.where(some != reference, position, beyond).amin(1) for some in rows.split(256)])
+            for reference in self._references
+        ]
         starts, nearest = torch.stack(first).max(0)
         return torch.where(starts == beyond, 0, starts), nearest
 
@@ -291,3 +345,19 @@ def _pass(rows: Tensor, site: int, reference: States) -> _Pass:
     start = reference.block(site)
     products = {known: reference.products[known] for known in reference.known(site)} if reference.products else {}
     return _Pass(rows, start, reference.hidden[start - 1] if start else None, products)
+
+
+def _check_rows(inputs: Mapping[str, Any]) -> None:
+    """Refuse batches with several examples in one row."""
+    positions = inputs.get("position_ids")
+    restart = isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions.diff(dim=1) < 0).any())
+    if any(key.startswith("cu_seq_len") for key in inputs) or (restart and "attention_mask" not in inputs):
+        raise UserError(
+            "the validation batches are packed, several examples in a row, which cannot be scored apart; give batches "
+            "of one example a row (in TRL's SFTConfig: padding_free=False, packing=False)"
+        )
+
+
+def _compute_dtype(model: Any, device: str) -> torch.dtype:
+    """What a model computes in."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype

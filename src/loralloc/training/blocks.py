@@ -91,12 +91,13 @@ class Watcher:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the pass inside."""
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # not hooks: `forward` will return what is known, and hooks of others run on that
             for block in self._blocks:
-                stack.callback(block.register_forward_pre_hook(self._enter).remove)
-                stack.callback(block.register_forward_hook(self._leave).remove)
+                stack.enter_context(computing(block, partial(self._through_block, block, block.forward)))
             for index, site in enumerate(self._sites):
-                stack.callback(site.layer.base_layer.register_forward_hook(partial(self._pass_by, index)).remove)
+                frozen_layer = site.layer.base_layer
+                watched = partial(self._through_layer, index, frozen_layer.forward)
+                stack.enter_context(computing(frozen_layer, watched))
             yield
 
     def states(self) -> States | None:
@@ -127,24 +128,26 @@ class Watcher:
             products=None if products is None else [products[index] for index in range(count)],
         )
 
-    def _enter(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+    def _through_block(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._order.append(block)
         self._inputs.append(args[0] if args else None)
-
-    def _leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        output = forward(*args, **kwargs)
         self._outputs.append(output)
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor):
             self._hidden.append(first.detach().clone())  # the model may go on in place
+        return output
 
-    def _pass_by(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _through_layer(self, index: int, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         self._called.append(index)
         self._moments[index] = (len(self._inputs), len(self._outputs))
+        output = forward(*args, **kwargs)
         self._room -= output.nbytes
         if self._room < 0:
             self._products = None
         elif self._products is not None:
             self._products[index] = output.detach().clone()
+        return output
 
 
 @contextmanager

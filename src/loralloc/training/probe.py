@@ -116,7 +116,8 @@ class DataProbe:
         self._drawn = 0
         self._seen: list[_Seen] = []
         self._looking = False
-        self._loss_checked = self._weights_checked = False
+        self._weights_checked = False
+        self._walk: bool | None = None  # whether ablations may start in the middle of the model; None: not known yet
         self._hooks = (
             model.register_forward_pre_hook(self._remember, with_kwargs=True),
             model.register_forward_hook(self._follow),
@@ -172,11 +173,11 @@ class DataProbe:
         for index in range(count):
             batch, left = self.batch(draw * count + index), samples - sum(map(size_of, batches))
             if left > 0:
-                batches.append({key: v[:left] if isinstance(v, Tensor) else v for key, v in batch.items()})
-        scorer = AblationScorer(self.model, self.sites, batches, self._scoring)
-        if not self._loss_checked:
+                batches.append(first_samples(batch, left))
+        scorer = AblationScorer(self.model, self.sites, batches, self._scoring, walk=self._walk is not False)
+        if self._walk is None:
             scorer.check_loss(batches[0])
-            self._loss_checked = True
+            self._walk = scorer.check_walk()
         return scorer
 
     def batch(self, index: int) -> Batch:
@@ -274,6 +275,15 @@ class DataProbe:
 def size_of(batch: Batch) -> int:
     """Samples in a batch."""
     return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0), 0)
+
+
+def first_samples(batch: Batch, count: int) -> Batch:
+    """The first samples of a batch, and whatever is not one value a sample as it is."""
+    size = size_of(batch)
+    return {
+        key: value[:count] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
+        for key, value in batch.items()
+    }
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

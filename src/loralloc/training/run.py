@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loralloc._version import __version__
 from loralloc.budget import Schedule
 from loralloc.errors import UserError
-from loralloc.gating import Site, attach_gates, fold_gates
+from loralloc.gating import Site, attach_gates, fold_gates, put_back_on_error
 from loralloc.methods.base import (
     Decision,
     Method,
@@ -64,13 +64,7 @@ def attach(
     Raises:
         UserError: The model, the adapter, the budget or the schedule does not allow it; the message says why.
     """
-    run = AllocationRun(model, method, adapter, compact=compact)
-    try:
-        run.begin(total_steps)
-    except BaseException:
-        fold_gates(run.sites)
-        raise
-    return run
+    return AllocationRun(model, method, adapter, compact=compact, total_steps=total_steps)
 
 
 class AllocationRun:
@@ -85,25 +79,32 @@ class AllocationRun:
         on_event: Called with every allocation event, a JSON-able dictionary (the lines of trace.jsonl).
     """
 
-    def __init__(self, model: nn.Module, method: Method, adapter: str | None = None, *, compact: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        adapter: str | None = None,
+        *,
+        compact: bool = False,
+        total_steps: int | None = None,
+    ) -> None:
         if compact:
             _check_compact(method)
         self.method = method
         self.model = model
         self.sites: list[Site] = attach_gates(model, adapter)
-        try:
+        self._schedule: Schedule | None = None
+        with put_back_on_error(self.sites):
             self.state = method.prepare(self.sites)
             self.unit, self.start, self.target = site_budget(self.sites, method.budget)
-        except BaseException:
-            fold_gates(self.sites)
-            raise
+            if total_steps is not None:
+                self.begin(total_steps)
         self.step = 0
         self.settled = False
         self.max_grad_norm: float | None = None
         self.plan: RankPlan | None = None
         self.on_event: Callable[[Event], None] | None = None
         self.probe = DataProbe.of(model, self.sites, getattr(method, "validation", None))
-        self._schedule: Schedule | None = None
         self._ranks = self._start_ranks = open_ranks(self.sites)
         self._peak = sum(self._ranks)
         self._fresh = FreshRanks(self.sites)
