@@ -274,7 +274,7 @@ def _broken_allora(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     r, alpha, dropout = (_get(tree, "lora", key) for key in ("r", "alpha", "dropout"))
     r, alpha = defaults["r"].default if r is None else r, defaults["alpha"].default if alpha is None else alpha
     unit, what = (_get(method, "budget", "average_rank"), "the average rank") if allocate == "ablora" else (r, "lora.r")
-    if is_number(unit) and is_number(alpha) and unit != alpha:
+    if isinstance(unit, int) and is_number(alpha) and unit != alpha:  # a fraction of a rank is rounded: known later
         key = ("lora", "alpha") if _get(tree, "lora", "alpha") is not None else ("lora",)
         yield key, f"lora.alpha is {alpha}, but ALLoRA has no scaling factor: set lora.alpha to {what}, which is {unit}"
     if is_number(dropout) and dropout > 0:

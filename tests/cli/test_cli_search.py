@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from torch import Tensor
+from transformers import BertModel
 
 from loralloc.cli import pipeline, search, stage
 from loralloc.config import load_recipe
@@ -102,15 +104,15 @@ def test_the_search_sees_disjoint_parts_of_the_training_data_and_nothing_else(
         parts.update(train=train, held=held, whole=loaded.train, validation=loaded.validation, test=loaded.test)
         return train, held
 
-    read: set[int] = set()
-    fetch = Dataset.__getitems__
+    read: set[tuple[int, ...]] = set()
+    forward = BertModel.forward
 
-    def spied(self: Dataset, keys: Any) -> Any:
-        read.add(id(self))
-        return fetch(self, keys)
+    def spied(self: BertModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+        read.update(tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True))
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     monkeypatch.setattr(search, "method_data", audited)
-    monkeypatch.setattr(Dataset, "__getitems__", spied)
+    monkeypatch.setattr(BertModel, "forward", spied)
     evaluated: list[str] = []
     evaluate = stage.PlainTrainer.evaluate
 
@@ -123,8 +125,10 @@ def test_the_search_sees_disjoint_parts_of_the_training_data_and_nothing_else(
         done("train", write(SEARCH), "--data.test", data / "test.jsonl", "--eval_every", 2)
     assert Path("run/search/ranks.json").is_file()
     assert evaluated == []
-    assert id(parts["validation"]) not in read
-    assert id(parts["test"]) not in read
+    texts = {name: {tuple(ids) for ids in part["input_ids"]} for name, part in parts.items()}
+    assert read == texts["train"] | texts["held"]
+    for name in ("validation", "test"):
+        assert texts[name] - read, "some texts are found there alone"
 
     def rows(name: str) -> list[str]:
         return [str(sorted(row.items())) for row in parts[name]]

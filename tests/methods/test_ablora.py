@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import labelled_batch, logits, tiny_peft, train_adapter
-from peft import PeftModel
+from models import BUILDERS, labelled_batch, logits, tiny_peft, train_adapter
+from peft import LoraConfig, PeftModel, get_peft_model
 from reference.ablora import importance, one_round
 from torch import Tensor
 
-from loralloc import ABLoRA, Budget, UserError, attach
+from loralloc import ABLoRA, AdaLoRA, ALLoRA, Budget, UserError, attach
 from loralloc.training.run import AllocationRun
 
 STEPS = 12
@@ -206,6 +206,37 @@ def test_each_block_keeps_its_budget():
     for event in loop.rounds:
         assert sum(event["ranks"][:3]) == sum(event["ranks"][3:]) == 6
         assert sum(event["pruned"][:3]) == sum(event["pruned"][3:]) == 1
+
+
+def test_a_module_alone_in_its_block_keeps_its_ranks():
+    """Nothing could grow in place of what it would lose: BERT's pooler stands in no block."""
+    base = BUILDERS["bert"](0)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["query", "value", "pooler.dense"]))
+    loop = Loop("bert", model=model, scope="block", n_prune=1).walk()
+    assert [event["budget"] for event in loop.rounds] == [10, 10]
+    assert all(event["ranks"][-1] == 2 and event["pruned"][-1] == 0 for event in loop.rounds)
+    assert sum(map(sum, (event["pruned"] for event in loop.rounds))) == 4
+    with pytest.raises(UserError, match=r'scope="block" no rank could move: .*use scope="global"'):
+        Loop(model=tiny_peft("llama", target_modules=["q_proj"]), scope="block")
+
+
+@pytest.mark.parametrize("refused", ["rounds", "scale", "prepared"])
+def test_what_is_refused_leaves_the_adapter_as_it_was(refused):
+    """Closed ranks are cleared when a run ends; a run that never began must not cost the adapter its A."""
+    model = tiny_peft("llama", lora_alpha=4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    method: Any = ABLoRA(TWO, batches("llama"), warmup=4, interval=4, rounds=2 if refused == "scale" else 99)
+    if refused == "scale":
+        method = ALLoRA(allocate=method)
+    elif refused == "prepared":
+        method = ALLoRA(allocate=AdaLoRA(TWO, warmup=6, cooldown=6))
+    with pytest.raises(UserError):
+        attach(model, method, STEPS)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
 
 
 def test_the_budget_shrinks_only_when_every_module_lost_a_rank():

@@ -7,18 +7,20 @@ float64 (adalora_loop.py), and the kernel alone where a claim is about one produ
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Sequence
 
 import pytest
 import torch
 from adalora_loop import RANK, SHAPES, Loop, close_to, model_of
-from models import logits, tiny_peft
+from models import labelled_batch, logits, tiny_peft
 from reference import allora as twin
 from torch import Tensor
 
-from loralloc import AdaLoRA, ALLoRA, Budget, DepthLinear, UserError, attach
+from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget, DepthLinear, UserError, attach
 from loralloc.methods import allora
+from loralloc.methods.allora import ADAPTIVE
 from loralloc.scores import row_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore:ALLoRA.*Adam")
@@ -289,3 +291,33 @@ def test_scale_and_dropout_are_refused_with_the_cure(settings, pattern, inner):
 
 def test_the_message_leads_to_an_adapter_that_is_taken():
     attach(tiny_peft("llama", lora_alpha=4, lora_dropout=0.0), ALLoRA(), 30)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("total", [12, 13])
+def test_so_does_that_for_the_scale_of_an_allocating_method(total, rslora):
+    """ABLoRA's scale is lora_alpha over the average starting rank, here 2 or 13/6."""
+    method = ALLoRA(allocate=ABLoRA(Budget(total_rank=total), [labelled_batch("llama")], rounds=1))
+    with pytest.raises(UserError, match="ALLoRA has no scaling factor") as refused:
+        attach(tiny_peft("llama", lora_alpha=3, use_rslora=rslora), method, 30)
+    (alpha,) = re.findall(r"lora_alpha=([\d.]+), use_rslora=False", str(refused.value))
+    assert float(alpha) == pytest.approx(total / 6, rel=1e-5)
+    attach(tiny_peft("llama", lora_alpha=float(alpha)), method, 30)
+
+
+def test_modules_of_different_rank_need_an_alpha_each():
+    ranks = {"q_proj": 2}
+    with pytest.raises(UserError, match=r'LoraConfig\(alpha_pattern={"model.layers.0.self_attn.q_proj": 2, ...}'):
+        attach(tiny_peft("llama", lora_alpha=4, rank_pattern=ranks), ALLoRA(), 30)
+    attach(tiny_peft("llama", lora_alpha=4, rank_pattern=ranks, alpha_pattern=ranks), ALLoRA(), 30)
+
+
+def test_a_search_that_looks_ahead_by_lora_is_refused():
+    with pytest.raises(UserError, match="AutoLoRA's search looks ahead by a step of plain LoRA"):
+        ALLoRA(allocate=AutoLoRA(validation=[labelled_batch("llama")]))
+
+
+def test_optimizers_that_undo_the_scaling_are_known_by_name():
+    for name in ("Adadelta", "Rprop", "Muon", "Lion", "AdamW8bit"):
+        assert any(part in name.lower() for part in ADAPTIVE)
+    assert not any(part in "sgd" for part in ADAPTIVE)

@@ -9,6 +9,7 @@ import torch
 from models import tiny_peft
 from torch import Tensor
 
+from loralloc import UserError
 from loralloc.gating import Site, attach_gates
 from loralloc.training.moments import FreshRanks, clear_moments
 
@@ -34,7 +35,7 @@ class Pair:
         model = tiny_peft("llama").to(dtype)
         self.sites: list[Site] = attach_gates(model)
         self.site, self.rank = self.sites[0], fresh
-        self.optimizer = build([p for site in self.sites for p in (site.A, site.B)])
+        self.optimizer = build([p for site in self.sites for p in (site.A, site.B, site.gate)])
         self.ranks = FreshRanks(self.sites)
         self.build = build
         self.twin: list[Tensor] = []
@@ -44,17 +45,18 @@ class Pair:
         opened[self.rank] = True
         clear_moments(self.optimizer, self.sites, opened)
         self.ranks.open(opened)
-        self.twin = [p.detach().clone().requires_grad_() for p in (self.site.A[self.rank], self.site.B[:, self.rank])]
+        self.twin = [value.clone().requires_grad_() for value in self.values()]
         self.own = self.build(self.twin)
 
     def step(self, seed: int, correct: bool = True) -> None:
         generator = torch.Generator().manual_seed(seed)
         for site in self.sites:
-            for parameter in (site.A, site.B):
+            for parameter in (site.A, site.B, site.gate):
                 parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
         if self.twin:
             self.twin[0].grad = self.site.A.grad[self.rank].clone()
             self.twin[1].grad = self.site.B.grad[:, self.rank].clone()
+            self.twin[2].grad = self.site.gate.grad[self.rank].clone()
             self.own.step()
         self.ranks.before_step()
         self.optimizer.step()
@@ -62,7 +64,8 @@ class Pair:
             self.ranks.after_step(self.optimizer)
 
     def values(self) -> list[Tensor]:
-        return [self.site.A.detach()[self.rank], self.site.B.detach()[:, self.rank]]
+        factors = [self.site.A.detach()[self.rank], self.site.B.detach()[:, self.rank]]
+        return [*factors, self.site.gate.detach()[self.rank]]
 
 
 @pytest.mark.parametrize("name", ADAMS)
@@ -92,7 +95,7 @@ def test_the_first_step_of_a_fresh_rank_is_the_learning_rate():
         before = [value.clone() for value in pair.values()]
         pair.step(99, correct)
         for old, new in zip(before, pair.values(), strict=True):
-            assert ((new - old).abs() / LR).tolist() == pytest.approx([length] * len(old), rel=1e-2)
+            assert ((new - old).abs() / LR).flatten().tolist() == pytest.approx([length] * old.numel(), rel=1e-2)
 
 
 def test_all_other_ranks_move_as_ever():
@@ -129,7 +132,7 @@ def test_a_step_that_moves_nothing_does_not_age():
     pair = Pair(ADAMS["adam"])
     pair.step(0)
     pair.open()
-    for parameter in (p for site in pair.sites for p in (site.A, site.B)):
+    for parameter in (p for site in pair.sites for p in (site.A, site.B, site.gate)):
         parameter.grad = None
     before = [value.clone() for value in pair.values()]
     pair.ranks.before_step()
@@ -165,6 +168,15 @@ def test_grown_ranks_cost_nothing_any_more():
     for seed in range(33):
         pair.step(seed)
         assert ("fresh.ages" in pair.ranks.state_dict()) == (seed < 31)  # 0.6 ** 32 is what fp32 no longer sees
+
+
+def test_moments_in_eight_bits_are_refused():
+    """A 0 in them is some other number: the first of a table, next to minus the largest."""
+    pair = Pair(ADAMS["adam"])
+    pair.step(0)
+    pair.optimizer.state[pair.site.A]["exp_avg"] = torch.zeros(pair.site.A.shape, dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"Adam keeps its moments in torch.uint8, where .* such as adamw_torch"):
+        pair.open()
 
 
 def test_closed_and_fresh_ranks_forget_and_no_others():

@@ -66,7 +66,8 @@ class ABLoRA:
         interval: K₂, likewise: between rounds.
         rounds: N_A.
         n_prune: n_A, ranks pruned in a round (in each block with `scope="block"`); None for the number of module types.
-        scope: Whether ranks move within the whole model or within each block; the paper can be read either way.
+        scope: Whether ranks move within the whole model or within each block; the paper can be read either way. A
+            module that is alone in its block, such as a pooler, then keeps its ranks.
         mode: How ablation scores are computed: `fast`, `exact` (the paper) or `taylor`, see the module's docstring.
         score: `ablation`, or the paper's ablations `gate` and `sensitivity`.
         samples: Validation samples that ranks are scored on; None for 256, in mode `exact` for the paper's 32.
@@ -129,6 +130,11 @@ class ABLoRA:
         Raises:
             UserError: An adapter has been trained already, or the budget leaves no capacity to grow into.
         """
+        if not self._groups(sites):
+            raise UserError(
+                'with scope="block" no rank could move: each block has one adapted module; adapt more of them '
+                '(target_modules="all-linear"), or use scope="global"'
+            )
         room = [min(site.rank, site.inputs, site.outputs) for site in sites]
         costs = self._costs(sites)
         limit = self.budget.resolve([site.rank for site in sites], [site.cost for site in sites])
@@ -154,7 +160,8 @@ class ABLoRA:
         if self.score == "gate":
             state.to_logits()
         elif self.score == "sensitivity" and now.step <= now.schedule.final + 1:
-            state.sensitivity += _rank_sensitivity(state.sites)
+            new = _rank_sensitivity(state.sites)
+            state.sensitivity = state.sensitivity.to(new.device) + new  # the model may have been moved
 
     def on_step(self, state: ABLoRAState, now: Moment) -> Decision | None:
         """Score, prune and grow when a round is due."""
@@ -212,10 +219,12 @@ class ABLoRA:
 
     def _groups(self, sites: Sequence[Site]) -> list[list[int]]:
         """Modules among which ranks move."""
+        if self.scope == "global":
+            return [list(range(len(sites)))]
         blocks: dict[str, list[int]] = {}
         for index, site in enumerate(sites):
-            blocks.setdefault("" if self.scope == "global" else block_of(site.name), []).append(index)
-        return list(blocks.values())
+            blocks.setdefault(block_of(site.name), []).append(index)
+        return [group for group in blocks.values() if len(group) > 1]
 
     def _count(self, sites: Sequence[Site]) -> int:
         """n_A."""

@@ -17,14 +17,16 @@ Where we deviate, and why:
 * Optimizer: the paper does not name one. Adam's step does not change when a row's gradient is scaled by a constant, so
   under Adam η hardly matters and a larger η makes training *slower*; `paper` warns once. Two modes that are ours:
 
-      hybrid   gradients scaled by s/η, and the step of A and B multiplied by η: with SGD the paper's method, with Adam
-               (decoupled weight decay included, for it is part of the step) LoRA at the learning rate η · lr at first
+      hybrid   gradients scaled by s/η, and the step of A and B multiplied by η: with SGD the paper's method (weight
+               decay and AdaLoRA's penalty, which are not scaled by s/η, count η-fold), with Adam (decoupled weight
+               decay included, for it is part of the step) LoRA at the learning rate η · lr at first
       post     gradients unscaled; then the step of B's row i is multiplied by s_i, and that of A by the mean
                s̄ = ‖S B‖_F / ‖B‖_F  (η while B = 0)
 
   The fair baseline of all three is plain LoRA at the learning rate η · lr.
 * Budget: the paper has none. `allocate=` takes a method that has; ranks, schedule and state are its own, and the rows
-  are those of the gated product s · B diag(g) A. Its gates are trained with their plain gradient and step.
+  are those of the gated product s · B diag(g) A. Its gates are trained with their plain gradient and step; scores made
+  from gradients of A and B (AdaLoRA's) see them scaled by the rows, in `post` unscaled. AutoLoRA's search is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from loralloc.scores import row_norms, row_scales
 
 Mode = Literal["paper", "hybrid", "post"]
 
-ADAPTIVE = ("adam", "adagrad", "rmsprop", "adafactor", "lion", "lamb")
+ADAPTIVE = ("adam", "adagrad", "adadelta", "rmsprop", "rprop", "adafactor", "lion", "lamb", "muon")
 """Optimizers whose step does not change when a gradient is multiplied by a constant, by parts of their names."""
 
 
@@ -80,6 +82,11 @@ class ALLoRA:
             raise UserError(f'mode must be one of {known}; got "{self.mode}".{closest(self.mode, get_args(Mode))}')
         if isinstance(self.allocate, ALLoRA):
             raise UserError("allocate must be a method that allocates ranks, such as AdaLoRA; ALLoRA keeps them all")
+        if getattr(self.allocate, "id", None) == "autolora":
+            raise UserError(
+                "allocate must be a method that allocates ranks while it trains, such as AdaLoRA: AutoLoRA's search "
+                "looks ahead by a step of plain LoRA, which ALLoRA's is not"
+            )
 
     @property
     def budget(self) -> Budget | None:
@@ -123,8 +130,7 @@ class ALLoRA:
                 site.freeze_gate()
         else:
             inner = self.allocate.prepare(sites)
-        for site in sites:
-            _check_scale(site)
+        _check_scales(sites)
         state = ALLoRAState(sites, _groups(sites), inner)
         self._scale_rows(state)
         return state
@@ -253,11 +259,22 @@ def _check_dropout(site: Site) -> None:
         )
 
 
-def _check_scale(site: Site) -> None:
+def _check_scales(sites: Sequence[Site]) -> None:
     """The scale is PEFT's times the allocating method's own (`ablora` has one), which a plan keeps."""
-    if not math.isclose(site.plan_scale, 1.0, rel_tol=1e-9):
-        alpha = site.rank * site.scaling / site.plan_scale
-        raise UserError(
-            f"{site.name}: the adapter is scaled by {site.plan_scale:g}, but ALLoRA has no scaling factor; set "
-            f"LoraConfig(lora_alpha={alpha:g}, use_rslora=False) (eta and the learning rate take its place)"
-        )
+    wrong = [site for site in sites if not math.isclose(site.plan_scale, 1.0, rel_tol=1e-5)]
+    if not wrong:
+        return
+    alphas = {site.name: f"{_unscaled_alpha(site):g}" for site in sites}
+    cure = f"lora_alpha={alphas[wrong[0].name]}, use_rslora=False"
+    if len(set(alphas.values())) > 1:
+        cure = f'alpha_pattern={{"{wrong[0].name}": {alphas[wrong[0].name]}, ...}}, use_rslora=False'
+    raise UserError(
+        f"{wrong[0].name}: the adapter is scaled by {wrong[0].plan_scale:g}, but ALLoRA has no scaling factor; set "
+        f"LoraConfig({cure}) (eta and the learning rate take its place)"
+    )
+
+
+def _unscaled_alpha(site: Site) -> float:
+    """The lora_alpha with which a site would have the scale 1: its rank, or what the allocating method divides by."""
+    share = site.scaling / site.plan_scale  # of its rank; of the root of it with rsLoRA
+    return site.rank * (share**2 if site.layer.use_rslora.get(site.adapter, False) else share)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.training.optimizer import unwrapped
 
@@ -20,6 +21,9 @@ def clear_moments(optimizer: torch.optim.Optimizer, sites: Sequence[Site], opene
         optimizer: Any optimizer whose state holds tensors in the shape of the parameter (Adam's moments, momentum).
         sites: The sites; a scale of zero marks a closed rank.
         opened: Boolean [R]; ranks that start afresh and are cleared as well.
+
+    Raises:
+        UserError: The state is quantized: writing 0 into it does not make a moment 0.
     """
     parts = [None] * len(sites) if opened is None else opened.split([site.rank for site in sites])
     for site, part in zip(sites, parts, strict=True):
@@ -27,6 +31,11 @@ def clear_moments(optimizer: torch.optim.Optimizer, sites: Sequence[Site], opene
         for parameter, index in ((site.A, gone), (site.B, (slice(None), gone)), (site.gate, gone)):
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    if not value.is_floating_point():
+                        raise UserError(
+                            f"{type(unwrapped(optimizer)).__name__} keeps its moments in {value.dtype}, where those of "
+                            "closed ranks cannot be cleared; use an optimizer in full precision, such as adamw_torch"
+                        )
                     value[index] = 0
 
 
@@ -40,14 +49,14 @@ class FreshRanks:
 
         θ ← (1 − lr · wd) θ₀ − lr / (1 − β₁ᵏ) · m / (√(v / (1 − β₂ᵏ)) + eps)        wd: AdamW's decoupled decay
 
-    until the corrections of age k no longer differ from 1 in fp32. Other optimizers are left alone: momentum has no
-    bias to correct.
+    until the corrections of age k no longer differ from 1 in fp32. So are gates that are trained. Optimizers other than
+    torch's Adam and AdamW are left alone: plain momentum has no bias to correct.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = sites
         self._ages: dict[int, tuple[Tensor, Tensor]] = {}  # site -> (positions of its fresh ranks, their ages)
-        self._before: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+        self._before: dict[int, list[Tensor | None]] = {}
         self._youngest = 0
         self._kept: Tensor | None = None
 
@@ -77,11 +86,10 @@ class FreshRanks:
     def before_step(self) -> None:
         """Keep the rows of fresh ranks as they are before the step, where the step will move them."""
         for index, (fresh, _) in self._ages.items():
-            A, B = self.sites[index].A, self.sites[index].B
-            self._before[index] = (
-                None if A.grad is None else A.index_select(0, fresh),
-                None if B.grad is None else B.index_select(1, fresh),
-            )
+            self._before[index] = [
+                None if parameter.grad is None else parameter.index_select(dim, fresh)
+                for parameter, dim in _parameters(self.sites[index])
+            ]
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -96,12 +104,11 @@ class FreshRanks:
             return
         groups = {id(p): group for group in inner.param_groups for p in group["params"]}
         for index, rows in before.items():
-            if rows == (None, None):  # the layer took no part
+            if all(old is None for old in rows):  # the layer took no part
                 continue
             fresh, age = self._ages[index]
             age += 1
-            factors = (self.sites[index].A, 0), (self.sites[index].B, 1)
-            for (parameter, dim), old in zip(factors, rows, strict=True):
+            for (parameter, dim), old in zip(_parameters(self.sites[index]), rows, strict=True):
                 state, group = inner.state.get(parameter, {}), groups.get(id(parameter))
                 if isinstance(inner, torch.optim.Adam) and old is not None and group is not None and "exp_avg" in state:
                     parameter.index_copy_(dim, fresh, _adam_step(old, state, group, fresh, age, dim))
@@ -146,12 +153,17 @@ class FreshRanks:
             self._ages = {}
 
 
+def _parameters(site: Site) -> tuple[tuple[Tensor, int], ...]:
+    """What a rank has in a site's parameters, and the dimension along which ranks lie."""
+    return (site.A, 0), (site.B, 1), (site.gate, 0)
+
+
 def _adam_step(
     old: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], fresh: Tensor, age: Tensor, dim: int
 ) -> Tensor:
-    """What Adam makes of rows (`dim` 0) or columns (`dim` 1) whose moments are `age` steps old."""
+    """What Adam makes of entries or rows (`dim` 0), or of columns (`dim` 1), whose moments are `age` steps old."""
     beta1, beta2 = group["betas"]
-    shape = (-1, 1) if dim == 0 else (1, -1)
+    shape = (-1,) if old.dim() == 1 else (-1, 1) if dim == 0 else (1, -1)
     wide = torch.promote_types(old.dtype, torch.float32)
     first, second = (
         1 - torch.as_tensor(beta, dtype=torch.float64, device=age.device) ** age for beta in (beta1, beta2)

@@ -26,8 +26,8 @@ def unwrapped(optimizer: Any) -> Any:
 def learning_rate(optimizer: torch.optim.Optimizer | None, sites: Sequence[Site]) -> float | None:
     """The rate of the group that holds the adapter; None without an optimizer."""
     groups = () if optimizer is None else optimizer.param_groups
-    first = sites[0].A
-    return next((float(group["lr"]) for group in groups if any(p is first for p in group["params"])), None)
+    first = {id(sites[0].A), id(sites[0].B)}  # one of them may be frozen
+    return next((float(group["lr"]) for group in groups if any(id(p) in first for p in group["params"])), None)
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer | None) -> str | None:
