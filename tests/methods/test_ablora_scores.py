@@ -7,6 +7,7 @@ specification of ALoRA.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from loralloc.allocate import Move, deal, lowest, reallocate, settle
 from loralloc.methods.ablation_scores import score_ranks
 from loralloc.methods.ablora import block_of, type_of
+from loralloc.plan import ModuleRank, RankPlan
 from loralloc.scores import ablation_importance, ablation_settings, rank_correlation, two_point_importance
 
 R = 6
@@ -89,8 +91,13 @@ def test_in_a_quadratic_game_everything_has_a_closed_form(seed):
 
 def test_with_one_rank_importance_is_twice_the_whole_less_nothing():
     """Property 4."""
-    (value,) = importance(lambda active: 5.0 if active else 2.0, [0]).values()
-    assert value == 2 * 5.0 - 2.0
+    game = QuadraticGame()
+    scores, _ = score_ranks(
+        "exact", game, torch.eye(R)[2], [], torch.Generator()
+    )  # ablations leave closed ranks closed
+    whole, nothing = game(frozenset({2})), game(frozenset())
+    assert scores[2].item() == pytest.approx(2 * whole - nothing)
+    assert scores.isnan().tolist() == [r != 2 for r in range(R)]
 
 
 def test_a_constant_in_s_changes_no_score():
@@ -220,20 +227,28 @@ def test_blocks_and_types_of_modules():
 
 
 def test_parameter_counts_of_the_paper():
-    llama = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096)}
+    def plan(layers: int, shapes: dict[str, tuple[int, int]], moved: int = 0) -> RankPlan:
+        """Rank 8 everywhere, but for ranks moved from the first feed-forward matrices to the first of attention."""
+        modules = {
+            f"{name}.{layer}": ModuleRank(8, 8, *shape, 1.0)
+            for layer in range(layers)
+            for name, shape in shapes.items()
+        }
+        for layer in range(moved):
+            for name, change in (("q", 1), ("up", -1)):
+                modules[f"{name}.{layer}"] = replace(modules[f"{name}.{layer}"], rank=8 + change)
+        return RankPlan("ablora", modules)
+
+    llama = dict.fromkeys("qkvo", (4096, 4096))
     llama |= {"gate": (4096, 11008), "up": (4096, 11008), "down": (11008, 4096)}
-    costs = [sum(shape) for shape in llama.values()] * 32
-    assert sum(8 * cost for cost in costs) == 19_988_480
-    assert 8 * len(costs) == 1_792
-    roberta = [1024 + 1024] * 4 + [1024 + 4096] * 2
-    assert 8 * 24 * sum(roberta) == 3_538_944
-    assert 8 * 24 * len(roberta) == 1_152
-    # 56 moves from feed-forward to attention matrices, one rank at a time, priced by what deal spends
-    start = 19_988_480
-    for _ in range(56):
-        grown = deal([0], [99, 0], [1, 1], 1)
-        start += grown[0] * (4096 + 4096) - (4096 + 11008)
-    assert start == 19_601_408
+    even = plan(32, llama)
+    assert (even.parameters, even.total_rank) == (19_988_480, 1_792)
+    roberta = plan(24, {**dict.fromkeys("qkvo", (1024, 1024)), "up": (1024, 4096), "down": (4096, 1024)})
+    assert (roberta.parameters, roberta.total_rank) == (3_538_944, 1_152)
+    moved = plan(32, llama, 28)
+    assert (even.parameters - moved.parameters, moved.total_rank) == (28 * (15_104 - 8_192), 1_792)
+    # The paper's 56 moves of one rank from feed-forward to attention matrices:
+    assert even.parameters - 2 * (even.parameters - moved.parameters) == 19_601_408
 
 
 # ---- Looking up exact scores only where they matter (property 19) ----

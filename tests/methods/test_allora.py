@@ -149,6 +149,19 @@ def test_adam_takes_the_same_first_step_whatever_eta():  # 11
         close_to(found, expected, 1e-9)
 
 
+def test_with_constant_scales_adam_goes_the_same_way_whatever_eta(monkeypatch):  # 11
+    ways = []
+    for eta in (0.5, 2.0, 8.0):
+        run = loop(ALLoRA(eta), lambda p: adam(p, eps=1e-30))
+        assert all((site._variant.row_scale == eta).all() for site in run.sites)
+        with monkeypatch.context() as frozen:
+            frozen.setattr(ALLoRA, "_scale_rows", lambda self, state: None)
+            ways.append(run.walk(12).factors())
+    for way in ways:
+        close_to(way, ways[0], 1e-7)
+    close_to(ways[0], plain(lambda p: adam(p, eps=1e-30), 12), 1e-7)
+
+
 def test_eta_matters_with_sgd_and_hardly_with_adam():  # 12
     for optimizer, low, high in ((sgd, 0.1, math.inf), (lambda p: adam(p, lr=2e-3), 0.0, 0.1)):
         one, two = (

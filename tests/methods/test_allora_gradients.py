@@ -101,6 +101,7 @@ def test_gradients_are_those_of_the_hook_on_the_update():  # 3, 4
     W, x = torch.randn(OUT, IN, dtype=F64), torch.randn(5, IN, dtype=F64, requires_grad=True)
     dy = torch.randn(5, OUT, dtype=F64)
     s = scales_of(A, B)
+    assert torch.equal(through_kernel(x, A, B, s), through_kernel(x, A, B, None))  # 2
     found = torch.autograd.grad(through_kernel(x, A, B, s), (x, A, B), dy)
     close_to(found, torch.autograd.grad(twin.layer(x, 0 * W, A, B, 2.0), (x, A, B), dy))
     plain_x, plain_A, plain_B = torch.autograd.grad(through_kernel(x, A, B, None), (x, A, B), dy)
@@ -129,6 +130,15 @@ def test_equal_rows_give_a_multiple_of_loras_gradients():  # 5
     found = torch.autograd.grad(through_kernel(x, A, B, s), (A, B), dy)
     for ours, theirs in zip(found, torch.autograd.grad(through_kernel(x, A, B, None), (A, B), dy), strict=True):
         close_to(ours, theirs / math.sqrt(1.25))
+
+
+def test_with_one_row_it_is_lora_at_another_rate():  # 5
+    A, B = factors()
+    B = B[:1].detach().requires_grad_()
+    x, dy, s = torch.randn(5, IN, dtype=F64), torch.randn(5, 1, dtype=F64), scales_of(A, B)
+    found = torch.autograd.grad(through_kernel(x, A, B, s), (A, B), dy)
+    close_to(found, tuple(s * g for g in torch.autograd.grad(through_kernel(x, A, B, None), (A, B), dy)))
+    assert s.item() < 1.9
 
 
 def test_a_step_can_point_uphill():  # 14: as in the paper's formula, for which ours is no excuse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -51,10 +52,17 @@ class TestSelectionVariables:
             assert gate.std() > 0.02
         assert not torch.allclose(first, second)
 
-    @given(st.lists(st.floats(-5, 5), min_size=1, max_size=9), st.floats(-100, 100))
+    @given(st.lists(st.floats(-5, 5), min_size=RANK, max_size=RANK), st.floats(-100, 100))
     def test_are_the_softmax_of_the_logits_and_do_not_see_a_shift(self, logits: list[float], shift: float) -> None:
-        found = torch.softmax(torch.tensor([logits], dtype=F64) + shift, 1)[0]
-        assert found.tolist() == pytest.approx(twin.softmax(logits), rel=1e-9)
+        run = attach(net(), AutoLoRA(HELD_OUT), 9)
+        first, second = run.state.logits
+        first.copy_(torch.tensor(logits) + shift)
+        second.fill_(shift)
+        run.state.write_gates()
+        assert run.sites[0].gate.tolist() == pytest.approx(
+            twin.softmax(logits), rel=1e-3
+        )  # a shift of 100 costs digits
+        assert run.sites[1].gate.tolist() == pytest.approx([1 / RANK] * RANK)
 
     def test_matrices_of_different_ranks_are_apart(self) -> None:
         loop = Loop(model=net(rank_pattern={"first": 2, "second": 5}), optimizer=adam, logit_learning_rate=0.1).walk(6)
@@ -145,6 +153,19 @@ class TestWhatTheTrainingLoopSees:
         assert all(torch.allclose(gate, torch.full_like(gate, 1 / RANK), rtol=1e-6) for gate in gates)
         assert all(site.gate not in loop.optimizer.state for site in loop.run.sites)
         loop.run.check_optimizer(loop.optimizer)
+
+    @pytest.mark.parametrize("mode", ["fast", "paper", "exact"])
+    def test_looking_ahead_leaves_the_optimizer_as_it_was(self, mode: str) -> None:
+        """Spec, 34: W' is made and undone without it."""
+        loop = Loop(mode, optimizer=adam).walk(2)
+        before = copy.deepcopy(loop.optimizer.state_dict())
+        loop.backward()
+        loop.run.before_step(loop.optimizer)
+        after = loop.optimizer.state_dict()
+        assert before["param_groups"] == after["param_groups"]
+        for index, moments in before["state"].items():
+            assert all(torch.equal(value, after["state"][index][key]) for key, value in moments.items())
+        assert any(moments["exp_avg"].any() for moments in before["state"].values())
 
     def test_clipping_sees_the_weights_alone_and_the_difference_sees_unclipped_gates(self) -> None:
         """The gradient of the logits does not depend on where the loop clips; W′ does, so it is not moved here."""
@@ -273,8 +294,10 @@ class TestPlan:
     def test_looks_are_about_fifty_unless_told_otherwise(self) -> None:
         loop = Loop(optimizer=adam).walk(6)
         assert sum(event["event"] == "plan" for event in loop.events) == 6  # 40 steps: at every one
-        run = attach(net(), AutoLoRA(HELD_OUT), 1000)
-        assert run.schedule.total_steps // 50 == 20
+        long = Loop(optimizer=adam)
+        long.run.begin(400)
+        long.walk(33)
+        assert [event["step"] for event in long.events if event["event"] == "plan"] == [7, 15, 23, 31]  # 400 / 50 = 8
 
     def test_patience_settles_the_plan(self) -> None:
         loop = Loop(optimizer=adam, check_every=2, patience=2, logit_learning_rate=0.5).walk(STEPS)

@@ -1,6 +1,7 @@
 """One learning rate serves every method: with its defaults, its first steps go as far as plain LoRA's.
 
-A new method is a new row of `DEFAULTS`. tests/methods/test_adalora_parity.py has the same for AdaLoRA layer by layer.
+A new method is a new row of `DEFAULTS`. ALLoRA's modes for Adam are none: their first step is η times LoRA's by
+definition. tests/methods/test_adalora_parity.py has the same for AdaLoRA layer by layer.
 """
 
 from __future__ import annotations

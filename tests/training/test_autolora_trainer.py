@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import tiny_bert, tiny_peft
+from models import labelled_batch, tiny_bert, tiny_peft
+from models import lora_config as plain_config
 from peft import get_peft_model
 from torch import Tensor
 from trainers import STEPS, Compare, arguments, build, language_batch, read_trace, sentences, train
@@ -141,6 +142,25 @@ class TestFreshAdapter:
         again = attach(model, AutoLoRA([{}]), 9)
         assert {site.name: site.rank for site in again.sites} == plan.ranks
         assert {site.scaling for site in again.sites} == {6 / 4}
+
+    def test_where_every_rank_stays_it_is_plain_lora_bit_for_bit(self) -> None:
+        """Spec, 41: the same draw, and the same steps."""
+        whole = attach(tiny_peft("bert"), AutoLoRA([{}]), 9).finish()
+        assert set(whole.ranks.values()) == {4}
+        ends = []
+        for planned in (False, True):
+            base = tiny_bert()
+            config = lora_config(whole, base, task_type="SEQ_CLS") if planned else plain_config("bert")
+            torch.manual_seed(3)
+            model = get_peft_model(base, config)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            for step in range(3):
+                model(**labelled_batch("bert", step)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            ends.append(model.state_dict())
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
     def test_a_module_without_a_rank_gets_no_adapter(self) -> None:
         """Also where its name ends like that of one that has."""

@@ -1,4 +1,7 @@
-"""Every method in transformers' Trainer, in TRL's SFTTrainer and in a loop of one's own: the same three lines each."""
+"""Methods in transformers' Trainer, in TRL's SFTTrainer and in a loop of one's own: the same three lines each.
+
+Those that look at validation data have tests of their own there: test_sft.py, test_resume_callback.py and the contract.
+"""
 
 from __future__ import annotations
 
