@@ -1,6 +1,6 @@
 """Measure what rank allocation costs: loralloc and its peers, interleaved in one process.
 
-    python benchmarks/run.py                          # all suites on the CPU: about half an hour
+    python benchmarks/run.py                          # all suites on the CPU: about an hour, one thread
     python benchmarks/run.py --quick                  # fewer settings and turns: minutes; this is `make bench`
     python benchmarks/run.py --device cuda            # 1B- and 3B-shaped models in bf16 on one GPU
     python benchmarks/run.py --suite steps --shape llama-512 --rank 48
