@@ -280,11 +280,11 @@ def test_a_deep_bf16_model_merges_with_no_more_error_than_pefts_own_merge(tmp_pa
 def test_the_serving_line_has_a_rank_that_vllm_takes(rank: int, flag: int) -> None:
     assert flag in VLLM_RANKS
     for profile, need in (("ragged", "vLLM 0.32 or newer"), ("uniform", "any vLLM")):
-        export = Export(Path("out/adapter"), profile, {"a": rank, "b": 0}, 0.0)
+        export = Export(Path("out/adapter"), profile, {"a": rank, "b": 0}, 0.0, 1e-5)
         assert export.serving == [
             f"vllm serve BASE_MODEL --enable-lora --max-lora-rank {flag} --lora-modules adapter=out/adapter   # {need}"
         ]
-    assert Export(Path("out/merged"), "merged", {"a": rank}, 0.0).serving == ["vllm serve out/merged"]
+    assert Export(Path("out/merged"), "merged", {"a": rank}, 0.0, 1e-5).serving == ["vllm serve out/merged"]
 
 
 @pytest.mark.parametrize("profile", ADAPTER_PROFILES)

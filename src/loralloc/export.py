@@ -64,6 +64,10 @@ class Factors:
         return self.A.shape[0]
 
 
+Checked = tuple[float, float]
+"""Largest difference of a logit, and the largest that is allowed."""
+
+
 @dataclass(frozen=True)
 class Export:
     """What was written.
@@ -73,12 +77,14 @@ class Export:
         profile: Its profile.
         ranks: Full module name to rank; 0 for modules left out.
         difference: Largest difference of a logit between the model and the reloaded files, on the checked batch.
+        allowed: What it may be: rounding of the model's dtype, at the size of the largest logit.
     """
 
     path: Path
     profile: Profile
     ranks: Mapping[str, int]
     difference: float
+    allowed: float
 
     @property
     def max_rank(self) -> int:
@@ -141,14 +147,14 @@ def export_adapter(
         folder = Path(temporary) / "export"
         folder.mkdir()
         if profile == "merged":
-            difference = _write_merged(model, folder, batch, tokenizer)
+            checked = _write_merged(model, folder, batch, tokenizer)
         else:
             _write_adapter(model, adapter, folder, factors, profile)
-            difference = _reload_difference(model, adapter, folder, batch)
-        export = Export(path, profile, {name: factor.rank for name, factor in factors.items()}, difference)
+            checked = _reload_difference(model, adapter, folder, batch)
+        export = Export(path, profile, {name: factor.rank for name, factor in factors.items()}, *checked)
         if profile != "merged":
             (folder / "README.md").write_text(_card(model, adapter, export), encoding="utf-8")
-        record = {"loralloc": __version__, "profile": profile, "ranks": export.ranks, "difference": difference}
+        record = {"loralloc": __version__, "profile": profile, "ranks": export.ranks, "difference": export.difference}
         record["files"] = sorted(entry.name for entry in folder.iterdir())
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         move_into_place(folder, path)
@@ -232,7 +238,7 @@ def plain_config(config: PeftConfig, fields: Mapping[str, Any], left_out: list[s
     return config
 
 
-def _reload_difference(model: PeftModel, adapter: str, folder: Path, batch: Mapping[str, Tensor]) -> float:
+def _reload_difference(model: PeftModel, adapter: str, folder: Path, batch: Mapping[str, Tensor]) -> Checked:
     """Load the files beside the trained adapter, on the same base weights, and compare."""
     probe = "loralloc_reload_check"
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -255,7 +261,7 @@ def _reload_difference(model: PeftModel, adapter: str, folder: Path, batch: Mapp
 
 def _write_merged(
     model: PeftModel, folder: Path, batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
-) -> float:
+) -> Checked:
     """Merge a copy, save it, load it again and compare."""
     expected = _logits(model, batch)
     merged = copy.deepcopy(model).merge_and_unload().eval()
@@ -290,8 +296,8 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _compare(expected: Tensor, actual: Tensor, ulps: int = 4) -> float:
-    """Largest difference of a logit; an error when it is more than rounding.
+def _compare(expected: Tensor, actual: Tensor, ulps: int = 4) -> Checked:
+    """Largest difference of a logit, and what is allowed; an error when it is more than rounding.
 
     Allowed are 1e-5 in fp32 and a few units in the last place of a narrower dtype, relative to the largest logit.
     """
@@ -304,7 +310,7 @@ def _compare(expected: Tensor, actual: Tensor, ulps: int = 4) -> float:
             f"the reloaded export computes something else: logits differ by {difference:.3g} "
             f"(allowed {tolerance:.3g}); nothing was written"
         )
-    return difference
+    return difference, tolerance
 
 
 def _made_up_batch(model: PeftModel) -> dict[str, Tensor]:

@@ -318,7 +318,8 @@ class TestMissingPieces:
         assert shown in tile(report(run), "Accuracy")
 
     @pytest.mark.parametrize(
-        ("value", "shown"), [(2e-3, "2.0e-03✗ above 1e-5"), (float("nan"), "not finite✗"), (0.0, "0.0e+00✓")]
+        ("value", "shown"),
+        [(2e-3, "2.0e-03✗ above 1.0e-05"), (float("nan"), "not finite✗"), (1e-5, "1.0e-05✓"), (0.0, "0.0e+00✓")],
     )
     def test_an_adapter_check_that_fails_says_so(self, value: float, shown: str, tmp_path: Path) -> None:
         made = Fabricated({"layers.0.q": (8, 8)}, start=4, average=2)

@@ -141,6 +141,7 @@ def _final_metrics(
         "final_ranks": plan.total_rank,
         "final_parameters": plan.parameters,
         "adapter_check": export.difference,
+        "adapter_check_allowed": export.allowed,
     }
 
 

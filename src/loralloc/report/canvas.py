@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,7 @@ def step_axes(run: RunFolder, title: str) -> tuple[Figure, Axes]:
     axes.set_xlabel("step", loc="right", labelpad=1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    axes.yaxis.set_major_formatter(lambda value, _: short(value, digits_apart(axes.yaxis.get_majorticklocs())))
     axes.margins(y=0.1)
     return figure, axes
 
@@ -186,7 +186,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return moved
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 3) -> str:
     """Write a number in at most five characters or so.
 
     >>> short(288), short(0.25), short(442_368), short(12_500_000)
@@ -194,5 +194,15 @@ def short(value: float) -> str:
     """
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 10 or (size > 1e3 and abs(value) >= size):
-            return f"{value / size:.3g}{unit}"
-    return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
+            return f"{value / size:.{digits}g}{unit}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.{digits}g}"
+
+
+def digits_apart(values: Iterable[float]) -> int:
+    """Digits, three or more, with which the labels of an axis differ.
+
+    >>> digits_apart([0.5, 0.75]), digits_apart([0.6931, 0.6933, 0.6935])
+    (3, 4)
+    """
+    several = set(map(float, values))
+    return next((n for n in range(3, 9) if len({short(value, n) for value in several}) == len(several)), 9)

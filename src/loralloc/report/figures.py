@@ -30,7 +30,8 @@ def budget_figure(run: RunFolder, trace: Trace) -> Figure:
     labels = [(used[-1], f"{short(used[-1])}, {'the budget' if exact else 'in use'}", "series-1")]
     budget = _budget_points(run, trace)
     if budget and trace.target is not None:
-        axes.plot(*zip(*budget, strict=True), color=LIGHT["ink"], linewidth=1, linestyle=(0, (4, 3)))
+        style = "default" if trace.phases else "steps-post"  # without phases it falls in one step, if at all
+        axes.plot(*zip(*budget, strict=True), drawstyle=style, color=LIGHT["ink"], linewidth=1, linestyle=(0, (4, 3)))
         labels += [] if exact else [(trace.target, f"{short(trace.target)}, the budget", "ink")]
     top = max([*used, *(value for _, value in budget)])
     axes.set_ylim(0, top * 1.16 or 1)

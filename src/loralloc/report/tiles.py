@@ -9,8 +9,6 @@ from loralloc.report.run_folder import RunFolder, number
 from loralloc.report.words import budget_words, change, count, duration, measure, metric_values
 
 LOWER_IS_BETTER = {"perplexity", "loss"}
-EXACT = 1e-5
-"""Largest difference of the logits that an exported adapter may show in float32."""
 
 
 def tiles(run: RunFolder) -> str:
@@ -92,11 +90,11 @@ def _adapter_check(run: RunFolder) -> str:
     value = run.metrics.get("adapter_check")
     if value is None:
         return _tile("Adapter check", "&ndash;", "The exported adapter has not been compared with the trained model.")
-    difference = number(value)
-    good = difference <= EXACT
+    difference, allowed = number(value), number(run.metrics.get("adapter_check_allowed"))
     verdict = (
-        '<span class="good">✓ reloads as trained:</span> largest difference of the logits'
-        if good
-        else '<span class="warn">✗ above 1e-5, the limit for float32:</span> largest difference of the logits'
+        '<span class="good">✓ reloads as trained:</span>'
+        if difference <= allowed
+        else f'<span class="warn">✗ above {allowed:.1e}, what rounding explains:</span>'
     )
+    verdict += " largest difference of the logits"
     return _tile("Adapter check", f"{difference:.1e}" if math.isfinite(difference) else "not finite", verdict)
