@@ -206,30 +206,29 @@ class AblationScorer:
         Returns:
             Whether further scorers of this model may start in the middle.
         """
-        part, dtype = self._parts[0], _compute_dtype(self._loss.model, self._open.device.type)
-        rows = self._exchanged()
+        part, rows = self._parts[0], self._exchanged()
         with torch.no_grad(), self._scoring():
+            dtype = _compute_dtype(self._loss.model, self._open.device.type)
             whole = torch.stack([self._losses(part, row.expand(part.samples, -1)).sum() for row in rows])
             try:
                 walked = self._sums(0, rows).to(whole)
             except Exception:  # blocks that were passed by have not done what the model needs
                 walked = torch.full_like(whole, torch.nan)
-        self._kept.clear()
-        self.block_samples = 0
         close = torch.finfo(dtype).eps ** 0.5 * (whole.abs() + self._loss.count(part.labels))
         if not bool(((walked - whole).abs() <= close).all()):
             self._blocks, self._depth = (), 1
+            self._kept.clear()
+        # The check is no scoring, but the references that it left are used.
+        self.block_samples = len(self._kept) * part.samples * self._depth
         return len(self._blocks) > 0
 
     def _exchanged(self) -> Tensor:
-        """Each reference with the other's gates at one site: the last with open ranks, and one halfway."""
+        """Each reference with the other's gates at one site: the last with open ranks, or one halfway."""
         used = [index for index, part in enumerate(self._open.split(self._ranks)) if part.any()]
         owner = torch.arange(len(self._ranks)).repeat_interleave(torch.tensor(self._ranks)).to(self._open.device)
         trained, nothing = self._references
-        rows = []
-        for place in (used[-1], used[len(used) // 2]):
-            rows += [torch.where(owner == place, nothing, trained), torch.where(owner == place, trained, nothing)]
-        return torch.stack(rows)
+        without, alone = owner == used[-1], owner == used[len(used) // 2]
+        return torch.stack([torch.where(without, nothing, trained), torch.where(alone, trained, nothing)])
 
     @property
     def _memory_is_short(self) -> bool:
