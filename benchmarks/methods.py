@@ -1,7 +1,7 @@
 """Every method on the demo's task at one budget: ranks, accuracy, time, and whether other seeds find the same ranks.
 
     python benchmarks/methods.py            # runs that have a record are not repeated
-    python benchmarks/methods.py --table    # print the table of docs/how-to-choose.md from the records
+    python benchmarks/methods.py --table    # print the tables of docs/how-to-choose.md from the records
 
 Each run is one call of the command line, `loralloc train` on the packaged recipe demo/adalora with other flags. One
 record a run goes to benchmarks/results/methods.jsonl. Times are processor seconds of the whole command, start,
@@ -50,8 +50,8 @@ METHODS: Mapping[str, Sequence[str]] = {  # every adapter starts at the scale 2,
 }
 
 
-FIND_RANKS = ("adalora", "ablora", "autolora", "truncate")
-"""Methods whose ranks depend on the run: these go over all seeds, the others over the first."""
+SEEDED = ("lora", "adalora", "ablora", "autolora", "uniform", "random", "truncate")
+"""Methods that run on all seeds: those whose ranks depend on the run, and what they are compared with."""
 
 
 def run(name: str, seed: int, folder: Path) -> dict:
@@ -108,7 +108,7 @@ def agreement(plans: Sequence[Mapping[str, int]]) -> float:
 def table() -> str:
     """The table, in Markdown."""
     rows = [record for record in records() if "failure" not in record]
-    base = next((record["cpu_seconds"] for record in rows if record["method"] == "lora"), float("nan"))
+    base = mean([record["cpu_seconds"] for record in rows if record["method"] == "lora"] or [float("nan")])
     lines = [
         "| method | ranks | parameters | test accuracy by seed | mean | processor time ÷ LoRA | lowest to highest rank "
         "| rank correlation between seeds |",
@@ -131,6 +131,29 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def plans() -> str:
+    """Mean rank by type of module, over layers and seeds, in Markdown."""
+    rows = [record for record in records() if "failure" not in record]
+    types = list(dict.fromkeys(kind(name) for record in rows for name in record["ranks"]))
+    lines = [f"| method | {' | '.join(types)} |", "|---" * (len(types) + 1) + "|"]
+    for name in METHODS:
+        found = [(kind(module), rank) for r in rows if r["method"] == name for module, rank in r["ranks"].items()]
+        if found:
+            means = [mean(rank for of, rank in found if of == one) for one in types]
+            lines.append(f"| {name} | {' | '.join(f'{value:.1f}' for value in means)} |")
+    return "\n".join(lines)
+
+
+def kind(module: str) -> str:
+    """The type of a module: its name without the layer and the parts that say no more.
+
+    >>> kind("bert.encoder.layer.3.attention.output.dense"), kind("bert.pooler.dense")
+    ('attention.output', 'pooler')
+    """
+    parts = [part for part in module.split(".") if not part.isdigit()]
+    return ".".join(part for part in parts if part not in ("bert", "encoder", "layer", "self", "dense"))
+
+
 def span(values: Sequence[int]) -> str:
     """One number where all are equal, else the lowest and the highest."""
     return f"{min(values):,}" if len(set(values)) == 1 else f"{min(values):,} to {max(values):,}"
@@ -143,7 +166,7 @@ def main() -> None:
     if not parser.parse_args().table:
         done = {(record["method"], record["seed"]) for record in records()}
         for seed in SEEDS:
-            wanted = METHODS if seed == SEEDS[0] else FIND_RANKS
+            wanted = METHODS if seed == SEEDS[0] else SEEDED
             for name in (name for name in wanted if (name, seed) not in done):
                 with tempfile.TemporaryDirectory() as folder:
                     record = run(name, seed, Path(folder))
@@ -157,7 +180,7 @@ def main() -> None:
                 )
                 with RESULTS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
-    print(table())
+    print(table(), plans(), sep="\n\n")
 
 
 if __name__ == "__main__":
