@@ -127,8 +127,9 @@ class StepChecks:
 
 def _any_overflows(tensors: list[Tensor], order: float) -> Tensor:
     """Whether the norm of any tensor is not finite, on the device of the first."""
-    device = tensors[0].device
-    norms = [norm.to(device, torch.float32) for norm in torch._foreach_norm(tensors, order)]
+    norms = torch._foreach_norm(tensors, order)
+    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
+        norms = [norm.to(norms[0].device, torch.float32) for norm in norms]
     return ~torch.isfinite(torch.stack(norms)).all()
 
 
