@@ -150,7 +150,7 @@ def _steps(found: Sequence[Record], suite: str) -> str:
 def _growth(found: Sequence[Record]) -> str:
     rows = []
     for suite in ("rank", "modules", "tokens"):
-        for made in (r for r in found if r["suite"] == suite):
+        for made in sorted((r for r in found if r["suite"] == suite), key=lambda r: r[suite]):
             ratios = made.get(f"{_clock(made)}_ratio", {})
             cells = [_spread(ratios[name]) if name in ratios else "" for name in ("frozen", "peft-adalora", "adalora")]
             rows.append([suite, f"{made[suite]:,}", _where(made), *cells])
