@@ -150,7 +150,7 @@ def _steps(found: Sequence[Record], suite: str) -> str:
 def _growth(found: Sequence[Record]) -> str:
     rows = []
     for suite in ("rank", "modules", "tokens"):
-        for made in sorted((r for r in found if r["suite"] == suite), key=lambda r: r[suite]):
+        for made in sorted((r for r in found if r["suite"] == suite), key=_by(suite)):
             ratios = made.get(f"{_clock(made)}_ratio", {})
             cells = [_spread(ratios[name]) if name in ratios else "" for name in ("frozen", "peft-adalora", "adalora")]
             rows.append([suite, f"{made[suite]:,}", _where(made), *cells])
@@ -223,6 +223,9 @@ def plot(records: Sequence[Record], path: Path = FIGURE) -> None:
                 panel.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         panel.axhline(1, color="grey", linewidth=0.6, linestyle=":")
         panel.set(xscale="log", xlabel=label)
+        values = [record[suite] for record in chosen]
+        panel.set_xticks(values, [f"{value:,}" for value in values])
+        panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("step ÷ PEFT LoRA's step")
     if panels[0].lines[:-1]:  # the last is the grey one
