@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import BUILDERS, train_adapter
+from models import BUILDERS, on_layer, train_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_ablation import LAYERS, all_ablations, model_of, naive, padded, scorer, trained_gates
 from torch import Tensor, nn
@@ -47,6 +47,39 @@ def test_hooks_of_others_run_once(change: Any) -> None:
     expected = naive(model, sites, [batch], settings)
     assert (expected - naive(plain, plain_sites, [batch], settings)).abs().max() > 1e-2
     torch.testing.assert_close(scorer(model, sites, [batch]).ablate(settings), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("where", ["between", "shared"])
+def test_models_that_cannot_be_walked_are_computed_whole(where: str) -> None:
+    base = BUILDERS["bert"](0, layers=LAYERS, dtype=torch.float64)
+    layers = base.bert.encoder.layer
+    if where == "between":  # something happens between two blocks
+        layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:]))
+    else:  # one block is called twice
+        layers[2] = layers[1]
+    model = on_layer(base, "query").double().eval()
+    train_adapter(model)
+    sites = attach_gates(model)
+    batch, settings = padded("bert"), all_ablations(sites)
+    scored = scorer(model, sites, [batch])
+    torch.testing.assert_close(scored.ablate(settings), naive(model, sites, [batch], settings), rtol=0, atol=1e-12)
+    assert scored.forwards == len(settings) + 2  # two passes found it out
+
+
+def test_models_that_go_on_in_place_are_scored_right() -> None:
+    """What was noted of a reference is no tensor that the model may still write to."""
+    model, sites = model_of("bert")
+    batch, settings = padded("bert"), all_ablations(sites)
+    before = naive(model, sites, [batch], settings)
+    for site in sites:
+        site.layer.register_forward_hook(lambda module, args, output: output.mul_(1.5))
+    for block in model.get_base_model().bert.encoder.layer:
+        block.attention.register_forward_pre_hook(lambda module, args: (args[0].mul_(1.1), *args[1:]))
+    scored = scorer(model, sites, [batch])
+    expected = naive(model, sites, [batch], settings)
+    torch.testing.assert_close(scored.ablate(settings), expected, rtol=0, atol=1e-12)
+    assert scored.forwards < len(settings)  # it was walked
+    assert (expected - before).abs().min() > 1e-4
 
 
 class _Sharing(nn.Module):

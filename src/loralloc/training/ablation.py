@@ -217,9 +217,8 @@ class AblationScorer:
         close = torch.finfo(dtype).eps ** 0.5 * (whole.abs() + self._loss.count(part.labels))
         if not bool(((walked - whole).abs() <= close).all()):
             self._blocks, self._depth = (), 1
-            self._kept.clear()
-        # The check is no scoring, but the references that it left are used.
-        self.block_samples = len(self._kept) * part.samples * self._depth
+        self._kept.clear()  # a check leaves nothing: a resumed run, which checks again, counts the same passes
+        self.block_samples = 0
         return len(self._blocks) > 0
 
     def _exchanged(self) -> Tensor:
