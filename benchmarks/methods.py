@@ -94,7 +94,7 @@ def records() -> list[dict]:
 
 
 def agreement(plans: Sequence[Mapping[str, int]]) -> float:
-    """Mean Spearman correlation of the ranks of all pairs of seeds; NaN for one seed."""
+    """Mean Spearman correlation of the ranks of all pairs of seeds; NaN for one seed, or equal ranks everywhere."""
 
     def places(plan: Mapping[str, int]) -> torch.Tensor:
         ranks = torch.tensor([plan[name] for name in plans[0]], dtype=torch.float64)
@@ -119,7 +119,8 @@ def table() -> str:
         if not mine:
             continue
         ranks = [rank for r in mine for rank in r["ranks"].values()]
-        agree = f"{agreement([r['ranks'] for r in mine]):.2f}" if len(mine) > 1 else "one seed"
+        varied, several = len(set(ranks)) > 1, len(mine) > 1
+        agree = f"{agreement([r['ranks'] for r in mine]):.2f}" if varied and several else "&ndash;"
         times = [r["cpu_seconds"] / base for r in mine]
         accuracies = ", ".join(f"{r['accuracy']:.3f}" for r in mine)
         lines.append(
