@@ -1,6 +1,7 @@
 """Where the time of a step goes: the measurements behind LOG.md. Processor time, one thread, medians, interleaved.
 
 python benchmarks/micro.py parts --shape llama-512    # forward, backward, allocator, optimizer
+python benchmarks/micro.py operators --shape llama-512  # a step by operator, as the profiler sees it
 python benchmarks/micro.py layer                      # a layer whose products cost nothing: what is beside them
 python benchmarks/micro.py products                   # an adapter's narrow products, either way around
 python benchmarks/micro.py repeats --shape llama-512  # a forward pass of 1 to 32 copies of a batch
@@ -19,6 +20,7 @@ from contenders import Setting, build
 from peft import LoraConfig, get_peft_model
 from shapes import SHAPES
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from loralloc import AdaLoRA, Budget, attach
 
@@ -57,6 +59,28 @@ def parts(shape: str, rank: int, turns: int) -> None:
     for name in names:
         mine = {key.removeprefix(f"{name} "): value for key, value in found.items() if key.startswith(f"{name} ")}
         show(f"{shape}, r {rank}, {name}, ms", {**mine, "all": sum(mine.values())})
+
+
+def operators(shape: str, rank: int, turns: int, shown: int = 16) -> None:
+    """Milliseconds of a step by operator, of each what it spends itself; the profiler adds to every call."""
+    found: dict[str, dict[str, float]] = {}
+    for name in ("frozen", "peft-lora", "adalora"):
+        step = build(name, Setting(SHAPES[shape], rank))
+        if isinstance(step, str):
+            raise SystemExit(f"{name}: {step}")
+        step.step()
+        with profile() as seen:
+            for _ in range(turns):
+                step.step()
+        found[name] = {event.key: event.self_cpu_time_total / 1000 / turns for event in seen.key_averages()}
+    largest = sorted({key for own in found.values() for key in own}, key=lambda key: -max(_of(found, key)))
+    for key in largest[:shown]:
+        show(key, dict(zip(found, _of(found, key), strict=True)))
+    show("all", {name: sum(own.values()) for name, own in found.items()})
+
+
+def _of(found: Mapping[str, Mapping[str, float]], key: str) -> list[float]:
+    return [own.get(key, 0.0) for own in found.values()]
 
 
 def layer(turns: int, layers: int = 200) -> None:
@@ -145,14 +169,14 @@ def show(title: str, found: Mapping[str, float]) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("parts", "layer", "products", "repeats", "averages"))
+    parser.add_argument("what", choices=("parts", "operators", "layer", "products", "repeats", "averages"))
     parser.add_argument("--shape", choices=SHAPES, default="llama-512")
     parser.add_argument("--rank", type=int, default=12)
     parser.add_argument("--turns", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.what == "parts":
-        parts(options.shape, options.rank, options.turns)
+    if options.what in ("parts", "operators"):
+        {"parts": parts, "operators": operators}[options.what](options.shape, options.rank, options.turns)
     elif options.what == "repeats":
         repeats(options.shape, options.turns)
     else:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from loralloc import UserError
 from loralloc.gating import Site, attach_gates
-from loralloc.training.probe import DataProbe, first_samples
+from loralloc.training.probe import DataProbe, samples_of
 
 
 def classifier(change: Any) -> tuple[PeftModel, list[Site]]:
@@ -105,8 +105,8 @@ def _share(layers: nn.ModuleList) -> None:
 def test_what_blocks_share_behind_the_model_is_noticed() -> None:
     model, sites = classifier(_share)
     batch, settings = padded("bert"), all_ablations(sites)
-    scored = scorer(model, sites, [batch])
-    assert not scored.check_walk()
+    assert not scorer(model, sites, [batch]).check_walk()
+    scored = DataProbe(model, sites, [batch]).scoring(4, 0)
     torch.testing.assert_close(scored.ablate(settings), naive(model, sites, [batch], settings), rtol=0, atol=1e-12)
     assert scored.forwards == len(settings)
 
@@ -114,8 +114,8 @@ def test_what_blocks_share_behind_the_model_is_noticed() -> None:
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_models_that_share_nothing_are_walked(name: str) -> None:
     model, sites = model_of(name)
-    scored = scorer(model, sites, [padded(name)])
-    assert scored.check_walk()
+    assert scorer(model, sites, [padded(name)]).check_walk()
+    scored = DataProbe(model, sites, [padded(name)]).scoring(4, 0)
     scored.ablate(all_ablations(sites))
     unchecked = scorer(model, sites, [padded(name)])
     unchecked.ablate(all_ablations(sites))
@@ -170,7 +170,7 @@ def test_packed_batches_are_refused() -> None:
 
 
 def test_what_is_no_value_a_sample_is_not_cut() -> None:
-    cut = first_samples({**padded("bert"), "num_items_in_batch": torch.tensor(4), "sections": torch.ones(3)}, 2)
+    cut = samples_of({**padded("bert"), "num_items_in_batch": torch.tensor(4), "sections": torch.ones(3)}, slice(2))
     assert len(cut["labels"]) == len(cut["input_ids"]) == 2
     assert cut["num_items_in_batch"] == 4
     assert len(cut["sections"]) == 3

@@ -199,12 +199,9 @@ class AblationScorer:
             )
 
     def check_walk(self) -> bool:
-        """Compare passes from the middle with whole ones on the first part; where they differ, compute all whole.
+        """Whether passes that start in the middle are those of the whole model, found out on the first part.
 
         Whatever a model does between blocks that `blocks` cannot see, such as keys that later blocks share, shows here.
-
-        Returns:
-            Whether further scorers of this model may start in the middle.
         """
         part, rows = self._parts[0], self._exchanged()
         with torch.no_grad(), self._scoring():
@@ -215,11 +212,7 @@ class AblationScorer:
             except Exception:  # blocks that were passed by have not done what the model needs
                 walked = torch.full_like(whole, torch.nan)
         close = torch.finfo(dtype).eps ** 0.5 * (whole.abs() + self._loss.count(part.labels))
-        if not bool(((walked - whole).abs() <= close).all()):
-            self._blocks, self._depth = (), 1
-        self._kept.clear()  # a check leaves nothing: a resumed run, which checks again, counts the same passes
-        self.block_samples = 0
-        return len(self._blocks) > 0
+        return bool(((walked - whole).abs() <= close).all())
 
     def _exchanged(self) -> Tensor:
         """Each reference with the other's gates at one site: the last with open ranks, or one halfway."""

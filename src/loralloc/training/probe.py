@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.training.ablation import AblationScorer
+from loralloc.training.losses import IGNORED
 
 Batch = Mapping[str, Any]
 
@@ -173,12 +174,17 @@ class DataProbe:
         for index in range(count):
             batch, left = self.batch(draw * count + index), samples - sum(map(size_of, batches))
             if left > 0:
-                batches.append(first_samples(batch, left))
-        scorer = AblationScorer(self.model, self.sites, batches, self._scoring, walk=self._walk is not False)
+                batches.append(samples_of(batch, slice(left)))
         if self._walk is None:
-            scorer.check_loss(batches[0])
-            self._walk = scorer.check_walk()
-        return scorer
+            self._check_scoring(batches[0])
+        return AblationScorer(self.model, self.sites, batches, self._scoring, walk=bool(self._walk))
+
+    def _check_scoring(self, batch: Batch) -> None:
+        """Once: whether losses are the model's own, and ablations may start in the middle. One sample tells."""
+        AblationScorer(self.model, self.sites, [batch], self._scoring).check_loss(batch)
+        most = int((batch["labels"] != IGNORED).reshape(size_of(batch), -1).sum(1).argmax())
+        sample = samples_of(batch, slice(most, most + 1))
+        self._walk = AblationScorer(self.model, self.sites, [sample], self._scoring).check_walk()
 
     def batch(self, index: int) -> Batch:
         """A validation batch on the model's device; data without an end of their own start over."""
@@ -277,11 +283,11 @@ def size_of(batch: Batch) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0), 0)
 
 
-def first_samples(batch: Batch, count: int) -> Batch:
-    """The first samples of a batch, and whatever is not one value a sample as it is."""
+def samples_of(batch: Batch, which: slice) -> Batch:
+    """Some samples of a batch, and whatever is not one value a sample as it is."""
     size = size_of(batch)
     return {
-        key: value[:count] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
+        key: value[which] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value
         for key, value in batch.items()
     }
 
