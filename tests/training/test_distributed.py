@@ -30,7 +30,7 @@ from trainers import (
     training_rows,
 )
 
-from loralloc import ABLoRA, AdaLoRA, Budget, UserError, attach
+from loralloc import ABLoRA, AdaLoRA, ALLoRA, Budget, UserError, attach
 from loralloc.methods.base import Method
 from loralloc.training.run import AllocationRun
 
@@ -79,7 +79,7 @@ class Loop:
 
     def run(self, rank: int, world: int) -> dict[str, Any]:
         torch.manual_seed(rank * SEEDS_DIFFER)  # P and Q are drawn differently; DDP takes those of the first process
-        model = tiny_peft("llama").train()
+        model = tiny_peft("llama", **({"lora_alpha": 4} if isinstance(self.method, ALLoRA) else {})).train()
         run = attach(model, self.method, total_steps=STEPS)
         wrapped = DistributedDataParallel(model) if self.wrapped and world > 1 else model
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -175,6 +175,7 @@ SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {
     "loop, ablation": lambda folder, rank, world: Loop(moving([language_batch(sentences(12, seed=3))])).run(
         rank, world
     ),
+    "loop, row scales": lambda folder, rank, world: Loop(ALLoRA(mode="hybrid", allocate=TWO_RANKS)).run(rank, world),
     "ablation, scores disagree": lambda folder, rank, world: Loop(
         moving([language_batch(sentences(12, seed=3 + rank))])
     ).run(rank, world),
@@ -239,7 +240,11 @@ def test_both_processes_close_the_same_ranks_at_every_step(name: str, two: Any) 
 
 
 @pytest.mark.parametrize(
-    "name", ["loop", "loop, one bad step", "loop, ablation", "trainer", "trainer, accumulation", "trainer, ablation"]
+    "name",
+    [
+        *("loop", "loop, one bad step", "loop, ablation", "loop, row scales"),
+        *("trainer", "trainer, accumulation", "trainer, ablation"),
+    ],
 )
 def test_two_processes_decide_as_one_with_the_doubled_batch(name: str, two: Any, one: Any) -> None:
     both, alone = two[1][0][name], one(name)
