@@ -245,6 +245,7 @@ def test_the_budget_shrinks_only_when_every_module_lost_a_rank():
     lost = [sum(event["pruned"]) - sum(event["grown"]) for event in loop.rounds]
     assert sum(lost) > 0
     assert loop.rounds[-1]["budget"] == 6 - sum(lost) == sum(loop.rounds[-1]["ranks"]) >= 2
+    assert loop.run.statistics()["budget"] == loop.run.statistics()["rank/total"] == 6 - sum(lost)
     assert loop.run.finish().total_rank == 6 - sum(lost)
 
 

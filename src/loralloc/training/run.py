@@ -107,6 +107,7 @@ class AllocationRun:
         self.probe = DataProbe.of(model, self.sites, getattr(method, "validation", None))
         self._ranks = self._start_ranks = open_ranks(self.sites)
         self._peak = sum(self._ranks)
+        self._budget: int | None = None  # what the method last decided under: it may have let the schedule's shrink
         self._fresh = FreshRanks(self.sites)
         self._shapes = {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites}
         self._compact = compact
@@ -229,11 +230,12 @@ class AllocationRun:
 
     def statistics(self) -> dict[str, float]:
         """Return the rank statistics for a training log."""
+        budget = self.schedule.budget(max(self.step - 1, 0))
         return {
             "rank/total": sum(self._ranks),
             "rank/min": min(self._ranks),
             "rank/max": max(self._ranks),
-            "budget": self.schedule.budget(max(self.step - 1, 0)),
+            "budget": budget if self._budget is None else min(budget, self._budget),
             "params/active": self._parameters(),
         }
 
@@ -261,6 +263,7 @@ class AllocationRun:
             "schedule": asdict(self.schedule),  # type: ignore[call-overload]
             "gates": self._gate_checksum() if self.plan is None else None,
             "peak": self._peak,
+            "budget": self._budget,
             "settled": self.settled,
             "probe": None if self.probe is None else self.probe.state_dict(),
         }
@@ -299,6 +302,7 @@ class AllocationRun:
         self.step = int(numbers["step"])
         self._checks.bad, self._checks.bad_in_a_row = int(numbers["bad_steps"]), int(numbers["bad_in_a_row"])
         self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])
+        self._budget = numbers["budget"]
         self.settled = bool(numbers["settled"])
         if self.probe is not None:
             self.probe.load_state_dict(numbers["probe"])
@@ -346,6 +350,7 @@ class AllocationRun:
             record = {"ranks": ranks, "parameters": self._parameters(ranks), "settled": self.settled}
             self._emit({"event": "plan", "step": self.step, **record, **decision.details})
             return
+        self._budget = decision.budget
         if ranks != self._ranks or decision.frozen or decision.details:
             self._ranks = ranks
             self._peak = max(self._peak, sum(ranks))
