@@ -23,11 +23,6 @@ from loralloc.methods.base import Probe, any_process, average_
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
-NO_SECOND_DERIVATIVE = (
-    'mode="exact" needs second derivatives, which a layer of this model has not; load it with '
-    'attn_implementation="sdpa" or "eager", or use mode="paper"'
-)
-
 
 def validation_gradients(
     probe: Probe, gates: Tensors, weights: Tensors, check: bool = False
@@ -99,9 +94,8 @@ def mixed_derivative(probe: Probe, gates: Tensors, weights: Tensors, v: Tensors,
             assert isinstance(along, Tensor)
             if check:
                 check_graph(along)
-            if not along.requires_grad:
-                raise UserError(NO_SECOND_DERIVATIVE)
-            torch._foreach_add_(total, _gradients(along, gates))
+            if along.requires_grad:
+                torch._foreach_add_(total, _gradients(along, gates))
     return total
 
 
@@ -149,7 +143,10 @@ def check_graph(root: Tensor) -> None:
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
         if node.name().endswith(("::Error", "::NotImplemented")):
-            raise UserError(NO_SECOND_DERIVATIVE)
+            raise UserError(
+                'mode="exact" needs second derivatives, which a layer of this model has not; load it with '
+                'attn_implementation="sdpa" or "eager", or use mode="paper"'
+            )
         nodes += [following for following, _ in node.next_functions]
 
 
