@@ -6,6 +6,7 @@ Every contender is checked before it is timed. One that cannot be built or fails
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -185,16 +186,18 @@ class PeftAdaLoRA(Step):
             raise AssertionError("update_and_allocate has not seen every factor of every layer")
 
 
-class Attached(Step):
+class Attached(Step, ABC):
     """A method of loralloc on the same LoRA, in the documented loop."""
 
+    compact = False
+
+    @abstractmethod
     def method(self, loralloc: Any) -> Any:
         """Return the method, from the public API."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         loralloc = importlib.import_module("loralloc")
-        self.run = loralloc.attach(self.model, self.method(loralloc), total_steps=STEPS)
+        self.run = loralloc.attach(self.model, self.method(loralloc), total_steps=STEPS, compact=self.compact)
         self.events: list[dict[str, Any]] = []
         self.run.on_event = self.events.append
 
@@ -228,18 +231,11 @@ class CompactAdaLoRA(Attached):
     """Our AdaLoRA in its final phase, the ranks that it closed out of the tensors: a quarter is left."""
 
     FREEZE_AFTER = 4
+    compact = True
 
-    def prepare(self) -> None:
-        loralloc = importlib.import_module("loralloc")
-        method = loralloc.AdaLoRA(
-            loralloc.Budget(average_rank=self.setting.rank / 4),
-            warmup=1,
-            cooldown=STEPS - self.FREEZE_AFTER,
-            interval=1,
-        )
-        self.run = loralloc.attach(self.model, method, total_steps=STEPS, compact=True)
-        self.events: list[dict[str, Any]] = []
-        self.run.on_event = self.events.append
+    def method(self, loralloc: Any) -> Any:
+        budget = loralloc.Budget(average_rank=self.setting.rank / 4)
+        return loralloc.AdaLoRA(budget, warmup=1, cooldown=STEPS - self.FREEZE_AFTER, interval=1)
 
     def check(self, steps: int = 2 * FREEZE_AFTER) -> None:
         before = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

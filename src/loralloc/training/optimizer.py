@@ -24,10 +24,10 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def learning_rate(optimizer: torch.optim.Optimizer | None, sites: Sequence[Site]) -> float | None:
-    """The rate of the group that holds the adapter; None without an optimizer."""
-    groups = () if optimizer is None else optimizer.param_groups
-    first = {id(sites[0].A), id(sites[0].B)}  # one of them may be frozen
-    return next((float(group["lr"]) for group in groups if any(id(p) in first for p in group["params"])), None)
+    """The rate of the group that holds the adapter: A, or B where A is frozen. None without an optimizer."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
+    return rates.get(id(sites[0].A), rates.get(id(sites[0].B)))
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer | None) -> str | None:
