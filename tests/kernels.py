@@ -61,6 +61,10 @@ def draw(
     return drawn
 
 
+def autocast(enabled: bool = True) -> torch.autocast:
+    return torch.autocast("cpu", BF16, enabled=enabled)
+
+
 def like(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The same values in another dtype, as fresh leaves."""
     return Inputs(*(t.detach().clone().to(dtype).requires_grad_(t.requires_grad) for t in inputs))

@@ -36,15 +36,8 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from loralloc.gating import (
-    MERGE_IGNORES_VARIANTS,
-    MIXED_BATCHES_IGNORE_VARIANTS,
-    REFUSED,
-    SUPPORTED,
-    attach_gates,
-    fold_gates,
-    is_gated,
-)
+from loralloc.gating import attach_gates, fold_gates, is_gated
+from loralloc.peft_layers import MERGE_IGNORES_VARIANTS, MIXED_BATCHES_IGNORE_VARIANTS, REFUSED, SUPPORTED
 
 MODELS = list(BUILDERS)
 

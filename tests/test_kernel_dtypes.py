@@ -8,7 +8,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kernels import BF16, IN, OUT, RANK, SCALE, Inputs, assert_all_close, bits, draw, gradients, like, relative
+from kernels import (
+    BF16,
+    IN,
+    OUT,
+    RANK,
+    SCALE,
+    Inputs,
+    assert_all_close,
+    autocast,
+    bits,
+    draw,
+    gradients,
+    like,
+    relative,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -24,13 +38,9 @@ class Products(TorchDispatchMode):
         self.dtypes: list[torch.dtype] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm"):
             self.dtypes.append(args[-1].dtype)
         return func(*args, **(kwargs or {}))
-
-
-def autocast(enabled: bool = True) -> torch.autocast:
-    return torch.autocast("cpu", BF16, enabled=enabled)
 
 
 EVERYTHING = "x base_out A g B"
@@ -119,14 +129,14 @@ class TestWork:
             (torch.float32, BF16, torch.float32, True, BF16),
         ],
     )
-    def test_kept_are_the_inputs_and_one_narrow_activation(
+    def test_kept_are_the_inputs_one_narrow_activation_and_its_factor(
         self, layout: str, x: torch.dtype, base: torch.dtype, adapter: torch.dtype, cast: bool, h: torch.dtype
     ) -> None:
         inputs = draw(layout, dtype=x, base=base, adapter=adapter)
         with kept_tensors() as kept, autocast(cast):
             gated_lora(*inputs, SCALE)
-        activation = inputs.x[..., 0].numel() * RANK * h.itemsize
-        assert size(kept) == size([inputs.x, inputs.A, inputs.g, inputs.B]) + activation
+        activation, factor = inputs.x[..., 0].numel() * RANK, inputs.g.numel()
+        assert size(kept) == size([inputs.x, inputs.A, inputs.g, inputs.B]) + (activation + factor) * h.itemsize
         mine = {t.data_ptr() for t in kept}
         assert {inputs.x.data_ptr(), inputs.A.data_ptr(), inputs.B.data_ptr(), inputs.g.data_ptr()} <= mine
         assert inputs.base_out.data_ptr() not in mine

@@ -31,7 +31,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from loralloc._version import __version__
 from loralloc.errors import UserError
-from loralloc.gating import PREFIX, is_gated, plain_sites
+from loralloc.gating import is_gated, plain_sites
+from loralloc.peft_layers import PREFIX
 
 Profile = Literal["ragged", "uniform", "merged"]
 PROFILES: tuple[Profile, ...] = ("ragged", "uniform", "merged")

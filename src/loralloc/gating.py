@@ -1,9 +1,11 @@
-"""Gates on a PEFT model. The only file that touches PEFT's LoRA layers.
+"""Gates on a PEFT model. With `peft_layers`, the only file that touches PEFT's LoRA layers.
 
 A gated layer computes `base(x) + ((x Aᵀ) ∘ (scale ∘ gate)) Bᵀ`: `gate` is a parameter that methods train or set,
 `scale` is fixed and holds PEFT's scaling (times a method's own constant); a zero in it shuts a rank off for good.
+Where a frozen `nn.Linear` and one gated update are all there is, both are one step of the graph (`_forward`); in every
+other case the layer runs PEFT's own forward pass.
 
-What we rely on in PEFT (tests/test_gating.py says in words which of these broke): a layer calls
+What we rely on in PEFT (tests/test_gating_peft.py says in words which of these broke): a layer calls
 `lora_variant[adapter].forward(layer, active_adapter=, x=, result=)` for adapters that have one, and every parameter
 dictionary named in `adapter_layer_names` follows `set_adapter` and `delete_adapter`; what a variant gets as `x` has
 gone through the layer's `_cast_input_dtype`.
@@ -18,51 +20,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from loralloc.errors import UserError, closest
-from loralloc.kernel import gated_lora
-
-PREFIX = "base_model.model."
-_LAYERS = "peft.tuners.lora."
-
-SUPPORTED = frozenset(
-    _LAYERS + name
-    for name in (
-        "layer.Linear",  # torch.nn.Linear and transformers' Conv1D
-        "bnb.Linear8bitLt",
-        "bnb.Linear4bit",
-        "hqq.HqqLoraLinear",
-        "gptq.GPTQLoraLinear",
-        "torchao.TorchaoLoraLinear",
-    )
+from loralloc.errors import UserError
+from loralloc.kernel import gated_linear, gated_lora
+from loralloc.peft_layers import (
+    MERGE_IGNORES_VARIANTS,
+    MIXED_BATCHES_IGNORE_VARIANTS,
+    check_layer,
+    class_name,
+    lora_adapter,
+    lora_layers,
 )
-"""Layer classes that can be gated, by full name so that no optional package is imported."""
-
-MERGE_IGNORES_VARIANTS = frozenset({_LAYERS + "torchao.TorchaoLoraLinear"})
-"""Layers whose in-place merge would drop the gates without a word; it is blocked until the gates are folded."""
-
-MIXED_BATCHES_IGNORE_VARIANTS = frozenset({_LAYERS + "hqq.HqqLoraLinear"})
-"""Layers whose forward pass with `adapter_names` would drop the gates; it is blocked likewise."""
-
-REFUSED = {
-    "layer.Embedding": "its update is a table look-up, not a product with an input",
-    "layer.Conv1d": "its factors are convolution kernels",
-    "layer.Conv2d": "its factors are convolution kernels",
-    "layer.Conv3d": "its factors are convolution kernels",
-    "layer.MultiheadAttention": "query, key and value are packed into one weight",
-    "layer.ParamWrapper": "it adapts expert parameters, not a layer, and cannot carry a variant",
-    "awq.AwqLoraLinear": "its forward pass ignores variants",
-    "aqlm.AqlmLoraLinear": "its forward pass ignores variants",
-    "eetq.EetqLoraLinear": "its forward pass ignores variants",
-    "inc.IncLoraLinear": "Intel Neural Compressor layers have not been verified",
-    "te.TeLinear": "TransformerEngine layers have not been verified",
-    "tp_layer.LoraParallelLinear": "Megatron's tensor-parallel layers shard the factors",
-}
-"""Layer classes we know and refuse, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -205,19 +176,31 @@ class _GatedVariant(LoraVariant):
     def forward(  # type: ignore[override]  # PEFT calls it on the instance; ours has state
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        if self.off or not len(self.scale):  # or every rank has left the tensors
+        if self.adds_nothing:
             return result
+        return gated_lora(module.lora_dropout[active_adapter](x), result, *self._update_of(module, active_adapter, x))
+
+    def with_layer(self, module: Any, adapter: str, x: Tensor) -> Tensor:
+        """The same in one step with the frozen linear layer, where `_is_one_step` allows it."""
+        frozen = module.base_layer
+        return gated_linear(x, frozen.weight, frozen.bias, *self._update_of(module, adapter, x))
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether the adapter is shut off, or every rank has left the tensors."""
+        return self.off or not len(self.scale)
+
+    def _update_of(self, module: Any, adapter: str, x: Tensor) -> tuple[Any, ...]:
+        """The kernel's arguments A, g, B, s and row_scale, for this input."""
         if self.scale.device != x.device:  # the model was moved after attaching
             self.scale = self.scale.to(x.device)
             self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
-        gate = module.lora_gate[active_adapter]
+        gate = module.lora_gate[adapter]
         gate = gate.detach() if self.gate_frozen else gate
-        return gated_lora(
-            module.lora_dropout[active_adapter](x),
-            result,
-            module.lora_A[active_adapter].weight,
+        return (
+            module.lora_A[adapter].weight,
             gate if self.gate is None else _fitted(self.gate, x, self.name),
-            module.lora_B[active_adapter].weight,
+            module.lora_B[adapter].weight,
             self.scale,
             self.row_scale,
         )
@@ -267,10 +250,12 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
     Raises:
         UserError: No PeftModel, no LoRA adapter, a layer that cannot be gated, or one that is gated already.
     """
-    adapter = _lora_adapter(model, adapter)
-    layers = _lora_layers(model, adapter)
+    adapter = lora_adapter(model, adapter)
+    layers = lora_layers(model, adapter)
     for name, layer in layers:
-        _check_layer(name, layer, adapter)
+        if isinstance(layer.lora_variant.get(adapter), _GatedVariant):
+            raise UserError(f"{name}: a rank allocation is attached already; finish() it first, or load the model anew")
+        check_layer(name, layer, adapter)
     sites = []
     for name, layer in layers:
         weight = layer.lora_A[adapter].weight
@@ -281,11 +266,12 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
         layer.lora_gate[adapter] = nn.Parameter(torch.ones(weight.shape[0], dtype=dtype, device=weight.device))
         scale = torch.full_like(layer.lora_gate[adapter].data, layer.scaling[adapter])
         layer.lora_variant[adapter] = _GatedVariant(name, scale)
+        layer.forward = partial(_forward, layer)
         layer._cast_input_dtype = partial(_uncast, layer)
-        if _class_name(layer) in MERGE_IGNORES_VARIANTS:
-            layer.merge = _refuse_merge
-        if _class_name(layer) in MIXED_BATCHES_IGNORE_VARIANTS:
-            layer._mixed_batch_forward = _refuse_mixed_batch
+        if class_name(layer) in MERGE_IGNORES_VARIANTS:
+            layer.merge = partial(_refuse_merge, layer)
+        if class_name(layer) in MIXED_BATCHES_IGNORE_VARIANTS:
+            layer._mixed_batch_forward = partial(_refuse_mixed_batch, layer)
         sites.append(Site(name, layer, adapter))
     return sites
 
@@ -305,8 +291,9 @@ def fold_gates(sites: Sequence[Site]) -> None:
         if not layer.lora_gate:
             del layer.lora_gate
             layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n != "lora_gate")
-        for replaced in ("merge", "_mixed_batch_forward", "_cast_input_dtype"):
-            layer.__dict__.pop(replaced, None)
+            for name, value in list(vars(layer).items()):
+                if isinstance(value, partial) and value.func.__module__ == __name__:  # not what others put around it
+                    delattr(layer, name)
 
 
 @contextmanager
@@ -332,8 +319,8 @@ def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[
     Raises:
         UserError: The model is no PeftModel, has no LoRA adapter, or adapts layers that are not linear.
     """
-    adapter = _lora_adapter(model, adapter)
-    for name, layer in _lora_layers(model, adapter):
+    adapter = lora_adapter(model, adapter)
+    for name, layer in lora_layers(model, adapter):
         if adapter not in layer.lora_A:
             kind = type(layer).__name__
             raise UserError(
@@ -351,69 +338,29 @@ def is_gated(model: nn.Module, adapter: str) -> bool:
     )
 
 
-def _lora_adapter(model: nn.Module, adapter: str | None) -> str:
-    if not isinstance(model, PeftModel):
-        raise UserError(
-            f"expected a PeftModel, got {type(model).__name__}: wrap it first, "
-            "model = get_peft_model(model, LoraConfig(r=12, target_modules='all-linear'))"
-        )
-    if adapter is None:
-        active = model.active_adapters
-        if len(active) != 1:
-            raise UserError(f"ranks are allocated for one adapter at a time, active are {active}: use set_adapter")
-        adapter = active[0]
-    if adapter not in model.peft_config:
-        raise UserError(f'no adapter "{adapter}" in the model.{closest(adapter, list(model.peft_config))}')
-    peft_type = str(getattr(model.peft_config[adapter].peft_type, "value", model.peft_config[adapter].peft_type))
-    if peft_type != "LORA":
-        raise UserError(f'adapter "{adapter}" is of type {peft_type}; ranks are allocated for LoRA: use LoraConfig')
-    return adapter
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A gated layer's forward pass: in one step where that is possible, else PEFT's."""
+    if args or kwargs or not _is_one_step(layer):
+        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    (adapter,) = layer.active_adapters
+    return layer.lora_variant[adapter].with_layer(layer, adapter, x)  # type: ignore[no-any-return]
 
 
-def _lora_layers(model: nn.Module, adapter: str) -> list[tuple[str, Any]]:
-    layers = []
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module._get_available_adapters():
-            layers.append((name.removeprefix(PREFIX), module))
-    if not layers:
-        raise UserError(f'adapter "{adapter}" has no LoRA layers')
-    return layers
-
-
-def _class_name(layer: LoraLayer) -> str:
-    return f"{type(layer).__module__}.{type(layer).__qualname__}"
-
-
-def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
-    """Refuse what cannot be gated, by name, with the reason and the cure."""
-    kind = _class_name(layer)
-    exclude = f'leave it out with LoraConfig(exclude_modules=["{name}"])'
-    if kind not in SUPPORTED:
-        reason = REFUSED.get(kind.removeprefix(_LAYERS), "the class is not known to loralloc")
-        cure = exclude if "Linear" not in kind else f"load the base model in 16 bit or with bitsandbytes, or {exclude}"
-        raise UserError(f"{name}: ranks cannot be allocated in {type(layer).__name__} layers ({reason}); {cure}")
-    if adapter in layer.lora_variant:
-        variant = type(layer.lora_variant[adapter]).__name__
-        if isinstance(layer.lora_variant[adapter], _GatedVariant):
-            raise UserError(f"{name}: a rank allocation is attached already; finish() it first, or load the model anew")
-        raise UserError(f"{name}: the adapter uses {variant}, which changes the update itself; use plain LoRA")
-    if layer.lora_bias[adapter]:
-        raise UserError(f"{name}: lora_bias=True is not supported: a bias has no rank; set lora_bias=False")
-    if layer.merged:
-        raise UserError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
-    if not layer.scaling[adapter] > 0:
-        raise UserError(f"{name}: the scale lora_alpha / r is {layer.scaling[adapter]}; it must be positive")
-    weight = layer.lora_A[adapter].weight
-    if adapter not in layer.active_adapters or not weight.requires_grad:
-        raise UserError(
-            f'{name}: adapter "{adapter}" is not being trained (inactive, or frozen as loaded for inference); call '
-            f'set_adapter("{adapter}"), or load it with is_trainable=True'
-        )
-    if type(weight.data).__name__ == "DTensor":
-        raise UserError(
-            f"{name}: the adapter is sharded over processes (tensor parallel or FSDP); attach before sharding is not "
-            "supported yet: train with one process or with DDP"
-        )
+def _is_one_step(layer: Any) -> bool:
+    """Whether the layer is a frozen `nn.Linear` whose output nobody else looks at, plus one gated update."""
+    frozen, active = layer.base_layer, layer.active_adapters
+    if layer.disable_adapters or layer.merged_adapters or len(active) != 1 or type(frozen) is not nn.Linear:
+        return False
+    variant = layer.lora_variant.get(active[0])
+    if not isinstance(variant, _GatedVariant) or variant.adds_nothing:
+        return False
+    dropout = layer.lora_dropout[active[0]]
+    if dropout.training and not isinstance(dropout, nn.Identity):  # the adapter's input is another one
+        return False
+    watched = frozen._forward_hooks or frozen._forward_pre_hooks or frozen._backward_hooks or frozen._backward_pre_hooks
+    parameters = [parameter for parameter in frozen._parameters.values() if parameter is not None]
+    plain = all(type(parameter) is nn.Parameter and not parameter.requires_grad for parameter in parameters)
+    return plain and not watched and "forward" not in vars(frozen)  # as accelerate, and `blocks.computing`, replace it
 
 
 def _uncast(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,18 +1,21 @@
 """The one kernel every method runs on: a gated low-rank update, added to the base layer's output.
 
-    y = base_out + s · ((x Aᵀ) ∘ g) Bᵀ
+    y = base_out + s · ((x Aᵀ) ∘ g) Bᵀ        `gated_lora`: behind any layer
+    y = x Wᵀ + b + s · ((x Aᵀ) ∘ g) Bᵀ        `gated_linear`: in one step with a frozen linear layer
 
 Notable choices:
 
 * The add is part of the matrix product (`addmm`), the scale is folded into the gate, and only the input and the
   r-wide activation are kept for the backward pass. On a CPU the products that are r wide are computed as r high.
+* `gated_linear` owns the layer's product, and that of its backward pass, and adds to both in place: a copy and a sum of
+  wide tensors and a node of the graph less than a layer with `gated_lora` behind it.
 * `row_scale` multiplies the *weight* gradients of each output row (ALLoRA, arXiv 2410.09692): the input's gradient
   is untouched, and because the scale sits inside the contraction over rows, A's gradient is exact too. Both products
   with the output's gradient dy are one, dy [B | SB] with S = diag(row_scale): dy is read once and never rescaled.
 * Second derivatives are exact. The saved r-wide activation is a constant to autograd, so it is recomputed from x and
   A when the backward pass is itself being differentiated.
 
-| base_out, x          | A, B | autocast | products in | y    | gradients of A, B, g   |
+| base_out or W, x     | A, B | autocast | products in | y    | gradients of A, B, g   |
 |----------------------|------|----------|-------------|------|------------------------|
 | fp32                 | fp32 | off      | fp32        | fp32 | fp32                   |
 | bf16                 | bf16 | off      | bf16        | bf16 | bf16                   |
@@ -57,7 +60,35 @@ def gated_lora(
     Returns:
         [..., out], in the dtype of `base_out`.
     """
-    return _GatedLoRA.apply(x, base_out, A, g, B, s, row_scale)  # type: ignore[no-any-return]
+    return _GatedLoRA.apply(x, base_out, None, None, A, g, B, s, row_scale)  # type: ignore[no-any-return]
+
+
+def gated_linear(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    g: Tensor,
+    B: Tensor,
+    s: float | Tensor,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """Return `x Wᵀ + b + s · ((x Aᵀ) ∘ g) Bᵀ`.
+
+    Args:
+        x: Input of layer and adapter, [..., in].
+        W: Weight of the frozen layer, [out, in]. Never differentiated.
+        b: Its bias, [out], or None. Never differentiated.
+        A: As in `gated_lora`.
+        g: As in `gated_lora`.
+        B: As in `gated_lora`.
+        s: As in `gated_lora`.
+        row_scale: As in `gated_lora`.
+
+    Returns:
+        [..., out], in the dtype that `torch.nn.functional.linear(x, W, b)` has.
+    """
+    return _GatedLoRA.apply(x, None, W, b, A, g, B, s, row_scale)  # type: ignore[no-any-return]
 
 
 def _compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
@@ -94,9 +125,19 @@ def _effective_gate(g: Tensor, s: float | Tensor) -> Tensor:
     return _cast(g, torch.promote_types(g.dtype, torch.float32)) * s
 
 
-def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., d] -> [N, d] in `dtype`."""
-    return _cast(t if t.dim() == 2 else t.reshape(-1, t.shape[-1]), dtype)
+def _flat(t: Tensor) -> Tensor:
+    """[..., d] -> [N, d]."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _unflat(t: Tensor, like: Tensor) -> Tensor:
+    """[N, d] -> [..., d], leading dimensions as in `like`."""
+    return t if like.dim() == 2 else t.view(*like.shape[:-1], t.shape[1])
+
+
+def _activation(x: Tensor, A: Tensor, g: Tensor, s: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return h = x Aᵀ, [N, r], and the factor s · g of it, in the dtype of the products."""
+    return _narrow(_cast(_flat(x), dtype), _cast(A, dtype).t()), _cast(_effective_gate(g, s), dtype)
 
 
 class _GatedLoRA(torch.autograd.Function):
@@ -104,7 +145,9 @@ class _GatedLoRA(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        base_out: Tensor,
+        base_out: Tensor | None,
+        W: Tensor | None,
+        b: Tensor | None,
         A: Tensor,
         g: Tensor,
         B: Tensor,
@@ -112,15 +155,14 @@ class _GatedLoRA(torch.autograd.Function):
         row_scale: Tensor | None,
     ) -> Tensor:
         dtype = _compute_dtype(x, A)
+        out = _flat(base_out) if W is None else torch.nn.functional.linear(_flat(x), W, b)  # type: ignore[arg-type]
         with _without_autocast(x.device.type):
-            h = _narrow(_flat(x, dtype), _cast(A, dtype).t())  # [N, r]
-            hg = _gate(h, _effective_gate(g, s), x.shape)
-            wide = torch.promote_types(dtype, base_out.dtype)
-            y = torch.addmm(_flat(base_out, wide), _cast(hg, wide), _cast(_cast(B, dtype), wide).t())
+            h, gate = _activation(x, A, g, s, dtype)
+            y = _plus(out, _gate(h, gate, x.shape), _cast(B, dtype).t(), owned=W is not None)
         ctx.dtype = dtype
         ctx.s = None if isinstance(s, Tensor) else s
-        ctx.save_for_backward(x, A, g, B, h, s if isinstance(s, Tensor) else None, row_scale)
-        return _cast(y, base_out.dtype).view(base_out.shape)
+        ctx.save_for_backward(x, W, A, g, B, h, gate, s if isinstance(s, Tensor) else None, row_scale)
+        return _unflat(_cast(y, out.dtype), x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,29 +171,46 @@ class _GatedLoRA(torch.autograd.Function):
             return _gradients(ctx, dy)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the seven arguments, None for those not needed."""
-    x, A, g, B, h, s, row_scale = ctx.saved_tensors
-    s = ctx.s if s is None else s
-    need_x, need_base, need_A, need_g, need_B, *_ = ctx.needs_input_grad
-    dtype, shape = ctx.dtype, x.shape
-    x_, A_, dy_ = _flat(x, dtype), _cast(A, dtype), _flat(dy, dtype)
-    if torch.is_grad_enabled():  # a second derivative is wanted: h must depend on x and A again
-        h = _narrow(x_, A_.t())
-    gate = _effective_gate(g, s)
+def _plus(total: Tensor, a: Tensor, b: Tensor, owned: bool) -> Tensor:
+    """Return total + a b, in the wider of the two dtypes; in place where `total` is ours, or was cast anyway."""
+    wide = torch.promote_types(total.dtype, a.dtype)
+    mine = _cast(total, wide)
+    add = mine.addmm_ if owned or mine is not total else mine.addmm
+    return add(_cast(a, wide), _cast(b, wide))
 
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the nine arguments, None for those not needed."""
+    x, W, A, g, B, h, gate, s, row_scale = ctx.saved_tensors
+    s = ctx.s if s is None else s
+    need_x, need_base, _, _, need_A, need_g, need_B, *_ = ctx.needs_input_grad
+    dtype, shape = ctx.dtype, x.shape
+    if torch.is_grad_enabled():  # a second derivative is wanted: both must depend on x, A and g again
+        h, gate = _activation(x, A, g, s, dtype)
+    dy_ = _cast(_flat(dy), dtype)
+
+    t_gated: Any
     dx = dA = dg = dB = None
     t, t_rows = _activation_gradients(dy_, B, row_scale, need_x or need_g, need_A)
+    t_gated = _gate(t, gate, shape) if need_x or (need_A and t_rows is t) else None
     if need_x:
-        dx = _cast(_gate(t, gate, shape) @ A_, x.dtype).view(shape)
+        dx = _unflat(_cast(_input_gradient(dy, W, t_gated, _cast(A, dtype)), x.dtype), x)
     if need_g:
         dg = _gate_gradient(t, h, s, g, shape)
     if need_A:
-        dA = _cast(_gate(t_rows, gate, shape).t() @ x_, A.dtype)
+        rows = t_gated if t_rows is t else _gate(t_rows, gate, shape)
+        dA = _cast(rows.t() @ _cast(_flat(x), dtype), A.dtype)
     if need_B:
         dB = _narrow(dy_.t(), _gate(h, gate, shape), always=True)
         dB = _cast(dB if row_scale is None else row_scale[:, None] * dB, B.dtype)
-    return dx, dy if need_base else None, dA, dg, dB, None, None
+    return dx, dy if need_base else None, None, None, dA, dg, dB, None, None
+
+
+def _input_gradient(dy: Tensor, W: Tensor | None, t_gated: Tensor, A: Tensor) -> Tensor:
+    """Gradient of x, [N, in]: through the adapter, and through the layer where it is part of the product."""
+    if W is None:
+        return t_gated @ A
+    return _plus(_flat(dy) @ _cast(W, dy.dtype), t_gated, A, owned=True)
 
 
 def _activation_gradients(
@@ -170,8 +229,8 @@ def _activation_gradients(
 def _gate(h: Tensor, gate: Tensor, shape: torch.Size) -> Tensor:
     """Scale the r-wide activation [N, r] by a gate that is [r] or broadcasts against [..., r]."""
     if gate.dim() == 1:
-        return h * _cast(gate, h.dtype)
-    return (h.view(*shape[:-1], h.shape[-1]) * _cast(gate, h.dtype)).reshape(h.shape)
+        return h * gate
+    return (h.view(*shape[:-1], h.shape[-1]) * gate).reshape(h.shape)
 
 
 def _gate_gradient(t: Tensor, h: Tensor, s: float | Tensor, g: Tensor, shape: torch.Size) -> Tensor:

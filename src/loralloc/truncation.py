@@ -21,8 +21,8 @@ from loralloc._version import __version__
 from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.export import RECORD, Factors, check_plain_config, check_target, move_into_place, plain_config, ragged
-from loralloc.gating import PREFIX
 from loralloc.methods.truncate import Truncate, balanced, decompose, select
+from loralloc.peft_layers import PREFIX
 from loralloc.plan import ModuleRank, RankPlan
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -17,8 +17,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget, DepthLinear, Random, Truncate, Uniform, attach
-from loralloc.gating import PREFIX, Site
+from loralloc.gating import Site
 from loralloc.methods.base import Method
+from loralloc.peft_layers import PREFIX
 
 STEPS, WARMUP, COOLDOWN = 18, 2, 7
 FREEZE = STEPS - COOLDOWN + 1  # the first step of the final phase

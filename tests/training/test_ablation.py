@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loralloc import UserError, gating
 from loralloc.gating import Site, attach_gates
+from loralloc.kernel import gated_lora
 from loralloc.scores import ablation_importance, ablation_settings, two_point_importance
 from loralloc.training import ablation
 from loralloc.training.ablation import AblationScorer
@@ -152,6 +153,8 @@ def test_frozen_layers_are_not_multiplied_again_up_to_the_first_difference(name,
     seen = {id(site.layer.base_layer): 0 for site in sites}
     for kind in {type(site.layer.base_layer) for site in sites}:
         monkeypatch.setattr(kind, "forward", functools.partialmethod(_counted, kind.forward, seen))
+    layer_of = {id(site.layer.base_layer.weight): site.layer.base_layer for site in sites}
+    monkeypatch.setattr(gating, "gated_linear", lambda x, W, b, *update: gated_lora(x, layer_of[id(W)](x), *update))
     batch = padded(name)
     scorer(model, sites, [batch]).ablate(all_ablations(sites)[2:])
     order = list(seen.values())
@@ -168,8 +171,9 @@ def _counted(layer: Any, forward: Callable[..., Any], seen: dict[int, int], x: T
 def test_adapters_that_are_shut_off_are_left_out(monkeypatch):
     """A rank alone needs one adapter; a rank removed needs all those from the first that is computed."""
     calls: list[int] = []
-    kernel = gating.gated_lora
-    monkeypatch.setattr(gating, "gated_lora", lambda *args: calls.append(1) or kernel(*args))
+    for name in ("gated_lora", "gated_linear"):
+        kernel = getattr(gating, name)
+        monkeypatch.setattr(gating, name, lambda *args, kernel=kernel: calls.append(1) or kernel(*args))
     model, sites = model_of("llama")
     scored = scorer(model, sites, [padded("llama")], tokens=0)
     without, alone = all_ablations(sites)[2:].chunk(2)

@@ -1,0 +1,188 @@
+"""The kernel with a frozen linear layer in it: what `gated_lora` computes behind that layer, with less work.
+
+The twin is `gated_lora` on `torch.nn.functional.linear`, which other files hold against naive sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernels import BF16, IN, OUT, RANK, SCALE, Inputs, assert_all_close, autocast, bits, draw, layouts, relative
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.functional import linear
+
+from loralloc.kernel import gated_linear, gated_lora
+
+F32 = torch.float32
+NAMES = ("x", "A", "g", "B")
+biases = pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+row_scales = pytest.mark.parametrize("row_scale", [None, torch.linspace(0.2, 3.0, OUT)], ids=["plain", "row_scale"])
+
+
+def layer(dtype: torch.dtype = torch.float64, biased: bool = True) -> tuple[Tensor, Tensor | None]:
+    return torch.randn(OUT, IN, dtype=dtype), torch.randn(OUT, dtype=dtype) if biased else None
+
+
+def in_one_step(inputs: Inputs, W: Tensor, b: Tensor | None, *rest: object) -> Tensor:
+    return gated_linear(inputs.x, W, b, inputs.A, inputs.g, inputs.B, *rest)  # type: ignore[arg-type]
+
+
+def behind_the_layer(inputs: Inputs, W: Tensor, b: Tensor | None, *rest: object) -> Tensor:
+    return gated_lora(inputs.x, linear(inputs.x, W, b), inputs.A, inputs.g, inputs.B, *rest)  # type: ignore[arg-type]
+
+
+def gradients(y: Tensor, inputs: Inputs, dy: Tensor) -> dict[str, Tensor]:
+    wanted = [getattr(inputs, name) for name in NAMES]
+    return dict(zip(NAMES, torch.autograd.grad(y, wanted, dy.to(y.dtype)), strict=True))
+
+
+@layouts
+@biases
+@row_scales
+def test_value_and_gradients_are_those_behind_the_layer(layout: str, biased: bool, row_scale: Tensor | None) -> None:
+    inputs, (W, b) = draw(layout), layer(biased=biased)
+    scale = None if row_scale is None else row_scale.double()
+    fast, slow = (f(inputs, W, b, SCALE, scale) for f in (in_one_step, behind_the_layer))
+    assert torch.equal(fast, slow)
+    dy = torch.randn_like(fast)
+    assert_all_close(gradients(fast, inputs, dy), gradients(slow, inputs, dy))
+
+
+@layouts
+@biases
+def test_derivatives_agree_with_differences(layout: str, biased: bool) -> None:
+    inputs, (W, b) = draw(layout), layer(biased=biased)
+
+    def of(x: Tensor, A: Tensor, g: Tensor, B: Tensor) -> Tensor:
+        return gated_linear(x, W, b, A, g, B, SCALE)
+
+    leaves = tuple(getattr(inputs, name) for name in NAMES)
+    assert gradcheck(of, leaves)
+    assert gradgradcheck(of, leaves)
+
+
+@pytest.mark.parametrize(
+    ("x", "W", "adapter", "cast"),
+    [
+        (F32, F32, F32, False),
+        (BF16, BF16, F32, False),
+        (BF16, BF16, BF16, False),
+        (F32, F32, BF16, False),
+        (F32, F32, F32, True),
+        (F32, BF16, F32, True),
+        (BF16, BF16, F32, True),
+    ],
+)
+@row_scales
+def test_dtypes_and_precision_are_those_behind_the_layer(
+    x: torch.dtype, W: torch.dtype, adapter: torch.dtype, cast: bool, row_scale: Tensor | None
+) -> None:
+    inputs, (weight, b) = draw(dtype=x, adapter=adapter), layer(W)
+    with autocast(cast):
+        fast, slow = (f(inputs, weight, b, SCALE, row_scale) for f in (in_one_step, behind_the_layer))
+    assert fast.dtype == slow.dtype
+    assert torch.equal(bits(fast), bits(slow))
+    dy = torch.randn_like(fast)
+    found, expected = gradients(fast, inputs, dy), gradients(slow, inputs, dy)
+    for name in ("A", "g", "B"):
+        assert torch.equal(found[name], expected[name]), name
+    assert found["x"].dtype == x
+    assert relative(found["x"], expected["x"]) < (1e-5 if x == F32 and not cast else 2e-2)
+
+
+def test_what_it_was_given_stays_as_it_was() -> None:
+    """It adds in place, but only to what is its own."""
+    inputs, (W, b) = draw(), layer()
+    given = [*inputs, W, b]
+    before = [bits(t).clone() for t in given if t is not None]
+    y = in_one_step(inputs, W, b, SCALE)
+    dy = torch.randn_like(y)
+    copy = dy.clone()
+    gradients(y, inputs, dy)
+    assert all(torch.equal(bits(t), was) for t, was in zip(given, before, strict=True) if t is not None)
+    assert torch.equal(dy, copy)
+
+
+def test_the_backward_pass_can_be_repeated() -> None:
+    inputs, (W, b) = draw(), layer()
+    y = in_one_step(inputs, W, b, SCALE)
+    wanted = [getattr(inputs, name) for name in NAMES]
+    first, again = (torch.autograd.grad(y.sum(), wanted, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+
+
+def test_weight_and_bias_stay_frozen() -> None:
+    inputs, (W, b) = draw(), layer()
+    y = in_one_step(inputs, W, b, SCALE)
+    returned: list[Tensor | None] = []
+    assert y.grad_fn is not None
+    y.grad_fn.register_hook(lambda gradients, _: returned.extend(gradients))
+    y.sum().backward()
+    assert [g is not None for g in returned] == [True, False, False, True, True, True]  # of the tensors: x W b A g B
+
+
+@pytest.mark.parametrize("trained", [NAMES, ("A", "g", "B"), ("A",), ("x",)])
+def test_closed_ranks_and_missing_gradients_are_as_behind_the_layer(trained: tuple[str, ...]) -> None:
+    s = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    results = []
+    for function in (in_one_step, behind_the_layer):
+        torch.manual_seed(3)
+        inputs, (W, b) = draw(trained=" ".join(trained)), layer()
+        y = function(inputs, W, b, s)
+        results.append(torch.autograd.grad(y.square().sum(), [getattr(inputs, name) for name in trained]))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("lead", [(0, 3), (0,)])
+def test_an_empty_batch_gives_zero_gradients(lead: tuple[int, ...]) -> None:
+    inputs, (W, b) = draw()._replace(x=torch.randn(*lead, IN).double().requires_grad_()), layer()
+    y = in_one_step(inputs, W, b, SCALE)
+    assert y.shape == (*lead, OUT)
+    for name, gradient in gradients(y, inputs, torch.ones_like(y)).items():
+        assert torch.equal(gradient, torch.zeros_like(getattr(inputs, name)))
+
+
+def _graph(y: Tensor) -> int:
+    """Nodes of a graph, accumulators of leaves aside."""
+    seen, rest = set(), [y.grad_fn]
+    while rest:
+        node = rest.pop()
+        if node is None or node in seen or type(node).__name__ == "AccumulateGrad":
+            continue
+        seen.add(node)
+        rest += [child for child, _ in node.next_functions]
+    return len(seen)
+
+
+def test_it_is_one_node_of_the_graph_and_keeps_no_more() -> None:
+    kept: dict[Callable[..., Tensor], int] = {}
+    nodes: dict[Callable[..., Tensor], int] = {}
+    for function in (in_one_step, behind_the_layer):
+        inputs, (W, b) = draw(), layer()
+        tensors: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=tensors: kept.append(t) or t, lambda t: t):
+            nodes[function] = _graph(function(inputs, W, b, SCALE))
+        of_others = {t.data_ptr() for t in (*inputs, W)}
+        kept[function] = sum(t.numel() for t in tensors if t.data_ptr() not in of_others)
+    assert nodes[in_one_step] == 1 < nodes[behind_the_layer]
+    assert kept[in_one_step] == kept[behind_the_layer] == 2 * 3 * RANK + RANK
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])
+@biases
+def test_a_compiled_layer_equals_the_eager_one(cast: bool, biased: bool) -> None:
+    torch._dynamo.reset()
+    inputs, (W, b) = draw(dtype=F32), layer(F32, biased)
+
+    def of(*tensors: Tensor) -> Tensor:
+        return in_one_step(Inputs(*tensors), W, b, SCALE)
+
+    with autocast(cast):
+        eager, compiled = of(*inputs), torch.compile(of, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(compiled, eager)
+    dy = torch.randn_like(eager)
+    assert_all_close(gradients(compiled, inputs, dy), gradients(eager, inputs, dy))
