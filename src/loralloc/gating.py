@@ -357,10 +357,11 @@ def _is_one_step(layer: Any) -> bool:
     dropout = layer.lora_dropout[active[0]]
     if dropout.training and not isinstance(dropout, nn.Identity):  # the adapter's input is another one
         return False
+    for parameter in frozen._parameters.values():  # no bias is None
+        if parameter is not None and (type(parameter) is not nn.Parameter or parameter.requires_grad):
+            return False
     watched = frozen._forward_hooks or frozen._forward_pre_hooks or frozen._backward_hooks or frozen._backward_pre_hooks
-    parameters = [parameter for parameter in frozen._parameters.values() if parameter is not None]
-    plain = all(type(parameter) is nn.Parameter and not parameter.requires_grad for parameter in parameters)
-    return plain and not watched and "forward" not in vars(frozen)  # as accelerate, and `blocks.computing`, replace it
+    return not watched and "forward" not in vars(frozen)  # accelerate replaces it, and so does `blocks.computing`
 
 
 def _uncast(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -120,11 +120,6 @@ def _narrow(a: Tensor, b: Tensor, always: bool = False) -> Tensor:
     return a @ b
 
 
-def _effective_gate(g: Tensor, s: float | Tensor) -> Tensor:
-    """The factor of the r-wide activation, s · g, in fp32 or wider."""
-    return _cast(g, torch.promote_types(g.dtype, torch.float32)) * s
-
-
 def _flat(t: Tensor) -> Tensor:
     """[..., d] -> [N, d]."""
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
@@ -137,7 +132,7 @@ def _unflat(t: Tensor, like: Tensor) -> Tensor:
 
 def _activation(x: Tensor, A: Tensor, g: Tensor, s: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return h = x Aᵀ, [N, r], and the factor s · g of it, in the dtype of the products."""
-    return _narrow(_cast(_flat(x), dtype), _cast(A, dtype).t()), _cast(_effective_gate(g, s), dtype)
+    return _narrow(_cast(_flat(x), dtype), _cast(A, dtype).t()), _cast(g * s, dtype)
 
 
 class _GatedLoRA(torch.autograd.Function):
