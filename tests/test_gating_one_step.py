@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from models import (
     gated,
     inputs_of,
@@ -25,10 +26,12 @@ from models import (
     two_adapters,
 )
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from loralloc import gating
 from loralloc.gating import Site, attach_gates, fold_gates
+from loralloc.training.blocks import computing
 
 
 @pytest.fixture
@@ -67,10 +70,24 @@ def hook(site: Site, register: str) -> Iterator[None]:
 @contextmanager
 def replaced_forward(site: Site) -> Iterator[None]:
     """As accelerate's hooks do it."""
-    frozen = site.layer.base_layer
-    frozen.forward = type(frozen).forward.__get__(frozen)
+    add_hook_to_module(site.layer.base_layer, ModelHook())
     yield
-    del frozen.forward
+    remove_hook_from_module(site.layer.base_layer)
+
+
+@contextmanager
+def replaced_for_all_layers(site: Site) -> Iterator[None]:
+    forward = nn.Linear.forward
+    nn.Linear.forward = lambda self, x: forward(self, x)
+    yield
+    nn.Linear.forward = forward
+
+
+@contextmanager
+def hook_on_all_modules(site: Site) -> Iterator[None]:
+    handle = register_module_forward_hook(lambda *_: None)
+    yield
+    handle.remove()
 
 
 @contextmanager
@@ -92,15 +109,30 @@ def parametrised(site: Site) -> Iterator[None]:
     parametrize.remove_parametrizations(site.layer.base_layer, "weight", leave_parametrized=False)
 
 
+@contextmanager
+def flattened(site: Site) -> Iterator[None]:
+    """As FSDP does it: the parameter is elsewhere, and a view of it takes its place."""
+    frozen = site.layer.base_layer
+    weight = frozen.weight
+    del frozen.weight
+    frozen.weight = weight.detach().requires_grad_()
+    yield
+    del frozen.weight
+    frozen.weight = weight
+
+
 OBSTACLES: dict[str, Callable[[Site], Any]] = {
     "forward hook": lambda site: hook(site, "register_forward_hook"),
     "forward pre-hook": lambda site: hook(site, "register_forward_pre_hook"),
     "backward hook": lambda site: hook(site, "register_full_backward_hook"),
     "backward pre-hook": lambda site: hook(site, "register_full_backward_pre_hook"),
+    "hook on all modules": hook_on_all_modules,
     "replaced forward pass": replaced_forward,
+    "forward pass replaced for all layers": replaced_for_all_layers,
     "trained weight": lambda site: trained(site, "weight"),
     "trained bias": lambda site: trained(site, "bias"),
     "parametrised weight": parametrised,
+    "flattened weight": flattened,
 }
 
 
@@ -200,13 +232,51 @@ def test_a_whole_model_has_the_same_gradients_either_way(name: str) -> None:
     torch.testing.assert_close(gradients(), one_step, rtol=1e-5, atol=1e-6)
 
 
-def test_folding_leaves_what_others_put_around_the_forward_pass() -> None:
-    _, (site, *rest) = gated("llama")
+class Counting(ModelHook):
+    calls = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("hooked", ["before attaching", "after attaching"])
+def test_accelerates_hooks_on_an_adapted_layer_stay(hooked: str) -> None:
+    model = tiny_peft("llama", trained=True)
+    layer, counting = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj"), Counting()
+    plain = logits(model)
+    if hooked == "before attaching":
+        add_hook_to_module(layer, counting)
+    sites = attach_gates(model)
+    if hooked == "after attaching":
+        add_hook_to_module(layer, counting)
+    torch.testing.assert_close(logits(model), plain, rtol=1e-5, atol=1e-5)
+    assert counting.calls == 1
+    fold_gates(sites)
+    torch.testing.assert_close(logits(model), plain, rtol=1e-5, atol=1e-5)
+    assert counting.calls == 2
+    remove_hook_from_module(layer)
+    torch.testing.assert_close(logits(model), plain, rtol=1e-5, atol=1e-5)
+    assert not any("forward" in vars(site.layer) for site in sites if site.layer is not layer)
+
+
+def test_a_compiled_layer_sees_that_the_frozen_layers_forward_pass_was_replaced() -> None:
+    torch._dynamo.reset()
+    _, (site, *_) = gated("llama")
     x = inputs_of(site, 3, 5)
-    ours, calls = site.layer.forward, []
-    site.layer.forward = lambda *args: calls.append(1) or ours(*args)
-    expected = site.layer(x)
-    fold_gates([site, *rest])
-    torch.testing.assert_close(site.layer(x), expected)
-    assert len(calls) == 2
-    assert "forward" not in vars(rest[0].layer)
+    compiled = torch.compile(site.layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), site.layer(x))
+    known = torch.randn(3, 5, site.outputs)
+    with computing(site.layer.base_layer, lambda *_: known):
+        torch.testing.assert_close(compiled(x), known + naive_update(site, x))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_output_may_be_changed_in_place(name: str) -> None:
+    """As `nn.ReLU(inplace=True)` behind an adapted layer does."""
+    _, sites = gated(name)
+    for site in sites:
+        x = inputs_of(site, 3, 5).requires_grad_()
+        (expected,) = torch.autograd.grad(site.layer(x).relu().square().sum(), x)
+        (found,) = torch.autograd.grad(site.layer(x).relu_().square().sum(), x)
+        assert torch.equal(found, expected)

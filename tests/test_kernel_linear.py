@@ -5,6 +5,7 @@ The twin is `gated_lora` on `torch.nn.functional.linear`, which other files hold
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from kernels import BF16, IN, OUT, RANK, SCALE, Inputs, assert_all_close, autoca
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from loralloc.kernel import gated_linear, gated_lora
 
@@ -170,6 +172,33 @@ def test_it_is_one_node_of_the_graph_and_keeps_no_more() -> None:
         kept[function] = sum(t.numel() for t in tensors if t.data_ptr() not in of_others)
     assert nodes[in_one_step] == 1 < nodes[behind_the_layer]
     assert kept[in_one_step] == kept[behind_the_layer] == 2 * 3 * RANK + RANK
+
+
+def test_the_weight_is_kept_only_where_the_input_needs_a_gradient() -> None:
+    W, b = layer()
+    for trained, kept in (("A g B", False), ("x", True)):
+        tensors: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, all=tensors: all.append(t) or t, lambda t: t):
+            in_one_step(draw(trained=trained), W, b, SCALE)
+        assert (W.data_ptr() in {t.data_ptr() for t in tensors}) is kept
+
+
+@biases
+def test_checkpoints_that_keep_products_get_them_unchanged(biased: bool) -> None:
+    """Selective checkpointing keeps the layer's product, to which nothing may then be added in place."""
+    inputs, (W, b) = draw(), layer(biased=biased)
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+    def of(*leaves: Tensor) -> Tensor:
+        return in_one_step(Inputs(*leaves), W, b, SCALE).square()
+
+    keeping = functools.partial(create_selective_checkpoint_contexts, products)
+    recomputed = checkpoint(of, *inputs, use_reentrant=False, context_fn=keeping)
+    plain = of(*inputs)
+    assert torch.equal(plain, recomputed)
+    expected = torch.autograd.grad(plain.sum(), [inputs.x, inputs.A, inputs.g, inputs.B])
+    found = torch.autograd.grad(recomputed.sum(), [inputs.x, inputs.A, inputs.g, inputs.B])
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])

@@ -8,7 +8,8 @@ other case the layer runs PEFT's own forward pass.
 What we rely on in PEFT (tests/test_gating_peft.py says in words which of these broke): a layer calls
 `lora_variant[adapter].forward(layer, active_adapter=, x=, result=)` for adapters that have one, and every parameter
 dictionary named in `adapter_layer_names` follows `set_adapter` and `delete_adapter`; what a variant gets as `x` has
-gone through the layer's `_cast_input_dtype`.
+gone through the layer's `_cast_input_dtype`; with one active adapter, not merged and not disabled, the forward pass is
+the base layer's and one call of the variant.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.utils.other import transpose
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from loralloc.errors import UserError
 from loralloc.kernel import gated_linear, gated_lora
@@ -34,6 +36,8 @@ from loralloc.peft_layers import (
     lora_adapter,
     lora_layers,
 )
+
+_LINEAR_FORWARD = nn.Linear.forward  # as it was when this was imported: some tools replace it for all layers
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class _GatedVariant(LoraVariant):
         return gated_lora(module.lora_dropout[active_adapter](x), result, *self._update_of(module, active_adapter, x))
 
     def with_layer(self, module: Any, adapter: str, x: Tensor) -> Tensor:
-        """The same in one step with the frozen linear layer, where `_is_one_step` allows it."""
+        """The same in one step with the frozen linear layer, where `_is_plain_product`."""
         frozen = module.base_layer
         return gated_linear(x, frozen.weight, frozen.bias, *self._update_of(module, adapter, x))
 
@@ -266,12 +270,13 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
         layer.lora_gate[adapter] = nn.Parameter(torch.ones(weight.shape[0], dtype=dtype, device=weight.device))
         scale = torch.full_like(layer.lora_gate[adapter].data, layer.scaling[adapter])
         layer.lora_variant[adapter] = _GatedVariant(name, scale)
-        layer.forward = partial(_forward, layer)
+        if "forward" not in vars(layer):  # others, as accelerate, may have put theirs there
+            layer.forward = partial(_forward, layer)
         layer._cast_input_dtype = partial(_uncast, layer)
         if class_name(layer) in MERGE_IGNORES_VARIANTS:
-            layer.merge = partial(_refuse_merge, layer)
+            layer.merge = _refuse_merge
         if class_name(layer) in MIXED_BATCHES_IGNORE_VARIANTS:
-            layer._mixed_batch_forward = partial(_refuse_mixed_batch, layer)
+            layer._mixed_batch_forward = _refuse_mixed_batch
         sites.append(Site(name, layer, adapter))
     return sites
 
@@ -291,9 +296,10 @@ def fold_gates(sites: Sequence[Site]) -> None:
         if not layer.lora_gate:
             del layer.lora_gate
             layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n != "lora_gate")
-            for name, value in list(vars(layer).items()):
-                if isinstance(value, partial) and value.func.__module__ == __name__:  # not what others put around it
-                    delattr(layer, name)
+            if getattr(layer.forward, "func", None) is _forward:  # not what others put around it
+                del layer.forward
+            for replaced in ("merge", "_mixed_batch_forward", "_cast_input_dtype"):
+                layer.__dict__.pop(replaced, None)
 
 
 @contextmanager
@@ -340,28 +346,33 @@ def is_gated(model: nn.Module, adapter: str) -> bool:
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A gated layer's forward pass: in one step where that is possible, else PEFT's."""
-    if args or kwargs or not _is_one_step(layer):
+    adapter = None if args or kwargs else _sole_adapter(layer)
+    if adapter is None or not _is_plain_product(layer.base_layer):
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    (adapter,) = layer.active_adapters
     return layer.lora_variant[adapter].with_layer(layer, adapter, x)  # type: ignore[no-any-return]
 
 
-def _is_one_step(layer: Any) -> bool:
-    """Whether the layer is a frozen `nn.Linear` whose output nobody else looks at, plus one gated update."""
-    frozen, active = layer.base_layer, layer.active_adapters
-    if layer.disable_adapters or layer.merged_adapters or len(active) != 1 or type(frozen) is not nn.Linear:
-        return False
+def _sole_adapter(layer: Any) -> str | None:
+    """The adapter whose gated update of the layer's own input is all that is added; None where that is not so."""
+    active = layer.active_adapters
+    if layer.disable_adapters or layer.merged_adapters or len(active) != 1:
+        return None
     variant = layer.lora_variant.get(active[0])
     if not isinstance(variant, _GatedVariant) or variant.adds_nothing:
-        return False
+        return None
     dropout = layer.lora_dropout[active[0]]
-    if dropout.training and not isinstance(dropout, nn.Identity):  # the adapter's input is another one
+    return None if dropout.training and not isinstance(dropout, nn.Identity) else active[0]
+
+
+def _is_plain_product(frozen: Any) -> bool:
+    """Whether a base layer is a frozen `nn.Linear` whose output nobody else looks at or replaces."""
+    if type(frozen) is not nn.Linear or getattr(frozen.forward, "__func__", None) is not _LINEAR_FORWARD:
         return False
-    for parameter in frozen._parameters.values():  # no bias is None
+    for parameter in (frozen.weight, frozen.bias):
         if parameter is not None and (type(parameter) is not nn.Parameter or parameter.requires_grad):
             return False
-    watched = frozen._forward_hooks or frozen._forward_pre_hooks or frozen._backward_hooks or frozen._backward_pre_hooks
-    return not watched and "forward" not in vars(frozen)  # accelerate replaces it, and so does `blocks.computing`
+    hooks = frozen._forward_hooks or frozen._forward_pre_hooks or frozen._backward_hooks or frozen._backward_pre_hooks
+    return not hooks and not _has_any_global_hook()
 
 
 def _uncast(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,8 +5,9 @@
 
 Notable choices:
 
-* The add is part of the matrix product (`addmm`), the scale is folded into the gate, and only the input and the
-  r-wide activation are kept for the backward pass. On a CPU the products that are r wide are computed as r high.
+* The add is part of the matrix product (`addmm`), the scale is folded into the gate, and only the input, the r-wide
+  activation and its factor s · g are kept for the backward pass, parameters aside. On a CPU the products that are r
+  wide are computed as r high.
 * `gated_linear` owns the layer's product, and that of its backward pass, and adds to both in place: a copy and a sum of
   wide tensors and a node of the graph less than a layer with `gated_lora` behind it.
 * `row_scale` multiplies the *weight* gradients of each output row (ALLoRA, arXiv 2410.09692): the input's gradient
@@ -34,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def gated_lora(
@@ -127,7 +129,10 @@ def _flat(t: Tensor) -> Tensor:
 
 def _unflat(t: Tensor, like: Tensor) -> Tensor:
     """[N, d] -> [..., d], leading dimensions as in `like`."""
-    return t if like.dim() == 2 else t.view(*like.shape[:-1], t.shape[1])
+    if like.dim() == 2:
+        return t
+    # Not `view`: autograd refuses to change in place, as an activation behind the layer may, a view made in a function.
+    return torch.ops.aten._unsafe_view(t, (*like.shape[:-1], t.shape[1]))  # type: ignore[no-any-return]
 
 
 def _activation(x: Tensor, A: Tensor, g: Tensor, s: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -153,9 +158,13 @@ class _GatedLoRA(torch.autograd.Function):
         out = _flat(base_out) if W is None else torch.nn.functional.linear(_flat(x), W, b)  # type: ignore[arg-type]
         with _without_autocast(x.device.type):
             h, gate = _activation(x, A, g, s, dtype)
-            y = _plus(out, _gate(h, gate, x.shape), _cast(B, dtype).t(), owned=W is not None)
+            owned = (
+                W is not None and not is_in_torch_dispatch_mode()
+            )  # as selective checkpointing, which keeps products
+            y = _plus(out, _gate(h, gate, x.shape), _cast(B, dtype).t(), owned)
         ctx.dtype = dtype
         ctx.s = None if isinstance(s, Tensor) else s
+        W = W if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x, W, A, g, B, h, gate, s if isinstance(s, Tensor) else None, row_scale)
         return _unflat(_cast(y, out.dtype), x)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from loralloc import UserError, gating
 from loralloc.gating import Site, attach_gates
-from loralloc.kernel import gated_lora
 from loralloc.scores import ablation_importance, ablation_settings, two_point_importance
 from loralloc.training import ablation
 from loralloc.training.ablation import AblationScorer
@@ -153,8 +152,6 @@ def test_frozen_layers_are_not_multiplied_again_up_to_the_first_difference(name,
     seen = {id(site.layer.base_layer): 0 for site in sites}
     for kind in {type(site.layer.base_layer) for site in sites}:
         monkeypatch.setattr(kind, "forward", functools.partialmethod(_counted, kind.forward, seen))
-    layer_of = {id(site.layer.base_layer.weight): site.layer.base_layer for site in sites}
-    monkeypatch.setattr(gating, "gated_linear", lambda x, W, b, *update: gated_lora(x, layer_of[id(W)](x), *update))
     batch = padded(name)
     scorer(model, sites, [batch]).ablate(all_ablations(sites)[2:])
     order = list(seen.values())
