@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from record import Record
@@ -29,11 +30,32 @@ NAMES = {
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """The last record of each setting, in the order in which settings first came."""
-    kept: dict[tuple[Any, ...], Record] = {}
+    """One record for each setting, of the code that was measured last, in the order in which settings first came.
+
+    Where several runs measured the same code, it holds the medians over them: where tensors happen to lie stays with a
+    process, and moves the second decimal of a ratio.
+    """
+    kept: dict[tuple[Any, ...], list[Record]] = {}
     for made in records:
-        kept[tuple(made.get(key) for key in KEY)] = made
-    return list(kept.values())
+        runs = kept.setdefault(tuple(made.get(key) for key in KEY), [])
+        if runs and any(runs[-1].get(key) != made.get(key) for key in ("commit", "changed")):
+            runs.clear()
+        runs.append(made)
+    return [_medians(runs) for runs in kept.values()]
+
+
+def _medians(runs: Sequence[Record]) -> Record:
+    """The last of some records of one setting, with each number of its times replaced by the median over all."""
+    merged = dict(runs[-1])
+    for field in ("wall_ratio", "processor_ratio", "wall_seconds", "processor_seconds"):
+        found = [run[field] for run in runs if field in run]
+        if found:
+            merged[field] = {name: _median_spread([f[name] for f in found if name in f]) for name in found[-1]}
+    return merged
+
+
+def _median_spread(spreads: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {end: median(spread[end] for spread in spreads) for end in spreads[-1]}
 
 
 def write(records: Sequence[Record]) -> None:

@@ -93,13 +93,24 @@ class TestTables:
         return {**setting, **kind, **figures, "parameters": {"peft-lora": 100, "adalora": 112}, **changes}
 
     def test_show_the_newest_record_of_each_setting_and_every_failure(self, bench: SimpleNamespace) -> None:
-        old = self.made(processor_ratio={"adalora": {"median": 7.0, "low": 7.0, "high": 7.0}})
+        old = self.made(processor_ratio={"adalora": {"median": 7.0, "low": 7.0, "high": 7.0}}, commit="before")
         text = bench.table.render([old, self.made(), self.made(suite="rank", rank=8)])
         assert "0.900 (tiny r 4)" in text
         assert "7.0" not in text
         assert "steps, tiny r 4, allora: `ImportError: none`" in text
         assert "no GPU was at hand" in text
         assert "no GPU was at hand" not in bench.table.render([self.made(device="cuda")])
+
+    def test_show_medians_over_the_runs_of_the_same_code(self, bench: SimpleNamespace) -> None:
+        runs = [
+            self.made(processor_ratio={"peft-lora": spread, "adalora": spread}, commit=commit)
+            for commit, value in (("old", 0.1), ("old", 0.1), ("new", 0.5), ("new", 0.2), ("new", 0.6))
+            for spread in [{"median": value, "low": value - 0.1, "high": value + 0.3}]
+        ]
+        (merged,) = bench.table.newest(runs)
+        expected = {"median": 0.5, "low": 0.4, "high": 0.8}
+        assert merged["processor_ratio"]["adalora"] == pytest.approx(expected)
+        assert merged["wall_ratio"] == runs[-1]["wall_ratio"]
 
     def test_replace_what_stands_between_the_markers(
         self, bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
