@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import BUILDERS, labelled_batch, on_layer, train_adapter
+from models import BUILDERS, labelled_batch, on_layer, tiny_peft, train_adapter
 from test_ablation import model_of, padded, scorer, trained_gates
 
-from loralloc import UserError
+from loralloc import ABLoRA, Budget, UserError, attach
 from loralloc.gating import attach_gates
 
 
@@ -50,3 +50,21 @@ def test_batches_without_labels_are_refused():
         scorer(model, sites, [{key: value for key, value in batch.items() if key != "labels"}])
     with pytest.raises(UserError, match=r"has no labels .all are -100."):
         scorer(model, sites, [{**batch, "labels": torch.full_like(batch["labels"], -100)}])
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "exact"}, {"mode": "taylor"}, {"score": "gate"}], ids=str)
+def test_a_run_that_could_not_score_is_refused_in_its_first_step(settings, monkeypatch):
+    """Not at its first round, after the warmup; scores that need no ablations need no such loss."""
+    for broken in (False, True):
+        model = tiny_peft("llama").train()
+        if broken:
+            monkeypatch.setattr(model.get_base_model(), "loss_function", lambda **kw: 0 * kw["logits"].sum() + 99)
+        batch = labelled_batch("llama")
+        run = attach(model, ABLoRA(Budget(average_rank=2), [batch], **settings), total_steps=1000)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        model(**batch).loss.backward()
+        if broken and "score" not in settings:
+            with pytest.raises(UserError, match=r"computes the loss 99 where"):
+                run.before_step(optimizer)
+        else:
+            run.before_step(optimizer)

@@ -156,8 +156,11 @@ class ABLoRA:
         return state
 
     def on_gradients(self, state: ABLoRAState, now: Moment) -> None:
-        """Turn the gradient of a gate into that of its logit (`gate`); add up sensitivities (`sensitivity`)."""
-        if self.score == "gate":
+        """Look whether ablations will be possible; for `gate` and `sensitivity`, see to what these scores need."""
+        if self.score == "ablation" and now.step == 0:
+            assert now.probe is not None
+            now.probe.check_scoring()
+        elif self.score == "gate":
             state.to_logits()
         elif self.score == "sensitivity" and now.step <= now.schedule.final + 1:
             new = _rank_sensitivity(state.sites)

@@ -48,6 +48,10 @@ class Probe(Protocol):
         """Loss of the next validation batch, in the mode that the model is in; differentiable."""
         ...
 
+    def check_scoring(self) -> None:
+        """Refuse a model or data for which `scoring` cannot work, before training has taken time."""
+        ...
+
     def scoring(self, samples: int, draw: int) -> Ablations:
         """Return the losses of one scoring batch under any setting of the gates, dropout off.
 

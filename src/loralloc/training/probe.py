@@ -176,15 +176,23 @@ class DataProbe:
             if left > 0:
                 batches.append(samples_of(batch, slice(left)))
         if self._walk is None:
-            self._check_scoring(batches[0])
+            self._walk = self._can_walk(batches[0])
         return AblationScorer(self.model, self.sites, batches, self._scoring, walk=bool(self._walk))
 
-    def _check_scoring(self, batch: Batch) -> None:
-        """Once: whether losses are the model's own, and ablations may start in the middle. One sample tells."""
+    def check_scoring(self) -> None:
+        """Refuse a model whose gates cannot be switched per sample, or whose loss of a sample is not known.
+
+        Raises:
+            UserError: With the layer, or with both losses.
+        """
+        batch = self.batch(0)
         AblationScorer(self.model, self.sites, [batch], self._scoring).check_loss(batch)
+
+    def _can_walk(self, batch: Batch) -> bool:
+        """Whether ablations may start in the middle of the model. One sample tells, once B has been trained."""
         most = int((batch["labels"] != IGNORED).reshape(size_of(batch), -1).sum(1).argmax())
         sample = samples_of(batch, slice(most, most + 1))
-        self._walk = AblationScorer(self.model, self.sites, [sample], self._scoring).check_walk()
+        return AblationScorer(self.model, self.sites, [sample], self._scoring).check_walk()
 
     def batch(self, index: int) -> Batch:
         """A validation batch on the model's device; data without an end of their own start over."""
