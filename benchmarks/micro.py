@@ -2,6 +2,7 @@
 
 python benchmarks/micro.py parts --shape llama-512    # forward, backward, allocator, optimizer
 python benchmarks/micro.py operators --shape llama-512  # a step by operator, as the profiler sees it
+python benchmarks/micro.py onestep --shape llama-512  # frozen layer and update as one step of the graph, or as two
 python benchmarks/micro.py layer                      # a layer whose products cost nothing: what is beside them
 python benchmarks/micro.py products                   # an adapter's narrow products, either way around
 python benchmarks/micro.py repeats --shape llama-512  # a forward pass of 1 to 32 copies of a batch
@@ -19,6 +20,7 @@ import torch
 from contenders import Setting, build
 from peft import LoraConfig, get_peft_model
 from shapes import SHAPES
+from timing import interleave
 from torch import Tensor, nn
 from torch.profiler import profile
 
@@ -81,6 +83,21 @@ def operators(shape: str, rank: int, turns: int, shown: int = 16) -> None:
 
 def _of(found: Mapping[str, Mapping[str, float]], key: str) -> list[float]:
     return [own.get(key, 0.0) for own in found.values()]
+
+
+def onestep(shape: str, rank: int, turns: int) -> None:
+    """AdaLoRA's step as it is, and with PEFT's forward pass in every layer; medians of the ratio as well."""
+    steps: dict[str, Callable[[], object]] = {}
+    for name in ("peft-lora", "one", "two"):
+        step = build("peft-lora" if name == "peft-lora" else "adalora", Setting(SHAPES[shape], rank))
+        if isinstance(step, str):
+            raise SystemExit(f"{name}: {step}")
+        for module in step.model.modules() if name == "two" else ():
+            vars(module).pop("forward", None)
+        steps[name] = step.step
+    times = interleave(steps, turns)
+    ratios = {f"{a} / {b}": times.ratio(a, b, "processor") for a, b in (("one", "two"), ("one", "peft-lora"))}
+    show(f"{shape}, r {rank}", {name: spread.median for name, spread in ratios.items()}, digits=3)
 
 
 def layer(turns: int, layers: int = 200) -> None:
@@ -161,22 +178,25 @@ def averages(turns: int) -> None:
         show(f"{sites} x {rank} x {width}, ms", interleaved({"stacked": stacked, "lists": lists}, turns))
 
 
-def show(title: str, found: Mapping[str, float]) -> None:
+OF_A_STEP = {"parts": parts, "operators": operators, "onestep": onestep}
+
+
+def show(title: str, found: Mapping[str, float], digits: int = 2) -> None:
     """Print one line."""
-    print(f"{title}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True)
+    print(f"{title}: " + ", ".join(f"{name} {value:.{digits}f}" for name, value in found.items()), flush=True)
 
 
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("parts", "operators", "layer", "products", "repeats", "averages"))
+    parser.add_argument("what", choices=(*OF_A_STEP, "layer", "products", "repeats", "averages"))
     parser.add_argument("--shape", choices=SHAPES, default="llama-512")
     parser.add_argument("--rank", type=int, default=12)
     parser.add_argument("--turns", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.what in ("parts", "operators"):
-        {"parts": parts, "operators": operators}[options.what](options.shape, options.rank, options.turns)
+    if options.what in OF_A_STEP:
+        OF_A_STEP[options.what](options.shape, options.rank, options.turns)
     elif options.what == "repeats":
         repeats(options.shape, options.turns)
     else:
