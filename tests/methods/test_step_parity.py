@@ -22,7 +22,7 @@ PARITY_LAYERS = [(32, 32), (48, 96), (96, 48)]
 UNSEEN = [{}]  # stands for batches of the draw, see parity.py
 DEFAULTS: Mapping[str, Method] = {
     "adalora": AdaLoRA(Budget(fraction=0.5)),
-    "ablora": ABLoRA(Budget(fraction=0.5), UNSEEN),
+    "ablora": ABLoRA(Budget(fraction=0.5), score="sensitivity"),  # no score matters before the first round
     "allora": ALLoRA(),
     "allora-adalora": ALLoRA(allocate=AdaLoRA(Budget(fraction=0.5))),
     "autolora": AutoLoRA(UNSEEN),
