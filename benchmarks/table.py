@@ -27,6 +27,8 @@ NAMES = {
     "autolora-paper": "AutoLoRA `paper`",
     "betty": "betty-ml, published formulation",
 }
+GROWING = {"frozen": "frozen model (limit)", "peft-adalora": "PEFT AdaLoRA", "adalora": "AdaLoRA"}
+"""What is shown against rank, modules and tokens."""
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
@@ -174,9 +176,9 @@ def _growth(found: Sequence[Record]) -> str:
     for suite in ("rank", "modules", "tokens"):
         for made in sorted((r for r in found if r["suite"] == suite), key=_by(suite)):
             ratios = made.get(f"{_clock(made)}_ratio", {})
-            cells = [_spread(ratios[name]) if name in ratios else "" for name in ("frozen", "peft-adalora", "adalora")]
+            cells = [_spread(ratios[name]) if name in ratios else "" for name in GROWING]
             rows.append([suite, f"{made[suite]:,}", _where(made), *cells])
-    head = ("against", "value", "model", "frozen model (limit)", "PEFT AdaLoRA", "AdaLoRA")
+    head = ("against", "value", "model", *GROWING.values())
     return _markdown(head, rows) if rows else ""
 
 
@@ -232,19 +234,20 @@ def plot(records: Sequence[Record], path: Path = FIGURE) -> None:
     titles = {"rank": "starting rank", "modules": "adapted modules", "tokens": "tokens in a step"}
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     panels = figure.subplots(1, len(titles), sharey=False)
-    for panel, (suite, label) in zip(panels, titles.items(), strict=True):
+    for panel, (suite, title) in zip(panels, titles.items(), strict=True):
         chosen = sorted((r for r in newest(records) if r["suite"] == suite), key=_by(suite))
-        for name in ("peft-adalora", "adalora", "frozen"):
+        for colour, (name, label) in enumerate(GROWING.items()):  # the same in every panel
             points = [
                 (r[suite], r[f"{_clock(r)}_ratio"][name]) for r in chosen if name in r.get(f"{_clock(r)}_ratio", {})
             ]
             if points:
                 x, spreads = zip(*points, strict=True)
-                (line,) = panel.plot(x, [s["median"] for s in spreads], marker="o", markersize=3, label=NAMES[name])
+                medians = [s["median"] for s in spreads]
+                panel.plot(x, medians, marker="o", markersize=3, label=label, color=f"C{colour}")
                 low, high = ([s[end] for s in spreads] for end in ("low", "high"))
-                panel.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+                panel.fill_between(x, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
         panel.axhline(1, color="grey", linewidth=0.6, linestyle=":")
-        panel.set(xscale="log", xlabel=label)
+        panel.set(xscale="log", xlabel=title)
         values = [record[suite] for record in chosen]
         panel.set_xticks(values, [f"{value:,}" for value in values])
         panel.minorticks_off()
