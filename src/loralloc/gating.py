@@ -185,7 +185,7 @@ class _GatedVariant(LoraVariant):
         return gated_lora(module.lora_dropout[active_adapter](x), result, *self._update_of(module, active_adapter, x))
 
     def with_layer(self, module: Any, adapter: str, x: Tensor) -> Tensor:
-        """The same in one step with the frozen linear layer, where `_is_plain_product`."""
+        """The same in one step with the frozen layer, which `_is_plain_product`."""
         frozen = module.base_layer
         return gated_linear(x, frozen.weight, frozen.bias, *self._update_of(module, adapter, x))
 

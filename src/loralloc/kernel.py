@@ -158,9 +158,8 @@ class _GatedLoRA(torch.autograd.Function):
         out = _flat(base_out) if W is None else torch.nn.functional.linear(_flat(x), W, b)  # type: ignore[arg-type]
         with _without_autocast(x.device.type):
             h, gate = _activation(x, A, g, s, dtype)
-            owned = (
-                W is not None and not is_in_torch_dispatch_mode()
-            )  # as selective checkpointing, which keeps products
+            # Selective checkpointing keeps products, and a mode like its own is how it sees them.
+            owned = W is not None and not is_in_torch_dispatch_mode()
             y = _plus(out, _gate(h, gate, x.shape), _cast(B, dtype).t(), owned)
         ctx.dtype = dtype
         ctx.s = None if isinstance(s, Tensor) else s

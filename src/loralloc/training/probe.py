@@ -175,7 +175,8 @@ class DataProbe:
             batch, left = self.batch(draw * count + index), samples - sum(map(size_of, batches))
             if left > 0:
                 batches.append(samples_of(batch, slice(left)))
-        if self._walk is None:
+        if self._walk is None:  # `check_scoring` may not have run: in a resumed run, or if the first step was a bad one
+            self._check_loss(batches[0])
             self._walk = self._can_walk(batches[0])
         return AblationScorer(self.model, self.sites, batches, self._scoring, walk=bool(self._walk))
 
@@ -185,7 +186,9 @@ class DataProbe:
         Raises:
             UserError: With the layer, or with both losses.
         """
-        batch = self.batch(0)
+        self._check_loss(self.batch(0))
+
+    def _check_loss(self, batch: Batch) -> None:
         AblationScorer(self.model, self.sites, [batch], self._scoring).check_loss(batch)
 
     def _can_walk(self, batch: Batch) -> bool:
