@@ -33,6 +33,7 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("training", "tasks", "report"),
     ("truncation",),
     ("export", "from_plan"),
+    ("export_check", "model_card"),
     ("methods",),
     ("gating",),
     ("peft_layers",),

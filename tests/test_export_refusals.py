@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +41,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import GPT2ForSequenceClassification as GPT2Classifier
 
 from loralloc import UserError, export_adapter
-from loralloc.export import PROFILES, VLLM_RANKS, Export, Profile
+from loralloc.export import PROFILES, RECORD, Export, Profile
 from loralloc.gating import attach_gates, fold_gates, is_gated
+from loralloc.model_card import VLLM_RANKS
 
 # ---- What is refused ----
 
@@ -288,7 +290,7 @@ def test_the_serving_line_has_a_rank_that_vllm_takes(rank: int, flag: int) -> No
 
 
 @pytest.mark.parametrize("profile", ADAPTER_PROFILES)
-def test_the_card_holds_the_ranks_and_its_front_matter_is_yaml(tmp_path: Path, profile: Profile) -> None:
+def test_the_card_says_what_it_is_and_its_front_matter_is_yaml(tmp_path: Path, profile: Profile) -> None:
     model = adapted("llama")
     set_ranks(model, cycled_ranks(model, 3, 0, 1))
     export = export_adapter(model, tmp_path / "adapter", profile)
@@ -299,9 +301,9 @@ def test_the_card_holds_the_ranks_and_its_front_matter_is_yaml(tmp_path: Path, p
         "library_name": "peft",
         "tags": ["lora", "loralloc"],
     }
-    for name, rank in export.ranks.items():
-        assert f"| `{name}` | {rank} |" in body
-    assert f"(profile `{profile}`), 8 ranks over 6 modules,\nlargest rank 3." in body
+    assert f"(profile `{profile}`): 8 ranks over 6 modules, largest rank 3." in body
+    assert json.loads((tmp_path / "adapter" / RECORD).read_text())["ranks"] == export.ranks
+    assert ("hot-swapping" in body) == (profile == "ragged")
     assert f"{export.difference:.1e}" in body
     assert export.serving[0].replace(str(export.path), "path/to/this/folder") in body
     assert str(export.path) not in body
@@ -318,7 +320,7 @@ def test_any_name_of_a_base_model_makes_valid_front_matter(tmp_path: Path, base:
     model.peft_config["default"].base_model_name_or_path = base
     export_adapter(model, tmp_path / "adapter")
     front = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8").split("---\n")[1]
-    assert yaml.safe_load(front)["base_model"] == (base or "unknown")
+    assert yaml.safe_load(front)["base_model"] == (base or "BASE_MODEL")
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

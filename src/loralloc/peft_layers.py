@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from loralloc.errors import UserError, closest
@@ -113,3 +118,36 @@ def check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
             f"{name}: the adapter is sharded over processes (tensor parallel or FSDP); attach before sharding is not "
             "supported yet: train with one process or with DDP"
         )
+
+
+@contextmanager
+def bare_base(model: PeftModel) -> Iterator[nn.Module]:
+    """The base model inside, without any adapter and on the same weights; the adapters are back after it."""
+    base: Any = model
+    while isinstance(base, PeftModel):
+        base = base.get_base_model()
+    attributes, flags = dict(vars(base)), {p: p.requires_grad for p in model.parameters()}
+    hooks = [(module, OrderedDict(module._forward_hooks)) for module in base.modules()]
+    taken = [(parent, name, child) for parent in list(base.modules()) for name, child in parent._modules.items()]
+    for parent, name, child in taken:
+        parent._modules[name] = _without_adapter(child)
+    for left_behind in ("peft_config", "hf_device_map"):  # PEFT would add to the one, and place the model by the other
+        vars(base).pop(left_behind, None)
+    try:
+        yield base
+    finally:
+        vars(base).clear()
+        vars(base).update(attributes)
+        for parent, name, child in taken:
+            parent._modules[name] = child
+        for module, registered in hooks:
+            module._forward_hooks.clear()
+            module._forward_hooks.update(registered)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _without_adapter(child: Any) -> Any:
+    if isinstance(child, BaseTunerLayer):
+        return child.get_base_layer()
+    return child.original_module if isinstance(child, AuxiliaryTrainingWrapper) else child
