@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loralloc import AdaLoRA, Budget, RankPlan, attach, export_adapter, truncate_adapter
-from loralloc.training.callback import MARKER
 
 SCALES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -214,7 +213,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _tensors(f, lambda t: t.update({"base_model.model.x.lora_gate": torch.ones(2)})),
         "x.lora_gate is no factor of a linear layer",
     ),
-    "unfinished": (lambda f: (f / MARKER).write_text("{}"), "is a checkpoint of an unfinished allocation"),
 }
 
 

@@ -145,12 +145,20 @@ class Site:
 
     def take_scale(self, ranks: Tensor) -> None:
         """Keep the scale of some ranks alone, int64 [k]: the others have left the tensors."""
+        self._variant.taken = ranks, len(self.scale)
         self._variant.scale = self.scale[ranks.to(self.gate.device)]
 
-    def put_back_scale(self, ranks: Tensor, capacity: int) -> None:
+    def put_back_scale(self) -> None:
         """Undo `take_scale`; the ranks that had left are closed for good."""
-        small = self._variant.scale
-        self._variant.scale = small.new_zeros(capacity).index_copy_(0, ranks.to(small.device), small)
+        self._variant.scale, self._variant.taken = self.full_scale, None
+
+    @property
+    def full_scale(self) -> Tensor:
+        """The scale with zeros for ranks that have left the tensors."""
+        if self._variant.taken is None:
+            return self.scale
+        (ranks, capacity), small = self._variant.taken, self._variant.scale
+        return small.new_zeros(capacity).index_copy_(0, ranks.to(small.device), small)
 
     @contextmanager
     def gates_replaced(self, gate: Tensor | None) -> Iterator[None]:
@@ -173,6 +181,7 @@ class _GatedVariant(LoraVariant):
         self.gate: Tensor | None = None  # instead of the layer's parameter
         self.off = False  # no update: as with gates of zero
         self.gate_frozen = False
+        self.taken: tuple[Tensor, int] | None = None  # positions of the ranks left in the tensors, of how many
 
     def supports_lora_conversion(self) -> bool:
         return False  # PEFT would convert without the gates; export_adapter does it right
@@ -281,17 +290,31 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
     return sites
 
 
+def folded(A: Tensor, B: Tensor, gate: Tensor, scale: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return the factors of plain LoRA that compute, under PEFT's own scaling, what gated ones do.
+
+    B becomes B · diag(scale ∘ gate) / scaling. Ranks that are closed for good (scale 0) become exact zeros in both
+    factors, which is how `export_adapter` recognises them.
+
+    Args:
+        A: [r, in].
+        B: [out, r].
+        gate: [r].
+        scale: [r].
+        scaling: PEFT's scaling.
+    """
+    A = A.masked_fill((scale == 0).unsqueeze(1).to(A.device), 0)
+    return A, (B * (scale * gate / scaling)).to(B.dtype)
+
+
 @torch.no_grad()
 def fold_gates(sites: Sequence[Site]) -> None:
-    """Fold scale ∘ gate into B, clear closed ranks, and remove the gates: what is left is plain LoRA.
-
-    B becomes B · diag(scale ∘ gate) / scaling, so that PEFT's own scaling reproduces the trained function. Ranks that
-    are closed for good (scale 0) become exact zeros in both factors, which is how `export_adapter` recognises them.
-    """
+    """Fold scale ∘ gate into B, clear closed ranks, and remove the gates: what is left is plain LoRA."""
     for site in sites:
         layer, adapter = site.layer, site.adapter
-        site.B.copy_((site.B * (site.scale * site.gate / site.scaling)).to(site.B.dtype))
-        site.A[site.scale == 0] = 0
+        A, B = folded(site.A, site.B, site.gate, site.scale, site.scaling)
+        site.A.copy_(A)
+        site.B.copy_(B)
         del layer.lora_gate[adapter], layer.lora_variant[adapter]
         if not layer.lora_gate:
             del layer.lora_gate

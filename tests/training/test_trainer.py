@@ -134,13 +134,14 @@ class TestResume:
 
     def test_there_is_something_to_compare(self, whole: Whole) -> None:
         run = whole("adalora")
-        for name in ("adapter_model", "optimizer", "loralloc"):
+        for name in ("adapter_model", "optimizer", "loralloc", "gated_factors"):
             tensors = load_file(run / SAVED / f"{name}.safetensors")
             assert all(tensor.isfinite().all() for tensor in tensors.values())
             assert any(tensor.any() for tensor in tensors.values())
         moments = load_file(run / SAVED / "optimizer.safetensors")
         assert {name.partition(".")[2] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
-        assert any("lora_gate" in name for name in load_file(run / SAVED / "adapter_model.safetensors"))
+        assert any("lora_gate" in name for name in load_file(run / SAVED / "gated_factors.safetensors"))
+        assert not any("lora_gate" in name for name in load_file(run / SAVED / "adapter_model.safetensors"))
         assert "final" in load_file(run / SAVED / "loralloc.safetensors")
         losses = [row["loss"] for row in log_rows(run) if "loss" in row]
         assert len(set(losses)) == len(losses) == 6

@@ -21,12 +21,10 @@ def truncate(
     """Keep the largest singular values of all updates; give one budget. Needs neither the base model nor data."""
     from loralloc.budget import Budget
     from loralloc.cli import terminal
-    from loralloc.training.callback import refuse_unfinished
     from loralloc.truncation import truncate_adapter
 
     terminal.quiet_libraries()
     budget = Budget(average_rank, total_rank, parameters, fraction)
-    refuse_unfinished(adapter)
     done = truncate_adapter(adapter, output, budget)
     plan = done.plan
     share = plan.parameters / plan.start_parameters

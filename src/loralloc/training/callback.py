@@ -14,18 +14,28 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.trainer_callback import CallbackHandler
 
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
 from loralloc.plan import RankPlan, write_atomically
 from loralloc.training.checkpoint import read_jsonl
+from loralloc.training.gated_files import FILE as GATED
 from loralloc.training.probe import CollatedBatches, random_state, set_random_state
 from loralloc.training.run import AllocationRun, Event
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
-"""Files beside each checkpoint. The marker says that the adapter in it is unfinished: its gates are not folded."""
+"""Files beside each checkpoint: the allocation's state. The marker says whether the run had finished."""
+
+UNFINISHED = """
+## A checkpoint of a rank allocation
+
+Written after step {step} of {steps} by loralloc. `adapter_model.safetensors` is plain LoRA: the adapter as it would be
+if the run ended here, its ranks not final. To go on, resume the run: the factors and gates that are trained are in
+`gated_factors.safetensors`, the allocation's state is in `loralloc.safetensors` and `loralloc.json`.
+"""
 
 
 class RankAllocation(TrainerCallback):
@@ -83,6 +93,7 @@ class RankAllocation(TrainerCallback):
         """Attach the gates: the optimizer, built later, must see them."""
         if self._run is not None:
             raise UserError("this RankAllocation belongs to a Trainer already; make a new one for each Trainer")
+        _go_before_reports(self)
         self._run = AllocationRun(kwargs["model"], self.method, compact=self._compact)
         if self._trace is not None:
             self._run.on_event = self._append_event
@@ -165,6 +176,8 @@ class RankAllocation(TrainerCallback):
         if not state.is_world_process_zero or self.plan is not None:
             return
         folder = _checkpoint(args, state)
+        with (folder / "README.md").open("a", encoding="utf-8") as card:
+            card.write(UNFINISHED.format(step=state.global_step, steps=state.max_steps))
         tensors, numbers = self.run.state_dict()
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
         write_atomically(folder / MARKER, json.dumps({"finished": False, **numbers}) + "\n")
@@ -172,8 +185,14 @@ class RankAllocation(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fold the gates: the model is plain LoRA from here on."""
+        """Fold the gates: the model is plain LoRA from here on, and so is a checkpoint of the last step."""
         self.plan = self.run.finish(self._provenance)
+        folder = _checkpoint(args, state)
+        if state.is_world_process_zero and (folder / MARKER).is_file():
+            write_atomically(folder / MARKER, json.dumps({"finished": True, "step": state.global_step}) + "\n")
+            (folder / GATED).unlink()
+            kwargs["model"].save_pretrained(str(folder))
+            self.plan.save(folder / "ranks.json")
 
     def _resume(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         try:
@@ -207,17 +226,20 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
-def refuse_unfinished(folder: Path) -> None:
-    """Refuse an adapter folder whose gates have not been folded.
+def _go_before_reports(callback: TrainerCallback) -> None:
+    """Move a callback in front of those that report to trackers, so that what it adds to a log reaches them.
 
-    Raises:
-        UserError: The folder is a mid-run checkpoint.
+    A Trainer puts its own callbacks first. No event carries the list, but the one who sends it holds it.
     """
-    if (folder / MARKER).exists():
-        raise UserError(
-            f"{folder} is a checkpoint of an unfinished allocation: its gates are not folded into the adapter, so "
-            "loading it as LoRA would give another function; resume the run, or use the adapter it exports at the end"
-        )
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    if frame is None:  # not called by a Trainer
+        return
+    callbacks = frame.f_locals["self"].callbacks
+    flow = next((i for i, other in enumerate(callbacks) if isinstance(other, DefaultFlowCallback)), -1)
+    callbacks.remove(callback)
+    callbacks.insert(flow + 1, callback)  # it asks what the flow has decided
 
 
 def _validation_batches(data: Any, training: Any, args: TrainingArguments) -> CollatedBatches:

@@ -77,8 +77,8 @@ class Compaction:
             hook.remove()
         for parameter, shrunk in self._shrunk.items():
             self._reshape(parameter, shrunk.put_back)
-        for site, kept, capacity in zip(self.sites, self._kept, self._capacity, strict=True):
-            site.put_back_scale(kept, capacity)
+        for site in self.sites:
+            site.put_back_scale()
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, _Shrunk]]:
         for site, kept, capacity in zip(self.sites, self._kept, self._capacity, strict=True):

@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from loralloc._version import __version__
@@ -27,8 +28,17 @@ from loralloc.methods.base import (
 )
 from loralloc.plan import RankPlan
 from loralloc.training.compaction import Compaction
+from loralloc.training.example import keep_example
+from loralloc.training.gated_files import GatedFiles
 from loralloc.training.moments import FreshRanks, clear_moments
-from loralloc.training.optimizer import GateWatch, check_holds_gates, learning_rate, optimizer_name
+from loralloc.training.optimizer import (
+    GateWatch,
+    accumulates,
+    check_holds_gates,
+    check_unscaled,
+    learning_rate,
+    optimizer_name,
+)
 from loralloc.training.probe import DataProbe
 from loralloc.training.soundness import StepChecks, can_skip, forget
 
@@ -99,6 +109,8 @@ class AllocationRun:
             self.unit, self.start, self.target = site_budget(self.sites, method.budget)
             if total_steps is not None:
                 self.begin(total_steps)
+        self._files = GatedFiles(cast(PeftModel, model), self.sites)
+        self._forget_example = keep_example(model)
         self.step = 0
         self.settled = False
         self.max_grad_norm: float | None = None
@@ -113,7 +125,7 @@ class AllocationRun:
         self._compact = compact
         self._final: Tensor | None = None
         self._compaction: Compaction | None = None
-        self._gate_watch = GateWatch(self.sites)
+        self._gate_watch: GateWatch | None = GateWatch(self.sites)  # until an optimizer is shown
         self._checks = StepChecks(model, lambda step: self._emit({"event": "bad_step", "step": step}))
         self._sound: Tensor | None = None
 
@@ -142,23 +154,37 @@ class AllocationRun:
         """Run between `backward()` (and clipping) and `optimizer.step()`.
 
         A step with a non-finite gradient on any process is skipped everywhere: all gradients are set to None, so that
-        the optimizer moves nothing, not even by momentum, and no score sees the step.
+        the optimizer moves nothing, not even by momentum, and no score sees the step. While accelerate accumulates
+        gradients, its optimizer makes no step, and neither does the run.
 
         Args:
-            optimizer: The optimizer; a method that needs the learning rate or rescales updates says so where it is
-                missing.
+            optimizer: The optimizer, or accelerate's wrapper of it; a method that needs the learning rate or rescales
+                updates says so where it is missing.
             wait: Whether to wait for the device to know whether the step is sound. Without, a bad step is skipped on
                 the device where that is possible (a GPU, a fused Adam or AdamW that is stepped by its own `step()`,
                 a method with `masks_bad_steps`), and counted and reported a few steps later.
 
         Returns:
-            Whether the step is sound; None where only the device knows.
+            Whether the step is sound; None where only the device knows, or where no step is due.
 
         Raises:
+            UserError: The optimizer was built before the allocation was attached, or all steps have been made.
             FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
         """
         if self.plan is not None:
             raise RuntimeError("the run is finished: its gates are folded")
+        if accumulates(optimizer):
+            return None
+        if self.step >= self.schedule.total_steps:
+            raise UserError(
+                f"the run was planned for {self.schedule.total_steps} optimizer steps, and they have been made: "
+                "finish() it; give attach() as many total_steps as optimizer.step() updates the weights (with gradient "
+                "accumulation, once in several batches)"
+            )
+        if optimizer is not None and self._gate_watch is not None:
+            check_holds_gates(optimizer, self.sites)
+            self._gate_watch = None
+        check_unscaled(optimizer)
         if self.step == 0:
             self.emit_start()
         if not wait and can_skip(optimizer, self.method, self.sites[0].gate.device):
@@ -176,7 +202,10 @@ class AllocationRun:
         Args:
             optimizer: When given, the moments of ranks that are closed for good are cleared.
         """
-        self._gate_watch.look(self._checks.good)
+        if accumulates(optimizer):
+            return
+        if self._gate_watch is not None and not self._checks.bad_in_a_row:
+            self._gate_watch.look()
         with torch.no_grad():
             self._fresh.after_step(optimizer)
             decision = self.method.on_step(self.state, self._now(optimizer))
@@ -211,6 +240,8 @@ class AllocationRun:
         if self._compaction is not None:
             self._compaction.undo()
             self.method.resized(self.state)
+        if self._gate_watch is not None:
+            self._gate_watch.judge()
         with torch.no_grad():
             kept = self.method.finish(self.state, self.target)
         record = {
@@ -224,6 +255,8 @@ class AllocationRun:
         if self.probe is not None:
             self.probe.close()
         self._ranks = list(self.plan.ranks.values())
+        self._files.close()
+        self._forget_example()
         fold_gates(self.sites)
         self._emit({"event": "finish", "step": self.step, "ranks": self._ranks, "parameters": self.plan.parameters})
         return self.plan
