@@ -223,6 +223,22 @@ def test_inputs_that_the_model_refuses_leave_a_way_on(tmp_path: Path) -> None:
     export_adapter(model, tmp_path / "adapter", batch=batch)
 
 
+def test_a_loss_without_logits_is_nothing_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TRL's fused head returns: its loss would be compared for the logits."""
+    model = tiny_peft("llama", trained=True)
+    stock = model.base_model.model.forward
+
+    def fused(*args: Any, fused_head: bool = False, **kwargs: Any) -> Any:
+        outputs = stock(*args, **kwargs)
+        return {"loss": outputs.logits.mean()} if fused_head else outputs
+
+    monkeypatch.setattr(model.base_model.model, "forward", fused)
+    batch = token_batch()
+    with pytest.raises(UserError, match=r"does not take the inputs of the check"):
+        export_adapter(model, tmp_path / "adapter", batch={**batch, "fused_head": True})
+    export_adapter(model, tmp_path / "adapter", batch=batch)
+
+
 def test_a_checkpoint_with_remote_code_is_not_asked_for_it(tmp_path: Path) -> None:
     """A merged folder is loaded again by the classes that are there, not by what its config names."""
     base = AutoModelForCausalLM.from_pretrained(saved_base("llama"))

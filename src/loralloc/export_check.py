@@ -136,20 +136,21 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
         UserError: The model does not take the inputs.
     """
     device = next(model.parameters()).device
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     try:
-        outputs = model(
-            **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        )
+        outputs = model(**inputs)
+        found = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+        found = outputs[0] if found is None else found
+        if found.dim() == 0:
+            raise ValueError("it returns a loss and no logits")
     except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise UserError(
-            f"the export was not checked, so nothing was written: the model does not take the inputs of the check "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). The trained "
-            "model is as it was; export it again with batch={...}: a few of your data as the model's forward takes them"
+            "the export was not checked, so nothing was written: the model does not take the inputs of the check "
+            f"({type(error).__name__}: {reason}). The trained model is as it was; export it again with batch={{...}}: a "
+            "few of your data as the model's forward takes them"
         ) from error
-    if isinstance(outputs, Tensor):
-        return outputs
-    found = getattr(outputs, "logits", None)
-    return outputs[0] if found is None else found
+    return found
 
 
 def compare(expected: Tensor, actual: Tensor, ulps: int = 4) -> Checked:

@@ -27,14 +27,11 @@ def keep_example(model: nn.Module) -> Callable[[], None]:
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or args:
             return
-        batch = samples_of(kwargs, slice(SAMPLES))
-        remember_example(model, {key: _own(value) for key, value in batch.items()})
+        # Other than tensors are orders of a training loop, such as TRL's to compute no logits.
+        tensors = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+        batch = samples_of(tensors, slice(SAMPLES))
+        remember_example(model, {key: value.detach().to("cpu", copy=True) for key, value in batch.items()})
         hook.remove()
 
     hook = model.register_forward_pre_hook(look, with_kwargs=True)
     return hook.remove
-
-
-def _own(value: Any) -> Any:
-    """A copy on the CPU that nobody else changes."""
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
