@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from loralloc.tasks.data import Sources
+from loralloc.tasks.locations import Sources
 
 CHUNK = 1000
 """Examples turned into Arrow at a time, so that only so many exist as Python lists."""
