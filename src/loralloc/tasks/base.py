@@ -110,6 +110,8 @@ class TaskData:
     """Whether a greater value of `metric` is a better one."""
     reference: Mapping[str, float] = field(default_factory=dict)
     """Values of `metric` that need no training, on the test split, or the validation split without one."""
+    classes: Mapping[str, int] = field(default_factory=dict)
+    """Training examples of every class, in the order of the model's outputs; empty where there are no classes."""
 
 
 def first_output(logits: Logits, labels: torch.Tensor) -> torch.Tensor:
