@@ -27,11 +27,15 @@ def check_entries(lora: LoraSection, model: nn.Module, planned: bool) -> None:
         UserError: With a line for each key at fault.
     """
     names = [name for name, _ in model.named_modules() if name]
-    given = {} if planned else {"target_modules": lora.target_modules, "exclude_modules": lora.exclude_modules}
-    found = {key: _problem(entries, names) for key, entries in given.items() if not _is_all_linear(entries)}
-    # Of what is trained in full, PEFT compares the ends of names, without a dot before them.
-    unknown = [entry for entry in lora.modules_to_save or [] if not any(name.endswith(entry) for name in names)]
-    found["modules_to_save"] = _no_such(unknown, names)
+    found = {}
+    if not planned:
+        every_linear = isinstance(lora.target_modules, str) and lora.target_modules.lower() == "all-linear"
+        found["target_modules"] = "" if every_linear else _problem(lora.target_modules, names)
+        found["exclude_modules"] = _problem(lora.exclude_modules, names)
+    # Of what is trained in full, PEFT compares the ends of all names, those of shared modules too, without a dot.
+    every = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    unknown = [entry for entry in lora.modules_to_save or [] if not any(name.endswith(entry) for name in every)]
+    found["modules_to_save"] = _no_such(unknown, every)
     lines = [
         f"lora.{key}: {problem}; the model has {linear_modules(model)}" for key, problem in found.items() if problem
     ]
@@ -44,10 +48,6 @@ def linear_modules(model: nn.Module) -> str:
     kinds = ((name.rpartition(".")[2], type(module).__name__) for name, module in model.named_modules())
     names = Counter(name for name, kind in kinds if "Linear" in kind or kind == "Conv1D")
     return ", ".join(f"{name} ({count})" for name, count in names.most_common()) or "no linear layers"
-
-
-def _is_all_linear(entries: object) -> bool:
-    return isinstance(entries, str) and entries.lower() == "all-linear"
 
 
 def _problem(entries: str | Sequence[str] | None, names: Sequence[str]) -> str:
@@ -97,7 +97,7 @@ def _pattern_problem(pattern: str, names: Sequence[str]) -> str:
         )
         return f'no module fits the pattern "{pattern}".{cure}'
     for part, narrowed in _alternatives(pattern):
-        if part and not any(re.fullmatch(narrowed, name) for name in names):
+        if not any(re.fullmatch(narrowed, name) for name in names):
             return (
                 f'no module fits the part "{part}" of the pattern "{pattern}".{_nearest_within(part, names)} '
                 "Correct it or leave it out"
@@ -114,7 +114,7 @@ def _alternatives(pattern: str) -> Iterator[tuple[str, str]]:
     if _NOT_TAKEN_APART.search(pattern):
         return
     branches = _split(pattern)
-    if len(branches) > 1:
+    if len(branches) > 1 and "" not in branches:  # with an empty one, the others are optional
         yield from ((branch, branch) for branch in branches)
     for branch in branches:
         for start, end in _groups(branch):
