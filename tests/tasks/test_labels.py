@@ -58,6 +58,7 @@ def test_classes_that_differ(names: tuple[str, str]) -> None:
 def test_groups_of_more_than_two_and_several_groups() -> None:
     found = alike({"a": 1, "A": 2, " a": 3, "b": 4, "B": 5, "c": 6})
     assert found == [["B", "b"], [" a", "A", "a"]]
+    assert alike({" Pos": 3, "pos": 3}) == [["pos", " Pos"]]
 
 
 def test_few_classes_are_all_named_and_many_are_not() -> None:

@@ -43,13 +43,13 @@ def alike(classes: Mapping[str, int]) -> list[list[str]]:
         classes: Name to number of examples.
 
     Returns:
-        Groups of two names or more, each with the commonest first.
+        Groups of two names or more, each with the commonest first; of equally common ones, the shortest.
 
     >>> alike({"pos": 9, " Pos": 1, "neg": 5})
     [['pos', ' Pos']]
     """
     groups: dict[str, list[str]] = {}
-    for name in sorted(classes, key=lambda name: -classes[name]):
+    for name in sorted(classes, key=lambda name: (-classes[name], len(name))):
         groups.setdefault(_essence(name), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
