@@ -38,7 +38,7 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("gating",),
     ("peft_layers",),
     ("kernel", "budget", "scores", "allocate"),
-    ("plan", "recipes"),
+    ("plan", "recipes", "_folders"),
     ("errors", "_version"),
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
@@ -49,6 +49,7 @@ FOREIGN: dict[
 ] = {  # third-party packages a unit may import; units that are not listed may import any dependency
     "_version": set(),
     "errors": set(),
+    "_folders": set(),
     "recipes": set(),
     "plan": set(),
     "kernel": {"torch"},

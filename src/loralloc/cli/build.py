@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from transformers import (
 
 from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
+from loralloc.cli.targets import check_entries, linear_modules
 from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError
 from loralloc.from_plan import lora_config
@@ -106,17 +105,19 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """Put a fresh LoRA adapter on a model.
 
     Raises:
-        UserError: No module matches; the message lists what the model has.
+        UserError: An entry of the recipe matches no module, or none that can be adapted; the message lists what the
+            model has.
     """
     set_seed(recipe.training.seed)
     lora = recipe.lora
+    check_entries(lora, model, planned=recipe.plan is not None)
     config = _planned_config(recipe, model) if recipe.plan is not None else _even_config(recipe)
     try:
         adapted = get_peft_model(model, config)
-    except (ValueError, re.error) as error:
+    except ValueError as error:
         raise UserError(
             f"lora.target_modules: {lora.target_modules} fits no module that can be adapted; the model has "
-            f"{_linear_modules(model)} ({str(error).splitlines()[0]})"
+            f"{linear_modules(model)} ({str(error).splitlines()[0]})"
         ) from error
     assert isinstance(adapted, PeftModel)
     for name, layer, adapter in plain_sites(adapted):
@@ -212,11 +213,3 @@ def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData
     """Load the base model and the data of a run and, with stock PEFT, the adapter it exported."""
     data = task_data(recipe)
     return _with_adapter(data.model, folder), data
-
-
-def _linear_modules(model: torch.nn.Module) -> str:
-    """Names of linear layers with how often they occur, for a message."""
-    names = Counter(
-        name.rpartition(".")[2] for name, module in model.named_modules() if "Linear" in type(module).__name__
-    )
-    return ", ".join(f"{name} ({count})" for name, count in names.most_common()) or "no linear layers"

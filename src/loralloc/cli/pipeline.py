@@ -136,6 +136,7 @@ def _final_metrics(
         "validation": stage.evaluate(trainer, data, "eval", data.validation),
         "test": None if data.test is None else stage.evaluate(trainer, data, "test", data.test),
         "reference": {**data.reference, "untrained": untrained},
+        "classes": dict(data.classes),
         "train_seconds": round(seconds, 1),
         "total_steps": trainer.state.max_steps,
         "final_ranks": plan.total_rank,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from loralloc.cli.checks import check_inputs, check_output, is_first_process
 from loralloc.config import load_recipe
 from loralloc.errors import UserError
 
@@ -26,6 +27,9 @@ def train(
     if resume and replace:
         raise UserError("--resume continues a run and --replace starts it over: give one of them")
     settings = load_recipe(recipe, context.args)
+    check_inputs(settings)
+    if not dry_run and is_first_process():  # the others may come after it has made the folder
+        check_output(settings, resume, replace)
     from loralloc.cli import pipeline
 
     if dry_run:
