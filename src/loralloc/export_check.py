@@ -147,8 +147,8 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise UserError(
             "the export was not checked, so nothing was written: the model does not take the inputs of the check "
-            f"({type(error).__name__}: {reason}). The trained model is as it was; export it again with batch={{...}}: a "
-            "few of your data as the model's forward takes them"
+            f"({type(error).__name__}: {reason}). The trained model is as it was; export it again with batch={{...}}: "
+            "a few of your data as the model's forward takes them"
         ) from error
     return found
 
