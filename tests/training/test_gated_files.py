@@ -65,6 +65,9 @@ def test_every_checkpoint_and_save_model_are_right_in_stock_peft(name: str, meth
     assert allocation.plan is not None
     assert RankPlan.load(tmp_path / "checkpoint-16" / "ranks.json").ranks == allocation.plan.ranks
     assert not (tmp_path / "checkpoint-16" / FILE).exists()
+    card = (tmp_path / "checkpoint-16" / "README.md").read_text(encoding="utf-8")
+    assert "plain LoRA at its final ranks" in card
+    assert "not final" not in card
 
 
 def test_a_checkpoint_in_the_middle_is_the_function_at_that_step(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ Written after step {step} of {steps} by loralloc. `adapter_model.safetensors` is
 if the run ended here, its ranks not final. To go on, resume the run: the factors and gates that are trained are in
 `gated_factors.safetensors`, the allocation's state is in `loralloc.safetensors` and `loralloc.json`.
 """
+FINISHED = """\
+## The end of a rank allocation
+
+Written by loralloc: plain LoRA at its final ranks, which are in `ranks.json`."""
 
 
 class RankAllocation(TrainerCallback):
@@ -177,7 +181,7 @@ class RankAllocation(TrainerCallback):
             return
         folder = _checkpoint(args, state)
         with (folder / "README.md").open("a", encoding="utf-8") as card:
-            card.write(UNFINISHED.format(step=state.global_step, steps=state.max_steps))
+            card.write(_unfinished(state))
         tensors, numbers = self.run.state_dict()
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
         write_atomically(folder / MARKER, json.dumps({"finished": False, **numbers}) + "\n")
@@ -190,9 +194,12 @@ class RankAllocation(TrainerCallback):
         folder = _checkpoint(args, state)
         if state.is_world_process_zero and (folder / MARKER).is_file():
             write_atomically(folder / MARKER, json.dumps({"finished": True, "step": state.global_step}) + "\n")
-            (folder / GATED).unlink()
+            for gated in folder.rglob(GATED):
+                gated.unlink()
             kwargs["model"].save_pretrained(str(folder))
             self.plan.save(folder / "ranks.json")
+            card = (folder / "README.md").read_text(encoding="utf-8")
+            write_atomically(folder / "README.md", card.replace(_unfinished(state).strip(), FINISHED))
 
     def _resume(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         try:
@@ -224,6 +231,11 @@ class RankAllocation(TrainerCallback):
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """The folder in which the Trainer keeps the checkpoint of the current step."""
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+def _unfinished(state: TrainerState) -> str:
+    """What the page of a checkpoint says before the run has ended."""
+    return UNFINISHED.format(step=state.global_step, steps=state.max_steps)
 
 
 def _go_before_reports(callback: TrainerCallback) -> None:
