@@ -35,9 +35,10 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("export", "from_plan"),
     ("methods",),
     ("gating",),
+    ("plain_lora",),
     ("peft_layers",),
     ("kernel", "budget", "scores", "allocate"),
-    ("plan", "recipes"),
+    ("plan", "recipes", "naming"),
     ("errors", "_version"),
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
@@ -55,7 +56,9 @@ FOREIGN: dict[
     "scores": {"torch"},
     "allocate": {"torch"},
     "gating": {"torch", "peft"},
-    "peft_layers": {"torch", "peft"},
+    "peft_layers": {"torch", "peft", "transformers"},
+    "plain_lora": {"torch", "peft"},
+    "naming": set(),
     "from_plan": {"torch", "peft"},
     "methods": {"torch"},
     "report": {"matplotlib", "numpy", "yaml"},
