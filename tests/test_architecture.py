@@ -36,9 +36,10 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("export_check", "model_card"),
     ("methods",),
     ("gating",),
+    ("plain_lora",),
     ("peft_layers",),
     ("kernel", "budget", "scores", "allocate"),
-    ("plan", "recipes", "_folders"),
+    ("plan", "recipes", "naming", "_folders"),
     ("errors", "_version"),
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
@@ -57,7 +58,9 @@ FOREIGN: dict[
     "scores": {"torch"},
     "allocate": {"torch"},
     "gating": {"torch", "peft"},
-    "peft_layers": {"torch", "peft"},
+    "peft_layers": {"torch", "peft", "transformers"},
+    "plain_lora": {"torch", "peft"},
+    "naming": set(),
     "from_plan": {"torch", "peft"},
     "methods": {"torch"},
     "report": {"matplotlib", "numpy", "yaml"},

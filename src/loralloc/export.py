@@ -32,12 +32,10 @@ from loralloc.errors import UserError
 from loralloc.export_check import Checked, Factors, check_adapter, check_batch, compare, computing_plainly, logits
 from loralloc.gating import is_gated, plain_sites
 from loralloc.model_card import Export, Profile, model_card
-from loralloc.peft_layers import PREFIX
+from loralloc.peft_layers import PREFIX, peft_model
+from loralloc.plain_lora import check_active, check_mergeable, check_plain, stored_apart
 
 PROFILES: tuple[Profile, ...] = ("ragged", "uniform", "merged")
-
-CHANGES_BASE_WEIGHTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Starts of init_lora_weights under which PEFT subtracts the start from the base weights."""
 
 RECORD = "loralloc_export.json"
 """Our record of an export, in a file of its own: readers of LoRA warn about keys they do not know."""
@@ -73,13 +71,18 @@ def export_adapter(
     if profile not in PROFILES:
         raise UserError(f'profile must be one of {", ".join(PROFILES)}; got "{profile}"')
     check_target(path)
+    model = peft_model(model)
     sites = list(plain_sites(model))
     adapter = sites[0][2]
     if is_gated(model, adapter):
         raise UserError(
             "the rank allocation is not finished: its gates are not folded; call finish() or end train() first"
         )
-    _check_plain(model, adapter)
+    layers = [(name, layer) for name, layer, _ in sites]
+    check_plain(model, adapter, layers)
+    check_active(layers)
+    if profile == "merged":
+        check_mergeable(model, adapter, layers)
     factors = {name: _factors(layer, adapter) for name, layer, _ in sites}
     if not any(factor.rank for factor in factors.values()):
         raise UserError("the adapter has no rank left in any module: there is nothing to export")
@@ -174,11 +177,7 @@ def _write_adapter(
             values = (stored[name].A, stored[name].B)
             tensors |= {k: v.to(dtype) for k, v, dtype in zip(keys, values, dtypes, strict=True)}
     config.save_pretrained(str(folder))
-    save_file(
-        {key: value.detach().contiguous().cpu() for key, value in tensors.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_file(stored_apart(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def plain_config(config: PeftConfig, fields: Mapping[str, Any], left_out: list[str]) -> LoraConfig:
@@ -216,31 +215,6 @@ def _write_merged(model: PeftModel, folder: Path, batch: Mapping[str, Any]) -> C
         type(merged.config).from_pretrained(folder)  # the folder is a model that loads by itself
         reloaded = type(merged).from_pretrained(folder, dtype=merged.dtype).to(merged.device)
         return compare(logits(merged, batch), logits(reloaded.eval(), batch))
-
-
-def _check_plain(model: PeftModel, adapter: str) -> None:
-    """Refuse an adapter that is more than B·A on the base weights: the files could not say so."""
-    check_plain_config(model.peft_config[adapter])
-    for name, layer, _ in plain_sites(model):
-        if adapter in layer.lora_variant or layer.lora_bias[adapter] or layer.lora_A[adapter].weight.dim() != 2:
-            raise UserError(f"{name}: not plain LoRA on a linear layer (a variant, a bias or a convolution)")
-        if layer.merged or layer.disable_adapters:
-            state, cure = ("merged", "unmerge_adapter()") if layer.merged else ("disabled", "enable_adapter_layers()")
-            raise UserError(f"{name}: the adapter is {state}, so there is nothing to compare with; call {cure} first")
-
-
-def check_plain_config(config: PeftConfig) -> None:
-    """Refuse what a config says of an adapter that is more than B·A on the base weights."""
-    assert isinstance(config, LoraConfig)
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.startswith(CHANGES_BASE_WEIGHTS):
-        raise UserError(
-            f'init_lora_weights="{start}" changed the base weights at the start, so the adapter fits no stock base; '
-            "convert it with PEFT (path_initial_model_for_weight_conversion) or train with init_lora_weights=True"
-        )
-    if config.layer_replication or config.bias != "none":
-        what = "layer_replication" if config.layer_replication else f'bias="{config.bias}"'
-        raise UserError(f"an adapter with {what} is more than plain LoRA and cannot be exported as such")
 
 
 def check_target(path: Path) -> None:

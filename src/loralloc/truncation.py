@@ -23,13 +23,11 @@ from loralloc._folders import check_adapter_folder
 from loralloc._version import __version__
 from loralloc.budget import Budget
 from loralloc.errors import UserError
-from loralloc.export import RECORD, Factors, check_plain_config, check_target, move_into_place, plain_config, ragged
+from loralloc.export import RECORD, Factors, check_target, move_into_place, plain_config, ragged
 from loralloc.methods.truncate import Truncate, balanced, decompose, select
 from loralloc.peft_layers import PREFIX
+from loralloc.plain_lora import check_plain_config
 from loralloc.plan import ModuleRank, RankPlan
-
-OTHER_UPDATES = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "arrow_config")
-"""Settings under which an adapter is more, or other, than B·A on linear layers."""
 
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 
@@ -134,10 +132,10 @@ def _read_config(folder: Path) -> LoraConfig:
         raise
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG} is no config of PEFT: {str(error).splitlines()[0]}") from error
-    more = [key for key in OTHER_UPDATES if settings.get(key)]
-    if more:
-        raise UserError(f"{folder} has {more[0]}, which is more than B·A: only plain LoRA can be truncated")
-    check_plain_config(config)
+    try:
+        check_plain_config(config)
+    except UserError as error:
+        raise UserError(f"{folder} is no plain LoRA, which alone can be truncated: {error}") from error
     assert isinstance(config, LoraConfig)
     return config
 

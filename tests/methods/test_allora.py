@@ -289,7 +289,10 @@ def test_it_does_not_allocate_for_itself():
     ("settings", "pattern"),
     [
         ({"lora_alpha": 8}, r"is scaled by 2, but ALLoRA has no scaling factor; set LoraConfig\(lora_alpha=4, "),
-        ({"lora_alpha": 4, "use_rslora": True}, r"is scaled by 2, .*\(lora_alpha=4, use_rslora=False\)"),
+        (
+            {"lora_alpha": 4, "use_rslora": True},
+            r"is scaled by 2, .*\(lora_alpha=4, use_rslora=False, alpha_pattern=\{\}\)",
+        ),
         ({"lora_alpha": 4, "lora_dropout": 0.05}, r"lora_dropout is 0.05, .*set LoraConfig\(lora_dropout=0.0\)"),
     ],
 )
@@ -320,9 +323,17 @@ def test_so_does_that_for_the_scale_of_an_allocating_method(total, rslora):
 
 def test_modules_of_different_rank_need_an_alpha_each():
     ranks = {"q_proj": 2}
-    with pytest.raises(UserError, match=r'LoraConfig\(alpha_pattern={"model.layers.0.self_attn.q_proj": 2, ...}'):
+    words = (
+        r"2 layers whose names end in q_proj: the adapter is scaled by 2, .* "
+        r'LoraConfig\(lora_alpha=4, use_rslora=False, alpha_pattern=\{"q_proj": 2\}\)'
+    )
+    with pytest.raises(UserError, match=words):
         attach(tiny_peft("llama", lora_alpha=4, rank_pattern=ranks), ALLoRA(), 30)
-    attach(tiny_peft("llama", lora_alpha=4, rank_pattern=ranks, alpha_pattern=ranks), ALLoRA(), 30)
+    attach(
+        tiny_peft("llama", lora_alpha=4, use_rslora=False, rank_pattern=ranks, alpha_pattern={"q_proj": 2}),
+        ALLoRA(),
+        30,
+    )
 
 
 def test_a_search_that_looks_ahead_by_lora_is_refused():
