@@ -213,11 +213,13 @@ class AllocationRun:
             self.method.resized(self.state)
         with torch.no_grad():
             kept = self.method.finish(self.state, self.target)
+        lost = 0 if self._budget is None else self.target - self._budget
         record = {
             "loralloc": __version__,
             "total_steps": total_steps,
             "steps": self.step,
             "bad_steps": self.bad_steps,
+            **({"budget_lost": lost} if lost > 0 else {}),
             **(provenance or {}),
         }
         self.plan = rank_plan(self.method, self.sites, kept, self._start_ranks, self._peak, record)
