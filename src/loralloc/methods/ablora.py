@@ -129,6 +129,11 @@ class ABLoRA:
         """After the last round."""
         return True
 
+    @property
+    def opens_ranks(self) -> bool:
+        """In every round: the optimizer must be one whose first steps of a new rank are right."""
+        return self.rounds > 0
+
     def schedule(self, total_steps: int, start: int, target: int) -> RoundSchedule:
         """Return the rounds; the budget is the target from the start."""
         del start

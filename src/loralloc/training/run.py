@@ -28,7 +28,7 @@ from loralloc.methods.base import (
 from loralloc.plan import RankPlan
 from loralloc.training.compaction import Compaction
 from loralloc.training.moments import FreshRanks, clear_moments
-from loralloc.training.optimizer import GateWatch, check_holds_gates, learning_rate, optimizer_name
+from loralloc.training.optimizer import GateWatch, MomentWatch, check_holds_gates, learning_rate, optimizer_name
 from loralloc.training.probe import DataProbe
 from loralloc.training.soundness import StepChecks, can_skip, forget
 
@@ -113,7 +113,7 @@ class AllocationRun:
         self._compact = compact
         self._final: Tensor | None = None
         self._compaction: Compaction | None = None
-        self._gate_watch = GateWatch(self.sites)
+        self._gate_watch, self._moment_watch = GateWatch(self.sites), MomentWatch(method, self.sites)
         self._checks = StepChecks(model, lambda step: self._emit({"event": "bad_step", "step": step}))
         self._sound: Tensor | None = None
 
@@ -177,6 +177,7 @@ class AllocationRun:
             optimizer: When given, the moments of ranks that are closed for good are cleared.
         """
         self._gate_watch.look(self._checks.good)
+        self._moment_watch.look(optimizer)
         with torch.no_grad():
             self._fresh.after_step(optimizer)
             decision = self.method.on_step(self.state, self._now(optimizer))
@@ -248,6 +249,7 @@ class AllocationRun:
             UserError: It was built before the allocation was attached.
         """
         check_holds_gates(optimizer, self.sites)
+        self._moment_watch.check(optimizer)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, numbers) that a resumed run needs beyond the model's and the optimizer's own."""
