@@ -355,9 +355,6 @@ def test_a_state_of_other_weights_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"validation": None}, r"ABLoRA needs data .* pass ABLoRA\(validation=...\)"),
-        ({"validation": []}, r"the validation data of ABLoRA are empty"),
-        ({"validation": iter([])}, r"draws validation data by index, and list_iterator has none"),
         ({"mode": "quick"}, r'mode must be one of fast, exact, taylor; got "quick"'),
         ({"score": "gates"}, r'score must be one of ablation, gate, sensitivity; got "gates".* Did you mean "gate"'),
         ({"scope": "layer"}, r'scope must be one of global, block; got "layer"'),

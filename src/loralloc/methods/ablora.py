@@ -45,7 +45,8 @@ from loralloc.budget import Budget, RoundSchedule, round_schedule
 from loralloc.errors import UserError, closest
 from loralloc.gating import Site
 from loralloc.methods.ablation_scores import Mode, score_ranks
-from loralloc.methods.base import Decision, Moment, agree, check_validation, open_ranks, ranks_by_site
+from loralloc.methods.base import Decision, Moment, agree, open_ranks, ranks_by_site
+from loralloc.methods.validation import check_validation
 from loralloc.plan import finite
 from loralloc.scores import sensitivity
 

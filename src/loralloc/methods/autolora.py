@@ -44,7 +44,7 @@ from loralloc.allocate import keep_top, keep_uniform_share, keep_within
 from loralloc.budget import Budget, ConstantSchedule
 from loralloc.errors import UserError, closest
 from loralloc.gating import Site
-from loralloc.methods.base import Decision, Moment, Probe, agree, any_process, average_, check_validation
+from loralloc.methods.base import Decision, Moment, Probe, agree, any_process, average_
 from loralloc.methods.hypergradient import (
     central_difference,
     copies,
@@ -54,6 +54,7 @@ from loralloc.methods.hypergradient import (
     restored,
     validation_gradients,
 )
+from loralloc.methods.validation import check_validation
 
 Mode = Literal["fast", "paper", "exact", "first_order", "reference"]
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
+from loralloc.methods.validation import IGNORED, check_batch, check_labels, check_loss, loss_of
 from loralloc.training.ablation import AblationScorer
-from loralloc.training.losses import IGNORED
 
 Batch = Mapping[str, Any]
 
@@ -150,10 +150,19 @@ class DataProbe:
             yield torch.stack([(getattr(output, key) * weight).sum() for key, weight in pass_.weights.items()]).sum()
 
     def validation_loss(self) -> Tensor:
-        """Loss of the next validation batch, in the mode that the model is in."""
-        batch = self.next_batch()
+        """Loss of the next validation batch, in the mode that the model is in.
+
+        Raises:
+            UserError: It is none; the first one is not finite, or its batch has no labels.
+        """
+        first, batch = self._drawn == 0, self.next_batch()
+        if first:
+            check_labels(batch)
         with self._scoring():
-            return self._loss(self.model(**batch))
+            loss = loss_of(self.model(**batch))
+        if first:
+            check_loss(loss)
+        return loss
 
     def next_batch(self) -> Batch:
         """The next validation batch, on the model's device."""
@@ -189,6 +198,7 @@ class DataProbe:
         self._check_loss(self.batch(0))
 
     def _check_loss(self, batch: Batch) -> None:
+        check_labels(batch)
         AblationScorer(self.model, self.sites, [batch], self._scoring).check_loss(batch)
 
     def _can_walk(self, batch: Batch) -> bool:
@@ -200,7 +210,9 @@ class DataProbe:
     def batch(self, index: int) -> Batch:
         """A validation batch on the model's device; data without an end of their own start over."""
         endless = isinstance(self.validation, CollatedBatches)
-        return on_device(self.validation[index if endless else index % len(self.validation)], self.device)
+        found = self.validation[index if endless else index % len(self.validation)]
+        check_batch(found)
+        return on_device(found, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -256,12 +268,6 @@ class DataProbe:
                 raise UserError(
                     f"the step's loss weighs tokens by what the model thinks of them; it is not the loss {OWN_LOSS}"
                 )
-
-    def _loss(self, output: Any) -> Tensor:
-        loss = getattr(output, "loss", None)
-        if not isinstance(loss, Tensor):
-            raise UserError("the model returned no loss: batches must hold labels (or what the model's loss needs)")
-        return loss
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
