@@ -43,6 +43,10 @@ class Probe(Protocol):
         """
         ...
 
+    def precision(self) -> torch.dtype:
+        """The coarsest precision in which anything of the current step was computed."""
+        ...
+
     def validation_loss(self) -> Tensor:
         """Loss of the next validation batch, in the mode that the model is in; differentiable."""
         ...

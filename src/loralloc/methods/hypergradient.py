@@ -102,11 +102,13 @@ def mixed_derivative(probe: Probe, gates: Tensors, weights: Tensors, v: Tensors,
     return total
 
 
-def train_gradients(probe: Probe, with_respect_to: Tensors) -> list[Tensor]:
-    """Gradient of the step's own loss, one batch of it at a time."""
+def train_gradients(probe: Probe, with_respect_to: Tensors, check: bool = False) -> list[Tensor]:
+    """Gradient of the step's own loss, one batch of it at a time; `check` as in `validation_gradients`."""
     total = [torch.zeros_like(tensor) for tensor in with_respect_to]
     with torch.enable_grad():
         for loss in probe.train_losses():
+            if check:
+                check_graph(loss)
             torch._foreach_add_(total, _gradients(loss, with_respect_to))
     return total
 

@@ -71,7 +71,8 @@ class CollatedBatches(Sequence[Batch]):
 
 OWN_LOSS = (
     "that the model returns. This method computes the step's loss again, so train on model(**batch).loss, with labels "
-    "in the batch, and with the model that the allocation is attached to"
+    'in the batch, and with the model that the allocation is attached to; or use AutoLoRA(mode="first_order"), which '
+    "computes no step again"
 )
 
 
@@ -148,6 +149,12 @@ class DataProbe:
             with self._replayed(pass_):
                 output = self.model(*pass_.args, **pass_.kwargs)
             yield torch.stack([(getattr(output, key) * weight).sum() for key, weight in pass_.weights.items()]).sum()
+
+    def precision(self) -> torch.dtype:
+        """The coarsest precision in which anything of the current step was computed: of weights, or of autocast."""
+        used = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
+        used |= {pass_.autocast[1] for pass_ in self._seen if pass_.autocast[0]}
+        return max(used, key=lambda dtype: torch.finfo(dtype).eps)
 
     def validation_loss(self) -> Tensor:
         """Loss of the next validation batch, in the mode that the model is in.
