@@ -224,7 +224,7 @@ class Move:
     Attributes:
         pruned: Positions of the ranks that leave.
         grown: New ranks of each module.
-        lost: What the budget lost because no module was left to receive.
+        lost: What the budget lost because no module was left to receive (`keep_budget=False`).
     """
 
     pruned: Sequence[int]
@@ -240,12 +240,12 @@ def reallocate(
     room: Sequence[int],
     costs: Sequence[int],
     spare: int = 0,
+    keep_budget: bool = True,
 ) -> Move:
     """One round of ALoRA's Algorithm 1: prune the lowest scores, give their budget to modules that lost none.
 
     Modules that lost none are served in the order of their average score before pruning; those without a rank have none
-    and come last. If they cannot take all that is pruned, less is pruned. If every module lost a rank, none receives,
-    and the budget shrinks; one rank always stays.
+    and come last. If they cannot take all that is pruned, or if there are none, less is pruned.
 
     Args:
         scores: [R], one for each rank that is open, in the order of modules.
@@ -254,7 +254,10 @@ def reallocate(
         count: Ranks to prune, n_A.
         room: Ranks that each module could grow by.
         costs: Cost of one rank of each module, in the unit of the budget; all 1 where ranks are counted.
-        spare: Budget left over, which is given out as well; where costs differ, something may be left over again.
+        spare: Budget left over, which is given out as well; where costs differ, something may be left over again, too
+            little for the last of the pruned ranks.
+        keep_budget: Whether less is pruned where every module would lose a rank. Without, none receives, the budget
+            shrinks by what was pruned (footnote 4 of the paper), and one rank always stays.
     """
     by_score = candidates.nonzero()[:, 0][lowest(scores[candidates], count)].tolist()
     everyone = _by_average(scores, module, len(room))
@@ -263,12 +266,12 @@ def reallocate(
         losers = {module[rank] for rank in pruned}
         receivers = [index for index in everyone if index not in losers]
         freed = sum(costs[module[rank]] for rank in pruned)
-        if not receivers:
+        if not receivers and not keep_budget:
             pruned = pruned[: max(0, len(scores) - 1)]
             return Move(pruned, [0] * len(room), sum(costs[module[rank]] for rank in pruned))
         grown = deal(receivers, room, costs, freed + spare)
         spent = sum(new * cost for new, cost in zip(grown, costs, strict=True))
-        if spent == freed or (spent and len(set(costs)) > 1):
+        if spent >= freed or (spent and freed + spare - spent < costs[module[pruned[-1]]]):
             return Move(pruned, grown)
     return Move([], [0] * len(room))
 

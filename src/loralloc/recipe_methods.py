@@ -115,6 +115,10 @@ class ABLoRAConfig(Section):
     protect_rounds: Annotated[int, Field(ge=0)] = Field(
         default=0, description="rounds in which a new rank cannot be pruned again"
     )
+    keep_budget: bool = Field(
+        default=True,
+        description="prune fewer where every module would lose a rank; false: the budget shrinks then, as in the paper",
+    )
 
 
 class ALLoRAConfig(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -146,7 +147,9 @@ def flat(scores: dict[str, list[float]]) -> tuple[Tensor, list[int]]:
     return torch.tensor([score for own in scores.values() for score in own], dtype=torch.float64), module
 
 
-def moved(scores: dict[str, list[float]], count: int, room: int = 99, **settings) -> tuple[list[int], list[int], Move]:
+def moved(
+    scores: dict[str, list[float]], count: int, room: int = 99, **settings: Any
+) -> tuple[list[int], list[int], Move]:
     values, module = flat(scores)
     size = len(scores)
     move = reallocate(
@@ -164,32 +167,46 @@ tables = st.dictionaries(
 
 @given(tables, st.integers(1, 6))
 def test_a_round_is_the_papers(scores, count):
+    """Footnote 4 included, where asked for; without it, a round is the paper's with as many as somebody can receive."""
     total = sum(map(len, scores.values()))
     count = min(count, total - 1)
-    pruned, grown, move = moved(scores, count)
+    pruned, grown, move = moved(scores, count, keep_budget=False)
     naive_pruned, naive_grown = one_round(scores, count)
     assert pruned == list(naive_pruned.values())
     assert grown == list(naive_grown.values())
     assert not any(p and g for p, g in zip(pruned, grown, strict=True))  # no module is pruned and grown
     assert sum(grown) == (count if 0 in pruned else 0)
     assert move.lost == count - sum(grown)
+    kept = moved(scores, count)
+    rounds = (one_round(scores, size) for size in range(count, 0, -1))
+    largest = next(((p, g) for p, g in rounds if 0 in p.values()), ({}, {}))
+    assert kept[0] == [largest[0].get(name, 0) for name in scores]
+    assert kept[1] == [largest[1].get(name, 0) for name in scores]
 
 
 @given(tables, st.integers(1, 30), st.integers(0, 2))
-def test_a_round_keeps_the_budget_whatever_the_room_and_leaves_a_rank(scores, count, room):
+def test_a_round_keeps_the_budget_whatever_the_room_unless_told_otherwise(scores, count, room):
     total = sum(map(len, scores.values()))
     pruned, grown, move = moved(scores, count, room)
-    assert total - sum(pruned) + sum(grown) == total - move.lost >= 1
+    assert sum(pruned) == sum(grown) <= count
+    assert move.lost == 0
     assert max(grown) <= room
+    pruned, grown, move = moved(scores, count, room, keep_budget=False)
+    assert total - sum(pruned) + sum(grown) == total - move.lost >= 1
     if move.lost:
         assert (
             all(p for p, own in zip(pruned, scores.values(), strict=True) if own or total > 1) or total - move.lost == 1
         )
 
 
-def test_the_budget_shrinks_only_when_every_module_lost_a_rank():
-    assert moved({"a": [0.0, 9.0], "b": [1.0, 9.0]}, 2)[2] == Move([0, 2], [0, 0], lost=2)
-    assert moved({"a": [0.0, 9.0], "b": [1.0, 9.0], "c": [2.0]}, 2)[2] == Move([0, 2], [0, 0, 2])
+def test_where_every_module_lost_a_rank_fewer_are_pruned_or_the_budget_shrinks():
+    both, one_more = {"a": [0.0, 9.0], "b": [1.0, 9.0]}, {"a": [0.0, 9.0], "b": [1.0, 9.0], "c": [2.0]}
+    assert moved(both, 2)[2] == Move([0], [0, 1])
+    assert moved(both, 2, keep_budget=False)[2] == Move([0, 2], [0, 0], lost=2)
+    for keep in (True, False):  # the partner: somebody lost none
+        assert moved(one_more, 2, keep_budget=keep)[2] == Move([0, 2], [0, 0, 2])
+    assert moved({"a": [0.0, 1.0]}, 1)[2] == Move([], [0])
+    assert moved({"a": [0.0, 1.0]}, 1, keep_budget=False)[2] == Move([0], [0], lost=1)
 
 
 def test_fewer_ranks_move_where_receivers_are_full():
@@ -214,6 +231,9 @@ def test_parameters_are_never_exceeded_and_no_further_rank_fits():
     assert 0 <= 35 - spent < min(costs)
     one_cannot_buy = reallocate(scores, module, torch.ones(4, dtype=torch.bool), 1, [5, 5, 0], costs)
     assert one_cannot_buy == Move([], [0, 0, 0])  # 30 buy none of b's ranks, and c is full
+    scores, module = flat({"a": [0.0, 1.0, 2.0], "b": [9.0], "c": [8.0]})
+    no_room = reallocate(scores, module, torch.ones(5, dtype=torch.bool), 3, [5, 0, 1], [30, 50, 20])
+    assert no_room == Move([0], [0, 0, 1])  # three would free 90, of which c takes 20: 70 would go back to a
 
 
 def test_blocks_and_types_of_modules():

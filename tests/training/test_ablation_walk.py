@@ -140,7 +140,7 @@ def test_a_model_whose_loss_is_no_number_is_refused(monkeypatch: pytest.MonkeyPa
     model, sites = model_of("llama")
     monkeypatch.setattr(model.get_base_model(), "loss_function", lambda **kw: torch.tensor(float("nan")))
     batch = padded("llama")
-    with pytest.raises(UserError, match="computes the loss nan where that of"):
+    with pytest.raises(UserError, match="loss of the first validation batch is nan, and from that no ranks"):
         scorer(model, sites, [batch]).check_loss(batch)
 
 

@@ -109,10 +109,63 @@ def test_columns_that_the_trainer_removes_are_removed_here_too(tmp_path: Path) -
     assert allocation.run.state.updates == 2
 
 
-def test_a_loss_of_the_trainers_own_is_refused(tmp_path: Path) -> None:
+def test_a_loss_of_the_trainers_own_is_refused_and_the_first_order_takes_it(tmp_path: Path) -> None:
     trainer, _ = build(tmp_path, method=searching(), label_smoothing_factor=0.1)
-    with pytest.raises(UserError, match="no gradient came through the loss that the model returns"):
+    with pytest.raises(UserError, match=r'no gradient came through the loss .* AutoLoRA\(mode="first_order"\)'):
         trainer.train()
+    _, allocation = train(tmp_path, method=searching(mode="first_order"), label_smoothing_factor=0.1, max_steps=3)
+    assert allocation.run.state.updates == 3
+
+
+class Penalized(Trainer):
+    """A Trainer whose loss has a term that the model knows nothing of."""
+
+    weight = 1e-2
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = loss + self.weight * sum(p.square().sum() for n, p in model.named_parameters() if "lora_A" in n)
+        return (loss, outputs) if return_outputs else loss
+
+
+REPLAYING = ("fast", "paper", "exact", "reference")
+
+
+@pytest.mark.parametrize("mode", [*REPLAYING, "first_order"])
+@pytest.mark.parametrize("weight", [0.0, 1e-2])
+def test_a_term_that_the_trainer_adds_is_refused_where_a_step_is_computed_again(
+    mode: str, weight: float, tmp_path: Path
+) -> None:
+    allocation = RankAllocation(searching(mode=mode))
+    trainer = Penalized(
+        model=tiny_peft("llama"),
+        args=arguments(tmp_path, max_steps=3),
+        train_dataset=sentences(),  # type: ignore[arg-type]
+        data_collator=language_batch,
+        callbacks=[allocation],
+    )
+    trainer.weight = weight
+    if weight and mode != "first_order":
+        with pytest.raises(UserError, match=rf'mode="{mode}" .* off from the one .* train on .*use mode="first_order"'):
+            trainer.train()
+        return
+    trainer.train()
+    assert allocation.run.state.updates == 3
+
+
+@pytest.mark.parametrize("mode", REPLAYING)
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
+def test_what_a_trainer_does_to_the_models_own_loss_is_taken(
+    mode: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Clipping, dropout, micro-batches, autocast, checkpoints: in all modes that compute a step again."""
+    if "gradient_checkpointing" in settings:
+        settings = {**settings, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    model = tiny_peft("llama", lora_dropout=0.2)
+    method = searching(mode=mode)
+    common: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05, "max_steps": 2}
+    _, allocation = train(tmp_path, model=model, method=method, **common, **settings)
+    assert allocation.run.state.updates == allocation.run.state.steps == 2
 
 
 def test_the_best_model_cannot_be_one_of_the_search(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from trainers import BATCH, adapter_tensors, language_batch, sentences, train
 
-from loralloc import AutoLoRA, attach
+from loralloc import AutoLoRA, UserError, attach
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +52,20 @@ def loop_run(mode: str, rank: int, world: int) -> dict[str, Any]:
     }
 
 
+def refused_run(mode: str, rank: int, world: int) -> str:
+    """What a loop is told that adds a term to the model's loss, here on the last process alone."""
+    model = tiny_peft("llama").train()
+    batch = language_batch(HELD_OUT[:4])
+    run = attach(model, AutoLoRA([batch], mode=mode), STEPS)  # type: ignore[arg-type]
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    penalty = sum(p.square().sum() for n, p in model.named_parameters() if "lora_A" in n) if rank + 1 == world else 0.0
+    (wrapped(**batch).loss + penalty).backward()
+    with pytest.raises(UserError) as refusal:
+        run.before_step(optimizer)
+    return str(refusal.value)
+
+
 def trainer_run(folder: Path, world: int) -> dict[str, Any]:
     """transformers' Trainer, which multiplies the loss by the number of processes."""
     method = AutoLoRA(HELD_OUT, logit_learning_rate=0.05)
@@ -79,7 +93,8 @@ def in_one_of_two_processes(rank: int, folder: Path) -> None:
     os.environ.update(MASTER_PORT="29501", ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
-    results = {name: scenario(folder / name, rank, WORLD) for name, scenario in SCENARIOS.items()}
+    results: dict[str, Any] = {name: scenario(folder / name, rank, WORLD) for name, scenario in SCENARIOS.items()}
+    results["refused"] = [refused_run(mode, rank, WORLD) for mode in ("fast", "paper")]
     (folder / f"{rank}.json").write_text(json.dumps(results))
     gc.collect()  # wrappers hold on to the process group
     dist.barrier()
@@ -92,6 +107,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
     spawn(in_one_of_two_processes, args=(folder,), nprocs=WORLD)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+def test_both_processes_refuse_a_loss_that_is_not_the_models_own(two: Any) -> None:
+    """They end together: what one of them adds shows in the mean on both."""
+    for mine, theirs in zip(*(result["refused"] for result in two), strict=True):
+        assert mine == theirs
+        assert "off from the one that the training loop has" in mine
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

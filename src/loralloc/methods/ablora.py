@@ -17,6 +17,8 @@ Where we deviate, and why (`as_published` and the options give the paper's lette
 * Time: K₁ and K₂ are fractions of the run (or steps) instead of epochs.
 * Shapes never change: `LoraConfig.r` is the capacity, and new ranks open in what is spare. A module that is full
   receives nothing; if all are, fewer ranks move.
+* Budget: where every module would lose a rank, so that none is left to receive, fewer ranks move. In the paper as many
+  as n_A are pruned all the same, none grows, and the budget shrinks (footnote 4): `keep_budget=False`.
 * Scale: lora_alpha / (average starting rank), the same for all ranks and all the time. The paper's equation has none.
 * New ranks start as LoRA's do, B = 0 and A uniform, so that growing changes no output, with optimizer moments of their
   own age. Ranks that close lose theirs.
@@ -29,6 +31,7 @@ Where we deviate, and why (`as_published` and the options give the paper's lette
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,8 +45,9 @@ from loralloc.budget import Budget, RoundSchedule, round_schedule
 from loralloc.errors import UserError, closest
 from loralloc.gating import Site
 from loralloc.methods.ablation_scores import Mode, score_ranks
-from loralloc.methods.base import Decision, Moment, agree, check_validation, open_ranks, ranks_by_site
+from loralloc.methods.base import Decision, Moment, agree, open_ranks, ranks_by_site
 from loralloc.methods.guards import FROM_THE_START, check_fresh
+from loralloc.methods.validation import check_validation
 from loralloc.plan import finite
 from loralloc.scores import sensitivity
 
@@ -51,6 +55,8 @@ Score = Literal["ablation", "gate", "sensitivity"]
 Scope = Literal["global", "block"]
 
 PUBLISHED_SAMPLES, DEFAULT_SAMPLES = 32, 256
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class ABLoRA:
         samples: Validation samples that ranks are scored on; None for 256, in mode `exact` for the paper's 32.
         resample: Whether each round looks at other samples.
         protect_rounds: Rounds in which a new rank cannot be pruned again.
+        keep_budget: Whether fewer ranks are pruned where every module would lose one. False is the paper's footnote 4:
+            then none grows, and the budget shrinks, which trace, log and plan tell.
 
     Raises:
         UserError: A number is out of its range, or there are no validation data.
@@ -93,6 +101,7 @@ class ABLoRA:
     samples: int | None = None
     resample: bool = False
     protect_rounds: int = 0
+    keep_budget: bool = True
 
     def __post_init__(self) -> None:
         for name, kinds in {"scope": Scope, "mode": Mode, "score": Score}.items():
@@ -109,14 +118,23 @@ class ABLoRA:
 
     @classmethod
     def as_published(cls, budget: Budget, validation: Any, **settings: Any) -> ABLoRA:
-        """Return ABLoRA with exact scores on 32 samples, and K₁ = 1, K₂ = 0.25 of the paper's 10 epochs."""
-        published: dict[str, Any] = {"mode": "exact", "warmup": 0.1, "interval": 0.025}
+        """Return ABLoRA to the paper's letter.
+
+        Exact scores on 32 samples, K₁ = 1 and K₂ = 0.25 of the paper's 10 epochs, and a budget that shrinks in a round
+        in which every module lost a rank.
+        """
+        published: dict[str, Any] = {"mode": "exact", "warmup": 0.1, "interval": 0.025, "keep_budget": False}
         return cls(budget, validation, **{**published, **settings})
 
     @property
     def compacts(self) -> bool:
         """After the last round."""
         return True
+
+    @property
+    def opens_ranks(self) -> bool:
+        """In every round: the optimizer must be one whose first steps of a new rank are right."""
+        return self.rounds > 0
 
     def schedule(self, total_steps: int, start: int, target: int) -> RoundSchedule:
         """Return the rounds; the budget is the target from the start."""
@@ -133,7 +151,9 @@ class ABLoRA:
         """
         if not self._groups(sites):
             raise UserError(
-                'with scope="block" no rank could move: each block has one adapted module; adapt more of them '
+                'no rank could move: one module is adapted; adapt more of them (target_modules="all-linear")'
+                if len(sites) == 1
+                else 'with scope="block" no rank could move: each block has one adapted module; adapt more of them '
                 '(target_modules="all-linear"), or use scope="global"'
             )
         room = [min(site.rank, site.inputs, site.outputs) for site in sites]
@@ -181,6 +201,7 @@ class ABLoRA:
             return None
         scores, measured = self._scores(state, now, number)
         moved = self._move(state, scores, number)
+        state.limit -= moved.lost
         fresh = int((state.born[moved.pruned] >= 0).sum())
         closed = torch.zeros_like(state.open)
         closed[moved.pruned] = True
@@ -190,13 +211,20 @@ class ABLoRA:
             "pruned": ranks_by_site(state.sites, closed),
             "grown": ranks_by_site(state.sites, opened),
             "churn": fresh / max(1, len(moved.pruned)),
+            "lost": moved.lost,
             **measured,
         }
+        if moved.lost:
+            logger.warning(
+                "round %d of ABLoRA: every module that could have grown lost a rank, so the budget fell by %d %s to %d "
+                "(keep_budget=True prunes fewer ranks instead)",
+                number + 1, moved.lost, self.budget.unit, state.limit,
+            )  # fmt: skip
         last = number == now.schedule.rounds - 1
         return Decision(state.open, state.limit, last, closed, opened, details=details)
 
     def finish(self, state: ABLoRAState, target: int) -> Tensor:
-        """Return the open ranks: they have met the budget all along."""
+        """Return the open ranks: they have met the budget all along (or what `keep_budget=False` has left of it)."""
         del target
         return state.open
 
@@ -222,11 +250,9 @@ class ABLoRA:
 
     def _groups(self, sites: Sequence[Site]) -> list[list[int]]:
         """Modules among which ranks move."""
-        if self.scope == "global":
-            return [list(range(len(sites)))]
         blocks: dict[str, list[int]] = {}
         for index, site in enumerate(sites):
-            blocks.setdefault(block_of(site.name), []).append(index)
+            blocks.setdefault(block_of(site.name) if self.scope == "block" else "", []).append(index)
         return [group for group in blocks.values() if len(group) > 1]
 
     def _count(self, sites: Sequence[Site]) -> int:
@@ -266,24 +292,25 @@ class ABLoRA:
         candidates, ranks = self._candidates(state, number), open_ranks(state.sites)
         costs, spare = self._costs(state.sites), state.spare(self._costs(state.sites))
         pruned: list[int] = []
-        grown = [0] * len(state.sites)
+        grown, lost = [0] * len(state.sites), 0
         count = self._count(state.sites)
         for group in self._groups(state.sites):
             members = (state.members(group) & state.open).nonzero()[:, 0]
             module = [index for index, site in enumerate(group) for _ in range(ranks[site])]
             room, price = [state.room[site] - ranks[site] for site in group], [costs[site] for site in group]
-            moved = reallocate(scores[members], module, candidates[members], count, room, price, spare)
+            own, old_enough = scores[members], candidates[members]
+            moved = reallocate(own, module, old_enough, count, room, price, spare, self.keep_budget)
             pruned += members[list(moved.pruned)].tolist()
             for site, new in zip(group, moved.grown, strict=True):
                 grown[site] = new
             freed = sum(costs[group[module[rank]]] for rank in moved.pruned) - moved.lost
             spare += freed - sum(costs[site] * grown[site] for site in group)
-            state.limit -= moved.lost
+            lost += moved.lost
             for rank in moved.pruned:
                 ranks[group[module[rank]]] -= 1
         room = [most - have - new for most, have, new in zip(state.room, ranks, grown, strict=True)]
         extra = deal(range(len(room)), room, costs, spare)
-        return Move(pruned, [a + b for a, b in zip(grown, extra, strict=True)])
+        return Move(pruned, [a + b for a, b in zip(grown, extra, strict=True)], lost)
 
 
 def block_of(name: str) -> str:

@@ -105,6 +105,11 @@ class ALLoRA:
         return self.allocate is not None and self.allocate.compacts
 
     @property
+    def opens_ranks(self) -> bool:
+        """Where the allocating method does."""
+        return getattr(self.allocate, "opens_ranks", False)
+
+    @property
     def masks_bad_steps(self) -> bool:
         """Where the allocating method does: rows are scaled by weights, and a step that was skipped has no length."""
         return self.allocate is None or getattr(self.allocate, "masks_bad_steps", False)

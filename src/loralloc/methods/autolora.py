@@ -44,7 +44,7 @@ from loralloc.allocate import keep_top, keep_uniform_share, keep_within
 from loralloc.budget import Budget, ConstantSchedule
 from loralloc.errors import UserError, closest
 from loralloc.gating import Site
-from loralloc.methods.base import Decision, Moment, Probe, agree, any_process, average_, check_validation
+from loralloc.methods.base import Decision, Moment, Probe, agree, any_process, average_
 from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.hypergradient import (
     central_difference,
@@ -55,6 +55,8 @@ from loralloc.methods.hypergradient import (
     restored,
     validation_gradients,
 )
+from loralloc.methods.replay import check_replay, is_due
+from loralloc.methods.validation import check_validation
 
 Mode = Literal["fast", "paper", "exact", "first_order", "reference"]
 
@@ -76,7 +78,8 @@ class AutoLoRA:
         budget: What the adapter may cost: the largest αⱼ stay, over all matrices, instead of those above 1/k. Not in
             the paper; None for the threshold.
         mode: How the gradient of the logits is computed: `fast`, `paper`, `exact`, `first_order` (without the second
-            derivative) or `reference`, see the module's docstring. They cost 3, 5, about 6, 2 and 5 steps of LoRA.
+            derivative) or `reference`, see the module's docstring. They cost 3, 5, about 6, 2 and 5 steps of LoRA. All
+            but `first_order` compute a step's loss again, and refuse a loop with another loss than the model's own.
         logit_learning_rate: Step size of the logits; constant.
         beta1: Adam's β₁ for the logits, in [0, 1).
         beta2: Adam's β₂ for the logits, in [0, 1).
@@ -160,7 +163,13 @@ class AutoLoRA:
         rate = 0.0 if self.mode == "first_order" else _learning_rate(now)
         if self.mode == "first_order":
             state.before = _Before(rate, [], [])
-        elif self.mode == "fast":
+            return
+        state.steps += 1
+        if is_due(state.steps):
+            used = step_gradient if self.mode == "fast" else None
+            if not check_replay(probe, state.gates(), used, self.mode, now.max_grad_norm):
+                state.steps -= 1
+        if self.mode == "fast":
             state.before = _Before(rate, copies(probe.weights()), step_gradient)
         elif self._learn(state, self._gradient_before_step(state, probe, rate)):
             repeat_gradient(probe, now.max_grad_norm)
@@ -306,6 +315,7 @@ class AutoLoRAState:
         planned: The plan at the last look, boolean [R].
         unchanged: Looks in a row at which it was the same as before.
         settled: Whether the logits stay as they are.
+        steps: Steps of this process in which there was something to compare (`replay`).
     """
 
     sites: Sequence[Site]
@@ -317,6 +327,7 @@ class AutoLoRAState:
     planned: Tensor | None = None
     unchanged: int = 0
     settled: bool = False
+    steps: int = 0
 
     def __post_init__(self) -> None:
         self.real = self.logits != -torch.inf

@@ -7,7 +7,7 @@ Trainer, a data loader or PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any, ClassVar, Protocol
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from loralloc.budget import Budget, Schedule, Unit, start_budget
-from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.plan import ModuleRank, RankPlan
 
@@ -42,6 +41,10 @@ class Probe(Protocol):
         Each is weighted as it was in the step, so that their gradients add up to the step's (on this process, and
         before clipping). Take each one's gradient before the next is asked for: one graph is alive at a time.
         """
+        ...
+
+    def precision(self) -> torch.dtype:
+        """The coarsest precision in which anything of the current step was computed."""
         ...
 
     def validation_loss(self) -> Tensor:
@@ -174,24 +177,6 @@ class Method(Protocol):
     def resized(self, state: Any) -> None:
         """Closed ranks have left the tensors after the final decision, or are back for `finish`."""
         ...
-
-
-def check_validation(method: str, validation: Any) -> None:
-    """Refuse validation data that a probe cannot draw by index.
-
-    Raises:
-        UserError: There are none, they have no index, or they are empty.
-    """
-    cure = f"pass {method}(validation=...), examples that are held out of the training data"
-    if validation is None:
-        raise UserError(f"{method} needs data that it may look at besides the training data; {cure}")
-    if not isinstance(validation, Sized) or not callable(getattr(type(validation), "__getitem__", None)):
-        raise UserError(
-            f"{method} draws validation data by index, and {type(validation).__name__} has none; {cure}, as a list or "
-            "a data set (the batches of a loader: list(loader))"
-        )
-    if not len(validation):
-        raise UserError(f"the validation data of {method} are empty; {cure}")
 
 
 def site_budget(sites: Sequence[Site], budget: Budget | None) -> tuple[Unit, int, int]:

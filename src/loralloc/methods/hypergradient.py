@@ -29,6 +29,7 @@ def validation_gradients(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return (∂L_val/∂gates, v = ∂L_val/∂weights) of the next validation batch; v is the same on all processes.
 
+    Where the loss is not finite, ∂L_val/∂gates is NaN.
     With `check`, refuse a model whose gradients would not be right (`check_graph`).
     """
     with torch.enable_grad():
@@ -36,7 +37,9 @@ def validation_gradients(
     if check:
         check_graph(loss)
     found = _gradients(loss, [*gates, *weights])
-    direct, v = found[: len(gates)], found[len(gates) :]
+    # Where all labels are -100 the loss is NaN, but its gradients are 0: they must not count as an answer.
+    direct = [gradient + (0 * loss.detach()).to(gradient) for gradient in found[: len(gates)]]
+    v = found[len(gates) :]
     average_(v)
     return direct, v
 
@@ -99,11 +102,13 @@ def mixed_derivative(probe: Probe, gates: Tensors, weights: Tensors, v: Tensors,
     return total
 
 
-def train_gradients(probe: Probe, with_respect_to: Tensors) -> list[Tensor]:
-    """Gradient of the step's own loss, one batch of it at a time."""
+def train_gradients(probe: Probe, with_respect_to: Tensors, check: bool = False) -> list[Tensor]:
+    """Gradient of the step's own loss, one batch of it at a time; `check` as in `validation_gradients`."""
     total = [torch.zeros_like(tensor) for tensor in with_respect_to]
     with torch.enable_grad():
         for loss in probe.train_losses():
+            if check:
+                check_graph(loss)
             torch._foreach_add_(total, _gradients(loss, with_respect_to))
     return total
 

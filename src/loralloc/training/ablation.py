@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.gating import Site, gates_replaced
+from loralloc.methods.validation import NO_LABELS, check_loss, loss_of
 from loralloc.training.blocks import States, Watcher, computing, evaluating, find_blocks, frozen, skipped
 from loralloc.training.losses import SampleLoss
 
@@ -122,7 +123,7 @@ class AblationScorer:
         self.samples = sum(part.samples for part in self._parts)
         self.labels = sum(self._loss.count(part.labels) for part in self._parts)
         if self.labels == 0:
-            raise UserError("the validation batch has no labels (all are -100); give examples with something to learn")
+            raise UserError(NO_LABELS)
         self._blocks = find_blocks(model, sites) if walk else ()
         self._depth = max(1, len(self._blocks))
         self._kept: dict[tuple[int, int], States | None] = {}
@@ -183,14 +184,15 @@ class AblationScorer:
             batch: The first part of the scoring batch.
 
         Raises:
-            UserError: From the labels the model computes another loss than the one that is computed per sample here.
+            UserError: The model computes no loss, none that is finite, or another one than is computed per sample here.
         """
         part = self._parts[0]
         with torch.no_grad(), self._scoring():
             sums = self._losses(part, self._references[:1].expand(part.samples, -1))
             mine = float(sums.sum()) / max(1, self._loss.count(part.labels))
-            found = getattr(self._model(**batch), "loss", None)
-        own = float("nan") if found is None else float(found)
+            found = loss_of(self._model(**batch))
+        check_loss(found)
+        own = float(found)
         if not abs(own - mine) <= 1e-3 + 0.02 * abs(mine):
             raise UserError(
                 f"{type(self._loss.model).__name__} computes the loss {own:.4g} where that of a "

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loralloc.errors import UserError
+from loralloc.methods.validation import IGNORED
 
 Kind = Literal["next token", "token", "class", "regression", "several classes"]
-
-IGNORED = -100
-"""Label of a position that has none."""
 
 _KINDS: Mapping[str | None, Kind] = {
     "ForCausalLM": "next token",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from loralloc.errors import UserError
 from loralloc.gating import Site
-from loralloc.training.optimizer import unwrapped
+from loralloc.training.optimizer import check_clears, unwrapped
+from loralloc.training.updates import RULES, Rows
 
 
 @torch.no_grad()
@@ -25,17 +24,13 @@ def clear_moments(optimizer: torch.optim.Optimizer, sites: Sequence[Site], opene
     Raises:
         UserError: The state is quantized: writing 0 into it does not make a moment 0.
     """
+    check_clears(optimizer, sites)
     parts = [None] * len(sites) if opened is None else opened.split([site.rank for site in sites])
     for site, part in zip(sites, parts, strict=True):
         gone = site.scale == 0 if part is None else (site.scale == 0) | part.to(site.gate.device)
         for parameter, index in ((site.A, gone), (site.B, (slice(None), gone)), (site.gate, gone)):
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    if not value.is_floating_point():
-                        raise UserError(
-                            f"{type(unwrapped(optimizer)).__name__} keeps its moments in {value.dtype}, where those of "
-                            "closed ranks cannot be cleared; use an optimizer in full precision, such as adamw_torch"
-                        )
                     value[index] = 0
 
 
@@ -45,12 +40,9 @@ class FreshRanks:
     Adam counts steps once for a whole parameter. After t steps its bias corrections are near 1, and a rank that starts
     with moments of zero at step t would move √(1 − β₂ᵏ) / (1 − β₁ᵏ) times too fast or slow at its age k: with
     β = (0.9, 0.999), 3.2 times too far in its first step and 6.5 times in its tenth. After each step the rows of such
-    ranks are therefore set to what Adam would have made of them with their own age,
-
-        θ ← (1 − lr · wd) θ₀ − lr / (1 − β₁ᵏ) · m / (√(v / (1 − β₂ᵏ)) + eps)        wd: AdamW's decoupled decay
-
-    until the corrections of age k no longer differ from 1 in fp32. So are gates that are trained. Optimizers other than
-    torch's Adam and AdamW are left alone: plain momentum has no bias to correct.
+    ranks are therefore set to what the optimizer would have made of them with their own age (`updates`), until that no
+    longer makes a difference in fp32. So are gates that are trained. Optimizers whose update does not depend on a step
+    count are left alone; those of which neither is known are refused (`optimizer.MomentWatch`).
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -102,6 +94,10 @@ class FreshRanks:
         inner = unwrapped(optimizer)
         if not before or inner is None:
             return
+        rule = RULES.get(type(inner))
+        if rule is None or rule.update is None:
+            self._ages = {}
+            return
         groups = {id(p): group for group in inner.param_groups for p in group["params"]}
         for index, rows in before.items():
             if all(old is None for old in rows):  # the layer took no part
@@ -110,9 +106,12 @@ class FreshRanks:
             age += 1
             for (parameter, dim), old in zip(_parameters(self.sites[index]), rows, strict=True):
                 state, group = inner.state.get(parameter, {}), groups.get(id(parameter))
-                if isinstance(inner, torch.optim.Adam) and old is not None and group is not None and "exp_avg" in state:
-                    parameter.index_copy_(dim, fresh, _adam_step(old, state, group, fresh, age, dim))
-        self._forget(inner)
+                if old is not None and group is not None and "exp_avg" in state:
+                    new = rule.update(Rows(old, parameter, state, group, fresh, age, dim))
+                    parameter.index_copy_(dim, fresh, new.to(old.dtype))
+        self._youngest += 1
+        if all(rule.outgrown(group, self._youngest) for group in inner.param_groups):
+            self._ages = {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Ages of fresh ranks, −1 for all others, [R]; nothing where there are none."""
@@ -145,32 +144,7 @@ class FreshRanks:
                 self._youngest = min(self._youngest, int(part[fresh].min()))
                 self._ages[index] = fresh.to(site.A.device), part[fresh].to(site.A.device)
 
-    def _forget(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop all once the youngest has grown up: its corrections round to 1. With other optimizers, at once."""
-        self._youngest += 1
-        slowest = max((beta for group in optimizer.param_groups for beta in group.get("betas", ())), default=0.0)
-        if slowest**self._youngest < torch.finfo(torch.float32).eps:
-            self._ages = {}
-
 
 def _parameters(site: Site) -> tuple[tuple[Tensor, int], ...]:
     """What a rank has in a site's parameters, and the dimension along which ranks lie."""
     return (site.A, 0), (site.B, 1), (site.gate, 0)
-
-
-def _adam_step(
-    old: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], fresh: Tensor, age: Tensor, dim: int
-) -> Tensor:
-    """What Adam makes of entries or rows (`dim` 0), or of columns (`dim` 1), whose moments are `age` steps old."""
-    beta1, beta2 = group["betas"]
-    shape = (-1,) if old.dim() == 1 else (-1, 1) if dim == 0 else (1, -1)
-    wide = torch.promote_types(old.dtype, torch.float32)
-    first, second = (
-        1 - torch.as_tensor(beta, dtype=torch.float64, device=age.device) ** age for beta in (beta1, beta2)
-    )
-    m = state["exp_avg"].index_select(dim, fresh)
-    v = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"].index_select(dim, fresh)
-    step = m / first.to(wide).view(shape)
-    step = step / ((v / second.to(wide).view(shape)).sqrt() + group["eps"])
-    decay = group["weight_decay"] if group.get("decoupled_weight_decay", False) else 0.0
-    return (old * (1 - group["lr"] * decay) - group["lr"] * step).to(old.dtype)

@@ -1,8 +1,8 @@
-"""What a run asks of the optimizer: its learning rate, its kind, and whether it holds the gates."""
+"""What a run asks of the optimizer: its rate, its kind, whether it holds the gates, and if ranks may come and go."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch.amp.grad_scaler import OptState
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
+from loralloc.methods.base import Method
+from loralloc.training.updates import RULES
 
 GATES_HAVE_MOVED_BY = 10
 """Sound step by which trained gates must have moved; a learning-rate warm-up may well start from zero."""
@@ -121,3 +123,104 @@ class GateWatch:
 def _moved(gate: Tensor, start: Tensor) -> bool:
     """Whether an optimizer has moved a gate; to zero it is the method that moves it."""
     return gate.shape != start.shape or bool(((gate != start.to(gate.device)) & (gate != 0)).any())
+
+
+FULL_PRECISION = 'use an optimizer in full precision, such as torch.optim.AdamW (optim="adamw_torch" in a Trainer)'
+
+STARTS_RANKS = (
+    'use torch.optim.AdamW (optim="adamw_torch" in a Trainer) or another one of torch: '
+    + ", ".join(sorted(kind.__name__ for kind in RULES))
+    + "; or a method that opens no ranks while it trains, such as AdaLoRA"
+)
+
+
+def check_clears(optimizer: torch.optim.Optimizer, sites: Sequence[Site]) -> None:
+    """Refuse an optimizer with a state in which a moment cannot be set to 0.
+
+    Raises:
+        UserError: The state is quantized: a 0 in it is some other number.
+    """
+    for parameter, _, value in _moments(optimizer, sites):
+        if isinstance(value, Tensor) and value.shape == parameter.shape and not value.is_floating_point():
+            raise UserError(
+                f"{optimizer_name(optimizer)} keeps its moments in {value.dtype}, where those of closed ranks cannot "
+                f"be cleared; {FULL_PRECISION}"
+            )
+
+
+class MomentWatch:
+    """Notices an optimizer whose memory of ranks cannot be cleared, or started anew, before that is due.
+
+    What torch's own optimizers do is known. Others show it in their first steps: where all they remember of an adapter
+    are numbers in the shape of its factors, and nothing counts steps, a rank whose numbers are 0 is a new one.
+
+    Args:
+        method: Says whether ranks are closed (`compacts`) or opened (`opens_ranks`) while it trains.
+        sites: The gated layers.
+    """
+
+    def __init__(self, method: Method, sites: Sequence[Site]) -> None:
+        self._closes, self._opens = method.compacts, bool(getattr(method, "opens_ranks", False))
+        self._sites, self._looking = sites, self._closes or self._opens
+        self._numbers: dict[tuple[int, str], int] | None = None  # those in the groups at the first look
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse by its class an optimizer that is known to be unfit; can be called before the first step.
+
+        Raises:
+            UserError: It is one of torch's that starts new ranks wrongly, at all or with its settings.
+        """
+        inner = unwrapped(optimizer)
+        if not self._opens or not type(inner).__module__.startswith("torch.optim"):
+            return
+        rule = RULES.get(type(inner))
+        why = ["its update of a new rank is not known"] if rule is None else map(rule.refused, inner.param_groups)
+        self._refuse(inner, next(filter(None, why), None))
+
+    def look(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Look at the state after a step, until enough has been seen: that is after two steps.
+
+        Raises:
+            UserError: Ranks could not be closed, or not be opened, when it is due.
+        """
+        inner = unwrapped(optimizer)
+        if not self._looking or inner is None:
+            return
+        self.check(inner)
+        check_clears(inner, self._sites)
+        moments = list(_moments(inner, self._sites))
+        if not moments or type(inner) in RULES or not self._opens:
+            self._looking = not moments  # a step that was skipped shows nothing
+            return
+        for parameter, name, value in moments:
+            shape = getattr(value, "shape", torch.Size())
+            if value is not None and shape != parameter.shape:
+                what = (
+                    "is shared by ranks" if shape else "is one number for all ranks of a layer, as a count of steps is"
+                )
+                self._refuse(inner, f'"{name}" in its state {what}')
+        before, self._numbers = self._numbers, _numbers(inner)
+        counts = [name for (at, name), value in self._numbers.items() if before and before.get((at, name)) != value]
+        self._refuse(inner, f'"{counts[0]}" in its groups counts steps' if counts else None)
+        self._looking = before is None
+
+    def _refuse(self, optimizer: torch.optim.Optimizer, why: str | None) -> None:
+        if why is not None:
+            raise UserError(
+                f"{type(optimizer).__name__} does not fit a method that opens ranks while it trains: {why}, so that "
+                f"new ranks would start with steps of a wrong size; {STARTS_RANKS}"
+            )
+
+
+def _moments(optimizer: torch.optim.Optimizer, sites: Sequence[Site]) -> Iterator[tuple[Tensor, str, Any]]:
+    """All that an optimizer remembers of an adapter: (parameter, name, value)."""
+    for site in sites:
+        for parameter in (site.A, site.B, site.gate):
+            for name, value in optimizer.state.get(parameter, {}).items():
+                yield parameter, name, value
+
+
+def _numbers(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], int]:
+    """The whole numbers in an optimizer's groups, by group and name; rates, which schedules change, left out."""
+    numbers = ((at, *item) for at, group in enumerate(optimizer.param_groups) for item in group.items())
+    return {(at, name): value for at, name, value in numbers if type(value) is int and not name.endswith("lr")}

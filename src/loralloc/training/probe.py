@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
+from loralloc.methods.validation import IGNORED, check_batch, check_labels, check_loss, loss_of
 from loralloc.training.ablation import AblationScorer
-from loralloc.training.losses import IGNORED
 
 Batch = Mapping[str, Any]
 
@@ -71,7 +71,8 @@ class CollatedBatches(Sequence[Batch]):
 
 OWN_LOSS = (
     "that the model returns. This method computes the step's loss again, so train on model(**batch).loss, with labels "
-    "in the batch, and with the model that the allocation is attached to"
+    'in the batch, and with the model that the allocation is attached to; or use AutoLoRA(mode="first_order"), which '
+    "computes no step again"
 )
 
 
@@ -149,11 +150,26 @@ class DataProbe:
                 output = self.model(*pass_.args, **pass_.kwargs)
             yield torch.stack([(getattr(output, key) * weight).sum() for key, weight in pass_.weights.items()]).sum()
 
+    def precision(self) -> torch.dtype:
+        """The coarsest precision in which anything of the current step was computed: of weights, or of autocast."""
+        used = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
+        used |= {pass_.autocast[1] for pass_ in self._seen if pass_.autocast[0]}
+        return max(used, key=lambda dtype: torch.finfo(dtype).eps)
+
     def validation_loss(self) -> Tensor:
-        """Loss of the next validation batch, in the mode that the model is in."""
-        batch = self.next_batch()
+        """Loss of the next validation batch, in the mode that the model is in.
+
+        Raises:
+            UserError: It is none; the first one is not finite, or its batch has no labels.
+        """
+        first, batch = self._drawn == 0, self.next_batch()
+        if first:
+            check_labels(batch)
         with self._scoring():
-            return self._loss(self.model(**batch))
+            loss = loss_of(self.model(**batch))
+        if first:
+            check_loss(loss)
+        return loss
 
     def next_batch(self) -> Batch:
         """The next validation batch, on the model's device."""
@@ -189,6 +205,7 @@ class DataProbe:
         self._check_loss(self.batch(0))
 
     def _check_loss(self, batch: Batch) -> None:
+        check_labels(batch)
         AblationScorer(self.model, self.sites, [batch], self._scoring).check_loss(batch)
 
     def _can_walk(self, batch: Batch) -> bool:
@@ -200,7 +217,9 @@ class DataProbe:
     def batch(self, index: int) -> Batch:
         """A validation batch on the model's device; data without an end of their own start over."""
         endless = isinstance(self.validation, CollatedBatches)
-        return on_device(self.validation[index if endless else index % len(self.validation)], self.device)
+        found = self.validation[index if endless else index % len(self.validation)]
+        check_batch(found)
+        return on_device(found, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -256,12 +275,6 @@ class DataProbe:
                 raise UserError(
                     f"the step's loss weighs tokens by what the model thinks of them; it is not the loss {OWN_LOSS}"
                 )
-
-    def _loss(self, output: Any) -> Tensor:
-        loss = getattr(output, "loss", None)
-        if not isinstance(loss, Tensor):
-            raise UserError("the model returned no loss: batches must hold labels (or what the model's loss needs)")
-        return loss
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:

@@ -33,6 +33,7 @@ from loralloc.training.gated_files import GatedFiles
 from loralloc.training.moments import FreshRanks, clear_moments
 from loralloc.training.optimizer import (
     GateWatch,
+    MomentWatch,
     accumulates,
     check_holds_gates,
     check_unscaled,
@@ -126,6 +127,7 @@ class AllocationRun:
         self._final: Tensor | None = None
         self._compaction: Compaction | None = None
         self._gate_watch: GateWatch | None = GateWatch(self.sites)  # until an optimizer is shown
+        self._moment_watch = MomentWatch(method, self.sites)
         self._checks = StepChecks(model, lambda step: self._emit({"event": "bad_step", "step": step}))
         self._sound: Tensor | None = None
 
@@ -206,6 +208,7 @@ class AllocationRun:
             return
         if self._gate_watch is not None and not self._checks.bad_in_a_row:
             self._gate_watch.look()
+        self._moment_watch.look(optimizer)
         with torch.no_grad():
             self._fresh.after_step(optimizer)
             decision = self.method.on_step(self.state, self._now(optimizer))
@@ -244,11 +247,13 @@ class AllocationRun:
             self._gate_watch.judge()
         with torch.no_grad():
             kept = self.method.finish(self.state, self.target)
+        lost = 0 if self._budget is None else self.target - self._budget
         record = {
             "loralloc": __version__,
             "total_steps": total_steps,
             "steps": self.step,
             "bad_steps": self.bad_steps,
+            **({"budget_lost": lost} if lost > 0 else {}),
             **(provenance or {}),
         }
         self.plan = rank_plan(self.method, self.sites, kept, self._start_ranks, self._peak, record)
@@ -279,6 +284,7 @@ class AllocationRun:
             UserError: It was built before the allocation was attached.
         """
         check_holds_gates(optimizer, self.sites)
+        self._moment_watch.check(optimizer)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, numbers) that a resumed run needs beyond the model's and the optimizer's own."""

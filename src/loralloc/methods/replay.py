@@ -1,0 +1,107 @@
+"""Whether a step that is computed again is the step, asked before anything is learned from it.
+
+What is computed again is the loss that the model returns, as the training loop weighs it. A term that a loop adds to
+that is not in it: it would be lost where the gradient replaces the step's, and taken for a second derivative where the
+difference of both is one. Such a term may be 0 at first (a divergence from the base model, a penalty on B, a weight
+that is warmed up), so that one look is not enough: steps 1, 2, 4, 8, ... of a process are compared.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from loralloc.errors import UserError
+from loralloc.methods.base import Probe, any_process, average_
+from loralloc.methods.hypergradient import Tensors, global_norm, train_gradients
+
+ALLOWED = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
+"""How far a gradient may be off, relative to its length: four roundings of the precision that it was computed in."""
+
+ALLOWED_IN_FULL = 1e-3
+"""The same in fp32 and wider, where nothing but the order of summation differs."""
+
+CLIP_EPS = 1e-6
+"""What `clip_grad_norm_` adds to a norm that it divides by."""
+
+
+def is_due(step: int) -> bool:
+    """Whether a step is compared, counted from 1: each twice as far as the last.
+
+    >>> [step for step in range(1, 20) if is_due(step)]
+    [1, 2, 4, 8, 16]
+    """
+    return step & (step - 1) == 0
+
+
+@torch.no_grad()
+def check_replay(
+    probe: Probe, gates: Tensors, gate_gradients: Tensors | None, mode: str, max_grad_norm: float | None
+) -> bool:
+    """Compare the step's gradient with the one that comes out when it is computed again.
+
+    Args:
+        probe: The step's data; the weights have the gradients that the optimizer is about to get.
+        gates: The gates.
+        gate_gradients: Their gradients in the step, not clipped, on this process, where these are all that is used of
+            the step; then the length of the other gradients does not matter. None where gradients computed again
+            replace the step's.
+        mode: The method's mode, for the message.
+        max_grad_norm: The norm to which the gradients computed again will be clipped.
+
+    Returns:
+        Whether there was something to compare: not where both gradients are 0.
+
+    Raises:
+        UserError: On some process they differ by more than rounding does.
+    """
+    weights = probe.weights()
+    step = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+    found = train_gradients(probe, [*weights, *gates], check=True)
+    again, of_gates = found[: len(weights)], found[len(weights) :]
+    average_(again)
+    length, size = float(global_norm(step)), float(global_norm(again))
+    if length == size == 0:
+        return False
+    allowed = ALLOWED.get(probe.precision(), ALLOWED_IN_FULL)
+    factor = length / size if size else 0.0
+    off = _distance(step, again, factor)
+    if gate_gradients is None:
+        expected = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (size + CLIP_EPS))
+    else:
+        expected, off = factor, max(off, _distance(gate_gradients, of_gates, 1.0))
+    turned, stretched = not off <= allowed, not abs(factor - expected) <= allowed * expected
+    if any_process(torch.tensor(turned or stretched, device=weights[0].device)):
+        raise UserError(
+            f'mode="{mode}" computes the gradient of a step again, from the loss that the model returns, and '
+            + (
+                _turned(off, allowed)
+                if turned
+                else _stretched(factor, expected, max_grad_norm)
+                if stretched
+                else "another process has a step that this does not bring back: see its message"
+            )
+        )
+    return True
+
+
+def _distance(step: Tensors, again: Tensors, factor: float) -> float:
+    """‖step − factor · again‖ / ‖step‖; 1 where the step's is 0 and the other is not."""
+    difference = torch._foreach_sub(step, torch._foreach_mul(again, factor))
+    length, apart = float(global_norm(step)), float(global_norm(difference))
+    return apart / length if length else float(apart > 0)
+
+
+def _turned(off: float, allowed: float) -> str:
+    return (
+        f"it is off from the one that the training loop has by {off:.2g} of its length (rounding: {allowed:.2g}). "
+        "The loop adds a term to that loss, changes gradients, or draws random numbers outside of torch: train "
+        'on model(**batch).loss alone, or use mode="first_order", which computes no step again'
+    )
+
+
+def _stretched(factor: float, expected: float, max_grad_norm: float | None) -> str:
+    return (
+        f"the training loop has {factor:.3g} times that gradient, where max_grad_norm={max_grad_norm} would leave "
+        f"{expected:.3g} times. Set run.max_grad_norm to the norm that your loop clips to (None for no clipping), and "
+        'change gradients in no other way, or use mode="first_order", which computes no step again'
+    )
