@@ -324,9 +324,12 @@ def _refuse(model: PeftModel, adapter: str, names: Sequence[str], problems: dict
     others = [name for name in names if name not in problems]
     if left_out and others:
         config = model.peft_config[adapter]
-        already = config.exclude_modules if isinstance(config, LoraConfig) else None
-        left_out_text = f"LoraConfig({excluding(left_out, others, already)}) (lora.exclude_modules in a recipe)"
-        said.append(f"leave out what is not supported, {left_out_text}")
+        assert isinstance(config, LoraConfig)
+        untied = (
+            "ensure_weight_tying=False, " if config.ensure_weight_tying else ""
+        )  # PEFT looks for the adapter to tie
+        cure = f"LoraConfig({untied}{excluding(left_out, others, config.exclude_modules)})"
+        said.append(f"leave out what is not supported, {cure} (lora.exclude_modules in a recipe)")
     elif left_out:
         said.append(_named_layers(model))
     raise UserError("; ".join(said))
