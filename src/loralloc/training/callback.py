@@ -20,6 +20,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
+from loralloc.peft_layers import peft_model
 from loralloc.plan import RankPlan, write_atomically
 from loralloc.training.checkpoint import read_jsonl
 from loralloc.training.gated_files import FILE as GATED
@@ -196,7 +197,7 @@ class RankAllocation(TrainerCallback):
             write_atomically(folder / MARKER, json.dumps({"finished": True, "step": state.global_step}) + "\n")
             for gated in folder.rglob(GATED):
                 gated.unlink()
-            kwargs["model"].save_pretrained(str(folder))
+            peft_model(kwargs["model"]).save_pretrained(str(folder))
             self.plan.save(folder / "ranks.json")
             card = (folder / "README.md").read_text(encoding="utf-8")
             write_atomically(folder / "README.md", card.replace(_unfinished(state).strip(), FINISHED))

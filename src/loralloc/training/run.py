@@ -6,10 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from loralloc._version import __version__
@@ -26,6 +25,7 @@ from loralloc.methods.base import (
     settings_of,
     site_budget,
 )
+from loralloc.peft_layers import peft_model
 from loralloc.plan import RankPlan
 from loralloc.training.compaction import Compaction
 from loralloc.training.example import keep_example
@@ -110,8 +110,8 @@ class AllocationRun:
             self.unit, self.start, self.target = site_budget(self.sites, method.budget)
             if total_steps is not None:
                 self.begin(total_steps)
-        self._files = GatedFiles(cast(PeftModel, model), self.sites)
-        self._forget_example = keep_example(model)
+        self._files = GatedFiles(peft_model(model), self.sites)
+        self._forget_example = keep_example(peft_model(model))
         self.step = 0
         self.settled = False
         self.max_grad_norm: float | None = None
