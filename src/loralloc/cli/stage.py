@@ -14,6 +14,7 @@ from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
+from loralloc.recipe_methods import LoRAConfigSection
 from loralloc.tasks.base import TaskData
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
@@ -37,7 +38,7 @@ def make_trainer(
     if method is not None:
         provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}
         allocation = RankAllocation(method, trace=folder.trace, provenance=provenance, compact=compact)
-    elif compact:
+    elif compact and isinstance(recipe.method, LoRAConfigSection):
         raise UserError("training.compact: plain LoRA closes no ranks that could leave memory; remove it")
     callbacks = [Agreement() if allocation is None else allocation, terminal.Progress(allocation)]
     trainer = PlainTrainer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ _T = TypeVar("_T")
 CHECK_EVERY = 100
 """Steps between two comparisons of the processes' weights; in the first hundred, after steps 1, 2, 4, 8, ..."""
 
+_runs = itertools.count()  # processes count alike, so that what was said in one run may be said in the next
 LONGEST_WAIT = timedelta(days=1)
 """How long processes wait for the one that exports; the usual half an hour is short for a large merged model."""
 
@@ -80,17 +82,6 @@ def gather(number: float) -> list[float]:
     return [tensor.item() for tensor in found]
 
 
-def refuse_several(verb: str) -> None:
-    """Refuse what one process does alone, where a launcher has started several.
-
-    Raises:
-        UserError: It has.
-    """
-    join()
-    if world_size() > 1:
-        raise UserError(f"{verb} takes one process, not {world_size()}: start it without torchrun or accelerate launch")
-
-
 @contextmanager
 def together() -> Iterator[None]:
     """Run a block on every process; where it fails on one, it ends all, and nobody waits for somebody who has left.
@@ -127,20 +118,36 @@ def one_voice() -> Iterator[None]:
     Raises:
         SystemExit: Another process has said the same.
     """
+    run = next(_runs)
     try:
         yield
     except (UserError, FloatingPointError, OSError) as error:
-        if world_size() > 1 and not _is_first_to_say(str(error)):
+        if world_size() > 1 and not _is_first_to_say(f"{run}: {error}"):
             raise SystemExit(2) from error
         raise
 
 
 def _is_first_to_say(text: str) -> bool:
-    key = f"loralloc/{hashlib.sha256(text.encode()).hexdigest()}"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    key = f"loralloc/{attempt}/{hashlib.sha256(text.encode()).hexdigest()}"
     try:
         return dist.distributed_c10d._get_default_store().add(key, 1) == 1
     except RuntimeError:  # the process that holds the store has left: better twice than not at all
         return True
+
+
+def refuse_several(verb: str) -> None:
+    """Refuse what one process does alone, where a launcher has started several.
+
+    Raises:
+        UserError: It has.
+    """
+    join()
+    if world_size() > 1:
+        with one_voice():
+            raise UserError(
+                f"{verb} takes one process, not {world_size()}: start it without torchrun or accelerate launch"
+            )
 
 
 def check_agreement(model: nn.Module, step: int, last: int) -> None:
