@@ -21,6 +21,7 @@ from loralloc.gating import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData
+from loralloc.training import processes
 from loralloc.training.run import AllocationRun
 from loralloc.training.trainer import PlainTrainer
 
@@ -33,13 +34,13 @@ class Outcome:
         folder: The run folder.
         plan: The rank plan.
         metrics: The content of metrics.json.
-        export: The exported adapter.
+        export: The exported adapter; None in processes other than the first, which write nothing.
     """
 
     folder: RunFolder
     plan: RankPlan
     metrics: Mapping[str, Any]
-    export: Export
+    export: Export | None
 
 
 def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outcome:
@@ -47,26 +48,35 @@ def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outco
 
     Everything is loaded and checked before anything is written or an earlier run is replaced. A method that searches
     first (AutoLoRA) does so in RUN/search; what is trained afterwards is plain LoRA at the ranks that were found.
+    Where a launcher has started several processes, all of them train, and the first one writes.
     """
     terminal.quiet_libraries()
-    folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
+    with processes.one_voice():
+        return _run(recipe, resume, start_over)
+
+
+def _run(recipe: Recipe, resume: bool, start_over: bool) -> Outcome:
+    with processes.together():
+        folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
     searched = search.find_plan(recipe, folder, resume) if search.searches(recipe) else None
     trained = recipe if searched is None else search.retraining(recipe, folder)
-    data = task_data(trained)
-    model = add_adapter(data.model, trained)
-    train, held = method_data(trained.method, data, trained.training.seed)
-    steps = stage.total_steps(trained, len(train))
-    if searched is None:
-        terminal.show_start(trained, data, model)
-    else:
-        terminal.show_retraining(steps, len(train))
-    trainer, allocation = stage.make_trainer(
-        trained, replace(data, train=train), model, folder, method_of(trained.method, held)
-    )
-    if allocation is not None:
-        allocation.run.begin(steps)
+    with processes.together():
+        data = task_data(trained)
+        model = add_adapter(data.model, trained)
+        train, held = method_data(trained.method, data, trained.training.seed)
+        steps = stage.total_steps(trained, len(train))
+        if searched is None:
+            terminal.show_start(trained, data, model)
+            terminal.show_processes(trained)
+        else:
+            terminal.show_retraining(steps, len(train))
+        trainer, allocation = stage.make_trainer(
+            trained, replace(data, train=train), model, folder, method_of(trained.method, held)
+        )
+        if allocation is not None:
+            allocation.run.begin(steps)
     if not resume and searched is None:
-        folder.create(recipe)
+        processes.on_main(folder.create, recipe)
     untrained = stage.evaluate(trainer, data, "untrained")[data.metric]
     stage.train(trainer, folder.checkpoints, steps, resume)
     seconds = trainer.train_seconds
@@ -74,17 +84,19 @@ def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outco
     assert plan is not None
     if searched is not None:
         plan = search.combined(searched, plan)
-        shutil.copyfile(folder.search.trace, folder.trace)
-    elif allocation is None:
-        _write_constant_trace(folder, plan)
-    plan.save(folder.plan)
-    export = _export(data, model, folder)
-    metrics = _final_metrics(trained, data, trainer, plan, export, untrained, seconds)
     if searched is not None:
-        metrics["search"] = search.metrics(folder)
-    folder.write_json(folder.metrics, metrics)
-    report = write_report(folder.root)
-    terminal.show_outcome(folder, plan, metrics, export, report)
+        processes.on_main(shutil.copyfile, folder.search.trace, folder.trace)
+    elif allocation is None:
+        processes.on_main(_write_constant_trace, folder, plan)
+    export = processes.on_main(_write_adapter, folder, plan, data, model)
+    metrics = _final_metrics(trained, data, trainer, plan, untrained, seconds)
+    if export is not None:
+        metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
+        if searched is not None:
+            metrics["search"] = search.metrics(folder)
+        folder.write_json(folder.metrics, metrics)
+        report = write_report(folder.root)
+        terminal.show_outcome(folder, plan, metrics, export, report)
     return Outcome(folder, plan, metrics, export)
 
 
@@ -108,16 +120,26 @@ def show_plan(recipe: Recipe) -> None:
         terminal.show_retraining(stage.total_steps(recipe, len(data.train)), len(data.train))
 
 
-def _export(data: TaskData, model: PeftModel, folder: RunFolder) -> Export:
-    """Write the adapter, and what else it takes to load it."""
+def _write_adapter(folder: RunFolder, plan: RankPlan, data: TaskData, model: PeftModel) -> Export:
+    """Write plan and adapter, and what else it takes to load it.
+
+    Raises:
+        UserError: The export failed; what was trained is kept, and the message says how to export it again.
+    """
+    plan.save(folder.plan)
     data.model.config.save_pretrained(folder.model)
     data.tokenizer.save_pretrained(folder.model)
+    folder.keep_trained(model.save_pretrained)
     try:
-        return export_adapter(model, folder.adapter)
-    except RuntimeError as error:
-        raise UserError(
-            f"the run ended without an adapter: {error}; if the loss diverged, lower the learning rate"
-        ) from error
+        export = export_adapter(model, folder.adapter)
+    except (RuntimeError, ValueError, OSError) as error:
+        if all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
+            cure = f"what was trained is kept in {folder.trained}: loralloc export {folder.root} writes it from there"
+        else:
+            cure = "the loss diverged: lower the learning rate"
+        raise UserError(f"the run ended without an adapter: {error}; {cure}") from error
+    folder.drop_trained()
+    return export
 
 
 def _final_metrics(
@@ -125,7 +147,6 @@ def _final_metrics(
     data: TaskData,
     trainer: PlainTrainer,
     plan: RankPlan,
-    export: Export,
     untrained: float,
     seconds: float,
 ) -> dict[str, Any]:
@@ -138,11 +159,10 @@ def _final_metrics(
         "reference": {**data.reference, "untrained": untrained},
         "classes": dict(data.classes),
         "train_seconds": round(seconds, 1),
+        "processes": processes.world_size(),
         "total_steps": trainer.state.max_steps,
         "final_ranks": plan.total_rank,
         "final_parameters": plan.parameters,
-        "adapter_check": export.difference,
-        "adapter_check_allowed": export.allowed,
     }
 
 

@@ -16,6 +16,7 @@ from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.plan import RankPlan
 from loralloc.recipe_methods import AutoLoRAConfig, LoRAConfigSection
+from loralloc.training import processes
 
 
 def searches(recipe: Recipe) -> bool:
@@ -41,31 +42,39 @@ def find_plan(recipe: Recipe, folder: RunFolder, resume: bool) -> RankPlan:
     Returns:
         The plan of RUN/search/ranks.json.
     """
-    if resume and folder.search.plan.is_file():
-        return RankPlan.load(folder.search.plan)
-    data = task_data(recipe)
-    train, held = method_data(recipe.method, data, recipe.training.seed)
-    assert held is not None
-    steps = steps_of(recipe, len(data.train))
-    model = add_adapter(data.model, recipe)
-    settings = {"steps": steps, "epochs": None, "eval_every": None}
-    searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
-    seen = replace(data, train=train, validation=held, test=None)
-    trainer, allocation = stage.make_trainer(searching, seen, model, folder.search, method_of(recipe.method, held))
-    assert allocation is not None
-    allocation.run.begin(steps)
+    with processes.together():
+        if resume and folder.search.plan.is_file():
+            return RankPlan.load(folder.search.plan)
+    with processes.together():
+        data = task_data(recipe)
+        train, held = method_data(recipe.method, data, recipe.training.seed)
+        assert held is not None
+        steps = steps_of(recipe, len(data.train))
+        model = add_adapter(data.model, recipe)
+        settings = {"steps": steps, "epochs": None, "eval_every": None}
+        searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
+        seen = replace(data, train=train, validation=held, test=None)
+        trainer, allocation = stage.make_trainer(searching, seen, model, folder.search, method_of(recipe.method, held))
+        assert allocation is not None
+        allocation.run.begin(steps)
     if not resume:
-        folder.create(recipe)
-    folder.search.root.mkdir(exist_ok=True)
+        processes.on_main(folder.create, recipe)
+    processes.on_main(folder.search.root.mkdir, exist_ok=True)
     terminal.show_start(recipe, data, model)
+    terminal.show_processes(recipe)
     terminal.show_search(steps, len(train), len(held))
     stage.train(trainer, folder.search.checkpoints, steps, resume)
     plan = allocation.plan
     assert plan is not None
     record = {"examples": len(train), "held_out": len(held), "steps": plan.provenance["steps"]}
-    folder.write_json(folder.search.metrics, {**record, "seconds": round(trainer.train_seconds, 1)})
-    plan.save(folder.search.plan)  # last: it says that the search is over
+    record["seconds"] = round(trainer.train_seconds, 1)
+    processes.on_main(_write, folder, record, plan)
     return plan
+
+
+def _write(folder: RunFolder, record: dict[str, Any], plan: RankPlan) -> None:
+    folder.write_json(folder.search.metrics, record)
+    plan.save(folder.search.plan)  # last: it says that the search is over
 
 
 def retraining(recipe: Recipe, folder: RunFolder) -> Recipe:

@@ -14,17 +14,19 @@ from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
+from loralloc.recipe_methods import LoRAConfigSection
 from loralloc.tasks.base import TaskData
+from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
-from loralloc.training.checkpoint import newest_complete
-from loralloc.training.trainer import PlainTrainer
+from loralloc.training.checkpoint import check_processes, newest_complete
+from loralloc.training.trainer import Agreement, PlainTrainer
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of a run, counted as the Trainer does."""
+    """Optimizer steps of a run, counted as the Trainer does: every process takes its share of the batches."""
     if recipe.training.steps is not None:
         return recipe.training.steps
-    batches = math.ceil(examples / recipe.training.batch_size)
+    batches = math.ceil(math.ceil(examples / recipe.training.batch_size) / processes.world_size())
     return math.ceil((recipe.training.epochs or 1) * max(1, math.ceil(batches / recipe.training.accumulation)))
 
 
@@ -36,9 +38,9 @@ def make_trainer(
     if method is not None:
         provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}
         allocation = RankAllocation(method, trace=folder.trace, provenance=provenance, compact=compact)
-    elif compact:
+    elif compact and isinstance(recipe.method, LoRAConfigSection):
         raise UserError("training.compact: plain LoRA closes no ranks that could leave memory; remove it")
-    callbacks = [callback for callback in (allocation, terminal.Progress(allocation)) if callback is not None]
+    callbacks = [Agreement() if allocation is None else allocation, terminal.Progress(allocation)]
     trainer = PlainTrainer(
         model=model,
         args=training_arguments(recipe.training, folder.checkpoints),
@@ -56,6 +58,8 @@ def make_trainer(
 def train(trainer: PlainTrainer, checkpoints: Path, steps: int, resume: bool) -> None:
     """Train, from the newest complete checkpoint when a run is resumed and has one."""
     checkpoint = newest_complete(checkpoints, before=steps) if resume else None
+    if checkpoint is not None:
+        check_processes(checkpoint, processes.world_size())
     with terminal.progress_bar():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 

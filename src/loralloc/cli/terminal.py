@@ -27,6 +27,7 @@ from loralloc.plan import RankPlan
 from loralloc.report.grid import arrange, short_names
 from loralloc.tasks import labels
 from loralloc.tasks.base import TaskData
+from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 from loralloc.training.run import AllocationRun
 
@@ -41,7 +42,12 @@ if not console.is_terminal:
 
 
 def quiet_libraries() -> None:
-    """Keep notes of the libraries underneath, which a user of the command line cannot act on, off the screen."""
+    """Keep notes of the libraries underneath, which a user of the command line cannot act on, off the screen.
+
+    Of several processes, the first one alone says what happens.
+    """
+    processes.join()
+    console.quiet = not processes.is_main()
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -62,6 +68,13 @@ def show_start(recipe: Recipe, data: TaskData, model: PeftModel) -> None:
     for warning in labels.warnings(data.classes):
         console.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
     console.print(f"  adapter   {sites} modules, {trainable:,} trainable parameters at the start (heads included)")
+
+
+def show_processes(recipe: Recipe) -> None:
+    """Say how many processes train together, where a launcher has started several."""
+    count, each = processes.world_size(), recipe.training.batch_size * recipe.training.accumulation
+    if count > 1:
+        console.print(f"  processes {count}, each with {each} examples a step: {count * each} together")
 
 
 def show_search(steps: int, examples: int, held_out: int) -> None:
