@@ -76,8 +76,9 @@ def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outco
         plan = search.combined(searched, plan)
         shutil.copyfile(folder.search.trace, folder.trace)
     elif allocation is None:
-        _write_constant_trace(folder, plan)
+        _write_constant_trace(folder, plan, trainer)
     plan.save(folder.plan)
+    _refuse_failed(trained, plan, model, folder)
     export = _export(data, model, folder)
     metrics = _final_metrics(trained, data, trainer, plan, export, untrained, seconds)
     if searched is not None:
@@ -106,6 +107,14 @@ def show_plan(recipe: Recipe) -> None:
         terminal.show_schedule(allocation)
     if search.searches(recipe):
         terminal.show_retraining(stage.total_steps(recipe, len(data.train)), len(data.train))
+
+
+def _refuse_failed(recipe: Recipe, plan: RankPlan, model: PeftModel, folder: RunFolder) -> None:
+    """End a run most of whose steps were skipped without an adapter, but keep what was trained."""
+    if stage.failed(plan):
+        kept = folder.checkpoints / "failed"
+        model.save_pretrained(str(kept))
+        raise UserError(f"{stage.failure(recipe, plan)}; what was trained is in {kept}")
 
 
 def _export(data: TaskData, model: PeftModel, folder: RunFolder) -> Export:
@@ -138,6 +147,7 @@ def _final_metrics(
         "reference": {**data.reference, "untrained": untrained},
         "train_seconds": round(seconds, 1),
         "total_steps": trainer.state.max_steps,
+        "bad_steps": plan.provenance["bad_steps"],
         "final_ranks": plan.total_rank,
         "final_parameters": plan.parameters,
         "adapter_check": export.difference,
@@ -153,20 +163,25 @@ def _plan_without_allocation(recipe: Recipe, data: TaskData, model: PeftModel, t
         outputs = layer.lora_B[adapter].weight.shape[0]
         modules[name] = ModuleRank(rank, rank, inputs, outputs, float(layer.scaling[adapter]))
     steps = trainer.state.global_step
+    assert trainer.guard is not None
     provenance = {
         "loralloc": __version__,
         "base_model": data.model.name_or_path,
         "seed": recipe.training.seed,
         "total_steps": steps,
         "steps": steps,
+        "bad_steps": len(trainer.guard.steps),
     }
     return RankPlan(recipe.method.name, modules, provenance=provenance)
 
 
-def _write_constant_trace(folder: RunFolder, plan: RankPlan) -> None:
+def _write_constant_trace(folder: RunFolder, plan: RankPlan, trainer: PlainTrainer) -> None:
     """The trace of a run without allocation."""
+    assert trainer.guard is not None
     modules, ranks, steps = plan.modules.values(), list(plan.ranks.values()), plan.provenance["steps"]
     sizes = {"in": [m.inputs for m in modules], "out": [m.outputs for m in modules]}
     start = {"event": "start", "step": 0, "total_steps": steps, "sites": list(plan.modules), **sizes, "ranks": ranks}
+    skipped = [{"event": "bad_step", "step": step} for step in trainer.guard.steps]
     finish = {"event": "finish", "step": steps, "ranks": ranks, "parameters": plan.parameters}
-    folder.trace.write_text("".join(json.dumps(event) + "\n" for event in (start, finish)), encoding="utf-8")
+    text = "".join(json.dumps(event) + "\n" for event in (start, *skipped, finish))
+    folder.trace.write_text(text, encoding="utf-8")

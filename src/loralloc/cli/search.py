@@ -14,6 +14,7 @@ from loralloc.cli import stage, terminal
 from loralloc.cli.build import add_adapter, method_data, method_of, task_data
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
+from loralloc.errors import UserError
 from loralloc.plan import RankPlan
 from loralloc.recipe_methods import AutoLoRAConfig, LoRAConfigSection
 
@@ -62,6 +63,8 @@ def find_plan(recipe: Recipe, folder: RunFolder, resume: bool) -> RankPlan:
     stage.train(trainer, folder.search.checkpoints, steps, resume)
     plan = allocation.plan
     assert plan is not None
+    if stage.failed(plan):
+        raise UserError(stage.failure(recipe, plan))
     record = {"examples": len(train), "held_out": len(held), "steps": plan.provenance["steps"]}
     folder.write_json(folder.search.metrics, {**record, "seconds": round(trainer.train_seconds, 1)})
     plan.save(folder.search.plan)  # last: it says that the search is over

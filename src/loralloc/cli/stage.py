@@ -14,10 +14,14 @@ from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
+from loralloc.plan import RankPlan
 from loralloc.tasks.base import TaskData
 from loralloc.training.callback import RankAllocation
 from loralloc.training.checkpoint import newest_complete
-from loralloc.training.trainer import PlainTrainer
+from loralloc.training.trainer import PlainTrainer, SkipBadSteps
+
+EVALUATED = {"untrained": "the untrained model", "eval": "validation data", "test": "test data"}
+"""What an evaluation is about, by the prefix of its figures in the log."""
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
@@ -31,13 +35,14 @@ def total_steps(recipe: Recipe, examples: int) -> int:
 def make_trainer(
     recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, method: Method | None
 ) -> tuple[PlainTrainer, RankAllocation | None]:
-    """Build the trainer, with the allocation as a callback."""
+    """Build the trainer, with the allocation as a callback, or the guard of a training without one."""
     allocation, compact = None, recipe.training.compact
     if method is not None:
         provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}
         allocation = RankAllocation(method, trace=folder.trace, provenance=provenance, compact=compact)
     elif compact:
         raise UserError("training.compact: plain LoRA closes no ranks that could leave memory; remove it")
+    guard = SkipBadSteps() if allocation is None else None
     callbacks = [callback for callback in (allocation, terminal.Progress(allocation)) if callback is not None]
     trainer = PlainTrainer(
         model=model,
@@ -48,8 +53,11 @@ def make_trainer(
         compute_metrics=data.compute_metrics,
         preprocess_logits_for_metrics=data.preprocess_logits,
         log=folder.log,
+        guard=guard,
         callbacks=callbacks,
     )
+    checks = (guard or allocation.run).checks
+    checks.say, checks.say_every = terminal.show_warning, recipe.training.log_every
     return trainer, allocation
 
 
@@ -60,14 +68,28 @@ def train(trainer: PlainTrainer, checkpoints: Path, steps: int, resume: bool) ->
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
+def failed(plan: RankPlan) -> bool:
+    """Whether more than half of a training's steps were skipped: what came of it is no success."""
+    return 2 * plan.provenance["bad_steps"] > plan.provenance["steps"]
+
+
+def failure(recipe: Recipe, plan: RankPlan) -> str:
+    """Say why a training has failed, and what to do."""
+    return (
+        f"the training failed: {plan.provenance['bad_steps']} of {plan.provenance['steps']} steps were skipped because "
+        f"their gradients were not finite, and more than half is too many; lower training.learning_rate, which is "
+        f"{recipe.training.learning_rate:g}, and start over with --replace"
+    )
+
+
 def evaluate(trainer: PlainTrainer, data: TaskData, prefix: str, split: Dataset | None = None) -> dict[str, float]:
     """Evaluate on a split, by default the test data or, without them, the validation data."""
     if split is None:
         split = data.validation if data.test is None else data.test
-    found = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
-    timing = ("_runtime", "_per_second", "_preparation_time")
-    return {
-        key.removeprefix(f"{prefix}_"): value
-        for key, value in found.items()
-        if not key.endswith(timing) and key != "epoch"
-    }
+    with _progress(trainer).evaluating(EVALUATED[prefix]):
+        found = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
+    return terminal.without_times(found, prefix)
+
+
+def _progress(trainer: PlainTrainer) -> terminal.Progress:
+    return next(found for found in trainer.callback_handler.callbacks if isinstance(found, terminal.Progress))
