@@ -38,7 +38,7 @@ from loralloc.methods.controls import DepthLinear, Random, Uniform
 from loralloc.methods.truncate import Truncate
 from loralloc.plan import RankPlan
 from loralloc.recipe_methods import ALLoRAConfig, LoRAConfigSection, MethodConfig
-from loralloc.tasks import prepare
+from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.pretrained import load_model, locate
 
@@ -212,6 +212,13 @@ def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData
     """Load the base model and the data of a run and, with stock PEFT, the adapter it exported."""
     data = task_data(recipe)
     return _with_adapter(data.model, folder), data
+
+
+def load_with_data(folder: RunFolder, recipe: Recipe, source: str) -> tuple[PeftModel, TaskData]:
+    """Load the base model of a run, with stock PEFT the adapter it exported, and data; the run's own are not needed."""
+    model, tokenizer = load_for_export(folder)
+    base: Any = model.get_base_model()
+    return model, prepare_evaluation(recipe.task, base, tokenizer, recipe.data, source)
 
 
 def _linear_modules(model: torch.nn.Module) -> str:

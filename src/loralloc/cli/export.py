@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from loralloc.cli.folder import RunFolder
 from loralloc.errors import UserError
 
 
@@ -31,15 +32,14 @@ def export(
     to: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/PROFILE.")] = None,
 ) -> None:
     """Write the adapter for its consumer, reload it with stock PEFT and compare the logits."""
-    from loralloc.cli import terminal
-    from loralloc.cli.build import load_for_export
-    from loralloc.cli.folder import RunFolder
-    from loralloc.export import export_adapter
-
-    terminal.quiet_libraries()
     folder = RunFolder.finished(run)
     if to is not None and to.resolve() == folder.adapter.resolve():
         raise UserError(f"{to} is the run's own adapter; choose another folder")
+    from loralloc.cli import terminal
+    from loralloc.cli.build import load_for_export
+    from loralloc.export import export_adapter
+
+    terminal.quiet_libraries()
     model, tokenizer = load_for_export(folder)
     exported = export_adapter(model, to or folder.root / profile.value, profile.value, tokenizer=tokenizer)
     typer.echo(f"wrote {exported.path} ({profile.value}, largest rank {exported.max_rank})")

@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftModel
@@ -21,7 +23,6 @@ from loralloc.gating import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData
-from loralloc.training.run import AllocationRun
 from loralloc.training.trainer import PlainTrainer
 
 
@@ -42,32 +43,27 @@ class Outcome:
     export: Export
 
 
-def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outcome:
+def run(recipe: Recipe, resume: bool = False, start_over: bool = False, untrained: float | None = None) -> Outcome:
     """Train, allocate, export, evaluate and report one recipe.
 
     Everything is loaded and checked before anything is written or an earlier run is replaced. A method that searches
     first (AutoLoRA) does so in RUN/search; what is trained afterwards is plain LoRA at the ranks that were found.
+
+    Args:
+        recipe: The recipe.
+        resume: Continue from the newest complete checkpoint.
+        start_over: Replace an earlier run.
+        untrained: The metric before training, where it is known.
     """
     terminal.quiet_libraries()
     folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
     searched = search.find_plan(recipe, folder, resume) if search.searches(recipe) else None
     trained = recipe if searched is None else search.retraining(recipe, folder)
-    data = task_data(trained)
-    model = add_adapter(data.model, trained)
-    train, held = method_data(trained.method, data, trained.training.seed)
-    steps = stage.total_steps(trained, len(train))
-    if searched is None:
-        terminal.show_start(trained, data, model)
-    else:
-        terminal.show_retraining(steps, len(train))
-    trainer, allocation = stage.make_trainer(
-        trained, replace(data, train=train), model, folder, method_of(trained.method, held)
-    )
-    if allocation is not None:
-        allocation.run.begin(steps)
+    data, model, trainer, allocation, steps = _prepare(trained, folder, searched is not None)
     if not resume and searched is None:
         folder.create(recipe)
-    untrained = stage.evaluate(trainer, data, "untrained")[data.metric]
+    if untrained is None:
+        untrained = stage.evaluate(trainer, data, "untrained")[data.metric]
     stage.train(trainer, folder.checkpoints, steps, resume)
     seconds = trainer.train_seconds
     plan = allocation.plan if allocation is not None else _plan_without_allocation(trained, data, model, trainer)
@@ -77,8 +73,8 @@ def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outco
         shutil.copyfile(folder.search.trace, folder.trace)
     elif allocation is None:
         _write_constant_trace(folder, plan, trainer)
-    plan.save(folder.plan)
     _refuse_failed(trained, plan, model, folder)
+    plan.save(folder.plan)
     export = _export(data, model, folder)
     metrics = _final_metrics(trained, data, trainer, plan, export, untrained, seconds)
     if searched is not None:
@@ -89,29 +85,46 @@ def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outco
     return Outcome(folder, plan, metrics, export)
 
 
-def show_plan(recipe: Recipe) -> None:
-    """Load everything and show budget and schedule; train nothing, write nothing."""
+def show_plan(recipe: Recipe, resume: bool = False, start_over: bool = False) -> None:
+    """Do all that a run does before its first step, and show budget and schedule; train nothing, write nothing.
+
+    Raises:
+        UserError: The run would be refused.
+    """
     terminal.quiet_libraries()
+    _ = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
+    with TemporaryDirectory(prefix="loralloc-") as scratch:
+        folder = RunFolder(Path(scratch))
+        if search.searches(recipe):
+            searching = search.prepare(recipe, folder)
+            stage.rehearse(searching.trainer)
+            examples = len(searching.data.train)
+            terminal.show_retraining(stage.total_steps(recipe, examples), examples)
+        else:
+            stage.rehearse(_prepare(recipe, folder).trainer)
+
+
+def _prepare(recipe: Recipe, folder: RunFolder, searched: bool = False) -> stage.Stage:
+    """Load and check everything that a training needs, and show it."""
     data = task_data(recipe)
     model = add_adapter(data.model, recipe)
-    terminal.show_start(recipe, data, model)
     train, held = method_data(recipe.method, data, recipe.training.seed)
-    method = method_of(recipe.method, held)
     steps = stage.total_steps(recipe, len(train))
-    if search.searches(recipe):
-        steps = search.steps_of(recipe, len(data.train))
-        terminal.show_search(steps, len(train), 0 if held is None else len(held))
-    if method is not None:
-        allocation = AllocationRun(model, method)
-        allocation.begin(steps)
-        terminal.show_schedule(allocation)
-    if search.searches(recipe):
-        terminal.show_retraining(stage.total_steps(recipe, len(data.train)), len(data.train))
+    if searched:
+        terminal.show_retraining(steps, len(train))
+    else:
+        terminal.show_start(recipe, data, model)
+    seen = replace(data, train=train)
+    trainer, allocation = stage.make_trainer(recipe, seen, model, folder, method_of(recipe.method, held))
+    if allocation is not None:
+        allocation.run.begin(steps)
+    return stage.Stage(data, model, trainer, allocation, steps)
 
 
 def _refuse_failed(recipe: Recipe, plan: RankPlan, model: PeftModel, folder: RunFolder) -> None:
     """End a run most of whose steps were skipped without an adapter, but keep what was trained."""
     if stage.failed(plan):
+        plan.save(folder.plan)
         kept = folder.checkpoints / "failed"
         model.save_pretrained(str(kept))
         raise UserError(f"{stage.failure(recipe, plan)}; what was trained is in {kept}")

@@ -44,6 +44,29 @@ def find_plan(recipe: Recipe, folder: RunFolder, resume: bool) -> RankPlan:
     """
     if resume and folder.search.plan.is_file():
         return RankPlan.load(folder.search.plan)
+    _, _, trainer, allocation, steps = prepare(recipe, folder)
+    assert allocation is not None
+    if not resume:
+        folder.create(recipe)
+    folder.search.root.mkdir(exist_ok=True)
+    stage.train(trainer, folder.search.checkpoints, steps, resume)
+    plan = allocation.plan
+    assert plan is not None
+    if stage.failed(plan):
+        raise UserError(stage.failure(recipe, plan))
+    seen: Any = trainer.train_dataset, trainer.eval_dataset
+    record = dict(zip(("examples", "held_out"), map(len, seen), strict=True)) | {"steps": plan.provenance["steps"]}
+    folder.write_json(folder.search.metrics, {**record, "seconds": round(trainer.train_seconds, 1)})
+    plan.save(folder.search.plan)  # last: it says that the search is over
+    return plan
+
+
+def prepare(recipe: Recipe, folder: RunFolder) -> stage.Stage:
+    """Load and check everything that the search needs, and show it.
+
+    Returns:
+        The stage; its `data` are those of the recipe, of which the search sees parts.
+    """
     data = task_data(recipe)
     train, held = method_data(recipe.method, data, recipe.training.seed)
     assert held is not None
@@ -55,20 +78,9 @@ def find_plan(recipe: Recipe, folder: RunFolder, resume: bool) -> RankPlan:
     trainer, allocation = stage.make_trainer(searching, seen, model, folder.search, method_of(recipe.method, held))
     assert allocation is not None
     allocation.run.begin(steps)
-    if not resume:
-        folder.create(recipe)
-    folder.search.root.mkdir(exist_ok=True)
     terminal.show_start(recipe, data, model)
     terminal.show_search(steps, len(train), len(held))
-    stage.train(trainer, folder.search.checkpoints, steps, resume)
-    plan = allocation.plan
-    assert plan is not None
-    if stage.failed(plan):
-        raise UserError(stage.failure(recipe, plan))
-    record = {"examples": len(train), "held_out": len(held), "steps": plan.provenance["steps"]}
-    folder.write_json(folder.search.metrics, {**record, "seconds": round(trainer.train_seconds, 1)})
-    plan.save(folder.search.plan)  # last: it says that the search is over
-    return plan
+    return stage.Stage(data, model, trainer, allocation, steps)
 
 
 def retraining(recipe: Recipe, folder: RunFolder) -> Recipe:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from peft import PeftModel
+from transformers import TrainerCallback
 
 from loralloc.cli import terminal
 from loralloc.cli.build import training_arguments
@@ -22,6 +25,16 @@ from loralloc.training.trainer import PlainTrainer, SkipBadSteps
 
 EVALUATED = {"untrained": "the untrained model", "eval": "validation data", "test": "test data"}
 """What an evaluation is about, by the prefix of its figures in the log."""
+
+
+class Stage(NamedTuple):
+    """A training that is ready to begin."""
+
+    data: TaskData
+    model: PeftModel
+    trainer: PlainTrainer
+    allocation: RankAllocation | None
+    steps: int
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
@@ -44,21 +57,35 @@ def make_trainer(
         raise UserError("training.compact: plain LoRA closes no ranks that could leave memory; remove it")
     guard = SkipBadSteps() if allocation is None else None
     callbacks = [callback for callback in (allocation, terminal.Progress(allocation)) if callback is not None]
-    trainer = PlainTrainer(
+    trainer = _build(recipe, data, model, folder, train_dataset=data.train, guard=guard, callbacks=callbacks)
+    checks = guard.checks if allocation is None else allocation.run.checks  # type: ignore[union-attr]
+    checks.say, checks.say_every = terminal.show_warning, recipe.training.log_every
+    return trainer, allocation
+
+
+def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Path) -> PlainTrainer:
+    """Build a trainer that only evaluates: what the recipe says about training does not matter.
+
+    Args:
+        recipe: The recipe.
+        data: The data.
+        model: The model.
+        scratch: A folder for what a trainer writes before it does anything.
+    """
+    return _build(recipe, data, model, RunFolder(scratch), callbacks=[terminal.Progress(None)])
+
+
+def _build(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, **options: Any) -> PlainTrainer:
+    return PlainTrainer(
         model=model,
         args=training_arguments(recipe.training, folder.checkpoints),
-        train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=data.collator,
         compute_metrics=data.compute_metrics,
         preprocess_logits_for_metrics=data.preprocess_logits,
         log=folder.log,
-        guard=guard,
-        callbacks=callbacks,
+        **options,
     )
-    checks = (guard or allocation.run).checks
-    checks.say, checks.say_every = terminal.show_warning, recipe.training.log_every
-    return trainer, allocation
 
 
 def train(trainer: PlainTrainer, checkpoints: Path, steps: int, resume: bool) -> None:
@@ -66,6 +93,22 @@ def train(trainer: PlainTrainer, checkpoints: Path, steps: int, resume: bool) ->
     checkpoint = newest_complete(checkpoints, before=steps) if resume else None
     with terminal.progress_bar():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def rehearse(trainer: PlainTrainer) -> None:
+    """Do everything that a training does before its first step, refusals included, and end there."""
+    trainer.add_callback(_Curtain())
+    with terminal.progress_bar(), suppress(_ReadyError):
+        trainer.train()
+
+
+class _ReadyError(Exception):
+    """Nothing speaks against the first step."""
+
+
+class _Curtain(TrainerCallback):
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        raise _ReadyError
 
 
 def failed(plan: RankPlan) -> bool:
@@ -89,6 +132,11 @@ def evaluate(trainer: PlainTrainer, data: TaskData, prefix: str, split: Dataset 
     with _progress(trainer).evaluating(EVALUATED[prefix]):
         found = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
     return terminal.without_times(found, prefix)
+
+
+def pace(trainer: PlainTrainer) -> terminal.Pace:
+    """How long the steps took that a trainer has trained."""
+    return _progress(trainer).pace
 
 
 def _progress(trainer: PlainTrainer) -> terminal.Progress:

@@ -150,6 +150,16 @@ def _rank_table(plan: RankPlan) -> Table:
     return table
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """Show nothing."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 def show_comparison(outcomes: Mapping[str, Outcome]) -> None:
     """Show the runs of the demo side by side, and how to load the first one's adapter."""
     table = Table(title="The demo", title_justify="left", box=None, pad_edge=False)

@@ -28,7 +28,5 @@ def train(
     settings = load_recipe(recipe, context.args)
     from loralloc.cli import pipeline
 
-    if dry_run:
-        pipeline.show_plan(settings)
-    else:
-        pipeline.run(settings, resume=resume, start_over=replace)
+    act = pipeline.show_plan if dry_run else pipeline.run
+    act(settings, resume=resume, start_over=replace)
