@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+from loralloc.cli.folder import RunFolder
+from loralloc.config import load_recipe
+from loralloc.recipes import list_recipes
+
 METHODS = ("adalora", "lora")
 SECONDS = 180
 """What training and evaluating both may take together."""
@@ -24,17 +28,14 @@ def demo(
     the Python that runs this; the encoder comes with the extra `demo`. A few steps are measured first, and as many are
     trained as fit into three minutes, at most those of the recipes.
     """
-    from loralloc.cli import fit, pipeline, terminal
-    from loralloc.cli.folder import RunFolder
-    from loralloc.config import load_recipe
-    from loralloc.recipes import list_recipes
-
-    terminal.quiet_libraries()
     paths = {method: list_recipes()[f"demo/{method}"] for method in METHODS}
     words = {method: ["--output", str(output / method)] for method in METHODS}
     recipes = {method: load_recipe(paths[method], words[method]) for method in METHODS}
     for recipe in recipes.values():
         RunFolder.for_new_run(recipe, replace=True)
+    from loralloc.cli import fit, pipeline, terminal
+
+    terminal.quiet_libraries()
     fit.show_measuring()
     measured = fit.measure(recipes["adalora"])
     most = min(recipe.training.steps or LEAST for recipe in recipes.values())

@@ -15,9 +15,6 @@ from loralloc.config import Recipe
 FIRST, TIMED = 2, 5
 """Steps that warm up, and those that count."""
 
-SLACK = 0.9
-"""The share of the time that is planned for: later steps may meet a busier machine."""
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -67,9 +64,9 @@ def steps_within(seconds: float, measured: Measured, runs: int, least: int, most
         most: Never more.
 
     >>> steps_within(180, Measured(0.5, 11.0, 0.1), runs=2, least=30, most=300)
-    140
+    158
     """
-    training = SLACK * seconds / runs - measured.evaluations
+    training = seconds / runs - measured.evaluations
     return max(least, min(most, int(training / measured.step)))
 
 
@@ -89,7 +86,7 @@ def show_steps(steps: int, seconds: float, measured: Measured, runs: int, most: 
         most: The most steps that are wanted.
     """
     needed = runs * (steps * measured.step + measured.evaluations)
-    why = f"as many as fit into {seconds:.0f} s"
+    why = f"as many as fit into {seconds:.0f} s with their evaluations"
     if needed > seconds:
         why = "the fewest in which ranks can be allocated"
     elif steps == most:
