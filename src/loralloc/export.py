@@ -27,7 +27,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from loralloc._version import __version__
 from loralloc.errors import UserError
@@ -270,7 +270,7 @@ def _write_merged(
     merged.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    AutoConfig.from_pretrained(folder)  # the folder is a model that loads by itself
+    type(merged.config).from_pretrained(folder)  # the folder is a model that loads by itself
     reloaded = type(merged).from_pretrained(folder, dtype=merged.dtype).to(merged.device)
     return _compare(_logits(merged, batch), _logits(reloaded.eval(), batch))
 

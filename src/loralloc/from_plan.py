@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -39,7 +40,7 @@ def lora_config(plan: RankPlan, model: nn.Module, **settings: Any) -> LoraConfig
     # PEFT takes the first pattern that matches the end of a module's name: longer names first.
     names = sorted(kept, key=len, reverse=True)
     return LoraConfig(
-        **settings,
+        **copy.deepcopy(settings),  # PEFT appends to the lists that it is given
         r=max(planned.rank for planned in kept.values()),
         target_modules=_targets(list(kept), model),
         rank_pattern={name: kept[name].rank for name in names},

@@ -77,18 +77,17 @@ def test_more_than_half_is_a_failed_run_that_keeps_what_it_trained(text: str, wr
         assert message == (
             "the training failed: 3 of 4 steps were skipped because their gradients were not finite, and more than "
             "half is too many; lower training.learning_rate, which is 1, and start over with --replace; what was "
-            "trained is in run/checkpoints/failed"
+            "trained is kept in run/trained"
         )
         assert not Path("run/adapter").exists()
         assert not Path("run/metrics.json").exists()
-        assert "has no adapter yet" in refused("evaluate", "run")
         assert read_json(Path("run/ranks.json"))["provenance"]["bad_steps"] == 3
         base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
-        kept = PeftModel.from_pretrained(base, "run/checkpoints/failed")
+        kept = PeftModel.from_pretrained(base, "run/trained")
         assert any(tensor.any() for name, tensor in kept.state_dict().items() if ".lora_B." in name)
         done("train", recipe, "--steps", 4, "--learning_rate", TOO_HIGH, "--replace")
     assert Path("run/adapter/adapter_model.safetensors").exists()
-    assert not Path("run/checkpoints/failed").exists()
+    assert not Path("run/trained").exists()
 
 
 def test_half_is_not_more_than_half(write: Write) -> None:

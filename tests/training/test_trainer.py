@@ -378,7 +378,7 @@ class TestFiles:
             (tmp_path / f"checkpoint-{step}").mkdir()
         assert checkpoints.newest_complete(tmp_path, before=20) is None
         for step in (9, 10, 2):
-            checkpoints.mark_complete(tmp_path / f"checkpoint-{step}", step)
+            checkpoints.mark_complete(tmp_path / f"checkpoint-{step}", step, processes=1)
         assert checkpoints.newest_complete(tmp_path, before=20) == tmp_path / "checkpoint-10"
         assert checkpoints.newest_complete(tmp_path, before=11) == tmp_path / "checkpoint-10"
         assert checkpoints.newest_complete(tmp_path, before=10) == tmp_path / "checkpoint-9"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import fields
+from copy import copy
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -40,7 +39,8 @@ from loralloc.plan import RankPlan
 from loralloc.recipe_methods import ALLoRAConfig, LoRAConfigSection, MethodConfig
 from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
-from loralloc.tasks.pretrained import load_model, locate
+from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, locate
+from loralloc.training import processes
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
@@ -132,8 +132,8 @@ def _even_config(recipe: Recipe) -> LoraConfig:
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it as int and takes any number
-        target_modules=lora.target_modules,
-        exclude_modules=lora.exclude_modules,
+        target_modules=copy(lora.target_modules),
+        exclude_modules=copy(lora.exclude_modules),
         **_common(recipe),
     )
 
@@ -153,7 +153,7 @@ def _common(recipe: Recipe) -> dict[str, Any]:
     lora = recipe.lora
     return {
         "lora_dropout": lora.dropout,
-        "modules_to_save": lora.modules_to_save,
+        "modules_to_save": copy(lora.modules_to_save),  # PEFT appends the names of heads to it
         "task_type": TASK_TYPES[recipe.task],
     }
 
@@ -174,6 +174,7 @@ def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArgume
             max_grad_norm=settings.max_grad_norm,
             seed=settings.seed,
             data_seed=settings.seed,
+            use_cpu=processes.on_cpu(),
             bf16=settings.bf16,
             activation_checkpointing=settings.gradient_checkpointing,
             logging_steps=settings.log_every,
@@ -195,17 +196,20 @@ def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArgume
 def load_for_export(folder: RunFolder) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load the base model of a run and, with stock PEFT, the adapter it exported; the data are not needed."""
     recipe = folder.load_recipe()
-    tokenizer = AutoTokenizer.from_pretrained(folder.model)
-    options = {"config": AutoConfig.from_pretrained(folder.model), "ignore_mismatched_sizes": True}
-    base = load_model(AUTO_MODELS[recipe.task], locate(recipe.model), tokenizer, recipe.training.seed, **options)
+    processes.refuse_several("loralloc export")
+    checkpoint = locate(recipe.model)
+    kept = replace(checkpoint, path=str(folder.model), local_only=True)
+    tokenizer = load_tokenizer(kept)
+    options = {"config": load_config(kept), "ignore_mismatched_sizes": True}
+    base = load_model(AUTO_MODELS[recipe.task], checkpoint, tokenizer, recipe.training.seed, **options)
     return _with_adapter(base, folder), tokenizer
 
 
 def _with_adapter(base: PreTrainedModel, folder: RunFolder) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(base, str(folder.adapter))
+        return PeftModel.from_pretrained(base, str(folder.weights))
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder.adapter} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder.weights} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData]:

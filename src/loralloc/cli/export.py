@@ -41,7 +41,7 @@ def export(
 
     terminal.quiet_libraries()
     model, tokenizer = load_for_export(folder)
-    exported = export_adapter(model, to or folder.root / profile.value, profile.value, tokenizer=tokenizer)
+    exported = export_adapter(model, to or folder.exported(profile.value), profile.value, tokenizer=tokenizer)
     typer.echo(f"wrote {exported.path} ({profile.value}, largest rank {exported.max_rank})")
     typer.echo(f"checked: reloaded by stock PEFT, largest difference of a logit {exported.difference:.1e}")
     for line in exported.serving:

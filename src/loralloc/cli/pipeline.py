@@ -23,6 +23,7 @@ from loralloc.gating import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData
+from loralloc.training import processes
 from loralloc.training.trainer import PlainTrainer
 
 
@@ -34,13 +35,13 @@ class Outcome:
         folder: The run folder.
         plan: The rank plan.
         metrics: The content of metrics.json.
-        export: The exported adapter.
+        export: The exported adapter; None in processes other than the first, which write nothing.
     """
 
     folder: RunFolder
     plan: RankPlan
     metrics: Mapping[str, Any]
-    export: Export
+    export: Export | None
 
 
 def run(recipe: Recipe, resume: bool = False, start_over: bool = False, untrained: float | None = None) -> Outcome:
@@ -48,6 +49,7 @@ def run(recipe: Recipe, resume: bool = False, start_over: bool = False, untraine
 
     Everything is loaded and checked before anything is written or an earlier run is replaced. A method that searches
     first (AutoLoRA) does so in RUN/search; what is trained afterwards is plain LoRA at the ranks that were found.
+    Where a launcher has started several processes, all of them train, and the first one writes.
 
     Args:
         recipe: The recipe.
@@ -56,12 +58,19 @@ def run(recipe: Recipe, resume: bool = False, start_over: bool = False, untraine
         untrained: The metric before training, where it is known.
     """
     terminal.quiet_libraries()
-    folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
+    with processes.one_voice():
+        return _run(recipe, resume, start_over, untrained)
+
+
+def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None) -> Outcome:
+    with processes.together():
+        folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
     searched = search.find_plan(recipe, folder, resume) if search.searches(recipe) else None
     trained = recipe if searched is None else search.retraining(recipe, folder)
-    data, model, trainer, allocation, steps = _prepare(trained, folder, searched is not None)
+    with processes.together():
+        data, model, trainer, allocation, steps = _prepare(trained, folder, searched is not None)
     if not resume and searched is None:
-        folder.create(recipe)
+        processes.on_main(folder.create, recipe)
     if untrained is None:
         untrained = stage.evaluate(trainer, data, "untrained")[data.metric]
     stage.train(trainer, folder.checkpoints, steps, resume)
@@ -70,18 +79,18 @@ def run(recipe: Recipe, resume: bool = False, start_over: bool = False, untraine
     assert plan is not None
     if searched is not None:
         plan = search.combined(searched, plan)
-        shutil.copyfile(folder.search.trace, folder.trace)
+        processes.on_main(shutil.copyfile, folder.search.trace, folder.trace)
     elif allocation is None:
-        _write_constant_trace(folder, plan, trainer)
-    _refuse_failed(trained, plan, model, folder)
-    plan.save(folder.plan)
-    export = _export(data, model, folder)
-    metrics = _final_metrics(trained, data, trainer, plan, export, untrained, seconds)
-    if searched is not None:
-        metrics["search"] = search.metrics(folder)
-    folder.write_json(folder.metrics, metrics)
-    report = write_report(folder.root)
-    terminal.show_outcome(folder, plan, metrics, export, report)
+        processes.on_main(_write_constant_trace, folder, plan, trainer)
+    export = processes.on_main(_write_adapter, folder, plan, data, model, stage.failure(trained, plan))
+    metrics = _final_metrics(trained, data, trainer, plan, untrained, seconds)
+    if export is not None:
+        metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
+        if searched is not None:
+            metrics["search"] = search.metrics(folder)
+        folder.write_json(folder.metrics, metrics)
+        report = write_report(folder.root)
+        terminal.show_outcome(folder, plan, metrics, export, report)
     return Outcome(folder, plan, metrics, export)
 
 
@@ -92,8 +101,8 @@ def show_plan(recipe: Recipe, resume: bool = False, start_over: bool = False) ->
         UserError: The run would be refused.
     """
     terminal.quiet_libraries()
-    _ = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
-    with TemporaryDirectory(prefix="loralloc-") as scratch:
+    with processes.one_voice(), TemporaryDirectory(prefix="loralloc-") as scratch:
+        _ = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
         folder = RunFolder(Path(scratch))
         if search.searches(recipe):
             searching = search.prepare(recipe, folder)
@@ -114,6 +123,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, searched: bool = False) -> stage
         terminal.show_retraining(steps, len(train))
     else:
         terminal.show_start(recipe, data, model)
+        terminal.show_processes(recipe)
     seen = replace(data, train=train)
     trainer, allocation = stage.make_trainer(recipe, seen, model, folder, method_of(recipe.method, held))
     if allocation is not None:
@@ -121,25 +131,28 @@ def _prepare(recipe: Recipe, folder: RunFolder, searched: bool = False) -> stage
     return stage.Stage(data, model, trainer, allocation, steps)
 
 
-def _refuse_failed(recipe: Recipe, plan: RankPlan, model: PeftModel, folder: RunFolder) -> None:
-    """End a run most of whose steps were skipped without an adapter, but keep what was trained."""
-    if stage.failed(plan):
-        plan.save(folder.plan)
-        kept = folder.checkpoints / "failed"
-        model.save_pretrained(str(kept))
-        raise UserError(f"{stage.failure(recipe, plan)}; what was trained is in {kept}")
+def _write_adapter(folder: RunFolder, plan: RankPlan, data: TaskData, model: PeftModel, failure: str | None) -> Export:
+    """Write plan and adapter, and what else it takes to load it.
 
-
-def _export(data: TaskData, model: PeftModel, folder: RunFolder) -> Export:
-    """Write the adapter, and what else it takes to load it."""
+    Raises:
+        UserError: The training or the export failed; what was trained is kept, and the message says what to do.
+    """
+    plan.save(folder.plan)
     data.model.config.save_pretrained(folder.model)
     data.tokenizer.save_pretrained(folder.model)
+    folder.keep_trained(model.save_pretrained)
+    if failure is not None:
+        raise UserError(f"{failure}; what was trained is kept in {folder.trained}")
     try:
-        return export_adapter(model, folder.adapter)
-    except RuntimeError as error:
-        raise UserError(
-            f"the run ended without an adapter: {error}; if the loss diverged, lower the learning rate"
-        ) from error
+        export = export_adapter(model, folder.adapter)
+    except (RuntimeError, ValueError, OSError) as error:
+        if all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
+            cure = f"what was trained is kept in {folder.trained}: loralloc export {folder.root} writes it from there"
+        else:
+            cure = "the loss diverged: lower the learning rate"
+        raise UserError(f"the run ended without an adapter: {error}; {cure}") from error
+    folder.drop_trained()
+    return export
 
 
 def _final_metrics(
@@ -147,7 +160,6 @@ def _final_metrics(
     data: TaskData,
     trainer: PlainTrainer,
     plan: RankPlan,
-    export: Export,
     untrained: float,
     seconds: float,
 ) -> dict[str, Any]:
@@ -159,12 +171,11 @@ def _final_metrics(
         "test": None if data.test is None else stage.evaluate(trainer, data, "test", data.test),
         "reference": {**data.reference, "untrained": untrained},
         "train_seconds": round(seconds, 1),
+        "processes": processes.world_size(),
         "total_steps": trainer.state.max_steps,
         "bad_steps": plan.provenance["bad_steps"],
         "final_ranks": plan.total_rank,
         "final_parameters": plan.parameters,
-        "adapter_check": export.difference,
-        "adapter_check_allowed": export.allowed,
     }
 
 

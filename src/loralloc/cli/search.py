@@ -17,6 +17,7 @@ from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.plan import RankPlan
 from loralloc.recipe_methods import AutoLoRAConfig, LoRAConfigSection
+from loralloc.training import processes
 
 
 def searches(recipe: Recipe) -> bool:
@@ -42,22 +43,23 @@ def find_plan(recipe: Recipe, folder: RunFolder, resume: bool) -> RankPlan:
     Returns:
         The plan of RUN/search/ranks.json.
     """
-    if resume and folder.search.plan.is_file():
-        return RankPlan.load(folder.search.plan)
-    _, _, trainer, allocation, steps = prepare(recipe, folder)
-    assert allocation is not None
+    with processes.together():
+        if resume and folder.search.plan.is_file():
+            return RankPlan.load(folder.search.plan)
+    with processes.together():
+        _, _, trainer, allocation, steps = prepare(recipe, folder)
     if not resume:
-        folder.create(recipe)
-    folder.search.root.mkdir(exist_ok=True)
+        processes.on_main(folder.create, recipe)
+    processes.on_main(folder.search.root.mkdir, exist_ok=True)
     stage.train(trainer, folder.search.checkpoints, steps, resume)
-    plan = allocation.plan
+    plan = None if allocation is None else allocation.plan
     assert plan is not None
-    if stage.failed(plan):
-        raise UserError(stage.failure(recipe, plan))
+    if (failure := stage.failure(recipe, plan)) is not None:
+        raise UserError(failure)
     seen: Any = trainer.train_dataset, trainer.eval_dataset
     record = dict(zip(("examples", "held_out"), map(len, seen), strict=True)) | {"steps": plan.provenance["steps"]}
-    folder.write_json(folder.search.metrics, {**record, "seconds": round(trainer.train_seconds, 1)})
-    plan.save(folder.search.plan)  # last: it says that the search is over
+    record["seconds"] = round(trainer.train_seconds, 1)
+    processes.on_main(_write, folder, record, plan)
     return plan
 
 
@@ -79,8 +81,14 @@ def prepare(recipe: Recipe, folder: RunFolder) -> stage.Stage:
     assert allocation is not None
     allocation.run.begin(steps)
     terminal.show_start(recipe, data, model)
+    terminal.show_processes(recipe)
     terminal.show_search(steps, len(train), len(held))
     return stage.Stage(data, model, trainer, allocation, steps)
+
+
+def _write(folder: RunFolder, record: dict[str, Any], plan: RankPlan) -> None:
+    folder.write_json(folder.search.metrics, record)
+    plan.save(folder.search.plan)  # last: it says that the search is over
 
 
 def retraining(recipe: Recipe, folder: RunFolder) -> Recipe:

@@ -18,10 +18,12 @@ from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
 from loralloc.plan import RankPlan
+from loralloc.recipe_methods import LoRAConfigSection
 from loralloc.tasks.base import TaskData
+from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
-from loralloc.training.checkpoint import newest_complete
-from loralloc.training.trainer import PlainTrainer, SkipBadSteps
+from loralloc.training.checkpoint import check_processes, newest_complete
+from loralloc.training.trainer import Agreement, PlainTrainer, SkipBadSteps
 
 EVALUATED = {"untrained": "the untrained model", "eval": "validation data", "test": "test data"}
 """What an evaluation is about, by the prefix of its figures in the log."""
@@ -38,10 +40,10 @@ class Stage(NamedTuple):
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of a run, counted as the Trainer does."""
+    """Optimizer steps of a run, counted as the Trainer does: every process takes its share of the batches."""
     if recipe.training.steps is not None:
         return recipe.training.steps
-    batches = math.ceil(examples / recipe.training.batch_size)
+    batches = math.ceil(math.ceil(examples / recipe.training.batch_size) / processes.world_size())
     return math.ceil((recipe.training.epochs or 1) * max(1, math.ceil(batches / recipe.training.accumulation)))
 
 
@@ -53,10 +55,10 @@ def make_trainer(
     if method is not None:
         provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}
         allocation = RankAllocation(method, trace=folder.trace, provenance=provenance, compact=compact)
-    elif compact:
+    elif compact and isinstance(recipe.method, LoRAConfigSection):
         raise UserError("training.compact: plain LoRA closes no ranks that could leave memory; remove it")
     guard = SkipBadSteps() if allocation is None else None
-    callbacks = [callback for callback in (allocation, terminal.Progress(allocation)) if callback is not None]
+    callbacks = [Agreement() if allocation is None else allocation, terminal.Progress(allocation)]
     trainer = _build(recipe, data, model, folder, train_dataset=data.train, guard=guard, callbacks=callbacks)
     checks = guard.checks if allocation is None else allocation.run.checks  # type: ignore[union-attr]
     checks.say, checks.say_every = terminal.show_warning, recipe.training.log_every
@@ -91,6 +93,8 @@ def _build(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, 
 def train(trainer: PlainTrainer, checkpoints: Path, steps: int, resume: bool) -> None:
     """Train, from the newest complete checkpoint when a run is resumed and has one."""
     checkpoint = newest_complete(checkpoints, before=steps) if resume else None
+    if checkpoint is not None:
+        check_processes(checkpoint, processes.world_size())
     with terminal.progress_bar():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -111,17 +115,15 @@ class _Curtain(TrainerCallback):
         raise _ReadyError
 
 
-def failed(plan: RankPlan) -> bool:
-    """Whether more than half of a training's steps were skipped: what came of it is no success."""
-    return 2 * plan.provenance["bad_steps"] > plan.provenance["steps"]
-
-
-def failure(recipe: Recipe, plan: RankPlan) -> str:
-    """Say why a training has failed, and what to do."""
+def failure(recipe: Recipe, plan: RankPlan) -> str | None:
+    """Say why a training has failed, and what to do, where more than half of its steps were skipped; else None."""
+    bad, steps = plan.provenance["bad_steps"], plan.provenance["steps"]
+    if 2 * bad <= steps:
+        return None
     return (
-        f"the training failed: {plan.provenance['bad_steps']} of {plan.provenance['steps']} steps were skipped because "
-        f"their gradients were not finite, and more than half is too many; lower training.learning_rate, which is "
-        f"{recipe.training.learning_rate:g}, and start over with --replace"
+        f"the training failed: {bad} of {steps} steps were skipped because their gradients were not finite, and more "
+        f"than half is too many; lower training.learning_rate, which is {recipe.training.learning_rate:g}, and start "
+        "over with --replace"
     )
 
 

@@ -28,6 +28,7 @@ from loralloc.gating import plain_sites
 from loralloc.plan import RankPlan
 from loralloc.report.grid import arrange, short_names
 from loralloc.tasks.base import TaskData
+from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 from loralloc.training.run import AllocationRun
 
@@ -42,7 +43,12 @@ if not console.is_terminal:
 
 
 def quiet_libraries() -> None:
-    """Keep notes of the libraries underneath, which a user of the command line cannot act on, off the screen."""
+    """Keep notes of the libraries underneath, which a user of the command line cannot act on, off the screen.
+
+    Of several processes, the first one alone says what happens.
+    """
+    processes.join()
+    console.quiet = not processes.is_main()
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -58,6 +64,13 @@ def show_start(recipe: Recipe, data: TaskData, model: PeftModel) -> None:
     console.print(f"[bold]{escape(recipe.method.name)}[/] on {escape(recipe.model.name)} ({total:,} parameters)")
     console.print(f"  data      {len(data.train):,} train, {len(data.validation):,} validation{test} examples")
     console.print(f"  adapter   {sites} modules, {trainable:,} trainable parameters at the start (heads included)")
+
+
+def show_processes(recipe: Recipe) -> None:
+    """Say how many processes train together, where a launcher has started several."""
+    count, each = processes.world_size(), recipe.training.batch_size * recipe.training.accumulation
+    if count > 1:
+        console.print(f"  processes {count}, each with {each} examples a step: {count * each} together")
 
 
 def show_search(steps: int, examples: int, held_out: int) -> None:

@@ -22,6 +22,7 @@ from loralloc.methods.base import Method
 from loralloc.plan import RankPlan, write_atomically
 from loralloc.training.checkpoint import read_jsonl
 from loralloc.training.probe import CollatedBatches, random_state, set_random_state
+from loralloc.training.processes import is_main
 from loralloc.training.run import AllocationRun, Event
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
@@ -187,7 +188,7 @@ class RankAllocation(TrainerCallback):
                 f"{folder} has no usable rank-allocation state ({type(error).__name__}: {error}); resume from a "
                 "checkpoint that was written with this callback, in the same output_dir"
             ) from error
-        if self._trace is None:
+        if self._trace is None or not is_main():
             return
         before = [event for event in read_jsonl(self._trace) if event["step"] < self.run.step]
         self._trace.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +198,7 @@ class RankAllocation(TrainerCallback):
 
     def _append_event(self, event: Event) -> None:
         assert self._trace is not None
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        if is_main():
             with self._trace.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
 

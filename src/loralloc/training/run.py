@@ -30,6 +30,7 @@ from loralloc.training.compaction import Compaction
 from loralloc.training.moments import FreshRanks, clear_moments
 from loralloc.training.optimizer import GateWatch, check_holds_gates, learning_rate, optimizer_name
 from loralloc.training.probe import DataProbe
+from loralloc.training.processes import check_agreement, world_size
 from loralloc.training.soundness import StepChecks, can_skip, forget
 
 Event = dict[str, Any]
@@ -180,6 +181,9 @@ class AllocationRun:
 
         Args:
             optimizer: When given, the moments of ranks that are closed for good are cleared.
+
+        Raises:
+            UserError: Several processes train apart: their weights differ after the same step.
         """
         self._gate_watch.look(self._checks.good)
         with torch.no_grad():
@@ -200,6 +204,7 @@ class AllocationRun:
             forget(optimizer)
             self._sound = None
         self.step += 1
+        check_agreement(self.model, self.step, self.schedule.total_steps)
 
     def finish(self, provenance: Mapping[str, Any] | None = None) -> RankPlan:
         """Freeze the ranks, fold the gates into B and remove them: the model is plain LoRA from here on.
@@ -398,7 +403,7 @@ class AllocationRun:
 
 
 def _check_compact(method: Method) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if world_size() > 1:
         raise UserError(
             "compact=True takes ranks out of the tensors, which other processes' buckets do not follow; leave it out, "
             "or train with one process"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from loralloc.plan import finite, write_atomically
 from loralloc.training import checkpoint as files
+from loralloc.training import processes
 from loralloc.training.soundness import StepChecks, can_skip, forget
 
 
@@ -45,6 +47,29 @@ class PlainTrainer(Trainer):
     def train_seconds(self) -> float:
         """Seconds since training began."""
         return time.perf_counter() - self.begun
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
+        with self._left_as_it_is():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _left_as_it_is(self) -> Iterator[None]:
+        """Take back what accelerate notes on a model that is evaluated before it is trained.
+
+        It wraps `forward` and marks the model as prepared; training then leaves out DistributedDataParallel, and every
+        process trains an adapter of its own.
+        """
+        model, prepared = self.model, self.accelerator._models
+        assert model is not None
+        attributes, models, wrapped = dict(vars(model)), list(prepared), self.model_wrapped
+        try:
+            yield
+        finally:
+            attributes["training"] = model.training
+            vars(model).clear()
+            vars(model).update(attributes)
+            prepared[:], self.model_wrapped = models, wrapped
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert isinstance(self.model, PeftModel)
@@ -141,18 +166,19 @@ class _Completion(TrainerCallback):
         self._trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         trainer = self._trainer
+        losses = processes.gather(trainer._tr_loss.item())  # once it is there, every process has written
+        if not state.is_world_process_zero:
+            return
         record = {
             "seconds": trainer.train_seconds,
-            "loss": trainer._tr_loss.item(),
+            "losses": losses,
             "total": trainer._total_loss_scalar,
             "logged": trainer._globalstep_last_logged,
         }
         write_atomically(folder / self.FILE, json.dumps(record) + "\n")
-        files.mark_complete(folder, state.global_step)
+        files.mark_complete(folder, state.global_step, len(losses))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,10 +189,19 @@ class _Completion(TrainerCallback):
         path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE
         record = json.loads(path.read_text(encoding="utf-8"))
         self._trainer.begun -= record["seconds"]
-        self._trainer._tr_loss += torch.tensor(record["loss"], device=self._trainer._tr_loss.device)
+        loss = record["losses"][processes.rank()]
+        self._trainer._tr_loss += torch.tensor(loss, device=self._trainer._tr_loss.device)
         self._trainer._total_loss_scalar = record["total"]
         self._trainer._globalstep_last_logged = record["logged"]
         self._trainer._initial_global_step = 0  # the total loss is of the whole run, so is its number of steps
+
+
+class Agreement(TrainerCallback):
+    """Compare the processes' weights in a run without an allocation, which does so itself."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop, on all processes, where they train apart."""
+        processes.check_agreement(kwargs["model"], state.global_step, state.max_steps)
 
 
 class _RunLog(TrainerCallback):
