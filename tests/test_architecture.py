@@ -36,7 +36,7 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("gating",),
     ("peft_layers",),
     ("kernel", "budget", "scores", "allocate"),
-    ("plan", "recipes"),
+    ("plan", "recipes", "_folders"),
     ("errors", "_version"),
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
@@ -47,6 +47,7 @@ FOREIGN: dict[
 ] = {  # third-party packages a unit may import; units that are not listed may import any dependency
     "_version": set(),
     "errors": set(),
+    "_folders": set(),
     "recipes": set(),
     "plan": set(),
     "kernel": {"torch"},
@@ -217,7 +218,7 @@ class TestStartUp:
         )
 
     def test_help_loads_nothing_heavy(self) -> None:
-        assert not self.modules_after(self.commands(["--help"], 0)) & set(self.HEAVY)
+        assert not self.modules_after(self.commands(["--help"], 0)) & {*self.HEAVY, "pydantic", "yaml"}
 
     def test_wrong_paths_are_refused_before_anything_heavy_loads(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -230,8 +231,10 @@ class TestStartUp:
             (Path("done") / name).parent.mkdir(exist_ok=True)
             (Path("done") / name).touch()
         lines = [f"{verb} {run}" for verb in ("evaluate", "export") for run in ("nowhere", "run")]
-        lines += ["evaluate done --data none.jsonl", "export done --to done/adapter", "demo --output done"]
+        lines += ["evaluate done --data none.jsonl", "export done --to done/adapter", "export done --to done/file"]
+        lines += ["truncate done/adapter --output done/file --total_rank 1", "demo --output done"]
         (Path("done") / "lora").touch()
+        (Path("done") / "file").touch()
         assert not self.modules_after(self.commands(lines, 2)) & set(self.HEAVY)
 
     def test_what_is_heavy_is_seen(self) -> None:

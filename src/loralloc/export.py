@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from loralloc._folders import RECORD, check_target
 from loralloc._version import __version__
 from loralloc.errors import UserError
 from loralloc.gating import is_gated, plain_sites
@@ -39,9 +40,6 @@ PROFILES: tuple[Profile, ...] = ("ragged", "uniform", "merged")
 
 CHANGES_BASE_WEIGHTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Starts of init_lora_weights under which PEFT subtracts the start from the base weights."""
-
-RECORD = "loralloc_export.json"
-"""Our record of an export, in a file of its own: readers of LoRA warn about keys they do not know."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for --max-lora-rank."""
@@ -353,23 +351,6 @@ def check_plain_config(config: PeftConfig) -> None:
     if config.layer_replication or config.bias != "none":
         what = "layer_replication" if config.layer_replication else f'bias="{config.bias}"'
         raise UserError(f"an adapter with {what} is more than plain LoRA and cannot be exported as such")
-
-
-def check_target(path: Path) -> None:
-    """Refuse to replace a folder that is not an export, or that holds anything besides."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; give a folder for the export")
-    found = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    if found and RECORD not in found:
-        raise UserError(f"{path} exists and is no export of loralloc; nothing was overwritten: choose another folder")
-    if found:
-        written = json.loads((path / RECORD).read_text(encoding="utf-8")).get("files", [])
-        strangers = sorted(found - {RECORD, *written})
-        if strangers:
-            raise UserError(
-                f"{path} holds more than the export written there ({strangers[0]}); nothing was overwritten: "
-                "choose another folder"
-            )
 
 
 def move_into_place(folder: Path, path: Path) -> None:

@@ -44,7 +44,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> dict[str, 
 def prepared(cases: dict[str, Path]) -> Iterator[pytest.MonkeyPatch]:
     """The demo takes these recipes, however short they are, and draws no report."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "list_recipes", lambda: cases)
+        patch.setattr("loralloc.recipes.list_recipes", lambda: cases)
         patch.setattr(demo, "LEAST", 1)
         patch.setattr(pipeline, "write_report", lambda folder: folder / "report.html")
         yield patch

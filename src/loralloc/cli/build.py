@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from transformers import (
 
 from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
+from loralloc.cli.targets import check_entries, linear_modules
 from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError
 from loralloc.from_plan import lora_config
@@ -106,17 +105,19 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """Put a fresh LoRA adapter on a model.
 
     Raises:
-        UserError: No module matches; the message lists what the model has.
+        UserError: An entry of the recipe matches no module, or none that can be adapted; the message lists what the
+            model has.
     """
     set_seed(recipe.training.seed)
     lora = recipe.lora
+    check_entries(lora, model, planned=recipe.plan is not None)
     config = _planned_config(recipe, model) if recipe.plan is not None else _even_config(recipe)
     try:
         adapted = get_peft_model(model, config)
-    except (ValueError, re.error) as error:
+    except ValueError as error:
         raise UserError(
             f"lora.target_modules: {lora.target_modules} fits no module that can be adapted; the model has "
-            f"{_linear_modules(model)} ({str(error).splitlines()[0]})"
+            f"{linear_modules(model)} ({str(error).splitlines()[0]})"
         ) from error
     assert isinstance(adapted, PeftModel)
     for name, layer, adapter in plain_sites(adapted):
@@ -193,10 +194,15 @@ def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArgume
         raise UserError(f"training: {str(error).splitlines()[0]}") from error
 
 
-def load_for_export(folder: RunFolder) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load the base model of a run and, with stock PEFT, the adapter it exported; the data are not needed."""
+def load_for_export(folder: RunFolder, verb: str = "loralloc export") -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the base model of a run and, with stock PEFT, the adapter it exported; the data are not needed.
+
+    Args:
+        folder: The run folder.
+        verb: What is asked for, for the message where several processes ask.
+    """
     recipe = folder.load_recipe()
-    processes.refuse_several("loralloc export")
+    processes.refuse_several(verb)
     checkpoint = locate(recipe.model)
     kept = replace(checkpoint, path=str(folder.model), local_only=True)
     tokenizer = load_tokenizer(kept)
@@ -220,14 +226,6 @@ def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData
 
 def load_with_data(folder: RunFolder, recipe: Recipe, source: str) -> tuple[PeftModel, TaskData]:
     """Load the base model of a run, with stock PEFT the adapter it exported, and data; the run's own are not needed."""
-    model, tokenizer = load_for_export(folder)
+    model, tokenizer = load_for_export(folder, "loralloc evaluate --data")
     base: Any = model.get_base_model()
     return model, prepare_evaluation(recipe.task, base, tokenizer, recipe.data, source)
-
-
-def _linear_modules(model: torch.nn.Module) -> str:
-    """Names of linear layers with how often they occur, for a message."""
-    names = Counter(
-        name.rpartition(".")[2] for name, module in model.named_modules() if "Linear" in type(module).__name__
-    )
-    return ", ".join(f"{name} ({count})" for name, count in names.most_common()) or "no linear layers"

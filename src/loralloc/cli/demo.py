@@ -7,10 +7,6 @@ from typing import Annotated
 
 import typer
 
-from loralloc.cli.folder import RunFolder
-from loralloc.config import load_recipe
-from loralloc.recipes import list_recipes
-
 METHODS = ("adalora", "lora")
 SECONDS = 180
 """What training and evaluating both may take together."""
@@ -28,6 +24,10 @@ def demo(
     the Python that runs this; the encoder comes with the extra `demo`. A few steps are measured first, and as many are
     trained as fit into three minutes, at most those of the recipes.
     """
+    from loralloc.cli.folder import RunFolder
+    from loralloc.config import load_recipe
+    from loralloc.recipes import list_recipes
+
     paths = {method: list_recipes()[f"demo/{method}"] for method in METHODS}
     words = {method: ["--output", str(output / method)] for method in METHODS}
     recipes = {method: load_recipe(paths[method], words[method]) for method in METHODS}

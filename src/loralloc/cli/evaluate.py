@@ -8,9 +8,6 @@ from typing import Annotated
 
 import typer
 
-from loralloc.cli.folder import RunFolder
-from loralloc.errors import UserError
-
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
@@ -19,10 +16,17 @@ def evaluate(
     ] = None,
 ) -> None:
     """Load the exported adapter with stock PEFT and evaluate it on the validation and test data, or on other data."""
+    from loralloc.cli.checks import check_inputs
+    from loralloc.cli.folder import RunFolder
+    from loralloc.tasks.locations import check_source, model_folder
+
     folder = RunFolder.finished(run)
     recipe = folder.load_recipe()
-    if data is not None and not data.startswith(("hub:", "demo:")) and not Path(data).expanduser().exists():
-        raise UserError(f"{data}: no such file")
+    if data is None:
+        check_inputs(recipe)
+    else:
+        check_source(data)
+        model_folder(recipe.model.name)
     from loralloc.cli import stage, terminal
     from loralloc.cli.build import load_adapted, load_with_data
 

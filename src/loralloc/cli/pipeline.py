@@ -170,6 +170,7 @@ def _final_metrics(
         "validation": stage.evaluate(trainer, data, "eval", data.validation),
         "test": None if data.test is None else stage.evaluate(trainer, data, "test", data.test),
         "reference": {**data.reference, "untrained": untrained},
+        "classes": dict(data.classes),
         "train_seconds": round(seconds, 1),
         "processes": processes.world_size(),
         "total_steps": trainer.state.max_steps,

@@ -27,6 +27,7 @@ from loralloc.export import Export
 from loralloc.gating import plain_sites
 from loralloc.plan import RankPlan
 from loralloc.report.grid import arrange, short_names
+from loralloc.tasks import labels
 from loralloc.tasks.base import TaskData
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
@@ -63,6 +64,11 @@ def show_start(recipe: Recipe, data: TaskData, model: PeftModel) -> None:
     test = "" if data.test is None else f", {len(data.test):,} test"
     console.print(f"[bold]{escape(recipe.method.name)}[/] on {escape(recipe.model.name)} ({total:,} parameters)")
     console.print(f"  data      {len(data.train):,} train, {len(data.validation):,} validation{test} examples")
+    if data.classes:
+        counted = f"  classes   {len(data.classes):,} in the training data: {labels.class_words(data.classes)}"
+        console.print(escape(counted), soft_wrap=True)
+    for warning in labels.warnings(data.classes):
+        console.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
     console.print(f"  adapter   {sites} modules, {trainable:,} trainable parameters at the start (heads included)")
 
 

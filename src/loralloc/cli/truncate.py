@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from loralloc._folders import check_adapter_folder, check_target
+
 
 def truncate(
     adapter: Annotated[Path, typer.Argument(help="Folder of a plain LoRA adapter of PEFT.")],
@@ -19,6 +21,8 @@ def truncate(
     fraction: Annotated[float | None, typer.Option(help="Fraction of the parameters that are there.")] = None,
 ) -> None:
     """Keep the largest singular values of all updates; give one budget. Needs neither the base model nor data."""
+    check_adapter_folder(adapter)
+    check_target(output)
     from loralloc.budget import Budget
     from loralloc.cli import terminal
     from loralloc.training.callback import refuse_unfinished

@@ -82,6 +82,7 @@ def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
         preprocess_logits=first_output,
         metric=goal.metric,
         reference=goal.reference,
+        classes=goal.classes,
     )
 
 
@@ -175,6 +176,8 @@ class _Goal:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     metric: str
     reference: Mapping[str, float] = field(default_factory=dict)
+    classes: Mapping[str, int] = field(default_factory=dict)
+    """Training rows of every class."""
 
 
 def _read_regression(data: DataSection, column: str, seed: int) -> tuple[Splits, _Goal]:
@@ -197,7 +200,8 @@ def _read_classes(data: DataSection, column: str, seed: int) -> tuple[Splits, _G
         _to_indices(rows, labels, index, given=data.labels is not None)
         for rows, labels in zip(splits.all(), found, strict=True)
     ]
-    majority = Counter(targets[0]).most_common(1)[0][0]
+    counts = Counter(targets[0])
+    majority = counts.most_common(1)[0][0]
     return splits, _Goal(
         targets=targets,
         options={
@@ -210,6 +214,7 @@ def _read_classes(data: DataSection, column: str, seed: int) -> tuple[Splits, _G
         compute_metrics=classification_metrics,
         metric="accuracy",
         reference={"majority": targets[-1].count(majority) / len(targets[-1])},
+        classes={name: counts[i] for name, i in index.items()},
     )
 
 
