@@ -27,6 +27,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from loralloc._folders import RECORD, check_target
 from loralloc._version import __version__
 from loralloc.errors import UserError
 from loralloc.export_check import Checked, Factors, check_adapter, check_batch, compare, computing_plainly, logits
@@ -36,9 +37,6 @@ from loralloc.peft_layers import PREFIX, peft_model
 from loralloc.plain_lora import check_active, check_mergeable, check_plain, stored_apart
 
 PROFILES: tuple[Profile, ...] = ("ragged", "uniform", "merged")
-
-RECORD = "loralloc_export.json"
-"""Our record of an export, in a file of its own: readers of LoRA warn about keys they do not know."""
 
 
 def export_adapter(
@@ -215,23 +213,6 @@ def _write_merged(model: PeftModel, folder: Path, batch: Mapping[str, Any]) -> C
         type(merged.config).from_pretrained(folder)  # the folder is a model that loads by itself
         reloaded = type(merged).from_pretrained(folder, dtype=merged.dtype).to(merged.device)
         return compare(logits(merged, batch), logits(reloaded.eval(), batch))
-
-
-def check_target(path: Path) -> None:
-    """Refuse to replace a folder that is not an export, or that holds anything besides."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; give a folder for the export")
-    found = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    if found and RECORD not in found:
-        raise UserError(f"{path} exists and is no export of loralloc; nothing was overwritten: choose another folder")
-    if found:
-        written = json.loads((path / RECORD).read_text(encoding="utf-8")).get("files", [])
-        strangers = sorted(found - {RECORD, *written})
-        if strangers:
-            raise UserError(
-                f"{path} holds more than the export written there ({strangers[0]}); nothing was overwritten: "
-                "choose another folder"
-            )
 
 
 def move_into_place(folder: Path, path: Path) -> None:

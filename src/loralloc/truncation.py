@@ -19,11 +19,11 @@ from torch import Tensor
 
 from loralloc._folders import ADAPTER_CONFIG as CONFIG
 from loralloc._folders import ADAPTER_WEIGHTS as WEIGHTS
-from loralloc._folders import check_adapter_folder
+from loralloc._folders import RECORD, check_adapter_folder, check_target
 from loralloc._version import __version__
 from loralloc.budget import Budget
 from loralloc.errors import UserError
-from loralloc.export import RECORD, Factors, check_target, move_into_place, plain_config, ragged
+from loralloc.export import Factors, move_into_place, plain_config, ragged
 from loralloc.methods.truncate import Truncate, balanced, decompose, select
 from loralloc.peft_layers import PREFIX
 from loralloc.plain_lora import check_plain_config

@@ -36,7 +36,7 @@ from loralloc.methods.controls import DepthLinear, Random, Uniform
 from loralloc.methods.truncate import Truncate
 from loralloc.plan import RankPlan
 from loralloc.recipe_methods import ALLoRAConfig, LoRAConfigSection, MethodConfig
-from loralloc.tasks import prepare
+from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, locate
 from loralloc.training import processes
@@ -194,10 +194,15 @@ def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArgume
         raise UserError(f"training: {str(error).splitlines()[0]}") from error
 
 
-def load_for_export(folder: RunFolder) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load the base model of a run and, with stock PEFT, the adapter it exported; the data are not needed."""
+def load_for_export(folder: RunFolder, verb: str = "loralloc export") -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the base model of a run and, with stock PEFT, the adapter it exported; the data are not needed.
+
+    Args:
+        folder: The run folder.
+        verb: What is asked for, for the message where several processes ask.
+    """
     recipe = folder.load_recipe()
-    processes.refuse_several("loralloc export")
+    processes.refuse_several(verb)
     checkpoint = locate(recipe.model)
     kept = replace(checkpoint, path=str(folder.model), local_only=True)
     tokenizer = load_tokenizer(kept)
@@ -217,3 +222,10 @@ def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData
     """Load the base model and the data of a run and, with stock PEFT, the adapter it exported."""
     data = task_data(recipe)
     return _with_adapter(data.model, folder), data
+
+
+def load_with_data(folder: RunFolder, recipe: Recipe, source: str) -> tuple[PeftModel, TaskData]:
+    """Load the base model of a run, with stock PEFT the adapter it exported, and data; the run's own are not needed."""
+    model, tokenizer = load_for_export(folder, "loralloc evaluate --data")
+    base: Any = model.get_base_model()
+    return model, prepare_evaluation(recipe.task, base, tokenizer, recipe.data, source)

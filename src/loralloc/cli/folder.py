@@ -138,7 +138,7 @@ class RunFolder:
         folder = cls.of(recipe)
         if folder.root.is_file():
             raise UserError(f"output: {folder.root} is a file; name a folder")
-        if folder.root.is_dir() and any(folder.root.iterdir()):
+        if folder.root.is_dir() and not folder.is_unused():
             if not folder.is_run():
                 raise UserError(
                     f"output: {folder.root} exists and is not a run; nothing was overwritten: choose another folder"
@@ -160,6 +160,18 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe, f"{HEADER}\n{dump_recipe(recipe)}")
+
+    def is_unused(self) -> bool:
+        """Whether there is nothing to lose in it: empty, or only what a run leaves that ended before its first step.
+
+        That is its recipe, files and folders without content, and the first event of the trace.
+        """
+        if not all(entry.name in self.ENTRIES for entry in self.root.iterdir()):
+            return False
+        written = {path for path in self.root.rglob("*") if path.is_file() and path.stat().st_size > 0}
+        traces = {self.trace, self.search.trace}
+        begun = any(path.read_bytes().count(b"\n") > 1 for path in written & traces)
+        return not begun and written <= {self.recipe, *traces} and (not written or self.is_run())
 
     def keep_trained(self, save: Callable[[str], None]) -> None:
         """Write what was trained, complete or not at all.

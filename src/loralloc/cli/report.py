@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from loralloc.cli.folder import RunFolder
-
 
 def report(run: Annotated[Path, typer.Argument(help="The run folder.")]) -> None:
     """Write RUN/report.html and the figures beside it."""
+    from loralloc.cli.folder import RunFolder
+
     folder = RunFolder.existing(run)
     from loralloc.report import write_report
 

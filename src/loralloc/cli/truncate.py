@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loralloc._folders import check_adapter_folder
+from loralloc._folders import check_adapter_folder, check_target
 
 
 def truncate(
@@ -22,6 +22,7 @@ def truncate(
 ) -> None:
     """Keep the largest singular values of all updates; give one budget. Needs neither the base model nor data."""
     check_adapter_folder(adapter)
+    check_target(output)
     from loralloc.budget import Budget
     from loralloc.cli import terminal
     from loralloc.truncation import truncate_adapter

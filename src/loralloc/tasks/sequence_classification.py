@@ -16,13 +16,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from loralloc.errors import UserError, closest
 from loralloc.tasks import metrics
 from loralloc.tasks.base import CHUNK, DataSection, ModelSection, TaskData, first_output, to_dataset
-from loralloc.tasks.data import Splits, load_splits
+from loralloc.tasks.data import Splits, load_splits, read_rows
 from loralloc.tasks.pretrained import Checkpoint, check_length, load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import Rows, quote
 
@@ -82,6 +83,47 @@ def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
         metric=goal.metric,
         reference=goal.reference,
         classes=goal.classes,
+    )
+
+
+def prepare_evaluation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataSection, source: str
+) -> TaskData:
+    """Make everything a Trainer needs to evaluate a trained classifier on other data.
+
+    Args:
+        model: The model; its configuration names the labels.
+        tokenizer: Its tokenizer.
+        data: The recipe's data section: columns and length. The data that it names are not read.
+        source: The data.
+
+    Returns:
+        Model, data (as `test`; there is nothing to train on) and metrics.
+
+    Raises:
+        UserError: The data are at fault.
+    """
+    rows, column = read_rows(source), str(data.label)
+    texts = _read_texts(rows, data)
+    targets: list[int] | list[float]
+    if data.labels == REGRESSION:
+        targets, label_type, compute_metrics, metric = numbers(rows, column), "float32", regression_metrics, "pearson"
+    else:
+        index = {str(name): int(i) for i, name in sorted((model.config.id2label or {}).items())}
+        targets = _to_indices(rows, label_names(rows, column), index, given=False)
+        label_type, compute_metrics, metric = "int64", classification_metrics, "accuracy"
+    keys = inspect.signature(model.forward).parameters.keys()
+    encoded = to_dataset(_tokenize(tokenizer, texts, targets, data.max_length, keys), Value(label_type))
+    return TaskData(
+        model=model,
+        tokenizer=tokenizer,
+        train=encoded.select(()),
+        validation=encoded.select(()),
+        test=encoded,
+        collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
+        preprocess_logits=first_output,
+        metric=metric,
     )
 
 

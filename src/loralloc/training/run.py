@@ -148,6 +148,11 @@ class AllocationRun:
         self._schedule = self.method.schedule(total_steps, self.start, self.target)
 
     @property
+    def checks(self) -> StepChecks:
+        """The verdicts on the steps; set its `say` and `say_every` to hear of skipped ones in another way."""
+        return self._checks
+
+    @property
     def bad_steps(self) -> int:
         """Steps that were skipped because a gradient was not finite."""
         self._checks.settle()
@@ -257,7 +262,7 @@ class AllocationRun:
             "loralloc": __version__,
             "total_steps": total_steps,
             "steps": self.step,
-            "bad_steps": self.bad_steps,
+            "bad_steps": self._checks.conclude(self.step),
             **({"budget_lost": lost} if lost > 0 else {}),
             **(provenance or {}),
         }

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from loralloc.plan import finite, write_atomically
 from loralloc.training import checkpoint as files
 from loralloc.training import processes
+from loralloc.training.soundness import StepChecks, can_skip, forget
 
 
 class PlainTrainer(Trainer):
@@ -23,13 +24,23 @@ class PlainTrainer(Trainer):
 
     Attributes:
         begun: When training began, on `time.perf_counter`'s clock; a resumed run counts what went before.
+        guard: Skips bad steps, and counts them; None where an allocation does.
     """
 
     begun: float = 0.0
 
-    def __init__(self, *args: Any, log: Path, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        log: Path,
+        guard: SkipBadSteps | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.guard = guard
+        first = [] if guard is None else [guard]
         # The last callback: when it declares a checkpoint complete, all others have written.
-        super().__init__(*args, callbacks=[*callbacks, _RunLog(log), _Completion(self)], **kwargs)
+        super().__init__(*args, callbacks=[*first, *callbacks, _RunLog(log), _Completion(self)], **kwargs)
         self.remove_callback(PrinterCallback)
 
     @property
@@ -84,6 +95,66 @@ class PlainTrainer(Trainer):
 
     def _random_state(self, folder: str) -> Path:
         return Path(folder) / f"random-{self.args.process_index}.json"
+
+
+class SkipBadSteps(TrainerCallback):
+    """The guard of a run without allocation: a step with a gradient that is not finite moves nothing, and is counted.
+
+    Attributes:
+        steps: The skipped steps, as far as known.
+        checks: The verdicts; known once the Trainer is built.
+    """
+
+    FILE = "bad_steps.json"
+
+    checks: StepChecks
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the gradients of the Trainer's model."""
+        self.checks = StepChecks(kwargs["model"], self.steps.append)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the count of a resumed run."""
+        if state.global_step:
+            path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE
+            record = json.loads(path.read_text(encoding="utf-8"))
+            self.steps[:] = record["steps"]
+            self.checks.bad, self.checks.bad_in_a_row = len(self.steps), record["in_a_row"]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are complete and clipped."""
+        optimizer = kwargs["optimizer"]
+        if can_skip(optimizer, None, args.device):
+            self.checks.skip_if_bad(state.global_step, optimizer)
+        else:
+            self.checks.is_sound(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The verdict was about this step."""
+        forget(kwargs["optimizer"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the count beside the checkpoint."""
+        self.checks.settle()
+        if state.is_world_process_zero:
+            record = {"steps": self.steps, "in_a_row": self.checks.bad_in_a_row}
+            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            write_atomically(folder / self.FILE, json.dumps(record) + "\n")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count what is still on its way."""
+        self.checks.conclude(state.global_step)
 
 
 class _Completion(TrainerCallback):
