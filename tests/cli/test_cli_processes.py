@@ -2,8 +2,9 @@
 
 The comparison is exact up to rounding because accelerate deals whole batches out in turn: of every 16 examples in the
 order of one process, the first process gets the first 8 and the second one the others. It needs a number of training
-examples (of a language model: blocks) that 16 divides, and no dropout, which each process draws for itself. The validation data are whole batches
-too: the Trainer fills the last ones up, which counts in the mean of the loss, though not in the metrics.
+examples (of a language model: blocks) that 16 divides, and no dropout, which each process draws for itself. The
+validation data are whole batches too: the Trainer fills the last ones up, which counts in the mean of the loss, though
+not in the metrics.
 """
 
 from __future__ import annotations

@@ -15,10 +15,11 @@ from peft import PeftModel
 from loralloc._version import __version__
 from loralloc.cli import search, stage, terminal
 from loralloc.cli.build import add_adapter, method_data, method_of, task_data
+from loralloc.cli.card import card_facts
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.errors import UserError
-from loralloc.export import Export, export_adapter
+from loralloc.export import Export, export_adapter, write_card
 from loralloc.gating import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.report import write_report
@@ -88,6 +89,7 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
         metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
         if searched is not None:
             metrics["search"] = search.metrics(folder)
+        write_card(model, export, folder.adapter, card_facts(recipe, data, plan, metrics))
         folder.write_json(folder.metrics, metrics)
         report = write_report(folder.root)
         terminal.show_outcome(folder, plan, metrics, export, report)
@@ -144,7 +146,8 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, data: TaskData, model: Pef
     if failure is not None:
         raise UserError(f"{failure}; what was trained is kept in {folder.trained}")
     try:
-        export = export_adapter(model, folder.adapter)
+        rows = [data.validation[index] for index in range(min(2, len(data.validation)))]
+        export = export_adapter(model, folder.adapter, batch=data.collator(rows), tokenizer=data.tokenizer)
     except (RuntimeError, ValueError, OSError) as error:
         if all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
             cure = f"what was trained is kept in {folder.trained}: loralloc export {folder.root} writes it from there"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -27,7 +25,7 @@ from loralloc.methods.base import (
 )
 from loralloc.peft_layers import peft_model
 from loralloc.plan import RankPlan
-from loralloc.training.compaction import Compaction
+from loralloc.training.compaction import Compaction, check_compact
 from loralloc.training.example import keep_example
 from loralloc.training.gated_files import GatedFiles
 from loralloc.training.moments import FreshRanks, clear_moments
@@ -41,7 +39,8 @@ from loralloc.training.optimizer import (
     optimizer_name,
 )
 from loralloc.training.probe import DataProbe
-from loralloc.training.processes import check_agreement, world_size
+from loralloc.training.processes import check_agreement
+from loralloc.training.resume import check_same_run, gate_checksum
 from loralloc.training.soundness import StepChecks, can_skip, forget
 
 Event = dict[str, Any]
@@ -101,7 +100,7 @@ class AllocationRun:
         total_steps: int | None = None,
     ) -> None:
         if compact:
-            _check_compact(method)
+            check_compact(method)
         self.method = method
         self.model = model
         self.sites: list[Site] = attach_gates(model, adapter)
@@ -190,7 +189,7 @@ class AllocationRun:
                 "accumulation, once in several batches)"
             )
         if optimizer is not None and self._gate_watch is not None:
-            check_holds_gates(optimizer, self.sites)
+            self.check_optimizer(optimizer)
             self._gate_watch = None
         check_unscaled(optimizer)
         if self.step == 0:
@@ -310,7 +309,7 @@ class AllocationRun:
             "ranks": self._ranks,
             "sites": self._shapes,
             "schedule": asdict(self.schedule),  # type: ignore[call-overload]
-            "gates": self._gate_checksum() if self.plan is None else None,
+            "gates": gate_checksum(self.sites) if self.plan is None else None,
             "peak": self._peak,
             "budget": self._budget,
             "settled": self.settled,
@@ -337,17 +336,7 @@ class AllocationRun:
                 differs.
         """
         _, mine = self.state_dict()
-        for key in ("method", "settings", "sites", "schedule"):
-            if numbers[key] != mine[key]:
-                raise UserError(
-                    f"the checkpoint belongs to another run: its {key} {_difference(numbers[key], mine[key])}; resume "
-                    "with the settings it was made with"
-                )
-        if numbers["gates"] != mine["gates"]:
-            raise UserError(
-                "the allocation's state was taken with other weights than those loaded; resume from the folder in "
-                "which both were saved"
-            )
+        check_same_run(numbers, mine)
         self.step = int(numbers["step"])
         self._checks.bad, self._checks.bad_in_a_row = int(numbers["bad_steps"]), int(numbers["bad_in_a_row"])
         self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])
@@ -375,17 +364,6 @@ class AllocationRun:
         """What a method is told besides its state."""
         rate, name = learning_rate(optimizer, self.sites), optimizer_name(optimizer)
         return Moment(self.step, self.schedule, rate, self.probe, name, self._sound, self.max_grad_norm)
-
-    def _gate_checksum(self) -> str:
-        """Tie the state to the weights it was taken with: the gates, or B where the gates are not trained.
-
-        Zeros are left out, as compact runs do not have those of closed ranks.
-        """
-        digest = hashlib.sha256()
-        for site in self.sites:
-            weights = site.gate if site.gate_is_trained else site.B.to(site.gate.dtype)
-            digest.update(weights[weights != 0].detach().cpu().numpy().tobytes())
-        return digest.hexdigest()
 
     def _parameters(self, ranks: Sequence[int] | None = None) -> int:
         """Parameters of these ranks, by default of those that are open."""
@@ -439,25 +417,3 @@ class AllocationRun:
             self._checks.settle()  # so that events come in the order of their steps
         if self.on_event is not None:
             self.on_event(event)
-
-
-def _check_compact(method: Method) -> None:
-    if world_size() > 1:
-        raise UserError(
-            "compact=True takes ranks out of the tensors, which other processes' buckets do not follow; leave it out, "
-            "or train with one process"
-        )
-    if not method.compacts:
-        raise UserError(
-            f"compact=True needs ranks that are closed for good before the run ends, and {method.id} with these "
-            "settings closes none; leave it out"
-        )
-
-
-def _difference(theirs: Any, mine: Any) -> str:
-    """Name the first entry in which two records differ."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        for key in [*theirs, *mine]:
-            if theirs.get(key) != mine.get(key):
-                return f"has {key}={json.dumps(theirs.get(key))} where this run has {json.dumps(mine.get(key))}"
-    return f"is {theirs!r}, this run's is {mine!r}"
