@@ -70,7 +70,7 @@ MODEL_MISTAKES: dict[str, tuple[list[Any], str]] = {
     ),
     "embeddings": (
         ["--target_modules", "[word_embeddings]"],
-        r"^bert.embeddings.word_embeddings: Embedding layers are not supported .*exclude_modules=",
+        r"^bert.embeddings.word_embeddings: LoRA on Embedding layers is .*\(lora.target_modules in a recipe\)",
     ),
     "everything excluded": (["--exclude_modules", ".*"], "excluded"),
     "no such folder": (["--model.name", "./nothing"], "model.name: there is no folder ./nothing"),
@@ -192,8 +192,9 @@ class TestTracebacks:
 
     def test_plain_lora_on_embeddings(self, write: Write) -> None:
         assert refused("train", write(PLAIN), "--target_modules", "[word_embeddings]", "--steps", 3) == (
-            "bert.embeddings.word_embeddings: Embedding layers are not supported (their factors are no matrices of a "
-            'linear layer); leave them out with exclude_modules=["bert.embeddings.word_embeddings"]'
+            "bert.embeddings.word_embeddings: LoRA on Embedding layers is not supported (its update is a table "
+            "look-up, not a product with an input); name linear layers in a new LoraConfig("
+            'target_modules=["query", "key", "value", "attention.output.dense"]) (lora.target_modules in a recipe)'
         )
         assert not Path("run").exists()
 
