@@ -25,7 +25,7 @@ def refusal(trainer: Trainer) -> str:
 
 def test_a_best_model_by_epochs_comes_from_the_step_that_the_message_names(tmp_path: Path) -> None:
     message = refusal(best(tmp_path, **EPOCHS))
-    (delay,) = re.findall(r"set eval_delay=(\d+) with eval_strategy='steps'", message)
+    (delay,) = re.findall(r"set eval_delay=(\d+) with eval_strategy=save_strategy='steps'", message)
     trainer = best(
         tmp_path, eval_delay=int(delay), eval_strategy="steps", save_strategy="steps", eval_steps=8, save_steps=8
     )

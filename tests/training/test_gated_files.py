@@ -64,7 +64,6 @@ def test_every_checkpoint_and_save_model_are_right_in_stock_peft(name: str, meth
     assert not same(stock(tmp_path / "checkpoint-8", name), final), "the run went on after it"
     assert allocation.plan is not None
     assert RankPlan.load(tmp_path / "checkpoint-16" / "ranks.json").ranks == allocation.plan.ranks
-    assert not (tmp_path / "checkpoint-16" / FILE).exists()
     card = (tmp_path / "checkpoint-16" / "README.md").read_text(encoding="utf-8")
     assert "plain LoRA at its final ranks" in card
     assert "not final" not in card
@@ -77,17 +76,8 @@ def test_a_checkpoint_in_the_middle_is_the_function_at_that_step(tmp_path: Path)
     trainer.model.load_adapter(str(tmp_path / "checkpoint-8"), "default", is_trainable=True)
     assert same(stock(tmp_path / "checkpoint-8"), logits(trainer.model))
     card = (tmp_path / "checkpoint-8" / "README.md").read_text(encoding="utf-8")
-    assert "Written after step 8 of 24 by loralloc" in card
+    assert card.count("Written after step 8 of 24 by loralloc") == 1
     assert "its ranks not final" in card
-
-
-def test_the_end_of_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
-    train(tmp_path, save_strategy="steps", save_steps=12)
-    trainer, _ = build(tmp_path, save_strategy="steps", save_steps=12)
-    with pytest.raises(UserError, match=r"Where it is the end of a finished run, nothing is left to resume"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
-    base = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "checkpoint-24"))  # the cure
-    assert logits(base).isfinite().all()
 
 
 def test_the_best_model_comes_back_with_its_own_gates(tmp_path: Path) -> None:

@@ -280,7 +280,9 @@ class TestCheckpoints:
             assert not content.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
 
     def test_a_checkpoint_says_that_it_is_not_finished(self, whole: Whole) -> None:
-        assert read_json(whole("adalora") / SAVED / "loralloc.json")["finished"] is False
+        checkpoints = whole("adalora") / "checkpoints"
+        said = {path.parent.name: read_json(path)["finished"] for path in checkpoints.glob("*/loralloc.json")}
+        assert said == {f"checkpoint-{STEPS - 2}": False, f"checkpoint-{STEPS}": True}
         assert not (whole("adalora") / "adapter" / "loralloc.json").exists()
 
     def test_nothing_is_unpickled(self, whole: Whole) -> None:

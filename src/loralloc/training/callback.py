@@ -20,10 +20,9 @@ from transformers.trainer_callback import CallbackHandler
 
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
-from loralloc.peft_layers import peft_model
+from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan, write_atomically
 from loralloc.training.checkpoint import read_jsonl
-from loralloc.training.gated_files import FILE as GATED
 from loralloc.training.probe import CollatedBatches, random_state, set_random_state
 from loralloc.training.processes import is_main
 from loralloc.training.run import AllocationRun, Event
@@ -31,17 +30,16 @@ from loralloc.training.run import AllocationRun, Event
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
 """Files beside each checkpoint: the allocation's state. The marker says whether the run had finished."""
 
-UNFINISHED = """
-## A checkpoint of a rank allocation
-
+HEADING = "## Rank allocation"
+UNFINISHED = """\
 Written after step {step} of {steps} by loralloc. `adapter_model.safetensors` is plain LoRA: the adapter as it would be
 if the run ended here, its ranks not final. To go on, resume the run: the factors and gates that are trained are in
 `gated_factors.safetensors`, the allocation's state is in `loralloc.safetensors` and `loralloc.json`.
 """
 FINISHED = """\
-## The end of a rank allocation
-
-Written by loralloc: plain LoRA at its final ranks, which are in `ranks.json`."""
+The end of a run, written by loralloc: `adapter_model.safetensors` is plain LoRA at its final ranks, which are in
+`ranks.json`. The other files are the state before that.
+"""
 
 
 class RankAllocation(TrainerCallback):
@@ -112,7 +110,7 @@ class RankAllocation(TrainerCallback):
             raise UserError("this allocation has finished; to train on, use the plain LoRA model without it")
         run = self.run
         _refuse_engines(args)
-        if kwargs["model"] is not run.model:
+        if unwrapped(kwargs["model"]) is not run.model:
             raise UserError(
                 "the Trainer trains another model than the one the allocation was attached to (model_init makes a new "
                 "one for each run); pass model= instead"
@@ -182,8 +180,7 @@ class RankAllocation(TrainerCallback):
         if not state.is_world_process_zero or self.plan is not None:
             return
         folder = _checkpoint(args, state)
-        with (folder / "README.md").open("a", encoding="utf-8") as card:
-            card.write(_unfinished(state))
+        _describe(folder, UNFINISHED.format(step=state.global_step, steps=state.max_steps))
         tensors, numbers = self.run.state_dict()
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
         write_atomically(folder / MARKER, json.dumps({"finished": False, **numbers}) + "\n")
@@ -195,13 +192,11 @@ class RankAllocation(TrainerCallback):
         self.plan = self.run.finish(self._provenance)
         folder = _checkpoint(args, state)
         if state.is_world_process_zero and (folder / MARKER).is_file():
-            write_atomically(folder / MARKER, json.dumps({"finished": True, "step": state.global_step}) + "\n")
-            for gated in folder.rglob(GATED):
-                gated.unlink()
+            numbers = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+            write_atomically(folder / MARKER, json.dumps({**numbers, "finished": True}) + "\n")
             peft_model(kwargs["model"]).save_pretrained(str(folder))
             self.plan.save(folder / "ranks.json")
-            card = (folder / "README.md").read_text(encoding="utf-8")
-            write_atomically(folder / "README.md", card.replace(_unfinished(state).strip(), FINISHED))
+            _describe(folder, FINISHED)
 
     def _resume(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         try:
@@ -235,9 +230,11 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
-def _unfinished(state: TrainerState) -> str:
-    """What the page of a checkpoint says before the run has ended."""
-    return UNFINISHED.format(step=state.global_step, steps=state.max_steps)
+def _describe(folder: Path, text: str) -> None:
+    """Say on the page of a checkpoint what it holds, in place of what was said before."""
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomically(path, f"{card.partition(HEADING)[0].rstrip()}\n\n{HEADING}\n\n{text}".lstrip())
 
 
 def _go_before_reports(callback: TrainerCallback) -> None:
@@ -336,6 +333,6 @@ def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final
     if args.eval_delay * steps_per_unit <= final + 1:
         raise UserError(
             f"load_best_model_at_end could bring back a checkpoint from before step {final + 2}, when the ranks become "
-            f"final; set eval_delay={final + 2} with eval_strategy='steps' (or its equivalent in epochs), or "
+            f"final; set eval_delay={final + 2} with eval_strategy=save_strategy='steps' (or its equivalent in epochs), or "
             "load_best_model_at_end=False"
         )

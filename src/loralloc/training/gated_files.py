@@ -70,8 +70,7 @@ class GatedFiles:
         if adapter_name == self._sites[0].adapter and not path.is_file():
             raise UserError(
                 f"{model_id} has no {FILE}, and the gates of the attached rank allocation would change what its "
-                "adapter computes; load it into a model without an allocation, or under another adapter_name. Where it "
-                "is the end of a finished run, nothing is left to resume: it is plain LoRA"
+                "adapter computes; load it into a model without an allocation, or under another adapter_name"
             )
         result = type(self._model).load_adapter(self._model, str(model_id), adapter_name, *args, **kwargs)
         if adapter_name == self._sites[0].adapter:

@@ -23,7 +23,7 @@ from loralloc.methods.base import (
     settings_of,
     site_budget,
 )
-from loralloc.peft_layers import peft_model
+from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
 from loralloc.training.compaction import Compaction, check_compact
 from loralloc.training.example import keep_example
@@ -101,6 +101,7 @@ class AllocationRun:
     ) -> None:
         if compact:
             check_compact(method)
+        model = unwrapped(model)
         self.method = method
         self.model = model
         self.sites: list[Site] = attach_gates(model, adapter)
