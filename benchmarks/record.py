@@ -22,27 +22,34 @@ PACKAGES = ("loralloc", "torch", "transformers", "peft", "betty-ml")
 Record = dict[str, Any]
 
 
-def record(suite: str, setting: Setting, figures: dict[str, Any], failures: dict[str, str]) -> Record:
-    """Put a record together."""
-    shape = setting.shape
+def record(suite: str, setting: Setting | None, figures: dict[str, Any], failures: dict[str, str]) -> Record:
+    """Put a record together; what involves no model has no setting."""
+    device = "cpu" if setting is None else setting.device
     return {
         "suite": suite,
-        "shape": shape.name,
-        "hidden": shape.hidden,
-        "layers": shape.layers,
-        "tokens": shape.batch * shape.tokens,
-        "rank": setting.rank,
-        "device": setting.device,
-        "dtype": str(shape.dtype).removeprefix("torch."),
-        "adapter": setting.adapter,
+        **({} if setting is None else _described(setting)),
+        "device": device,
         **figures,
         "failures": failures,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "changed": _git("status", "--porcelain", "--", "src", "benchmarks/*.py").splitlines(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "machine": machine(setting.device),
+        "machine": machine(device),
         "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+    }
+
+
+def _described(setting: Setting) -> dict[str, Any]:
+    shape = setting.shape
+    return {
+        "shape": shape.name,
+        "hidden": shape.hidden,
+        "layers": shape.layers,
+        "tokens": shape.batch * shape.tokens,
+        "rank": setting.rank,
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "adapter": setting.adapter,
     }
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import betty_search
 import conversion
 import rounds
+import startup as command_line
 import torch
 from contenders import CONTENDERS, INTERVAL, REFERENCE, SEARCH, TRAINING, Setting, Step, build
 from counting import count, device_waits
 from record import Record, record
 from shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape
-from timing import Spread, bytes_alive, interleave, peak_memory
+from timing import Spread, Times, bytes_alive, interleave, peak_memory
 
 CONTENDERS["betty"] = betty_search.build
 
@@ -160,7 +161,14 @@ def convert(plan: Plan) -> Iterator[Record]:
         yield record("convert", setting, figures, failures)
 
 
+def startup(plan: Plan) -> Iterator[Record]:
+    """What `loralloc --help` takes, in imports of typer and rich; no model is involved."""
+    if plan.device == "cpu":
+        yield record("startup", None, ratios(command_line.compare(plan.turns), command_line.REFERENCE), {})
+
+
 SUITES: dict[str, Callable[[Plan], Iterator[Record]]] = {
+    "startup": startup,
     "calls": calls,
     "steps": steps,
     "memory": memory,
@@ -194,14 +202,21 @@ def timed(suite: str, setting: Setting, names: Iterable[str], plan: Plan) -> Rec
     if REFERENCE in built:
         block = INTERVAL if plan.device == "cuda" else 1
         times = interleave({name: step.step for name, step in built.items()}, plan.turns, plan.device, block)
-        for clock in ("wall", "processor"):
-            figures[f"{clock}_ratio"] = {name: asdict(times.ratio(name, REFERENCE, clock)) for name in built}
-            seconds = getattr(times, clock)
-            figures[f"{clock}_seconds"] = {name: asdict(Spread.of(seconds[name])) for name in built}
+        figures |= ratios(times, REFERENCE)
         figures["parameters"] = {name: step.parameters for name, step in built.items()}
     del built
     release(plan.device)
     return record(suite, setting, figures, failures)
+
+
+def ratios(times: Times, reference: str) -> dict[str, Any]:
+    """The ratios to a reference and the seconds, of both clocks, as a record keeps them."""
+    figures = {}
+    for clock in ("wall", "processor"):
+        seconds = getattr(times, clock)
+        figures[f"{clock}_ratio"] = {name: asdict(times.ratio(name, reference, clock)) for name in seconds}
+        figures[f"{clock}_seconds"] = {name: asdict(Spread.of(seconds[name])) for name in seconds}
+    return figures
 
 
 def release(device: str) -> None:

@@ -103,6 +103,7 @@ def targets(found: Sequence[Record]) -> str:
         ("AB-LoRA round `exact` ÷ naive, time", "≤ 0.55", _round(found, "exact", "processor")),
         ("AutoLoRA search step ÷ PEFT LoRA step, `fast`", "≤ 3.0", _ratios(found, "search", "autolora-fast")),
         ("AutoLoRA search step ÷ PEFT LoRA step, `paper`", "≤ 5.0", _ratios(found, "search", "autolora-paper")),
+        ("`loralloc --help` ÷ importing typer and rich", "≤ 3", _start(found)),
         (
             "step after compaction to 25 % ÷ PEFT LoRA's of that rank",
             "≤ 1",
@@ -129,6 +130,11 @@ def _ratios(found: Sequence[Record], suite: str, name: str) -> str:
         if made["suite"] == suite and spread:
             parts.append(f"{spread['median']:.3f} ({_where(made)})")
     return ", ".join(parts)
+
+
+def _start(found: Sequence[Record]) -> str:
+    spreads = [made["processor_ratio"]["loralloc-help"] for made in found if made["suite"] == "startup"]
+    return ", ".join(map(_spread, spreads))
 
 
 def _calls(counts: dict[str, Any], name: str, key: str) -> str:

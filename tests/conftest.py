@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tempfile
@@ -33,6 +34,12 @@ torch.set_num_threads(1)
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=50, database=None)
 settings.register_profile("thorough", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of every later search for garbage: each training begins with one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,7 @@ class TestOneOfFour:
         assert Budget(fraction=1.0).unit == "parameters"
 
     @pytest.mark.parametrize("kind", ["total_rank", "parameters"])
-    @pytest.mark.parametrize("value", [8.0, 0.5, 8.5, 1e300, INF, True, Fraction(8)])
+    @pytest.mark.parametrize("value", [8.0, 0.5, 8.5, 1e300, INF, Fraction(8)])
     def test_a_count_is_a_whole_number(self, kind: str, value: float) -> None:
         with pytest.raises(UserError, match=refusal(f"the budget in {kind} must be a whole number, got {value!r}")):
             Budget(**{kind: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -40,8 +41,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import GPT2ForSequenceClassification as GPT2Classifier
 
 from loralloc import UserError, export_adapter
-from loralloc.export import PROFILES, VLLM_RANKS, Export, Profile
+from loralloc.export import PROFILES, RECORD, Export, Profile
 from loralloc.gating import attach_gates, fold_gates, is_gated
+from loralloc.model_card import VLLM_RANKS
 
 # ---- What is refused ----
 
@@ -177,30 +179,36 @@ def test_a_model_of_token_ids_needs_no_batch(tmp_path: Path, build: Callable[[],
     assert export_adapter(build(), tmp_path / "adapter").difference < 1e-5
 
 
-NOT_LINEAR = "{}: not plain LoRA on a linear layer (a variant, a bias or a convolution)"
-MORE = "an adapter with {} is more than plain LoRA and cannot be exported as such"
+OTHER = "{} makes the update more, or other, than B·A; leave it out of LoraConfig"
 UNSUPPORTED: dict[str, tuple[Callable[[], PeftModel], str]] = {
     "Embedding": (
         lambda: tiny_peft("llama", trained=True, target_modules=["embed_tokens", "q_proj"]),
-        "model.embed_tokens: Embedding layers are not supported (their factors are no matrices of a linear layer); "
-        'leave them out with exclude_modules=["model.embed_tokens"]',
+        "model.embed_tokens: LoRA on Embedding layers is not supported (its update is a table look-up, not a product "
+        'with an input); leave out what is not supported, LoraConfig(exclude_modules=["model.embed_tokens"]) '
+        "(lora.exclude_modules in a recipe)",
     ),
     "Conv2d": (
         lambda: get_peft_model(nn.Sequential(nn.Conv2d(3, 8, 3)), LoraConfig(target_modules=["0"])),
-        NOT_LINEAR.format("0"),
+        "0: LoRA on Conv2d layers is not supported (its factors are convolution kernels); the model has no linear "
+        "layers that LoRA could adapt",
     ),
     "lora_bias": (
         lambda: tiny_peft("bert", trained=True, lora_bias=True),
-        NOT_LINEAR.format("bert.encoder.layer.0.attention.self.query"),
+        OTHER.format("lora_bias"),
     ),
     "dora": (
         lambda: tiny_peft("llama", trained=True, use_dora=True),
-        NOT_LINEAR.format("model.layers.0.self_attn.q_proj"),
+        OTHER.format("use_dora"),
     ),
-    "bias": (lambda: tiny_peft("llama", trained=True, bias="lora_only"), MORE.format('bias="lora_only"')),
+    "bias": (
+        lambda: tiny_peft("llama", trained=True, bias="lora_only"),
+        'bias="lora_only" trains biases of the base model, which are no part of plain LoRA; set '
+        'LoraConfig(bias="none")',
+    ),
     "layer_replication": (
         lambda: tiny_peft("llama", trained=True, layer_replication=[(0, 2), (0, 2)]),
-        MORE.format("layer_replication"),
+        "layer_replication builds another model from the base model's layers, which is no part of plain LoRA; leave it "
+        "out of LoraConfig",
     ),
 }
 
@@ -219,8 +227,9 @@ def test_an_adapter_that_is_more_than_lora_is_refused_in_words(tmp_path: Path, k
 @pytest.mark.filterwarnings("ignore:.*changes the base weights of the model")
 def test_a_start_that_changed_the_base_weights_is_refused(tmp_path: Path, start: str, profile: Profile) -> None:
     text = (
-        f'init_lora_weights="{start}" changed the base weights at the start, so the adapter fits no stock base; '
-        "convert it with PEFT (path_initial_model_for_weight_conversion) or train with init_lora_weights=True"
+        f'init_lora_weights="{start}" changes the base weights at the start, so that the adapter fits no stock base '
+        "model; train with LoraConfig(init_lora_weights=True); PEFT converts an adapter that is trained already, where "
+        "its start was saved: save_pretrained(path, path_initial_model_for_weight_conversion=...)"
     )
     with pytest.raises(UserError, match=f"^{re.escape(text)}$"):
         export_adapter(adapted("llama", init_lora_weights=start), tmp_path / "adapter", profile)
@@ -288,7 +297,7 @@ def test_the_serving_line_has_a_rank_that_vllm_takes(rank: int, flag: int) -> No
 
 
 @pytest.mark.parametrize("profile", ADAPTER_PROFILES)
-def test_the_card_holds_the_ranks_and_its_front_matter_is_yaml(tmp_path: Path, profile: Profile) -> None:
+def test_the_card_says_what_it_is_and_its_front_matter_is_yaml(tmp_path: Path, profile: Profile) -> None:
     model = adapted("llama")
     set_ranks(model, cycled_ranks(model, 3, 0, 1))
     export = export_adapter(model, tmp_path / "adapter", profile)
@@ -299,9 +308,9 @@ def test_the_card_holds_the_ranks_and_its_front_matter_is_yaml(tmp_path: Path, p
         "library_name": "peft",
         "tags": ["lora", "loralloc"],
     }
-    for name, rank in export.ranks.items():
-        assert f"| `{name}` | {rank} |" in body
-    assert f"(profile `{profile}`), 8 ranks over 6 modules,\nlargest rank 3." in body
+    assert f"(profile `{profile}`): 8 ranks over 6 modules, largest rank 3." in body
+    assert json.loads((tmp_path / "adapter" / RECORD).read_text())["ranks"] == export.ranks
+    assert ("hot-swapping" in body) == (profile == "ragged")
     assert f"{export.difference:.1e}" in body
     assert export.serving[0].replace(str(export.path), "path/to/this/folder") in body
     assert str(export.path) not in body
@@ -318,7 +327,7 @@ def test_any_name_of_a_base_model_makes_valid_front_matter(tmp_path: Path, base:
     model.peft_config["default"].base_model_name_or_path = base
     export_adapter(model, tmp_path / "adapter")
     front = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8").split("---\n")[1]
-    assert yaml.safe_load(front)["base_model"] == (base or "unknown")
+    assert yaml.safe_load(front)["base_model"] == (base or "BASE_MODEL")
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -68,7 +68,7 @@ def test_training_mode_is_left_as_it_was(tmp_path: Path, profile: Profile) -> No
 def test_replicated_layers_are_left_as_they_were(tmp_path: Path) -> None:
     model = tiny_peft("llama", trained=True, layer_replication=[(0, 2), (0, 2)])
     before, outputs = snapshot(model), logits(model)
-    with pytest.raises(UserError, match="an adapter with layer_replication is more than plain LoRA"):
+    with pytest.raises(UserError, match="layer_replication builds another model"):
         export_adapter(model, tmp_path / "adapter")
     assert_unchanged(model, before)
     assert torch.equal(logits(model), outputs)
@@ -145,9 +145,8 @@ def test_a_corrupted_write_is_noticed_and_the_earlier_export_stays(
     export_adapter(model, path, profile)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     corrupt_writes(monkeypatch, part)
-    with pytest.raises(
-        RuntimeError, match=r"computes something else: logits differ by .* \(allowed 1e-05\); nothing was"
-    ):
+    what = {"classifier": r"logits differ by .* \(allowed 1e-05\)"}.get(part, r"the update of bert\.encoder\S+ differs")
+    with pytest.raises(RuntimeError, match=rf"computes something else: {what}; nothing was written"):
         export_adapter(model, path, profile)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]

@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from loralloc import gating
-from loralloc.gating import Site, attach_gates, fold_gates
+from loralloc.gating import Site, attach_gates, fold_gates, gates_replaced
 from loralloc.training.blocks import computing
 
 
@@ -158,9 +158,11 @@ def test_a_hook_may_change_what_the_frozen_layer_returns() -> None:
 
 
 def test_trained_biases_learn() -> None:
-    """LoraConfig(bias="lora_only") trains the biases of adapted layers."""
-    model = tiny_peft("bert", trained=True, bias="lora_only")
+    """They are no part of the adapter, so they are unfrozen after attaching or not at all."""
+    model = tiny_peft("bert", trained=True)
     sites = attach_gates(model)
+    for site in sites:
+        site.layer.base_layer.bias.requires_grad_(True)
     model(**labelled_batch("bert")).loss.backward()
     assert all(site.layer.base_layer.bias.grad.any() for site in sites)
 
@@ -195,11 +197,11 @@ def test_gates_that_are_replaced_and_adapters_that_are_shut_off(kernels_called: 
     _, (site, *_) = gated("llama")
     x = inputs_of(site, 3, 5)
     per_sample = torch.randn(3, 1, site.rank)
-    with site.gates_replaced(per_sample):
+    with gates_replaced([site], [per_sample]):
         assert kernels_called(lambda: site.layer(x)) == ["gated_linear"]
         update = ((x @ site.A.T) * site.scale * per_sample) @ site.B.T
         torch.testing.assert_close(site.layer(x), site.layer.base_layer(x) + update)
-    with site.gates_replaced(None):
+    with gates_replaced([site], [None]):
         assert kernels_called(lambda: site.layer(x)) == []
         assert torch.equal(site.layer(x), site.layer.base_layer(x))
 

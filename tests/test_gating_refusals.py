@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from loralloc import AdaLoRA, Budget, UserError, attach
 from loralloc.gating import attach_gates, fold_gates, is_gated, plain_sites
-from loralloc.peft_layers import MERGE_IGNORES_VARIANTS, MIXED_BATCHES_IGNORE_VARIANTS, REFUSED, SUPPORTED
+from loralloc.peft_layers import MERGE_IGNORES_VARIANTS, MIXED_BATCHES_IGNORE_VARIANTS, NOT_GATED, NOT_LINEAR, SUPPORTED
 from loralloc.training.run import AllocationRun
 
 # ---- Refusals ----
@@ -63,10 +63,16 @@ def test_what_has_no_lora_adapter_is_refused() -> None:
 
 def test_the_adapter_must_be_one_and_exist() -> None:
     model, _ = two_adapters()
-    with pytest.raises(UserError, match=r'no adapter "defalt" in the model\. Did you mean "default"\?'):
+    with pytest.raises(
+        UserError,
+        match=r"no adapter \"defalt\" in the model, it has \['default', 'plain'\]\. Did you mean \"default\"\?",
+    ):
         attach_gates(model, "defalt")
     model.base_model.set_adapter(["default", "plain"])
-    with pytest.raises(UserError, match=r"one adapter at a time, active are \['default', 'plain'\]: use set_adapter"):
+    with pytest.raises(
+        UserError,
+        match=r"one adapter at a time, active are \['default', 'plain'\]; choose one, model.set_adapter\(\"default\"\)",
+    ):
         attach_gates(model)
     with pytest.raises(UserError, match="one adapter at a time"):
         list(plain_sites(model))
@@ -75,30 +81,36 @@ def test_the_adapter_must_be_one_and_exist() -> None:
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "embedding": (
         lambda: on_layer(tiny_llama(), "embed_tokens"),
-        r"model.embed_tokens: ranks cannot be allocated in Embedding layers \(its update is a table look-up, .*"
-        r'exclude_modules=\["model.embed_tokens"\]',
+        r"model.embed_tokens: LoRA on Embedding layers is not supported \(its update is a table look-up, .*"
+        r'target_modules=\["q_proj", "k_proj", "v_proj", "o_proj"\]\)',
     ),
     "attention": (
         lambda: on_layer(Attention(), "attention"),
-        r"attention: ranks cannot be allocated in MultiheadAttention layers \(query, key and value are packed",
+        r"attention: LoRA on MultiheadAttention layers is not supported \(query, key and value are packed .*; the "
+        "model has no linear layers that LoRA could adapt",
     ),
     "convolution": (
         lambda: on_layer(Convolution(), "conv"),
-        r"conv: ranks cannot be allocated in Conv2d layers \(its factors are convolution kernels\)",
+        r"conv: LoRA on Conv2d layers is not supported \(its factors are convolution kernels\); name linear layers in "
+        r'a new LoraConfig\(target_modules=\["fc"\]\)',
     ),
     "parameter": (
         lambda: get_peft_model(
             tiny_llama(), LoraConfig(r=2, target_modules=[], target_parameters=["mlp.down_proj.weight"])
         ),
-        r"down_proj: ranks cannot be allocated in ParamWrapper layers \(it adapts expert parameters",
+        r"all 2 adapted layers: LoRA on ParamWrapper layers is not supported \(it adapts a parameter, such as all",
     ),
     "dora": (
         lambda: tiny_peft("llama", use_dora=True),
-        "q_proj: the adapter uses DoraLinearVariant, which changes the update itself; use plain LoRA",
+        "use_dora makes the update more, or other, than B·A; leave it out of LoraConfig",
     ),
-    "bias": (
+    "lora_bias": (
         lambda: tiny_peft("bert", lora_bias=True),
-        "query: lora_bias=True is not supported: a bias has no rank; set lora_bias=False",
+        "lora_bias makes the update more, or other, than B·A; leave it out of LoraConfig",
+    ),
+    "mica": (
+        lambda: tiny_peft("llama", init_lora_weights="mica"),
+        "all 6 adapted layers: the adapter uses PEFT's MiCALinearVariant, which changes the update itself; use plain",
     ),
 }
 
@@ -114,7 +126,7 @@ def test_layers_that_cannot_be_gated_are_refused_by_name_reason_and_cure(kind: s
 
 def test_a_refused_type_beside_supported_ones_refuses_the_whole_model() -> None:
     model = get_peft_model(Convolution(), LoraConfig(r=2, target_modules=["fc", "conv"]))
-    with pytest.raises(UserError, match="conv: ranks cannot be allocated in Conv2d"):
+    with pytest.raises(UserError, match=r"conv: LoRA on Conv2d .*LoraConfig\(exclude_modules=\[\"conv\"\]\)"):
         attach_gates(model)
     assert len(attach_gates(get_peft_model(Convolution(), LoraConfig(r=2, target_modules=["fc"])))) == 1
 
@@ -122,7 +134,7 @@ def test_a_refused_type_beside_supported_ones_refuses_the_whole_model() -> None:
 def test_merged_and_gated_adapters_are_refused_until_the_cure_is_applied() -> None:
     model = tiny_peft("llama", trained=True)
     model.merge_adapter()
-    with pytest.raises(UserError, match=r"merged into the base weights; call unmerge_adapter\(\) first"):
+    with pytest.raises(UserError, match=r"merged into the base weights; call model.unmerge_adapter\(\) first"):
         attach_gates(model)
     model.unmerge_adapter()
     sites = attach_gates(model)
@@ -166,16 +178,20 @@ def test_mixed_batches_are_refused_where_they_would_drop_the_gates(full_name: st
     torch.testing.assert_close(logits(finished, mixed), logits(finished), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(NOT_LINEAR | NOT_GATED))
 def test_known_layers_are_refused_with_their_reason(name: str) -> None:
     model = tiny_peft("llama")
     forge(next(iter(lora_layers(model).values())), f"peft.tuners.lora.{name}")
     kind = name.split(".")[1]
     with pytest.raises(UserError) as refusal:
         attach_gates(model)
-    assert f"q_proj: ranks cannot be allocated in {kind} layers ({REFUSED[name]}); " in str(refusal.value)
-    assert 'exclude_modules=["model.layers.0.self_attn.q_proj"]' in str(refusal.value)
-    assert ("16 bit or with bitsandbytes" in str(refusal.value)) == ("Linear" in name)
+    what = f"LoRA on {kind} layers is not supported ({NOT_LINEAR.get(name)}); "
+    if name in NOT_GATED:
+        what = f"ranks cannot be allocated in {kind} layers ({NOT_GATED[name]}); "
+    assert str(refusal.value).startswith(f"model.layers.0.self_attn.q_proj: {what}")
+    assert ("16 bit or with bitsandbytes" in str(refusal.value)) == (name in NOT_GATED)
+    left_out = name in NOT_LINEAR and name != "layer.ParamWrapper"
+    assert ('exclude_modules=["model.layers.0.self_attn.q_proj"]' in str(refusal.value)) == left_out
 
 
 def test_a_subclass_of_pefts_linear_is_refused_as_unknown() -> None:
@@ -196,7 +212,7 @@ def failed_attach(model: PeftModel, kind: str) -> None:
             AllocationRun(model, impossible)
     elif kind == "trained":
         train_adapter(model)
-        with pytest.raises(UserError, match=r"trained already \(B is not zero\) and AdaLoRA would draw it anew"):
+        with pytest.raises(UserError, match=r"trained already \(B is not zero\), and AdaLoRA would draw it anew"):
             AllocationRun(model, AdaLoRA(Budget(average_rank=2)))
     else:
         with pytest.raises(UserError, match="no step is left in which the budget could fall"):
@@ -216,19 +232,21 @@ def test_a_failed_attach_leaves_the_model_plain_and_attachable(kind: str) -> Non
 def test_a_refused_layer_leaves_no_gate_on_the_layers_before_it() -> None:
     model = tiny_peft("llama")
     last = list(lora_layers(model).values())[-1]
-    last.lora_bias["default"] = True
+    last.scaling["default"] = 0.0
     keys = list(model.state_dict())
-    with pytest.raises(UserError, match="a bias has no rank"):
+    with pytest.raises(
+        UserError, match=r"^model\.layers\.1\.mlp\.down_proj: the scale lora_alpha / r is 0.0; it must be"
+    ):
         attach_gates(model)
     assert list(model.state_dict()) == keys
-    last.lora_bias["default"] = False
+    last.scaling["default"] = 1.5
     assert len(attach_gates(model)) == 6
 
 
 def test_a_failed_attach_spares_an_adapter_with_lora_alpha_0() -> None:
     model = tiny_peft("llama", lora_alpha=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    text = r"^model\.layers\.0\.self_attn\.q_proj: the scale lora_alpha / r is 0\.0; it must be positive$"
+    text = r"^all 6 adapted layers: the scale lora_alpha / r is 0\.0; it must be positive; set LoraConfig\(lora_alpha="
     with pytest.raises(UserError, match=text):
         AllocationRun(model, AdaLoRA(Budget(average_rank=99)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -242,8 +260,8 @@ def test_an_adapter_that_would_not_train_is_refused(kind: str) -> None:
     else:
         model = get_peft_model(tiny_llama(), lora_config("llama", inference_mode=True), adapter_name="other")
     text = (
-        'model.layers.0.self_attn.q_proj: adapter "other" is not being trained (inactive, or frozen as loaded for '
-        'inference); call set_adapter("other"), or load it with is_trainable=True'
+        'all 6 adapted layers: adapter "other" is not being trained (inactive, or frozen as loaded for '
+        'inference); call model.set_adapter("other"), or load it with is_trainable=True'
     )
     with pytest.raises(UserError, match=f"^{re.escape(text)}$"):
         attach_gates(model, "other")

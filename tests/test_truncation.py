@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loralloc import AdaLoRA, Budget, RankPlan, attach, export_adapter, truncate_adapter
-from loralloc.training.callback import MARKER
 
 SCALES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -202,9 +201,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is no config of PEFT"),
     "no mapping": (lambda f: (f / "adapter_config.json").write_text("[]"), "is no config of PEFT"),
     "not LoRA": (_prompt_tuning, "is an adapter of type IA3: only plain LoRA"),
-    "DoRA": (lambda f: _configure(f, use_dora=True), "has use_dora, which is more than B·A"),
-    "changed base": (lambda f: _configure(f, init_lora_weights="pissa"), "changed the base weights at the start"),
-    "trained bias": (lambda f: _configure(f, bias="all"), 'bias="all" is more than plain LoRA'),
+    "DoRA": (
+        lambda f: _configure(f, use_dora=True),
+        "is no plain LoRA, which alone can be truncated: use_dora makes the update more, or other, than B·A",
+    ),
+    "changed base": (lambda f: _configure(f, init_lora_weights="pissa"), "changes the base weights at the start"),
+    "trained bias": (lambda f: _configure(f, bias="all"), 'bias="all" trains biases of the base model'),
     "another rank": (lambda f: _configure(f, r=5), "has rank 4 where adapter_config.json says 5"),
     "cut off": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x09"), "cannot be read"),
     "not finite": (lambda f: _tensors(f, _break_first), "holds numbers that are not finite"),
@@ -214,7 +216,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _tensors(f, lambda t: t.update({"base_model.model.x.lora_gate": torch.ones(2)})),
         "x.lora_gate is no factor of a linear layer",
     ),
-    "unfinished": (lambda f: (f / MARKER).write_text("{}"), "is a checkpoint of an unfinished allocation"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Literal, Protocol
 
 from loralloc.errors import UserError
@@ -27,7 +28,7 @@ class Budget:
         fraction: Share of the parameters at the start of training, in (0, 1].
 
     Raises:
-        UserError: None or several are given, or the value is not positive.
+        UserError: None or several are given, or the value is no number, or none above 0.
     """
 
     average_rank: float | None = None
@@ -43,12 +44,16 @@ class Budget:
                 f"got {', '.join(given) or 'none'}"
             )
         ((name, value),) = given.items()
+        if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real
+            raise UserError(f"the budget must be a number, such as Budget(average_rank=8), got {name}={value!r}")
         if not value > 0:
             raise UserError(f"the budget must be positive, got {name}={value}")
-        if name in ("total_rank", "parameters") and type(value) is not int:
+        if name in ("total_rank", "parameters") and not isinstance(value, Integral):
             raise UserError(f"the budget in {name} must be a whole number, got {value!r}")
         if name == "fraction" and value > 1:
             raise UserError(f"a budget as a fraction of the starting parameters is at most 1, got fraction={value}")
+        # Records are JSON, which does not know numpy's numbers.
+        object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
 
     @property
     def unit(self) -> Unit:

@@ -22,8 +22,12 @@ def closest(word: str, choices: Iterable[str]) -> str:
 
     >>> closest("learning_rat", ["learning_rate", "batch_size"])
     ' Did you mean "learning_rate"?'
+    >>> closest(" POS", ["neg", "pos"])
+    ' Did you mean "pos"?'
     >>> closest("colour", ["learning_rate", "batch_size"])
     ''
     """
-    found = get_close_matches(word, list(choices), n=1, cutoff=0.7)
+    choices = list(choices)
+    same = [choice for choice in choices if choice.strip().casefold() == word.strip().casefold()]
+    found = same or get_close_matches(word, choices, n=1, cutoff=0.7)
     return f' Did you mean "{found[0]}"?' if found else ""

@@ -3,7 +3,8 @@
 | profile   | what is written                                                        | who reads it right           |
 |-----------|------------------------------------------------------------------------|------------------------------|
 | `ragged`  | each module at its own rank (`rank_pattern`), rank-0 modules left out  | PEFT, vLLM ≥ 0.32, llama.cpp |
-| `uniform` | every module padded with zeros to the largest rank                     | everything that reads LoRA   |
+| `uniform` | every module padded with zeros to the largest rank                     | these, older vLLM, SGLang,   |
+|           |                                                                        | PEFT's hot-swapping          |
 | `merged`  | the whole model, the adapter added to the weights                      | everything                   |
 
 The trained scale is folded into B, so that every consumer's rule for the scale gives the same: `ragged` has one
@@ -17,91 +18,25 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from loralloc._folders import RECORD, check_target
 from loralloc._version import __version__
 from loralloc.errors import UserError
+from loralloc.export_check import Checked, Factors, check_adapter, check_batch, compare, computing_plainly, logits
 from loralloc.gating import is_gated, plain_sites
-from loralloc.peft_layers import PREFIX
+from loralloc.model_card import Export, Profile, model_card
+from loralloc.peft_layers import PREFIX, peft_model
+from loralloc.plain_lora import check_active, check_mergeable, check_plain, stored_apart
 
-Profile = Literal["ragged", "uniform", "merged"]
 PROFILES: tuple[Profile, ...] = ("ragged", "uniform", "merged")
-
-CHANGES_BASE_WEIGHTS = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Starts of init_lora_weights under which PEFT subtracts the start from the base weights."""
-
-RECORD = "loralloc_export.json"
-"""Our record of an export, in a file of its own: readers of LoRA warn about keys they do not know."""
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for --max-lora-rank."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A module's update with the scale folded in: ΔW = B A.
-
-    Attributes:
-        A: [rank, in].
-        B: [out, rank].
-    """
-
-    A: Tensor
-    B: Tensor
-
-    @property
-    def rank(self) -> int:
-        """Number of ranks that are not closed."""
-        return self.A.shape[0]
-
-
-Checked = tuple[float, float]
-"""Largest difference of a logit, and the largest that is allowed."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """What was written.
-
-    Attributes:
-        path: The folder.
-        profile: Its profile.
-        ranks: Full module name to rank; 0 for modules left out.
-        difference: Largest difference of a logit between the model and the reloaded files, on the checked batch.
-        allowed: What it may be: rounding of the model's dtype, at the size of the largest logit.
-    """
-
-    path: Path
-    profile: Profile
-    ranks: Mapping[str, int]
-    difference: float
-    allowed: float
-
-    @property
-    def max_rank(self) -> int:
-        """The largest rank: what servers reserve for every module."""
-        return max(self.ranks.values())
-
-    @property
-    def serving(self) -> list[str]:
-        """Lines that serve the export."""
-        if self.profile == "merged":
-            return [f"vllm serve {self.path}"]
-        flag = next((rank for rank in VLLM_RANKS if rank >= self.max_rank), self.max_rank)
-        need = "vLLM 0.32 or newer" if self.profile == "ragged" else "any vLLM"
-        return [
-            f"vllm serve BASE_MODEL --enable-lora --max-lora-rank {flag} --lora-modules adapter={self.path}   # {need}"
-        ]
 
 
 def export_adapter(
@@ -109,57 +44,90 @@ def export_adapter(
     path: str | Path,
     profile: Profile = "ragged",
     *,
-    batch: Mapping[str, Tensor] | None = None,
+    batch: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Export:
     """Write a plain LoRA adapter (or the merged model), reload it with stock PEFT and compare the logits.
 
-    The folder appears only when the check has passed; an adapter that stood there is replaced then.
+    The folder appears only when the check has passed; an adapter that stood there is replaced then. The model itself is
+    left as it is, so that a refused export can be repeated.
 
     Args:
         model: A `PeftModel` whose active adapter is plain LoRA: after `RankAllocation` or `finish()`, or any other.
         path: Folder to write.
         profile: `ragged`, `uniform` or `merged`.
-        batch: Inputs for the check, on the model's device; by default token ids drawn at random.
-        tokenizer: Saved beside the model in the profile `merged`.
+        batch: Inputs for the check, as the model's forward takes them; by default two samples that the model was
+            trained on, or token ids drawn at random where no allocation has trained it.
+        tokenizer: Saved beside the adapter or the model.
 
     Raises:
-        UserError: Gates are not folded yet, the folder holds something else, or no batch can be made up.
+        UserError: Gates are not folded yet, the folder holds something else, no batch can be made up, or the model
+            does not take it.
         RuntimeError: The reloaded files compute something else, or hold numbers that are not finite.
     """
     path = Path(path).resolve()
     if profile not in PROFILES:
         raise UserError(f'profile must be one of {", ".join(PROFILES)}; got "{profile}"')
     check_target(path)
+    model = peft_model(model)
     sites = list(plain_sites(model))
     adapter = sites[0][2]
     if is_gated(model, adapter):
         raise UserError(
             "the rank allocation is not finished: its gates are not folded; call finish() or end train() first"
         )
-    _check_plain(model, adapter)
+    layers = [(name, layer) for name, layer, _ in sites]
+    check_plain(model, adapter, layers)
+    check_active(layers)
+    if profile == "merged":
+        check_mergeable(model, adapter, layers)
     factors = {name: _factors(layer, adapter) for name, layer, _ in sites}
     if not any(factor.rank for factor in factors.values()):
         raise UserError("the adapter has no rank left in any module: there is nothing to export")
-    batch = _made_up_batch(model) if batch is None else batch
+    batch = check_batch(model, batch)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary_folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
-    with temporary_folder as temporary, _evaluating(model):
+    with temporary_folder as temporary:
         folder = Path(temporary) / "export"
         folder.mkdir()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         if profile == "merged":
-            checked = _write_merged(model, folder, batch, tokenizer)
+            checked = _write_merged(model, folder, batch)
         else:
             _write_adapter(model, adapter, folder, factors, profile)
-            checked = _reload_difference(model, adapter, folder, batch)
-        export = Export(path, profile, {name: factor.rank for name, factor in factors.items()}, *checked)
+            checked = check_adapter(model, folder, factors, batch)
+        export = _export(model, adapter, path, profile, factors, checked)
         if profile != "merged":
-            (folder / "README.md").write_text(_card(model, adapter, export), encoding="utf-8")
+            write_card(model, export, folder)
         record = {"loralloc": __version__, "profile": profile, "ranks": export.ranks, "difference": export.difference}
         record["files"] = sorted(entry.name for entry in folder.iterdir())
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         move_into_place(folder, path)
     return export
+
+
+def write_card(model: PeftModel, export: Export, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write the model card of an adapter into its folder (see `model_card`)."""
+    tokenizer = (folder / "tokenizer_config.json").is_file()
+    text = model_card(model.get_base_model(), export, tokenizer, facts)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _export(
+    model: PeftModel, adapter: str, path: Path, profile: Profile, factors: Mapping[str, Factors], checked: Checked
+) -> Export:
+    config, base = model.peft_config[adapter], model.get_base_model()
+    return Export(
+        path=path,
+        profile=profile,
+        ranks={name: factor.rank for name, factor in factors.items()},
+        difference=checked.difference,
+        allowed=checked.allowed,
+        base=config.base_model_name_or_path or getattr(base, "name_or_path", "") or "BASE_MODEL",
+        has_head=bool(getattr(config, "modules_to_save", None)),
+        generates=bool(getattr(base, "can_generate", lambda: False)()),
+    )
 
 
 def _factors(layer: Any, adapter: str) -> Factors:
@@ -207,11 +175,7 @@ def _write_adapter(
             values = (stored[name].A, stored[name].B)
             tensors |= {k: v.to(dtype) for k, v, dtype in zip(keys, values, dtypes, strict=True)}
     config.save_pretrained(str(folder))
-    save_file(
-        {key: value.detach().contiguous().cpu() for key, value in tensors.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_file(stored_apart(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def plain_config(config: PeftConfig, fields: Mapping[str, Any], left_out: list[str]) -> LoraConfig:
@@ -239,137 +203,16 @@ def plain_config(config: PeftConfig, fields: Mapping[str, Any], left_out: list[s
     return config
 
 
-def _reload_difference(model: PeftModel, adapter: str, folder: Path, batch: Mapping[str, Tensor]) -> Checked:
-    """Load the files beside the trained adapter, on the same base weights, and compare."""
-    probe = "loralloc_reload_check"
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    expected = _logits(model, batch)
-    try:
-        result = model.load_adapter(str(folder), adapter_name=probe)
-        lost = [key for key in [*result.missing_keys, *result.unexpected_keys] if probe in key]
-        if lost:
-            raise RuntimeError(f"stock PEFT does not load all of the export: {lost[:3]}")
-        model.set_adapter(probe)
-        actual = _logits(model, batch)
-    finally:
-        model.set_adapter(adapter)
-        if probe in model.peft_config:
-            model.delete_adapter(probe)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable.get(name, False))
-    return _compare(expected, actual)
-
-
-def _write_merged(
-    model: PeftModel, folder: Path, batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
-) -> Checked:
+def _write_merged(model: PeftModel, folder: Path, batch: Mapping[str, Any]) -> Checked:
     """Merge a copy, save it, load it again and compare."""
-    expected = _logits(model, batch)
-    merged = copy.deepcopy(model).merge_and_unload().eval()
-    _compare(expected, _logits(merged, batch), ulps=64)  # narrow weights are rounded once more by merging
-    merged.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    AutoConfig.from_pretrained(folder)  # the folder is a model that loads by itself
-    reloaded = type(merged).from_pretrained(folder, dtype=merged.dtype).to(merged.device)
-    return _compare(_logits(merged, batch), _logits(reloaded.eval(), batch))
-
-
-@torch.no_grad()
-def _logits(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    outputs = model(**batch)
-    if isinstance(outputs, Tensor):
-        return outputs
-    logits = getattr(outputs, "logits", None)
-    return outputs[0] if logits is None else logits
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode and the generators' states after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _compare(expected: Tensor, actual: Tensor, ulps: int = 4) -> Checked:
-    """Largest difference of a logit, and what is allowed; an error when it is more than rounding.
-
-    Allowed are 1e-5 in fp32 and a few units in the last place of a narrower dtype, relative to the largest logit.
-    """
-    relative = max(1e-5, ulps * torch.finfo(expected.dtype).eps)
-    expected, actual = expected.float(), actual.float()
-    difference = float((expected - actual).abs().max())
-    tolerance = relative * max(1.0, float(expected.abs().max()))
-    if not difference <= tolerance:
-        raise RuntimeError(
-            f"the reloaded export computes something else: logits differ by {difference:.3g} "
-            f"(allowed {tolerance:.3g}); nothing was written"
-        )
-    return difference, tolerance
-
-
-def _made_up_batch(model: PeftModel) -> dict[str, Tensor]:
-    """Draw token ids for the check: one sample where the model cannot pad, no longer than its positions."""
-    inner: Any = model.get_base_model()
-    if getattr(inner, "main_input_name", None) != "input_ids":
-        raise UserError(
-            f"{type(inner).__name__} does not take token ids: pass batch={{...}}, inputs for the check of the export"
-        )
-    config = inner.config.get_text_config()
-    samples = 1 if getattr(config, "pad_token_id", None) is None else 2
-    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (samples, length), generator=generator).to(inner.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**batch, "decoder_input_ids": ids} if inner.config.is_encoder_decoder else batch
-
-
-def _check_plain(model: PeftModel, adapter: str) -> None:
-    """Refuse an adapter that is more than B·A on the base weights: the files could not say so."""
-    check_plain_config(model.peft_config[adapter])
-    for name, layer, _ in plain_sites(model):
-        if adapter in layer.lora_variant or layer.lora_bias[adapter] or layer.lora_A[adapter].weight.dim() != 2:
-            raise UserError(f"{name}: not plain LoRA on a linear layer (a variant, a bias or a convolution)")
-        if layer.merged or layer.disable_adapters:
-            state, cure = ("merged", "unmerge_adapter()") if layer.merged else ("disabled", "enable_adapter_layers()")
-            raise UserError(f"{name}: the adapter is {state}, so there is nothing to compare with; call {cure} first")
-
-
-def check_plain_config(config: PeftConfig) -> None:
-    """Refuse what a config says of an adapter that is more than B·A on the base weights."""
-    assert isinstance(config, LoraConfig)
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.startswith(CHANGES_BASE_WEIGHTS):
-        raise UserError(
-            f'init_lora_weights="{start}" changed the base weights at the start, so the adapter fits no stock base; '
-            "convert it with PEFT (path_initial_model_for_weight_conversion) or train with init_lora_weights=True"
-        )
-    if config.layer_replication or config.bias != "none":
-        what = "layer_replication" if config.layer_replication else f'bias="{config.bias}"'
-        raise UserError(f"an adapter with {what} is more than plain LoRA and cannot be exported as such")
-
-
-def check_target(path: Path) -> None:
-    """Refuse to replace a folder that is not an export, or that holds anything besides."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; give a folder for the export")
-    found = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    if found and RECORD not in found:
-        raise UserError(f"{path} exists and is no export of loralloc; nothing was overwritten: choose another folder")
-    if found:
-        written = json.loads((path / RECORD).read_text(encoding="utf-8")).get("files", [])
-        strangers = sorted(found - {RECORD, *written})
-        if strangers:
-            raise UserError(
-                f"{path} holds more than the export written there ({strangers[0]}); nothing was overwritten: "
-                "choose another folder"
-            )
+    with computing_plainly(model):
+        expected = logits(model, batch)
+        merged = copy.deepcopy(model).merge_and_unload().eval()
+        compare(expected, logits(merged, batch), ulps=64)  # narrow weights are rounded once more by merging
+        merged.save_pretrained(folder)
+        type(merged.config).from_pretrained(folder)  # the folder is a model that loads by itself
+        reloaded = type(merged).from_pretrained(folder, dtype=merged.dtype).to(merged.device)
+        return compare(logits(merged, batch), logits(reloaded.eval(), batch))
 
 
 def move_into_place(folder: Path, path: Path) -> None:
@@ -385,40 +228,3 @@ def move_into_place(folder: Path, path: Path) -> None:
         shutil.rmtree(old)
     else:
         folder.rename(path)
-
-
-def _card(model: PeftModel, adapter: str, export: Export) -> str:
-    """The adapter's model card."""
-    base = model.peft_config[adapter].base_model_name_or_path or "unknown"
-    rows = "\n".join(f"| `{name}` | {rank} |" for name, rank in export.ranks.items())
-    serving = "\n".join(replace(export, path=Path("path/to/this/folder")).serving)
-    return f"""---
-base_model: {json.dumps(base)}
-library_name: peft
-tags:
-- lora
-- loralloc
----
-
-# LoRA adapter with allocated ranks
-
-A plain LoRA adapter (profile `{export.profile}`), {sum(export.ranks.values())} ranks over {len(export.ranks)} modules,
-largest rank {export.max_rank}. After writing, stock PEFT loaded it; the largest difference of a logit to the trained
-model was {export.difference:.1e}.
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")  # base_model: {base}
-```
-
-Serving (`--max-lora-rank` must be at least {export.max_rank}):
-
-```
-{serving}
-```
-
-| module | rank |
-|---|---|
-{rows}
-"""

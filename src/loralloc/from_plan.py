@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from loralloc.errors import UserError, closest
+from loralloc.peft_layers import is_adapted, unwrapped
 from loralloc.plan import RankPlan
 
 DECIDED = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -30,8 +32,14 @@ def lora_config(plan: RankPlan, model: nn.Module, **settings: Any) -> LoraConfig
         settings: Other fields of LoraConfig: `lora_dropout`, `modules_to_save`, `task_type`, ...
 
     Raises:
-        UserError: The plan belongs to another model, or a setting is the plan's to decide.
+        UserError: The plan belongs to another model, the model has an adapter, or a setting is the plan's to decide.
     """
+    model = unwrapped(model)
+    if is_adapted(model):
+        raise UserError(
+            f"{type(model).__name__} has an adapter already, and the plan is for one on the base model alone; load the "
+            "base model anew, without an adapter"
+        )
     if taken := [name for name in DECIDED if name in settings]:
         raise UserError(f"{', '.join(taken)}: the plan decides that; leave it out of lora_config(plan, model, ...)")
     _check_model(plan, model)
@@ -39,7 +47,7 @@ def lora_config(plan: RankPlan, model: nn.Module, **settings: Any) -> LoraConfig
     # PEFT takes the first pattern that matches the end of a module's name: longer names first.
     names = sorted(kept, key=len, reverse=True)
     return LoraConfig(
-        **settings,
+        **copy.deepcopy(settings),  # PEFT appends to the lists that it is given
         r=max(planned.rank for planned in kept.values()),
         target_modules=_targets(list(kept), model),
         rank_pattern={name: kept[name].rank for name in names},

@@ -28,14 +28,18 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from loralloc.errors import UserError
 from loralloc.kernel import gated_linear, gated_lora
+from loralloc.naming import excluding, named
 from loralloc.peft_layers import (
     MERGE_IGNORES_VARIANTS,
     MIXED_BATCHES_IGNORE_VARIANTS,
-    check_layer,
+    check_gateable,
+    check_linear,
+    check_not_parallel,
     class_name,
     lora_adapter,
-    lora_layers,
+    peft_model,
 )
+from loralloc.plain_lora import check_plain
 
 _LINEAR_FORWARD = nn.Linear.forward  # as it was when this was imported: some tools replace it for all layers
 
@@ -145,34 +149,71 @@ class Site:
 
     def take_scale(self, ranks: Tensor) -> None:
         """Keep the scale of some ranks alone, int64 [k]: the others have left the tensors."""
+        self._variant.taken = ranks, len(self.scale)
         self._variant.scale = self.scale[ranks.to(self.gate.device)]
 
-    def put_back_scale(self, ranks: Tensor, capacity: int) -> None:
+    def put_back_scale(self) -> None:
         """Undo `take_scale`; the ranks that had left are closed for good."""
-        small = self._variant.scale
-        self._variant.scale = small.new_zeros(capacity).index_copy_(0, ranks.to(small.device), small)
+        self._variant.scale, self._variant.taken = self.full_scale, None
 
-    @contextmanager
-    def gates_replaced(self, gate: Tensor | None) -> Iterator[None]:
-        """Compute with another gate inside: [r], per sample [n, 1, r], or None for zeros; the parameter stays."""
-        self._variant.gate, self._variant.off = gate, gate is None
-        try:
-            yield
-        finally:
-            self._variant.gate, self._variant.off = None, False
+    @property
+    def full_scale(self) -> Tensor:
+        """The scale with zeros for ranks that have left the tensors."""
+        if self._variant.taken is None:
+            return self.scale
+        (ranks, capacity), small = self._variant.taken, self._variant.scale
+        return small.new_zeros(capacity).index_copy_(0, ranks.to(small.device), small)
+
+    @property
+    def start(self) -> Any:
+        """How A and B were drawn: PEFT's `init_lora_weights`."""
+        return self._variant.config.init_lora_weights
+
+    @property
+    def left_out(self) -> Any:
+        """What the adapter leaves out already: PEFT's `exclude_modules`."""
+        return self._variant.config.exclude_modules
+
+
+@contextmanager
+def gates_replaced(sites: Sequence[Site], gates: Sequence[Tensor | None]) -> Iterator[None]:
+    """Compute with other gates inside: of each site [r], per sample [n, 1, r], or None for zeros; the parameters stay.
+
+    Raises:
+        UserError: Afterwards, with all layers that saw rows which are no samples.
+    """
+    variants = [site._variant for site in sites]
+    for variant, gate in zip(variants, gates, strict=True):
+        variant.gate, variant.off = gate, gate is None
+    try:
+        yield
+    finally:
+        misfits = {site.name: site._variant.misfit for site in sites if site._variant.misfit}
+        for variant in variants:
+            variant.gate, variant.off, variant.misfit = None, False, ""
+        if misfits:  # whatever else went wrong came of it
+            others = [site.name for site in sites if site.name not in misfits]
+            cure = f"LoraConfig({excluding(list(misfits), others, sites[0].left_out)})" if others else "adapt others"
+            raise UserError(
+                f"{named(list(misfits), others)}: ranks cannot be switched per sample where a layer sees "
+                f"{next(iter(misfits.values()))} (does it route tokens to experts, or look at positions?); leave out "
+                f"what does, {cure}"
+            )
 
 
 class _GatedVariant(LoraVariant):
     """PEFT's hook for a different forward pass: the gated one."""
 
-    def __init__(self, name: str, scale: Tensor) -> None:
-        self.name = name
+    def __init__(self, scale: Tensor, config: Any) -> None:
         self.scale = scale
+        self.config = config  # the adapter's
         self.factor = 1.0
         self.row_scale: Tensor | None = None
         self.gate: Tensor | None = None  # instead of the layer's parameter
         self.off = False  # no update: as with gates of zero
+        self.misfit = ""  # the rows that were no samples, where `gate` is one per sample
         self.gate_frozen = False
+        self.taken: tuple[Tensor, int] | None = None  # positions of the ranks left in the tensors, of how many
 
     def supports_lora_conversion(self) -> bool:
         return False  # PEFT would convert without the gates; export_adapter does it right
@@ -203,11 +244,23 @@ class _GatedVariant(LoraVariant):
         gate = gate.detach() if self.gate_frozen else gate
         return (
             module.lora_A[adapter].weight,
-            gate if self.gate is None else _fitted(self.gate, x, self.name),
+            gate if self.gate is None else self._fitted(self.gate, x),
             module.lora_B[adapter].weight,
             self.scale,
             self.row_scale,
         )
+
+    def _fitted(self, gate: Tensor, x: Tensor) -> Tensor:
+        """A gate per sample, [n, 1, r], for an input [n, ..., in], or [n · tokens, in] where a layer flattens them."""
+        if gate.dim() == 1:
+            return gate
+        n, rank = gate.shape[0], gate.shape[-1]
+        if x.dim() == 2 and len(x) % n == 0:
+            return gate.view(n, rank).repeat_interleave(len(x) // n, 0)
+        if len(x) != n:  # the pass goes on with some gate, so that all such layers are found
+            self.misfit = f"{len(x)} rows for {n} samples"
+            return gate.view(n, rank)[0]
+        return gate.view(n, *[1] * (x.dim() - 2), rank)
 
     def _delta(self, module: Any, adapter: str, like: Tensor) -> Tensor:
         gate = (module.lora_gate[adapter] * self.scale).to(like.device)
@@ -224,42 +277,31 @@ class _GatedVariant(LoraVariant):
         return orig_weight - self._delta(module, active_adapter, orig_weight)
 
 
-def _fitted(gate: Tensor, x: Tensor, name: str) -> Tensor:
-    """A gate per sample, [n, 1, r], for an input [n, ..., in], or [n · tokens, in] where a layer flattens them."""
-    if gate.dim() == 1:
-        return gate
-    n, rank = gate.shape[0], gate.shape[-1]
-    if x.dim() == 2 and len(x) % n == 0:
-        return gate.view(n, rank).repeat_interleave(len(x) // n, 0)
-    if len(x) != n:
-        raise UserError(
-            f"{name}: the layer sees {len(x)} rows for {n} samples, so its ranks cannot be switched per sample (does "
-            f'it route tokens to experts, or look at positions?); leave it out with exclude_modules=["{name}"]'
-        )
-    return gate.view(n, *[1] * (x.dim() - 2), rank)
-
-
 def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
     """Give every LoRA layer of the active adapter a gate of ones.
 
     The forward pass is unchanged: gates of one and PEFT's own scaling. Must happen before the optimizer is built.
 
     Args:
-        model: A `PeftModel` with a LoRA adapter.
+        model: A `PeftModel` with a LoRA adapter, compiled or not, or a model that holds one.
         adapter: Its name; the active adapter by default.
 
     Returns:
         The sites, in the model's order.
 
     Raises:
-        UserError: No PeftModel, no LoRA adapter, a layer that cannot be gated, or one that is gated already.
+        UserError: No PeftModel, no LoRA adapter, one that could not be exported, layers that cannot be gated, or that
+            are gated already.
     """
-    adapter = lora_adapter(model, adapter)
-    layers = lora_layers(model, adapter)
-    for name, layer in layers:
-        if isinstance(layer.lora_variant.get(adapter), _GatedVariant):
-            raise UserError(f"{name}: a rank allocation is attached already; finish() it first, or load the model anew")
-        check_layer(name, layer, adapter)
+    check_not_parallel(model)
+    peft = peft_model(model)
+    adapter = lora_adapter(peft, adapter)
+    layers = check_linear(peft, adapter)
+    if is_gated(peft, adapter):
+        raise UserError("a rank allocation is attached already; finish() it first, or load the model anew")
+    check_plain(peft, adapter, layers)
+    check_gateable(peft, adapter, layers)
+    config = peft.peft_config[adapter]
     sites = []
     for name, layer in layers:
         weight = layer.lora_A[adapter].weight
@@ -269,7 +311,7 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
             layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
         layer.lora_gate[adapter] = nn.Parameter(torch.ones(weight.shape[0], dtype=dtype, device=weight.device))
         scale = torch.full_like(layer.lora_gate[adapter].data, layer.scaling[adapter])
-        layer.lora_variant[adapter] = _GatedVariant(name, scale)
+        layer.lora_variant[adapter] = _GatedVariant(scale, config)
         if "forward" not in vars(layer):  # others, as accelerate, may have put theirs there
             layer.forward = partial(_forward, layer)
         layer._cast_input_dtype = partial(_uncast, layer)
@@ -281,17 +323,31 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
     return sites
 
 
+def folded(A: Tensor, B: Tensor, gate: Tensor, scale: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return the factors of plain LoRA that compute, under PEFT's own scaling, what gated ones do.
+
+    B becomes B · diag(scale ∘ gate) / scaling. Ranks that are closed for good (scale 0) become exact zeros in both
+    factors, which is how `export_adapter` recognises them.
+
+    Args:
+        A: [r, in].
+        B: [out, r].
+        gate: [r].
+        scale: [r].
+        scaling: PEFT's scaling.
+    """
+    A = A.masked_fill((scale == 0).unsqueeze(1).to(A.device), 0)
+    return A, (B * (scale * gate / scaling)).to(B.dtype)
+
+
 @torch.no_grad()
 def fold_gates(sites: Sequence[Site]) -> None:
-    """Fold scale ∘ gate into B, clear closed ranks, and remove the gates: what is left is plain LoRA.
-
-    B becomes B · diag(scale ∘ gate) / scaling, so that PEFT's own scaling reproduces the trained function. Ranks that
-    are closed for good (scale 0) become exact zeros in both factors, which is how `export_adapter` recognises them.
-    """
+    """Fold scale ∘ gate into B, clear closed ranks, and remove the gates: what is left is plain LoRA."""
     for site in sites:
         layer, adapter = site.layer, site.adapter
-        site.B.copy_((site.B * (site.scale * site.gate / site.scaling)).to(site.B.dtype))
-        site.A[site.scale == 0] = 0
+        A, B = folded(site.A, site.B, site.gate, site.scale, site.scaling)
+        site.A.copy_(A)
+        site.B.copy_(B)
         del layer.lora_gate[adapter], layer.lora_variant[adapter]
         if not layer.lora_gate:
             del layer.lora_gate
@@ -323,16 +379,11 @@ def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[
     """Yield (full module name, PEFT layer, adapter) of every LoRA layer of an adapter, gated or not.
 
     Raises:
-        UserError: The model is no PeftModel, has no LoRA adapter, or adapts layers that are not linear.
+        UserError: There is no PeftModel in the model, no LoRA adapter, or one of layers that are not linear.
     """
-    adapter = lora_adapter(model, adapter)
-    for name, layer in lora_layers(model, adapter):
-        if adapter not in layer.lora_A:
-            kind = type(layer).__name__
-            raise UserError(
-                f"{name}: {kind} layers are not supported (their factors are no matrices of a linear layer); leave "
-                f'them out with exclude_modules=["{name}"]'
-            )
+    peft = peft_model(model)
+    adapter = lora_adapter(peft, adapter)
+    for name, layer in check_linear(peft, adapter):
         yield name, layer, adapter
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from loralloc.errors import UserError, closest
+from loralloc.naming import common_ends, excluding, named
 
 PREFIX = "base_model.model."
 _LAYERS = "peft.tuners.lora."
@@ -32,13 +43,17 @@ MERGE_IGNORES_VARIANTS = frozenset({_LAYERS + "torchao.TorchaoLoraLinear"})
 MIXED_BATCHES_IGNORE_VARIANTS = frozenset({_LAYERS + "hqq.HqqLoraLinear"})
 """Layers whose forward pass with `adapter_names` would drop the gates; it is blocked likewise."""
 
-REFUSED = {
+NOT_LINEAR = {
     "layer.Embedding": "its update is a table look-up, not a product with an input",
     "layer.Conv1d": "its factors are convolution kernels",
     "layer.Conv2d": "its factors are convolution kernels",
     "layer.Conv3d": "its factors are convolution kernels",
     "layer.MultiheadAttention": "query, key and value are packed into one weight",
-    "layer.ParamWrapper": "it adapts expert parameters, not a layer, and cannot carry a variant",
+    "layer.ParamWrapper": "it adapts a parameter, such as all experts in one, and not a layer",
+}
+"""Layer classes whose adapter is no B·A on a linear layer, with the reason: neither gated nor exported."""
+
+NOT_GATED = {
     "awq.AwqLoraLinear": "its forward pass ignores variants",
     "aqlm.AqlmLoraLinear": "its forward pass ignores variants",
     "eetq.EetqLoraLinear": "its forward pass ignores variants",
@@ -46,37 +61,148 @@ REFUSED = {
     "te.TeLinear": "TransformerEngine layers have not been verified",
     "tp_layer.LoraParallelLinear": "Megatron's tensor-parallel layers shard the factors",
 }
-"""Layer classes we know and refuse, with the reason."""
+"""Linear layer classes that we know and do not gate, with the reason; plain LoRA on them can be exported."""
+
+PARALLEL = {
+    "DistributedDataParallel": "it has gathered the gradients that processes share, and would not share those of gates",
+    "DataParallel": "its replicas do not know of gates; launch with torchrun or accelerate launch (DDP)",
+    "FullyShardedDataParallel": "it shards the factors that scores are made of; use DDP",
+    "DeepSpeedEngine": "it hides the gradients that scores are made of; use DDP",
+}
+"""Wrappers inside which no gate can be attached, with the reason."""
 
 
-def lora_adapter(model: nn.Module, adapter: str | None) -> str:
-    """Return the name of a LoRA adapter, of the active one by default; refuse what has none."""
-    if not isinstance(model, PeftModel):
+# ---- Finding the PeftModel ----
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that torch.compile has wrapped, or the model itself: what is attached to it is compiled too."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
+
+
+def peft_model(model: nn.Module) -> PeftModel:
+    """Return the one `PeftModel` in a model: itself, or inside a wrapper or a larger model.
+
+    Raises:
+        UserError: There is none, there are several, or one inside another; the message says what to pass.
+    """
+    found = {name: part for name, part in model.named_modules() if isinstance(part, PeftModel)}
+    if not found:
+        raise UserError(_no_peft_model(unwrapped(model)))
+    outermost, chosen = next(iter(found.items()))
+    inner = [name for name in found if name != outermost and (not outermost or name.startswith(f"{outermost}."))]
+    if inner:
         raise UserError(
-            f"expected a PeftModel, got {type(model).__name__}: wrap it first, "
-            "model = get_peft_model(model, LoraConfig(r=12, target_modules='all-linear'))"
+            "a PeftModel is inside another one (get_peft_model was called on a model that it had returned): an adapter "
+            "saved from it fits no base model; call get_peft_model once, on the base model, and add a second adapter "
+            "with model.add_adapter(name, config)"
         )
+    if len(found) > 1:
+        raise UserError(
+            f"{type(model).__name__} holds {len(found)} PeftModels; pass the one to use: "
+            + ", ".join(map(_expression, found))
+        )
+    return chosen
+
+
+def check_not_parallel(model: nn.Module) -> None:
+    """Refuse wrappers that have made up their mind about which parameters there are.
+
+    Raises:
+        UserError: With the wrapper, the reason, and what to pass.
+    """
+    for path, part in model.named_modules():
+        if isinstance(part, PeftModel):
+            return
+        if wrapper := _parallel(part):
+            inner = _expression(f"{path}.module")
+            raise UserError(
+                f"the model is wrapped by {wrapper} already ({PARALLEL[wrapper]}); attach before wrapping, to what is "
+                f"inside, {inner}, or to the model from before accelerator.prepare()"
+            )
+
+
+def _parallel(module: nn.Module) -> str | None:
+    """The name of the parallel wrapper that a module is."""
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in PARALLEL), None)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model has an adapter of any kind on its layers."""
+    return any(isinstance(part, BaseTunerLayer) for part in model.modules())
+
+
+def _no_peft_model(model: nn.Module) -> str:
+    """What to say of a model that holds no PeftModel."""
+    expected = f"expected a PeftModel, got {type(model).__name__}"
+    modules = list(model.named_modules())
+    if any(isinstance(part, PeftMixedModel) for _, part in modules):
+        return f"{expected}, for adapters of several kinds; call get_peft_model without mixed=True"
+    path, inner = next(((path, part) for path, part in modules if isinstance(part, PreTrainedModel)), ("", model))
+    targets = linear_targets(inner)
+    if not targets:
+        return f"{expected}, and it has no linear layers that LoRA could adapt"
+    wanted = "all-linear" if isinstance(inner, PreTrainedModel) else targets
+    place = _expression(path)
+    wrap = f"{place} = get_peft_model({place}, LoraConfig(r=12, target_modules={json.dumps(wanted)}))"
+    if any(isinstance(part, LoraLayer) for _, part in modules):
+        return (
+            f"{expected}, with LoRA layers in it; pass the model that get_peft_model returned. Where add_adapter or "
+            f"inject_adapter_in_model made them, load the model anew and wrap it instead, {wrap}"
+        )
+    return f"{expected}: wrap it first, {wrap}"
+
+
+def _expression(path: str) -> str:
+    """A module's path as one would write it in Python."""
+    parts = [f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".") if part]
+    return "model" + "".join(parts)
+
+
+# ---- Finding adapter and layers ----
+
+
+def lora_adapter(model: PeftModel, adapter: str | None) -> str:
+    """Return the name of a LoRA adapter, of the active one by default; refuse what has none."""
     if adapter is None:
         active = model.active_adapters
         if len(active) != 1:
-            raise UserError(f"ranks are allocated for one adapter at a time, active are {active}: use set_adapter")
+            raise UserError(
+                f"ranks are allocated for one adapter at a time, active are {active}; choose one, "
+                f'model.set_adapter("{active[0]}")'
+            )
         adapter = active[0]
     if adapter not in model.peft_config:
-        raise UserError(f'no adapter "{adapter}" in the model.{closest(adapter, list(model.peft_config))}')
+        known = list(model.peft_config)
+        raise UserError(f'no adapter "{adapter}" in the model, it has {known}.{closest(adapter, known)}')
     peft_type = str(getattr(model.peft_config[adapter].peft_type, "value", model.peft_config[adapter].peft_type))
     if peft_type != "LORA":
         raise UserError(f'adapter "{adapter}" is of type {peft_type}; ranks are allocated for LoRA: use LoraConfig')
     return adapter
 
 
-def lora_layers(model: nn.Module, adapter: str) -> list[tuple[str, Any]]:
-    """Return (full module name, PEFT layer) of every layer that an adapter adapts, at least one."""
+def lora_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
+    """Return (full module name, PEFT layer) of every layer that an adapter adapts, at least one.
+
+    Raises:
+        UserError: There is none, or the names are not those of the base model.
+    """
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module._get_available_adapters():
             layers.append((name.removeprefix(PREFIX), module))
     if not layers:
-        raise UserError(f'adapter "{adapter}" has no LoRA layers')
+        raise UserError(f'adapter "{adapter}" has no LoRA layers; {_named_layers(model)}')
+    for name, part in model.get_base_model().named_modules():
+        if wrapper := "torch.compile" if hasattr(part, "_orig_mod") else _parallel(part):
+            place = f"{name} is" if name else "what get_peft_model was called on is"
+            raise UserError(
+                f"{place} wrapped by {wrapper} inside the PeftModel, and an adapter saved with the names of its layers "
+                "would fit no base model; wrap last: get_peft_model on the base model itself, then attach, then wrap "
+                "what get_peft_model returned"
+            )
     return layers
 
 
@@ -85,31 +211,167 @@ def class_name(layer: LoraLayer) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
-def check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
-    """Refuse what cannot be gated, by name, with the reason and the cure."""
+def linear_targets(model: nn.Module) -> list[str]:
+    """Ends of the names of a model's attention projections, or else of its linear layers, as `target_modules` take it.
+
+    What stands outside attention is left out where there is a choice: PEFT takes some of the names there, in models
+    with experts, for all experts in one parameter.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    names = [name for name in _linear_layers(base) if base.get_submodule(name) is not head]
+    attention = [name for name in names if "attn" in name.lower() or "attention" in name.lower()]
+    chosen = attention or names
+    return common_ends(chosen, [name for name, _ in base.named_modules() if name not in chosen])
+
+
+def _linear_layers(base: nn.Module) -> Iterator[str]:
+    """Names of linear layers, adapted or not; what is inside of an adapted one is none of its own."""
+    inside: tuple[str, ...] = ()
+    for name, module in base.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, LoraLayer):
+            inside = (*inside, f"{name}.")
+            if class_name(module) in SUPPORTED:
+                yield name
+        elif isinstance(module, nn.Linear | Conv1D) and not isinstance(module, NonDynamicallyQuantizableLinear):
+            yield name  # the exception is part of torch's attention, which reads its weight without calling it
+
+
+# ---- Layers that cannot be gated ----
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why a layer cannot be gated.
+
+    Attributes:
+        what: The reason, to stand behind the layer's name.
+        cure: What to do; empty where the layer has to be left out.
+    """
+
+    what: str
+    cure: str = ""
+
+
+def check_linear(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
+    """Return an adapter's layers as `lora_layers` does; refuse what is no linear layer.
+
+    Raises:
+        UserError: With all such layers and the cure.
+    """
+    layers = lora_layers(model, adapter)
+    problems: dict[str, _Problem] = {}
+    for name, layer in layers:
+        if name.startswith(tuple(f"{outer}." for outer in problems)):
+            continue  # PEFT's own, inside of the one that was found
+        kind = class_name(layer).removeprefix(_LAYERS)
+        if kind in NOT_LINEAR or adapter not in layer.lora_A:
+            reason = NOT_LINEAR.get(kind, "its factors are no matrices of a linear layer")
+            cure = _named_layers(model) if kind == "layer.ParamWrapper" else ""
+            problems[name] = _Problem(f"LoRA on {type(layer).__name__} layers is not supported ({reason})", cure)
+    inside = tuple(f"{outer}." for outer in problems)
+    _refuse(model, adapter, [name for name, _ in layers if not name.startswith(inside)], problems)
+    return layers
+
+
+def check_gateable(model: PeftModel, adapter: str, layers: Sequence[tuple[str, Any]]) -> None:
+    """Refuse linear layers that cannot be gated, or not as they are.
+
+    Raises:
+        UserError: With all of them, the reason and the cure.
+    """
+    found = {name: _problem(layer, adapter) for name, layer in layers}
+    _refuse(model, adapter, list(found), {name: problem for name, problem in found.items() if problem is not None})
+
+
+def _problem(layer: Any, adapter: str) -> _Problem | None:
+    """The first reason for which a layer cannot be gated."""
     kind = class_name(layer)
-    exclude = f'leave it out with LoraConfig(exclude_modules=["{name}"])'
     if kind not in SUPPORTED:
-        reason = REFUSED.get(kind.removeprefix(_LAYERS), "the class is not known to loralloc")
-        cure = exclude if "Linear" not in kind else f"load the base model in 16 bit or with bitsandbytes, or {exclude}"
-        raise UserError(f"{name}: ranks cannot be allocated in {type(layer).__name__} layers ({reason}); {cure}")
-    if adapter in layer.lora_variant:
-        variant = type(layer.lora_variant[adapter]).__name__
-        raise UserError(f"{name}: the adapter uses {variant}, which changes the update itself; use plain LoRA")
-    if layer.lora_bias[adapter]:
-        raise UserError(f"{name}: lora_bias=True is not supported: a bias has no rank; set lora_bias=False")
+        reason = NOT_GATED.get(kind.removeprefix(_LAYERS), "the class is not known to loralloc")
+        cure = "load the base model in 16 bit or with bitsandbytes" if kind.removeprefix(_LAYERS) in NOT_GATED else ""
+        return _Problem(f"ranks cannot be allocated in {type(layer).__name__} layers ({reason})", cure)
     if layer.merged:
-        raise UserError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
+        return _Problem("the adapter is merged into the base weights", "call model.unmerge_adapter() first")
     if not layer.scaling[adapter] > 0:
-        raise UserError(f"{name}: the scale lora_alpha / r is {layer.scaling[adapter]}; it must be positive")
-    weight = layer.lora_A[adapter].weight
-    if adapter not in layer.active_adapters or not weight.requires_grad:
-        raise UserError(
-            f'{name}: adapter "{adapter}" is not being trained (inactive, or frozen as loaded for inference); call '
-            f'set_adapter("{adapter}"), or load it with is_trainable=True'
-        )
-    if type(weight.data).__name__ == "DTensor":
-        raise UserError(
-            f"{name}: the adapter is sharded over processes (tensor parallel or FSDP); attach before sharding is not "
-            "supported yet: train with one process or with DDP"
-        )
+        scale = f"the scale lora_alpha / r is {layer.scaling[adapter]}; it must be positive"
+        return _Problem(scale, "set LoraConfig(lora_alpha=...) to a number above 0, such as 2 · r")
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if adapter not in layer.active_adapters or not (A.requires_grad or B.requires_grad):
+        inactive = f'adapter "{adapter}" is not being trained (inactive, or frozen as loaded for inference)'
+        return _Problem(inactive, f'call model.set_adapter("{adapter}"), or load it with is_trainable=True')
+    if not B.requires_grad and not B.detach().any():
+        frozen = "B is frozen, and zero as in every fresh adapter, so that nothing could ever be learned"
+        return _Problem(frozen, f'call model.set_adapter("{adapter}"), after which A alone can be frozen')
+    if type(A.data).__name__ == "DTensor":
+        sharded = "the adapter is sharded over processes (tensor parallel or FSDP), which is not supported yet"
+        return _Problem(sharded, "train with one process or with DDP")
+    return None
+
+
+def _refuse(model: PeftModel, adapter: str, names: Sequence[str], problems: dict[str, _Problem]) -> None:
+    """Raise one error with all problems, equal ones together; nothing where there are none."""
+    if not problems:
+        return
+    said = []
+    for problem in dict.fromkeys(problems.values()):
+        which = [name for name, other in problems.items() if other == problem]
+        text = f"{named(which, [name for name in names if name not in which])}: {problem.what}"
+        said.append(f"{text}; {problem.cure}" if problem.cure else text)
+    left_out = [name for name, problem in problems.items() if not problem.cure]
+    others = [name for name in names if name not in problems]
+    if left_out and others:
+        config = model.peft_config[adapter]
+        assert isinstance(config, LoraConfig)
+        untied = (
+            "ensure_weight_tying=False, " if config.ensure_weight_tying else ""
+        )  # PEFT looks for the adapter to tie
+        cure = f"LoraConfig({untied}{excluding(left_out, others, config.exclude_modules)})"
+        said.append(f"leave out what is not supported, {cure} (lora.exclude_modules in a recipe)")
+    elif left_out:
+        said.append(_named_layers(model))
+    raise UserError("; ".join(said))
+
+
+def _named_layers(model: PeftModel) -> str:
+    """A cure: name linear layers."""
+    targets = linear_targets(model)
+    if not targets:
+        return "the model has no linear layers that LoRA could adapt"
+    config = f"LoraConfig(target_modules={json.dumps(targets)})"
+    return f"name linear layers in a new {config} (lora.target_modules in a recipe)"
+
+
+@contextmanager
+def bare_base(model: PeftModel) -> Iterator[nn.Module]:
+    """The base model inside, without any adapter and on the same weights; the adapters are back after it."""
+    base: Any = model
+    while isinstance(base, PeftModel):
+        base = base.get_base_model()
+    attributes, flags = dict(vars(base)), {p: p.requires_grad for p in model.parameters()}
+    hooks = [(module, OrderedDict(module._forward_hooks)) for module in base.modules()]
+    taken = [(parent, name, child) for parent in list(base.modules()) for name, child in parent._modules.items()]
+    for parent, name, child in taken:
+        parent._modules[name] = _without_adapter(child)
+    for left_behind in ("peft_config", "hf_device_map"):  # PEFT would add to the one, and place the model by the other
+        vars(base).pop(left_behind, None)
+    try:
+        yield base
+    finally:
+        vars(base).clear()
+        vars(base).update(attributes)
+        for parent, name, child in taken:
+            parent._modules[name] = child
+        for module, registered in hooks:
+            module._forward_hooks.clear()
+            module._forward_hooks.update(registered)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _without_adapter(child: Any) -> Any:
+    if isinstance(child, BaseTunerLayer):
+        return child.get_base_layer()
+    return child.original_module if isinstance(child, AuxiliaryTrainingWrapper) else child

@@ -17,18 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loralloc._folders import ADAPTER_CONFIG as CONFIG
+from loralloc._folders import ADAPTER_WEIGHTS as WEIGHTS
+from loralloc._folders import RECORD, check_adapter_folder, check_target
 from loralloc._version import __version__
 from loralloc.budget import Budget
 from loralloc.errors import UserError
-from loralloc.export import RECORD, Factors, check_plain_config, check_target, move_into_place, plain_config, ragged
+from loralloc.export import Factors, move_into_place, plain_config, ragged
 from loralloc.methods.truncate import Truncate, balanced, decompose, select
 from loralloc.peft_layers import PREFIX
+from loralloc.plain_lora import check_plain_config
 from loralloc.plan import ModuleRank, RankPlan
-
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-
-OTHER_UPDATES = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "arrow_config")
-"""Settings under which an adapter is more, or other, than B·A on linear layers."""
 
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 
@@ -97,10 +96,8 @@ def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> 
 
 
 def _read(folder: Path) -> _Stored:
+    check_adapter_folder(folder)
     config = _read_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        cure = f"; convert {PICKLED}, a pickle, with PEFT's save_pretrained" if (folder / PICKLED).exists() else ""
-        raise UserError(f"{folder} has no {WEIGHTS}{cure}")
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -125,12 +122,6 @@ def _read(folder: Path) -> _Stored:
 
 def _read_config(folder: Path) -> LoraConfig:
     """Read the config; refuse what is not plain LoRA."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
-    if not (folder / CONFIG).is_file():
-        inner = folder / "adapter"
-        hint = f"; the adapter of this run is {inner}" if (inner / CONFIG).is_file() else ""
-        raise UserError(f"{folder} is no adapter: it has no {CONFIG}{hint}")
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = settings.get("peft_type")
@@ -141,10 +132,10 @@ def _read_config(folder: Path) -> LoraConfig:
         raise
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG} is no config of PEFT: {str(error).splitlines()[0]}") from error
-    more = [key for key in OTHER_UPDATES if settings.get(key)]
-    if more:
-        raise UserError(f"{folder} has {more[0]}, which is more than B·A: only plain LoRA can be truncated")
-    check_plain_config(config)
+    try:
+        check_plain_config(config)
+    except UserError as error:
+        raise UserError(f"{folder} is no plain LoRA, which alone can be truncated: {error}") from error
     assert isinstance(config, LoraConfig)
     return config
 

@@ -18,7 +18,20 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loralloc.config import load_recipe
 
-from .command import LANGUAGE, PLAIN, RECIPE, done, files, log_rows, ranks, read_json, read_rows, refused
+from .command import (
+    LANGUAGE,
+    PLAIN,
+    RECIPE,
+    done,
+    examples,
+    files,
+    log_rows,
+    ranks,
+    read_json,
+    read_rows,
+    refused,
+    write_rows,
+)
 
 Write = Callable[[str], Path]
 
@@ -123,6 +136,7 @@ class TestRunFolder:
         assert (metrics["task"], metrics["metric"]) == ("sequence-classification", "accuracy")
         assert (metrics["final_ranks"], metrics["final_parameters"]) == (final["ranks"], final["parameters"])
         assert metrics["total_steps"] == 16
+        assert metrics["classes"] == {"bad": 16, "good": 32}
         assert metrics["adapter_check"] <= metrics["adapter_check_allowed"] < 1e-4
         assert metrics["train_seconds"] > 0
 
@@ -337,10 +351,26 @@ def test_dry_run_shows_the_run_and_writes_nothing(write: Write, here: Path, text
     assert files(here) == before
     assert {entry.name for entry in here.iterdir()} == {"recipe.yaml"}
     assert "48 train, 21 validation" in said
+    assert 'classes   2 in the training data: "good" 32, "bad" 16\n' in said
+    assert "warning" not in said
     assert "13 modules" in said
     if text == RECIPE:
         last = {"10": 9, "2": 11}[length[1]]  # counted from 0; 6 steps an epoch
         assert re.search(rf"final ranks +\d+ to {last} +26", said)
+
+
+def test_dry_run_warns_of_classes_that_are_spelt_alike(recipe: Path, here: Path) -> None:
+    rows = [*examples(12), {"text": "the film was fine", "label": " Good"}]
+    write_rows(here / "own.jsonl", rows)
+    said = done("train", recipe, "--data.train", "own.jsonl", "--dry-run")
+    assert 'classes   3 in the training data: "good" 8, "bad" 4, " Good" 1\n' in said
+    assert (
+        'warning   "good" (8), " Good" (1) are 2 classes, though they differ in spelling only (training examples in '
+        "brackets). If they mean the same, write them alike in the data; with data.labels: "
+        '["bad", "good"] the first row spelt otherwise is named.\n'
+    ) in said
+    message = refused("train", recipe, "--data.train", "own.jsonl", "--dry-run", "--data.labels", '["bad", "good"]')
+    assert re.search('own.jsonl:13: label " Good" is not among data.labels .*Did you mean "good"', message)
 
 
 def test_dry_run_counts_the_steps_of_the_run(recipe: Path) -> None:

@@ -172,13 +172,14 @@ class Loop:
         optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = adamw,
         dtype: torch.dtype = torch.float32,
         model: PeftModel | None = None,
+        steps: int = STEPS,
     ) -> None:
         self.name = name
         self.model = fresh_model(method, name, budget, dtype=dtype) if model is None else model
         torch.manual_seed(seed)
         if seed:
             redraw(self.model)  # the base stays: what differs then comes from the adapter and the method's own draws
-        self.run = attach(self.model, made(method, budget, name), STEPS)
+        self.run = attach(self.model, made(method, budget, name), steps)
         self.events: list[dict[str, Any]] = []
         self.run.on_event = self.events.append
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

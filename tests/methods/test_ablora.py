@@ -372,7 +372,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 
 
 def test_a_trained_adapter_is_refused():
-    with pytest.raises(UserError, match=r"has been trained already .B is not zero. and ABLoRA would close a part"):
+    with pytest.raises(UserError, match=r"has been trained already .B is not zero., and ABLoRA would close a part"):
         Loop(model=tiny_peft("llama", trained=True))
 
 

@@ -163,10 +163,14 @@ def test_with_constant_scales_adam_goes_the_same_way_whatever_eta(monkeypatch): 
 
 
 def test_eta_matters_with_sgd_and_hardly_with_adam():  # 12
+    def walked(eta: float, optimizer) -> Loop:
+        run = loop(ALLoRA(eta), optimizer)
+        run.run.begin(60)
+        return run.walk(60)
+
     for optimizer, low, high in ((sgd, 0.1, math.inf), (lambda p: adam(p, lr=2e-3), 0.0, 0.1)):
         one, two = (
-            torch.cat([site.B.detach().flatten() for site in loop(ALLoRA(eta), optimizer).walk(60).sites])
-            for eta in (1.0, 2.0)
+            torch.cat([site.B.detach().flatten() for site in walked(eta, optimizer).sites]) for eta in (1.0, 2.0)
         )
         assert low < (one - two).norm() / one.norm() < high
 
@@ -289,7 +293,10 @@ def test_it_does_not_allocate_for_itself():
     ("settings", "pattern"),
     [
         ({"lora_alpha": 8}, r"is scaled by 2, but ALLoRA has no scaling factor; set LoraConfig\(lora_alpha=4, "),
-        ({"lora_alpha": 4, "use_rslora": True}, r"is scaled by 2, .*\(lora_alpha=4, use_rslora=False\)"),
+        (
+            {"lora_alpha": 4, "use_rslora": True},
+            r"is scaled by 2, .*\(lora_alpha=4, use_rslora=False, alpha_pattern=\{\}\)",
+        ),
         ({"lora_alpha": 4, "lora_dropout": 0.05}, r"lora_dropout is 0.05, .*set LoraConfig\(lora_dropout=0.0\)"),
     ],
 )
@@ -320,9 +327,17 @@ def test_so_does_that_for_the_scale_of_an_allocating_method(total, rslora):
 
 def test_modules_of_different_rank_need_an_alpha_each():
     ranks = {"q_proj": 2}
-    with pytest.raises(UserError, match=r'LoraConfig\(alpha_pattern={"model.layers.0.self_attn.q_proj": 2, ...}'):
+    words = (
+        r"2 layers whose names end in q_proj: the adapter is scaled by 2, .* "
+        r'LoraConfig\(lora_alpha=4, use_rslora=False, alpha_pattern=\{"q_proj": 2\}\)'
+    )
+    with pytest.raises(UserError, match=words):
         attach(tiny_peft("llama", lora_alpha=4, rank_pattern=ranks), ALLoRA(), 30)
-    attach(tiny_peft("llama", lora_alpha=4, rank_pattern=ranks, alpha_pattern=ranks), ALLoRA(), 30)
+    attach(
+        tiny_peft("llama", lora_alpha=4, use_rslora=False, rank_pattern=ranks, alpha_pattern={"q_proj": 2}),
+        ALLoRA(),
+        30,
+    )
 
 
 def test_a_search_that_looks_ahead_by_lora_is_refused():

@@ -302,7 +302,7 @@ def test_a_bad_step_at_the_freeze_still_freezes(freezing_method):
 
 
 def test_bad_steps_without_end_are_given_up(method):
-    loop = Loop(method, "bert").walk(2)
+    loop = Loop(method, "bert", steps=3 * MAX_BAD_STEPS).walk(2)
     gate = loop.run.sites[0].gate
     for _ in range(MAX_BAD_STEPS):
         gate.grad = torch.full_like(gate, NAN)
@@ -313,7 +313,7 @@ def test_bad_steps_without_end_are_given_up(method):
 
 
 def test_a_sound_step_starts_the_count_of_bad_ones_anew(method):
-    loop = Loop(method, "bert").walk(2)
+    loop = Loop(method, "bert", steps=3 * MAX_BAD_STEPS).walk(2)
     gate = loop.run.sites[0].gate
     for sound in (False, True, False):
         for _ in range(1 if sound else MAX_BAD_STEPS):
@@ -325,11 +325,11 @@ def test_a_sound_step_starts_the_count_of_bad_ones_anew(method):
 
 
 def test_the_count_of_bad_steps_goes_on_after_a_checkpoint(method):
-    first = Loop(method, "bert").walk(2)
+    first = Loop(method, "bert", steps=3 * MAX_BAD_STEPS).walk(2)
     for _ in range(MAX_BAD_STEPS):
         first.run.sites[0].A.grad = torch.full_like(first.run.sites[0].A, NAN)
         assert first.update() is False
-    second = Loop(method, "bert")
+    second = Loop(method, "bert", steps=3 * MAX_BAD_STEPS)
     second.model.load_state_dict(first.model.state_dict())
     second.run.load_state_dict(*first.run.state_dict())
     second.run.sites[0].A.grad = torch.full_like(second.run.sites[0].A, NAN)

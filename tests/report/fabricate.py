@@ -155,6 +155,7 @@ class Fabricated:
             "validation": {metric: value, "loss": 1.13},
             "test": None,
             "reference": {"untrained": 31.5} if causal else {"majority": 0.125, "untrained": 0.12},
+            "classes": {} if causal else {"neg": 80, "pos": 119, " pos": 1},
             "train_seconds": 192.4,
             "total_steps": self.steps,
             "final_ranks": sum(self.ranks),

@@ -10,6 +10,8 @@ import pytest
 
 from loralloc.errors import UserError
 from loralloc.report import write_report
+from loralloc.report.run_folder import read_run
+from loralloc.report.tables import class_table
 
 from .dom import Element, check_page, heat_cells, read_page
 from .fabricate import Fabricated, Shapes, bert, gpt2, layered, lines, llama
@@ -135,6 +137,28 @@ class TestContents:
     def test_provenance_is_shown(self, page: Element) -> None:
         assert "settings.warmup0.15" in words(page.section("details"))
         assert "Run by loralloc 0.1.0." in words(page.one("footer"))
+
+    def test_classes_with_counts_commonest_first(self, page: Element) -> None:
+        assert "Classes (3)" in words(page.section("details"))
+        (table,) = (table for table in page.all("table") if "training examples" in table.text)
+        rows = [[cell.text for cell in row.all("td")] for row in table.all("tr")[1:]]
+        assert rows == [['"pos"', "119", "59.5%"], ['"neg"', "80", "40.0%"], ['" pos"', "1", "0.5%"]]
+
+    def test_many_classes(self, made: Fabricated, tmp_path: Path) -> None:
+        run = made.write(tmp_path / "run")
+        counts = {f"<class {i}>": 1000 - i for i in range(1000)}
+        (run / "metrics.json").write_text(json.dumps(made.metrics() | {"classes": counts}))
+        table = class_table(read_run(run))
+        assert "&lt;class 99&gt;" in table
+        assert "&lt;class 100&gt;" not in table
+        assert "<td>900 more</td><td>405,450</td>" in table
+
+    @pytest.mark.parametrize("classes", [None, {}, [1], {"pos": None}])
+    def test_runs_that_did_not_count_classes(self, classes: Any, made: Fabricated, tmp_path: Path) -> None:
+        run = made.write(tmp_path / "run")
+        metrics = {name: value for name, value in made.metrics().items() if name != "classes"}
+        (run / "metrics.json").write_text(json.dumps(metrics if classes is None else metrics | {"classes": classes}))
+        assert class_table(read_run(run)) == ""
 
     def test_bytes_are_the_same_every_time(self, run: Path, page: Element, tmp_path: Path) -> None:
         files = [run / "report.html", *(run / "figures" / name for name in PNGS)]

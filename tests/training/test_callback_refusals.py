@@ -17,7 +17,6 @@ from transformers import Trainer, TrainerState
 
 from loralloc import AdaLoRA, Budget, RankAllocation, UserError
 from loralloc.gating import is_gated
-from loralloc.training.callback import refuse_unfinished
 
 TWO_RANKS = Budget(average_rank=2)
 TOO_SHORT = "optimizer steps, the run has 1"
@@ -189,7 +188,7 @@ EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 def test_an_early_best_model_is_refused_with_the_cure(settings: dict[str, Any], tmp_path: Path) -> None:
     words = (
         "load_best_model_at_end could bring back a checkpoint from before step 16, when the ranks become final; set "
-        "eval_delay=16 with eval_strategy='steps' (or its equivalent in epochs), or load_best_model_at_end=False"
+        "eval_delay=16 with eval_strategy=save_strategy='steps' (or its equivalent in epochs), or load_best_model_at_end=False"
     )
     with refuses(words):
         best(tmp_path, **settings).train()
@@ -308,16 +307,3 @@ def test_after_a_refusal_the_same_trainer_can_be_put_right(tmp_path: Path) -> No
     assert allocation.plan is not None
     assert reference is not None
     assert allocation.plan.to_dict() == reference.to_dict()
-
-
-def test_a_checkpoint_in_the_middle_of_a_run_is_no_adapter(tmp_path: Path) -> None:
-    train(tmp_path, save_strategy="steps", save_steps=12)
-    for step in (12, 24):
-        with refuses(f"checkpoint-{step} is a checkpoint of an unfinished allocation: its gates are not folded"):
-            refuse_unfinished(tmp_path / f"checkpoint-{step}")
-
-
-def test_an_adapter_of_a_finished_run_is_accepted(tmp_path: Path) -> None:
-    trainer, _ = train(tmp_path)
-    trainer.save_model(str(tmp_path / "adapter"))
-    refuse_unfinished(tmp_path / "adapter")

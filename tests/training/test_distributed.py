@@ -70,15 +70,18 @@ class Loop:
         poison: (step, process) at which the loss is infinite; one process does the work of both.
         disagree: Whether the second process's scores are turned upside down after each step.
         wrapped: Whether the model is in DistributedDataParallel, which averages the gradients.
+        averaged: Without it, whether the loop averages them itself, once it knows that the step is sound.
     """
 
     method: Method = TWO_RANKS
     poison: tuple[int, int] | None = None
     disagree: bool = False
     wrapped: bool = True
+    averaged: bool = True
 
     def run(self, rank: int, world: int) -> dict[str, Any]:
-        torch.manual_seed(rank * SEEDS_DIFFER)  # P and Q are drawn differently; DDP takes those of the first process
+        # P and Q are drawn differently; DDP takes those of the first process.
+        torch.manual_seed(rank * SEEDS_DIFFER if self.wrapped else 0)
         model = tiny_peft("llama", **({"lora_alpha": 4} if isinstance(self.method, ALLoRA) else {})).train()
         run = attach(model, self.method, total_steps=STEPS)
         wrapped = DistributedDataParallel(model) if self.wrapped and world > 1 else model
@@ -96,6 +99,8 @@ class Loop:
             infinite = self.poison in ((step, rank), (step, rank + world))
             (loss * (torch.inf if infinite else 1.0)).backward()
             run.before_step()
+            if world > 1 and not self.wrapped and self.averaged:
+                average_(model)
             optimizer.step()
             if self.disagree and rank == 1:
                 turn_scores_over(run)
@@ -112,6 +117,14 @@ class Loop:
             "events": events,
             "checksum": checksum(model),
         }
+
+
+def average_(model: nn.Module) -> None:
+    """Average the gradients that there are over both processes."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= WORLD
 
 
 def turn_scores_over(run: AllocationRun) -> None:
@@ -157,6 +170,29 @@ def classifier_run(folder: Path, world: int, cured: bool) -> Any:
         return {"refused": str(error)}
 
 
+def refusal(run: Callable[[], Any]) -> Any:
+    """The message that ends a run."""
+    try:
+        return run()
+    except UserError as error:
+        return {"refused": str(error)}
+
+
+def evaluated_trainer(folder: Path, world: int, when: str) -> Any:
+    """A model that is evaluated, or asked for predictions, before it is trained."""
+    settings = {"max_steps": STEPS, "per_device_train_batch_size": BATCH // world, "eval_on_start": when == "on start"}
+    data = {"eval_dataset": sentences(BATCH, seed=1)}
+    trainer, allocation = build(folder, extra=data, **settings)
+    if when in ("evaluate", "predict"):
+        getattr(trainer, when)(data["eval_dataset"])
+    trainer.train()
+    if when == "after":
+        trainer.evaluate()
+    assert allocation.plan is not None
+    wrapper = type(trainer.model_wrapped).__name__
+    return {"ranks": allocation.plan.ranks, "checksum": checksum(trainer.model), "wrapper": wrapper}
+
+
 def poisoned_trainer(folder: Path, world: int) -> Any:
     """One token is worth infinity, and stands in one sample of the sixth batch."""
     model = tiny_peft("llama")
@@ -172,6 +208,15 @@ SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {
     "loop, one bad step": lambda folder, rank, world: Loop(poison=(6, 1)).run(rank, world),
     "loop, scores disagree": lambda folder, rank, world: Loop(disagree=True).run(rank, world),
     "loop, bad step without DDP": lambda folder, rank, world: Loop(poison=(6, 1), wrapped=False).run(rank, world),
+    "apart: loop": lambda folder, rank, world: refusal(lambda: Loop(wrapped=False, averaged=False).run(rank, world)),
+    **{
+        f"apart: {when}": lambda folder, rank, world, when=when: refusal(lambda: evaluated_trainer(folder, world, when))
+        for when in ("evaluate", "predict")
+    },
+    **{
+        f"evaluated {when}": lambda folder, rank, world, when=when: evaluated_trainer(folder, world, when)
+        for when in ("on start", "after")
+    },
     "loop, ablation": lambda folder, rank, world: Loop(moving([language_batch(sentences(12, seed=3))])).run(
         rank, world
     ),
@@ -191,7 +236,7 @@ SCENARIOS: dict[str, Callable[[Path, int, int], Any]] = {
 }
 
 
-SHARED = [name for name in SCENARIOS if name not in ("classifier", "loop, bad step without DDP")]
+SHARED = [name for name in SCENARIOS if name != "classifier" and not name.startswith("apart")]
 
 
 def in_one_of_two_processes(rank: int, folder: Path) -> None:
@@ -230,11 +275,10 @@ def test_both_processes_end_with_the_same_adapter_and_plan(name: str, two: Any) 
     assert first["checksum"] == second["checksum"]
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if "loop" in name])
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("loop")])
 def test_both_processes_close_the_same_ranks_at_every_step(name: str, two: Any) -> None:
     first, second = (results[name] for results in two[1])
-    if "without DDP" not in name:
-        assert first["masks"] == second["masks"]
+    assert first["masks"] == second["masks"]
     assert first["events"] == second["events"]
     assert [event["event"] for event in first["events"]][-2:] == ["freeze", "finish"]
 
@@ -254,6 +298,25 @@ def test_two_processes_decide_as_one_with_the_doubled_batch(name: str, two: Any,
         assert (both["wrapper"], alone["wrapper"]) == ("DistributedDataParallel", "PeftModelForCausalLM")
         assert both["losses"] == pytest.approx(alone["losses"], rel=1e-4)
         assert both["statistics"] == alone["statistics"]
+
+
+@pytest.mark.parametrize(("name", "step"), [("loop", 1), ("evaluate", 1), ("predict", 1)])
+def test_processes_that_train_apart_are_stopped_both_and_at_once(name: str, step: int, two: Any) -> None:
+    words = (
+        f"the processes train apart: after step {step} the trained weights of process 1 are not those of process 0, "
+        "because gradients are not averaged over the processes. trainer.evaluate() or trainer.predict() before "
+        "trainer.train() makes accelerate leave the model out of DistributedDataParallel: call it after train(), or "
+        "set eval_on_start=True. In a loop of your own, call what accelerator.prepare(model) or "
+        "DistributedDataParallel(model) returns, not the model itself"
+    )
+    assert [results[f"apart: {name}"] for results in two[1]] == [{"refused": words}, {"refused": words}]
+
+
+@pytest.mark.parametrize("when", ["on start", "after"])
+def test_the_cures_for_it(when: str, two: Any) -> None:
+    first, second = (results[f"evaluated {when}"] for results in two[1])
+    assert first == second
+    assert first["wrapper"] == "DistributedDataParallel"
 
 
 def test_a_loss_that_ignores_the_number_of_items_is_refused(two: Any) -> None:

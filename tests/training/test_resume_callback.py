@@ -30,7 +30,7 @@ from trainers import (
     train_until_killed,
     training_rows,
 )
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, RankAllocation, UserError
 from loralloc.training.callback import MARKER, TENSORS
@@ -168,8 +168,24 @@ def test_killed_twice_equals_uninterrupted_too(uninterrupted: Callable[[str], Ru
     assert (resumed.plan, resumed.trace) == (expected.plan, expected.trace)
 
 
-def test_a_resume_after_the_last_step_finishes_the_run(uninterrupted: Callable[[str], Run], tmp_path: Path) -> None:
-    train(tmp_path, **settings_of(tmp_path))
+class _KillAtEnd(TrainerCallback):
+    """End the process after the last checkpoint, before the run is finished."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            raise KilledError
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_resume_after_the_last_step_finishes_the_run(
+    killed: bool, uninterrupted: Callable[[str], Run], tmp_path: Path
+) -> None:
+    settings = settings_of(tmp_path)
+    if killed:
+        with pytest.raises(KilledError):
+            train(tmp_path, callbacks=[_KillAtEnd()], **settings)
+    else:  # a script that is run again
+        train(tmp_path, **settings)
     trainer, allocation = build(tmp_path, **settings_of(tmp_path))
     trainer.train(resume_from_checkpoint=True)
     assert allocation.plan is not None

@@ -6,6 +6,7 @@ Fused AdamW skips a step on a CPU as it does on a GPU; only the claim that readi
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -161,6 +162,52 @@ def test_bad_steps_without_end_are_given_up() -> None:
     assert loop.run.step == 2 + MAX_BAD_STEPS + 1, "known one step later"
 
 
+class TestWhatIsSaid:
+    @staticmethod
+    def checks(bad: Collection[int], until: int = 30, every: int = 10) -> tuple[StepChecks, list[str]]:
+        """Verdicts on steps some of which are bad, and the sentences about them."""
+        parameter = torch.nn.Linear(2, 2)
+        checks, said = StepChecks(parameter, lambda step: None), []
+        checks.say, checks.say_every = said.append, every
+        for step in range(until):
+            parameter.weight.grad = torch.full((2, 2), NAN if step in bad else 1.0)
+            assert checks.is_sound(step) is (step not in bad)
+        return checks, said
+
+    def test_the_first_at_once_then_one_in_a_while_and_the_sum_at_the_end(self) -> None:
+        checks, said = self.checks({3, 4, 12, 13, 14, 29})
+        assert said == [
+            "step 3 was skipped: a gradient was not finite",
+            "step 13 was skipped (4 so far): a gradient was not finite",
+            "step 29 was skipped (6 so far): a gradient was not finite",
+        ]
+        assert checks.conclude(30) == 6
+        assert said[3:] == ["6 of 30 steps were skipped: their gradients were not finite"]
+
+    def test_nothing_of_a_sound_run(self) -> None:
+        checks, said = self.checks(())
+        assert checks.conclude(30) == 0
+        assert said == []
+
+    @pytest.mark.parametrize("wait", [True, False])
+    def test_a_loop_of_ones_own_warns_in_the_log(self, wait: bool, caplog: pytest.LogCaptureFixture) -> None:
+        Loop(wait, bad=(3, 5)).walk().run.finish()
+        told = [(record.levelname, record.message) for record in caplog.records]
+        assert told == [
+            ("WARNING", "step 3 was skipped: a gradient was not finite"),
+            ("WARNING", f"2 of {STEPS} steps were skipped: their gradients were not finite"),
+        ]
+
+    @pytest.mark.parametrize(("rank", "warns"), [(0, True), (1, False)])
+    def test_of_several_processes_one_warns(
+        self, rank: int, warns: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        soundness._warn("a step was skipped")
+        assert (caplog.messages == ["a step was skipped"]) is warns
+
+
 class TestWhereTheHostHasToWait:
     METHOD = AdaLoRA(Budget(average_rank=2))
 
@@ -174,6 +221,10 @@ class TestWhereTheHostHasToWait:
     def test_not_with_allora_unless_for_the_method_that_allocates(self) -> None:
         for allocate, skips in ((None, True), (self.METHOD, True), (Uniform(Budget(average_rank=2)), False)):
             assert can_skip(self.adamw(fused=True), ALLoRA(allocate=allocate), DEVICE) is skips
+
+    def test_not_without_a_method(self) -> None:
+        assert can_skip(self.adamw(fused=True), None, DEVICE)
+        assert not can_skip(self.adamw(), None, DEVICE)
 
     def test_not_with_one_that_accelerate_has_wrapped(self) -> None:
         wrapped = type("Wrapped", (), {"optimizer": self.adamw(fused=True), "scaler": None})()

@@ -134,13 +134,14 @@ class TestResume:
 
     def test_there_is_something_to_compare(self, whole: Whole) -> None:
         run = whole("adalora")
-        for name in ("adapter_model", "optimizer", "loralloc"):
+        for name in ("adapter_model", "optimizer", "loralloc", "gated_factors"):
             tensors = load_file(run / SAVED / f"{name}.safetensors")
             assert all(tensor.isfinite().all() for tensor in tensors.values())
             assert any(tensor.any() for tensor in tensors.values())
         moments = load_file(run / SAVED / "optimizer.safetensors")
         assert {name.partition(".")[2] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
-        assert any("lora_gate" in name for name in load_file(run / SAVED / "adapter_model.safetensors"))
+        assert any("lora_gate" in name for name in load_file(run / SAVED / "gated_factors.safetensors"))
+        assert not any("lora_gate" in name for name in load_file(run / SAVED / "adapter_model.safetensors"))
         assert "final" in load_file(run / SAVED / "loralloc.safetensors")
         losses = [row["loss"] for row in log_rows(run) if "loss" in row]
         assert len(set(losses)) == len(losses) == 6
@@ -279,7 +280,9 @@ class TestCheckpoints:
             assert not content.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
 
     def test_a_checkpoint_says_that_it_is_not_finished(self, whole: Whole) -> None:
-        assert read_json(whole("adalora") / SAVED / "loralloc.json")["finished"] is False
+        checkpoints = whole("adalora") / "checkpoints"
+        said = {path.parent.name: read_json(path)["finished"] for path in checkpoints.glob("*/loralloc.json")}
+        assert said == {f"checkpoint-{STEPS - 2}": False, f"checkpoint-{STEPS}": True}
         assert not (whole("adalora") / "adapter" / "loralloc.json").exists()
 
     def test_nothing_is_unpickled(self, whole: Whole) -> None:
@@ -378,7 +381,7 @@ class TestFiles:
             (tmp_path / f"checkpoint-{step}").mkdir()
         assert checkpoints.newest_complete(tmp_path, before=20) is None
         for step in (9, 10, 2):
-            checkpoints.mark_complete(tmp_path / f"checkpoint-{step}", step)
+            checkpoints.mark_complete(tmp_path / f"checkpoint-{step}", step, processes=1)
         assert checkpoints.newest_complete(tmp_path, before=20) == tmp_path / "checkpoint-10"
         assert checkpoints.newest_complete(tmp_path, before=11) == tmp_path / "checkpoint-10"
         assert checkpoints.newest_complete(tmp_path, before=10) == tmp_path / "checkpoint-9"

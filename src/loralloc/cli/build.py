@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from dataclasses import fields
+from copy import copy
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -25,6 +22,7 @@ from transformers import (
 
 from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
+from loralloc.cli.targets import check_entries, linear_modules
 from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError
 from loralloc.from_plan import lora_config
@@ -38,9 +36,10 @@ from loralloc.methods.controls import DepthLinear, Random, Uniform
 from loralloc.methods.truncate import Truncate
 from loralloc.plan import RankPlan
 from loralloc.recipe_methods import ALLoRAConfig, LoRAConfigSection, MethodConfig
-from loralloc.tasks import prepare
+from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
-from loralloc.tasks.pretrained import load_model, locate
+from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, locate
+from loralloc.training import processes
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
@@ -106,17 +105,19 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """Put a fresh LoRA adapter on a model.
 
     Raises:
-        UserError: No module matches; the message lists what the model has.
+        UserError: An entry of the recipe matches no module, or none that can be adapted; the message lists what the
+            model has.
     """
     set_seed(recipe.training.seed)
     lora = recipe.lora
+    check_entries(lora, model, planned=recipe.plan is not None)
     config = _planned_config(recipe, model) if recipe.plan is not None else _even_config(recipe)
     try:
         adapted = get_peft_model(model, config)
-    except (ValueError, re.error) as error:
+    except ValueError as error:
         raise UserError(
             f"lora.target_modules: {lora.target_modules} fits no module that can be adapted; the model has "
-            f"{_linear_modules(model)} ({str(error).splitlines()[0]})"
+            f"{linear_modules(model)} ({str(error).splitlines()[0]})"
         ) from error
     assert isinstance(adapted, PeftModel)
     for name, layer, adapter in plain_sites(adapted):
@@ -132,8 +133,8 @@ def _even_config(recipe: Recipe) -> LoraConfig:
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it as int and takes any number
-        target_modules=lora.target_modules,
-        exclude_modules=lora.exclude_modules,
+        target_modules=copy(lora.target_modules),
+        exclude_modules=copy(lora.exclude_modules),
         **_common(recipe),
     )
 
@@ -153,7 +154,7 @@ def _common(recipe: Recipe) -> dict[str, Any]:
     lora = recipe.lora
     return {
         "lora_dropout": lora.dropout,
-        "modules_to_save": lora.modules_to_save,
+        "modules_to_save": copy(lora.modules_to_save),  # PEFT appends the names of heads to it
         "task_type": TASK_TYPES[recipe.task],
     }
 
@@ -174,6 +175,7 @@ def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArgume
             max_grad_norm=settings.max_grad_norm,
             seed=settings.seed,
             data_seed=settings.seed,
+            use_cpu=processes.on_cpu(),
             bf16=settings.bf16,
             activation_checkpointing=settings.gradient_checkpointing,
             logging_steps=settings.log_every,
@@ -192,20 +194,28 @@ def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArgume
         raise UserError(f"training: {str(error).splitlines()[0]}") from error
 
 
-def load_for_export(folder: RunFolder) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load the base model of a run and, with stock PEFT, the adapter it exported; the data are not needed."""
+def load_for_export(folder: RunFolder, verb: str = "loralloc export") -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the base model of a run and, with stock PEFT, the adapter it exported; the data are not needed.
+
+    Args:
+        folder: The run folder.
+        verb: What is asked for, for the message where several processes ask.
+    """
     recipe = folder.load_recipe()
-    tokenizer = AutoTokenizer.from_pretrained(folder.model)
-    options = {"config": AutoConfig.from_pretrained(folder.model), "ignore_mismatched_sizes": True}
-    base = load_model(AUTO_MODELS[recipe.task], locate(recipe.model), tokenizer, recipe.training.seed, **options)
+    processes.refuse_several(verb)
+    checkpoint = locate(recipe.model)
+    kept = replace(checkpoint, path=str(folder.model), local_only=True)
+    tokenizer = load_tokenizer(kept)
+    options = {"config": load_config(kept), "ignore_mismatched_sizes": True}
+    base = load_model(AUTO_MODELS[recipe.task], checkpoint, tokenizer, recipe.training.seed, **options)
     return _with_adapter(base, folder), tokenizer
 
 
 def _with_adapter(base: PreTrainedModel, folder: RunFolder) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(base, str(folder.adapter))
+        return PeftModel.from_pretrained(base, str(folder.weights))
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder.adapter} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder.weights} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData]:
@@ -214,9 +224,8 @@ def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData
     return _with_adapter(data.model, folder), data
 
 
-def _linear_modules(model: torch.nn.Module) -> str:
-    """Names of linear layers with how often they occur, for a message."""
-    names = Counter(
-        name.rpartition(".")[2] for name, module in model.named_modules() if "Linear" in type(module).__name__
-    )
-    return ", ".join(f"{name} ({count})" for name, count in names.most_common()) or "no linear layers"
+def load_with_data(folder: RunFolder, recipe: Recipe, source: str) -> tuple[PeftModel, TaskData]:
+    """Load the base model of a run, with stock PEFT the adapter it exported, and data; the run's own are not needed."""
+    model, tokenizer = load_for_export(folder, "loralloc evaluate --data")
+    base: Any = model.get_base_model()
+    return model, prepare_evaluation(recipe.task, base, tokenizer, recipe.data, source)

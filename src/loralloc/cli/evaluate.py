@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -14,21 +15,28 @@ def evaluate(
         str | None, typer.Option(help="Data to evaluate on, as data.test of a recipe; by default the recipe's own.")
     ] = None,
 ) -> None:
-    """Load the exported adapter with stock PEFT and evaluate it on the validation and test data."""
-    from loralloc.cli import stage, terminal
-    from loralloc.cli.build import load_adapted
+    """Load the exported adapter with stock PEFT and evaluate it on the validation and test data, or on other data."""
+    from loralloc.cli.checks import check_inputs
     from loralloc.cli.folder import RunFolder
+    from loralloc.tasks.locations import check_source, model_folder
 
-    terminal.quiet_libraries()
     folder = RunFolder.finished(run)
     recipe = folder.load_recipe()
-    if data is not None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": data})})
-    model, loaded = load_adapted(folder, recipe)
-    trainer, _ = stage.make_trainer(recipe, loaded, model, folder, method=None)
-    results = {}
     if data is None:
-        results["validation"] = stage.evaluate(trainer, loaded, "eval", loaded.validation)
-    if loaded.test is not None:
-        results["test" if data is None else data] = stage.evaluate(trainer, loaded, "eval", loaded.test)
+        check_inputs(recipe)
+    else:
+        check_source(data)
+        model_folder(recipe.model.name)
+    from loralloc.cli import stage, terminal
+    from loralloc.cli.build import load_adapted, load_with_data
+
+    terminal.quiet_libraries()
+    model, loaded = load_adapted(folder, recipe) if data is None else load_with_data(folder, recipe, data)
+    with TemporaryDirectory(prefix="loralloc-") as scratch:
+        trainer = stage.make_evaluator(recipe, loaded, model, Path(scratch))
+        results = {}
+        if data is None:
+            results["validation"] = stage.evaluate(trainer, loaded, "eval", loaded.validation)
+        if loaded.test is not None:
+            results["test" if data is None else data] = stage.evaluate(trainer, loaded, "test", loaded.test)
     terminal.show_metrics(results)

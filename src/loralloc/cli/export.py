@@ -31,17 +31,23 @@ def export(
     to: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/PROFILE.")] = None,
 ) -> None:
     """Write the adapter for its consumer, reload it with stock PEFT and compare the logits."""
-    from loralloc.cli import terminal
-    from loralloc.cli.build import load_for_export
+    from loralloc._folders import check_target
     from loralloc.cli.folder import RunFolder
-    from loralloc.export import export_adapter
+    from loralloc.tasks.locations import model_folder
 
-    terminal.quiet_libraries()
     folder = RunFolder.finished(run)
     if to is not None and to.resolve() == folder.adapter.resolve():
         raise UserError(f"{to} is the run's own adapter; choose another folder")
+    target = (to or folder.exported(profile.value)).resolve()
+    check_target(target)
+    model_folder(folder.load_recipe().model.name)
+    from loralloc.cli import terminal
+    from loralloc.cli.build import load_for_export
+    from loralloc.export import export_adapter
+
+    terminal.quiet_libraries()
     model, tokenizer = load_for_export(folder)
-    exported = export_adapter(model, to or folder.root / profile.value, profile.value, tokenizer=tokenizer)
+    exported = export_adapter(model, target, profile.value, tokenizer=tokenizer)
     typer.echo(f"wrote {exported.path} ({profile.value}, largest rank {exported.max_rank})")
     typer.echo(f"checked: reloaded by stock PEFT, largest difference of a logit {exported.difference:.1e}")
     for line in exported.serving:

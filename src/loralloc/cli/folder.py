@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,8 @@ class RunFolder:
         "recipe.yaml",
         "ranks.json",
         "adapter",
+        "trained",
+        "trained.partial",
         "model",
         "trace.jsonl",
         "log.jsonl",
@@ -58,6 +61,16 @@ class RunFolder:
     def adapter(self) -> Path:
         """The plain PEFT adapter."""
         return self.root / "adapter"
+
+    @property
+    def trained(self) -> Path:
+        """What was trained, as PEFT writes it, until the adapter is exported; stays where the export fails."""
+        return self.root / "trained"
+
+    @property
+    def weights(self) -> Path:
+        """The adapter, or where its export failed, what was trained."""
+        return self.adapter if _is_adapter(self.adapter) else self.trained
 
     @property
     def model(self) -> Path:
@@ -105,14 +118,13 @@ class RunFolder:
 
     @classmethod
     def finished(cls, root: Path) -> RunFolder:
-        """Open a run that has its adapter.
+        """Open a run that has its adapter, or at least what was trained.
 
         Raises:
             UserError: The folder is not a run, or the run has not finished.
         """
         folder = cls.existing(root)
-        needed = [folder.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
-        if not all(path.is_file() for path in (*needed, folder.model / "config.json")):
+        if not (_is_adapter(folder.weights) and (folder.model / "config.json").is_file()):
             raise UserError(f"{root} has no adapter yet: the run has not finished; loralloc train RECIPE --resume")
         return folder
 
@@ -126,7 +138,7 @@ class RunFolder:
         folder = cls.of(recipe)
         if folder.root.is_file():
             raise UserError(f"output: {folder.root} is a file; name a folder")
-        if folder.root.is_dir() and any(folder.root.iterdir()):
+        if folder.root.is_dir() and not folder.is_unused():
             if not folder.is_run():
                 raise UserError(
                     f"output: {folder.root} exists and is not a run; nothing was overwritten: choose another folder"
@@ -149,6 +161,38 @@ class RunFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe, f"{HEADER}\n{dump_recipe(recipe)}")
 
+    def is_unused(self) -> bool:
+        """Whether there is nothing to lose in it: empty, or only what a run leaves that ended before its first step.
+
+        That is its recipe, files and folders without content, and the first event of the trace.
+        """
+        if not all(entry.name in self.ENTRIES for entry in self.root.iterdir()):
+            return False
+        written = {path for path in self.root.rglob("*") if path.is_file() and path.stat().st_size > 0}
+        traces = {self.trace, self.search.trace}
+        begun = any(path.read_bytes().count(b"\n") > 1 for path in written & traces)
+        return not begun and written <= {self.recipe, *traces} and (not written or self.is_run())
+
+    def keep_trained(self, save: Callable[[str], None]) -> None:
+        """Write what was trained, complete or not at all.
+
+        Args:
+            save: Called with the folder to write.
+        """
+        partial = self.root / "trained.partial"
+        for folder in (partial, self.trained):
+            shutil.rmtree(folder, ignore_errors=True)
+        save(str(partial))
+        partial.rename(self.trained)
+
+    def drop_trained(self) -> None:
+        """Forget what was trained: the adapter is written."""
+        shutil.rmtree(self.trained, ignore_errors=True)
+
+    def exported(self, profile: str) -> Path:
+        """Where an export goes by default: to RUN/PROFILE, or to the place of the run's own adapter if it has none."""
+        return self.root / profile if self.weights == self.adapter or profile != "ragged" else self.adapter
+
     def is_run(self) -> bool:
         """Whether the folder's recipe was written by a run."""
         return self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(HEADER)
@@ -164,15 +208,20 @@ class RunFolder:
         if dump_recipe(folder.load_recipe()) != dump_recipe(recipe):
             raise UserError(
                 f"{folder.recipe} differs from the recipe given; resume with the same settings, or choose another "
-                "--output"
+                f"--output{folder._export_hint()}"
             )
         if folder.metrics.is_file():
             raise UserError(f"{folder.root} has finished; there is nothing to resume")
         if recipe.training.save_every is None and not folder.search.plan.is_file():
             raise UserError(
                 f"{folder.root} kept no checkpoints (training.save_every is not set); start over with --replace"
+                f"{folder._export_hint()}"
             )
         return folder
+
+    def _export_hint(self) -> str:
+        """What else can be done with a run whose export failed."""
+        return f"; what it trained is kept: loralloc export {self.root}" if _is_adapter(self.trained) else ""
 
     def load_recipe(self) -> Recipe:
         """Read the run's recipe."""
@@ -181,3 +230,7 @@ class RunFolder:
     def write_json(self, path: Path, record: dict[str, Any]) -> None:
         """Write a record into the folder."""
         write_atomically(path, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+
+
+def _is_adapter(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors"))

@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftModel
@@ -13,15 +15,16 @@ from peft import PeftModel
 from loralloc._version import __version__
 from loralloc.cli import search, stage, terminal
 from loralloc.cli.build import add_adapter, method_data, method_of, task_data
+from loralloc.cli.card import card_facts
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.errors import UserError
-from loralloc.export import Export, export_adapter
+from loralloc.export import Export, export_adapter, write_card
 from loralloc.gating import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData
-from loralloc.training.run import AllocationRun
+from loralloc.training import processes
 from loralloc.training.trainer import PlainTrainer
 
 
@@ -33,91 +36,126 @@ class Outcome:
         folder: The run folder.
         plan: The rank plan.
         metrics: The content of metrics.json.
-        export: The exported adapter.
+        export: The exported adapter; None in processes other than the first, which write nothing.
     """
 
     folder: RunFolder
     plan: RankPlan
     metrics: Mapping[str, Any]
-    export: Export
+    export: Export | None
 
 
-def run(recipe: Recipe, resume: bool = False, start_over: bool = False) -> Outcome:
+def run(recipe: Recipe, resume: bool = False, start_over: bool = False, untrained: float | None = None) -> Outcome:
     """Train, allocate, export, evaluate and report one recipe.
 
     Everything is loaded and checked before anything is written or an earlier run is replaced. A method that searches
     first (AutoLoRA) does so in RUN/search; what is trained afterwards is plain LoRA at the ranks that were found.
+    Where a launcher has started several processes, all of them train, and the first one writes.
+
+    Args:
+        recipe: The recipe.
+        resume: Continue from the newest complete checkpoint.
+        start_over: Replace an earlier run.
+        untrained: The metric before training, where it is known.
     """
     terminal.quiet_libraries()
-    folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
+    with processes.one_voice():
+        return _run(recipe, resume, start_over, untrained)
+
+
+def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None) -> Outcome:
+    with processes.together():
+        folder = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
     searched = search.find_plan(recipe, folder, resume) if search.searches(recipe) else None
     trained = recipe if searched is None else search.retraining(recipe, folder)
-    data = task_data(trained)
-    model = add_adapter(data.model, trained)
-    train, held = method_data(trained.method, data, trained.training.seed)
-    steps = stage.total_steps(trained, len(train))
-    if searched is None:
-        terminal.show_start(trained, data, model)
-    else:
-        terminal.show_retraining(steps, len(train))
-    trainer, allocation = stage.make_trainer(
-        trained, replace(data, train=train), model, folder, method_of(trained.method, held)
-    )
-    if allocation is not None:
-        allocation.run.begin(steps)
+    with processes.together():
+        data, model, trainer, allocation, steps = _prepare(trained, folder, searched is not None)
     if not resume and searched is None:
-        folder.create(recipe)
-    untrained = stage.evaluate(trainer, data, "untrained")[data.metric]
+        processes.on_main(folder.create, recipe)
+    if untrained is None:
+        untrained = stage.evaluate(trainer, data, "untrained")[data.metric]
     stage.train(trainer, folder.checkpoints, steps, resume)
     seconds = trainer.train_seconds
     plan = allocation.plan if allocation is not None else _plan_without_allocation(trained, data, model, trainer)
     assert plan is not None
     if searched is not None:
         plan = search.combined(searched, plan)
-        shutil.copyfile(folder.search.trace, folder.trace)
+        processes.on_main(shutil.copyfile, folder.search.trace, folder.trace)
     elif allocation is None:
-        _write_constant_trace(folder, plan)
-    plan.save(folder.plan)
-    export = _export(data, model, folder)
-    metrics = _final_metrics(trained, data, trainer, plan, export, untrained, seconds)
-    if searched is not None:
-        metrics["search"] = search.metrics(folder)
-    folder.write_json(folder.metrics, metrics)
-    report = write_report(folder.root)
-    terminal.show_outcome(folder, plan, metrics, export, report)
+        processes.on_main(_write_constant_trace, folder, plan, trainer)
+    export = processes.on_main(_write_adapter, folder, plan, data, model, stage.failure(trained, plan))
+    metrics = _final_metrics(trained, data, trainer, plan, untrained, seconds)
+    if export is not None:
+        metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
+        if searched is not None:
+            metrics["search"] = search.metrics(folder)
+        write_card(model, export, folder.adapter, card_facts(recipe, data, plan, metrics))
+        folder.write_json(folder.metrics, metrics)
+        report = write_report(folder.root)
+        terminal.show_outcome(folder, plan, metrics, export, report)
     return Outcome(folder, plan, metrics, export)
 
 
-def show_plan(recipe: Recipe) -> None:
-    """Load everything and show budget and schedule; train nothing, write nothing."""
+def show_plan(recipe: Recipe, resume: bool = False, start_over: bool = False) -> None:
+    """Do all that a run does before its first step, and show budget and schedule; train nothing, write nothing.
+
+    Raises:
+        UserError: The run would be refused.
+    """
     terminal.quiet_libraries()
+    with processes.one_voice(), TemporaryDirectory(prefix="loralloc-") as scratch:
+        _ = RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
+        folder = RunFolder(Path(scratch))
+        if search.searches(recipe):
+            searching = search.prepare(recipe, folder)
+            stage.rehearse(searching.trainer)
+            examples = len(searching.data.train)
+            terminal.show_retraining(stage.total_steps(recipe, examples), examples)
+        else:
+            stage.rehearse(_prepare(recipe, folder).trainer)
+
+
+def _prepare(recipe: Recipe, folder: RunFolder, searched: bool = False) -> stage.Stage:
+    """Load and check everything that a training needs, and show it."""
     data = task_data(recipe)
     model = add_adapter(data.model, recipe)
-    terminal.show_start(recipe, data, model)
     train, held = method_data(recipe.method, data, recipe.training.seed)
-    method = method_of(recipe.method, held)
     steps = stage.total_steps(recipe, len(train))
-    if search.searches(recipe):
-        steps = search.steps_of(recipe, len(data.train))
-        terminal.show_search(steps, len(train), 0 if held is None else len(held))
-    if method is not None:
-        allocation = AllocationRun(model, method)
-        allocation.begin(steps)
-        terminal.show_schedule(allocation)
-    if search.searches(recipe):
-        terminal.show_retraining(stage.total_steps(recipe, len(data.train)), len(data.train))
+    if searched:
+        terminal.show_retraining(steps, len(train))
+    else:
+        terminal.show_start(recipe, data, model)
+        terminal.show_processes(recipe)
+    seen = replace(data, train=train)
+    trainer, allocation = stage.make_trainer(recipe, seen, model, folder, method_of(recipe.method, held))
+    if allocation is not None:
+        allocation.run.begin(steps)
+    return stage.Stage(data, model, trainer, allocation, steps)
 
 
-def _export(data: TaskData, model: PeftModel, folder: RunFolder) -> Export:
-    """Write the adapter, and what else it takes to load it."""
+def _write_adapter(folder: RunFolder, plan: RankPlan, data: TaskData, model: PeftModel, failure: str | None) -> Export:
+    """Write plan and adapter, and what else it takes to load it.
+
+    Raises:
+        UserError: The training or the export failed; what was trained is kept, and the message says what to do.
+    """
+    plan.save(folder.plan)
     data.model.config.save_pretrained(folder.model)
     data.tokenizer.save_pretrained(folder.model)
+    folder.keep_trained(model.save_pretrained)
+    if failure is not None:
+        raise UserError(f"{failure}; what was trained is kept in {folder.trained}")
     try:
-        return export_adapter(model, folder.adapter)
-    except RuntimeError as error:
-        raise UserError(
-            f"the run ended without an adapter: {error}; if the loss diverged, lower the learning rate"
-        ) from error
+        rows = [data.validation[index] for index in range(min(2, len(data.validation)))]
+        export = export_adapter(model, folder.adapter, batch=data.collator(rows), tokenizer=data.tokenizer)
+    except (RuntimeError, ValueError, OSError) as error:
+        if all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
+            cure = f"what was trained is kept in {folder.trained}: loralloc export {folder.root} writes it from there"
+        else:
+            cure = "the loss diverged: lower the learning rate"
+        raise UserError(f"the run ended without an adapter: {error}; {cure}") from error
+    folder.drop_trained()
+    return export
 
 
 def _final_metrics(
@@ -125,7 +163,6 @@ def _final_metrics(
     data: TaskData,
     trainer: PlainTrainer,
     plan: RankPlan,
-    export: Export,
     untrained: float,
     seconds: float,
 ) -> dict[str, Any]:
@@ -136,12 +173,13 @@ def _final_metrics(
         "validation": stage.evaluate(trainer, data, "eval", data.validation),
         "test": None if data.test is None else stage.evaluate(trainer, data, "test", data.test),
         "reference": {**data.reference, "untrained": untrained},
+        "classes": dict(data.classes),
         "train_seconds": round(seconds, 1),
+        "processes": processes.world_size(),
         "total_steps": trainer.state.max_steps,
+        "bad_steps": plan.provenance["bad_steps"],
         "final_ranks": plan.total_rank,
         "final_parameters": plan.parameters,
-        "adapter_check": export.difference,
-        "adapter_check_allowed": export.allowed,
     }
 
 
@@ -153,20 +191,25 @@ def _plan_without_allocation(recipe: Recipe, data: TaskData, model: PeftModel, t
         outputs = layer.lora_B[adapter].weight.shape[0]
         modules[name] = ModuleRank(rank, rank, inputs, outputs, float(layer.scaling[adapter]))
     steps = trainer.state.global_step
+    assert trainer.guard is not None
     provenance = {
         "loralloc": __version__,
         "base_model": data.model.name_or_path,
         "seed": recipe.training.seed,
         "total_steps": steps,
         "steps": steps,
+        "bad_steps": len(trainer.guard.steps),
     }
     return RankPlan(recipe.method.name, modules, provenance=provenance)
 
 
-def _write_constant_trace(folder: RunFolder, plan: RankPlan) -> None:
+def _write_constant_trace(folder: RunFolder, plan: RankPlan, trainer: PlainTrainer) -> None:
     """The trace of a run without allocation."""
+    assert trainer.guard is not None
     modules, ranks, steps = plan.modules.values(), list(plan.ranks.values()), plan.provenance["steps"]
     sizes = {"in": [m.inputs for m in modules], "out": [m.outputs for m in modules]}
     start = {"event": "start", "step": 0, "total_steps": steps, "sites": list(plan.modules), **sizes, "ranks": ranks}
+    skipped = [{"event": "bad_step", "step": step} for step in trainer.guard.steps]
     finish = {"event": "finish", "step": steps, "ranks": ranks, "parameters": plan.parameters}
-    folder.trace.write_text("".join(json.dumps(event) + "\n" for event in (start, finish)), encoding="utf-8")
+    text = "".join(json.dumps(event) + "\n" for event in (start, *skipped, finish))
+    folder.trace.write_text(text, encoding="utf-8")

@@ -11,6 +11,8 @@ import typer
 def report(run: Annotated[Path, typer.Argument(help="The run folder.")]) -> None:
     """Write RUN/report.html and the figures beside it."""
     from loralloc.cli.folder import RunFolder
+
+    folder = RunFolder.existing(run)
     from loralloc.report import write_report
 
-    typer.echo(f"wrote {write_report(RunFolder.existing(run).root)}")
+    typer.echo(f"wrote {write_report(folder.root)}")

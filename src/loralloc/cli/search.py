@@ -14,8 +14,10 @@ from loralloc.cli import stage, terminal
 from loralloc.cli.build import add_adapter, method_data, method_of, task_data
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
+from loralloc.errors import UserError
 from loralloc.plan import RankPlan
 from loralloc.recipe_methods import AutoLoRAConfig, LoRAConfigSection
+from loralloc.training import processes
 
 
 def searches(recipe: Recipe) -> bool:
@@ -41,8 +43,32 @@ def find_plan(recipe: Recipe, folder: RunFolder, resume: bool) -> RankPlan:
     Returns:
         The plan of RUN/search/ranks.json.
     """
-    if resume and folder.search.plan.is_file():
-        return RankPlan.load(folder.search.plan)
+    with processes.together():
+        if resume and folder.search.plan.is_file():
+            return RankPlan.load(folder.search.plan)
+    with processes.together():
+        _, _, trainer, allocation, steps = prepare(recipe, folder)
+    if not resume:
+        processes.on_main(folder.create, recipe)
+    processes.on_main(folder.search.root.mkdir, exist_ok=True)
+    stage.train(trainer, folder.search.checkpoints, steps, resume)
+    plan = None if allocation is None else allocation.plan
+    assert plan is not None
+    if (failure := stage.failure(recipe, plan)) is not None:
+        raise UserError(failure)
+    seen: Any = trainer.train_dataset, trainer.eval_dataset
+    record = dict(zip(("examples", "held_out"), map(len, seen), strict=True)) | {"steps": plan.provenance["steps"]}
+    record["seconds"] = round(trainer.train_seconds, 1)
+    processes.on_main(_write, folder, record, plan)
+    return plan
+
+
+def prepare(recipe: Recipe, folder: RunFolder) -> stage.Stage:
+    """Load and check everything that the search needs, and show it.
+
+    Returns:
+        The stage; its `data` are those of the recipe, of which the search sees parts.
+    """
     data = task_data(recipe)
     train, held = method_data(recipe.method, data, recipe.training.seed)
     assert held is not None
@@ -54,18 +80,15 @@ def find_plan(recipe: Recipe, folder: RunFolder, resume: bool) -> RankPlan:
     trainer, allocation = stage.make_trainer(searching, seen, model, folder.search, method_of(recipe.method, held))
     assert allocation is not None
     allocation.run.begin(steps)
-    if not resume:
-        folder.create(recipe)
-    folder.search.root.mkdir(exist_ok=True)
     terminal.show_start(recipe, data, model)
+    terminal.show_processes(recipe)
     terminal.show_search(steps, len(train), len(held))
-    stage.train(trainer, folder.search.checkpoints, steps, resume)
-    plan = allocation.plan
-    assert plan is not None
-    record = {"examples": len(train), "held_out": len(held), "steps": plan.provenance["steps"]}
-    folder.write_json(folder.search.metrics, {**record, "seconds": round(trainer.train_seconds, 1)})
+    return stage.Stage(data, model, trainer, allocation, steps)
+
+
+def _write(folder: RunFolder, record: dict[str, Any], plan: RankPlan) -> None:
+    folder.write_json(folder.search.metrics, record)
     plan.save(folder.search.plan)  # last: it says that the search is over
-    return plan
 
 
 def retraining(recipe: Recipe, folder: RunFolder) -> Recipe:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from loralloc.config import load_recipe
 from loralloc.errors import UserError
 
 
@@ -25,10 +24,14 @@ def train(
         raise UserError(f"name the recipe before the flags: loralloc train RECIPE {recipe} ...")
     if resume and replace:
         raise UserError("--resume continues a run and --replace starts it over: give one of them")
+    from loralloc.cli.checks import check_inputs, check_output, is_first_process
+    from loralloc.config import load_recipe
+
     settings = load_recipe(recipe, context.args)
+    check_inputs(settings)
+    if is_first_process():  # the others may come after it has made the folder
+        check_output(settings, resume, replace)
     from loralloc.cli import pipeline
 
-    if dry_run:
-        pipeline.show_plan(settings)
-    else:
-        pipeline.run(settings, resume=resume, start_over=replace)
+    act = pipeline.show_plan if dry_run else pipeline.run
+    act(settings, resume=resume, start_over=replace)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from loralloc._folders import check_adapter_folder, check_target
+
 
 def truncate(
     adapter: Annotated[Path, typer.Argument(help="Folder of a plain LoRA adapter of PEFT.")],
@@ -19,14 +21,14 @@ def truncate(
     fraction: Annotated[float | None, typer.Option(help="Fraction of the parameters that are there.")] = None,
 ) -> None:
     """Keep the largest singular values of all updates; give one budget. Needs neither the base model nor data."""
+    check_adapter_folder(adapter)
+    check_target(output)
     from loralloc.budget import Budget
     from loralloc.cli import terminal
-    from loralloc.training.callback import refuse_unfinished
     from loralloc.truncation import truncate_adapter
 
     terminal.quiet_libraries()
     budget = Budget(average_rank, total_rank, parameters, fraction)
-    refuse_unfinished(adapter)
     done = truncate_adapter(adapter, output, budget)
     plan = done.plan
     share = plan.parameters / plan.start_parameters

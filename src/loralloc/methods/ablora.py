@@ -46,6 +46,7 @@ from loralloc.errors import UserError, closest
 from loralloc.gating import Site
 from loralloc.methods.ablation_scores import Mode, score_ranks
 from loralloc.methods.base import Decision, Moment, agree, open_ranks, ranks_by_site
+from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.validation import check_validation
 from loralloc.plan import finite
 from loralloc.scores import sensitivity
@@ -159,8 +160,7 @@ class ABLoRA:
         costs = self._costs(sites)
         limit = self.budget.resolve([site.rank for site in sites], [site.cost for site in sites])
         start = deal(range(len(sites)), room, costs, limit)
-        for site in sites:
-            _check_fresh(site)
+        check_fresh(sites, "ABLoRA would close a part of it", FROM_THE_START)
         if start == room:
             raise UserError(
                 f"the budget fills the whole capacity ({sum(start)} ranks in {len(sites)} modules), so no rank could "
@@ -433,11 +433,3 @@ def _rank_sensitivity(sites: Sequence[Site]) -> Tensor:
         ]
         parts.append(sum(terms, torch.zeros(site.rank, device=site.A.device)).to(sites[0].gate.device))
     return torch.cat(parts)
-
-
-def _check_fresh(site: Site) -> None:
-    if site.B.detach().any():
-        raise UserError(
-            f"{site.name}: the adapter has been trained already (B is not zero) and ABLoRA would close a part of it; "
-            "start from a fresh adapter, or finish the run it belongs to from its checkpoint"
-        )

@@ -42,6 +42,7 @@ from loralloc.budget import Budget, BudgetSchedule, cubic_schedule
 from loralloc.errors import UserError, closest
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Moment, agree
+from loralloc.methods.guards import FROM_THE_START, check_capacity, check_fresh
 from loralloc.scores import Penalty, penalty_gradient, per_rank, sensitivity, smooth_
 
 Importance = Literal["smoothed", "sensitivity", "magnitude"]
@@ -128,8 +129,8 @@ class AdaLoRA:
         Raises:
             UserError: An adapter has been trained already, or has more ranks than its layer has dimensions.
         """
-        for site in sites:
-            _check_fresh(site)
+        check_fresh(sites, "AdaLoRA would draw it anew", FROM_THE_START)
+        check_capacity(sites, "more rows than that cannot be orthonormal")
         for site in sites:
             _initialise(site, self.parity)
         return AdaLoRAState(sites, _stacks(sites))
@@ -370,19 +371,6 @@ def _stacks(sites: Sequence[Site]) -> list[_Stack]:
             parameters = [getattr(site, symbol) for site in members]
             stacks.append(_Stack(symbol, rank_dim, parameters, positions, None, zeros, zeros.clone()))
     return stacks
-
-
-def _check_fresh(site: Site) -> None:
-    if site.B.detach().any():
-        raise UserError(
-            f"{site.name}: the adapter has been trained already (B is not zero) and AdaLoRA would draw it anew; "
-            "start from a fresh adapter, or finish the run it belongs to from its checkpoint"
-        )
-    if site.rank > min(site.inputs, site.outputs):
-        raise UserError(
-            f"{site.name}: rank {site.rank} is above the layer's {min(site.inputs, site.outputs)} dimensions; lower "
-            f'LoraConfig.r or give the layer its own: rank_pattern={{"{site.name}": {min(site.inputs, site.outputs)}}}'
-        )
 
 
 @torch.no_grad()

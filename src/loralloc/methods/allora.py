@@ -44,6 +44,7 @@ from loralloc.budget import Budget, ConstantSchedule, Schedule
 from loralloc.errors import UserError, closest
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Method, Moment
+from loralloc.naming import common_ends, named
 from loralloc.scores import row_norms, row_scales
 
 Mode = Literal["paper", "hybrid", "post"]
@@ -127,8 +128,7 @@ class ALLoRA:
         Raises:
             UserError: The adapter has dropout or a scale other than 1.
         """
-        for site in sites:
-            _check_dropout(site)
+        _check_dropout(sites)
         inner = None
         if self.allocate is None:
             for site in sites:
@@ -256,10 +256,12 @@ def _groups(sites: Sequence[Site]) -> list[list[Site]]:
     return list(groups.values())
 
 
-def _check_dropout(site: Site) -> None:
-    if site.dropout:
+def _check_dropout(sites: Sequence[Site]) -> None:
+    found = [site for site in sites if site.dropout]
+    if found:
+        where = named([site.name for site in found], [site.name for site in sites if not site.dropout])
         raise UserError(
-            f"{site.name}: lora_dropout is {site.dropout:g}, but ALLoRA trains without dropout: its gradients take "
+            f"{where}: lora_dropout is {found[0].dropout:g}, but ALLoRA trains without dropout: its gradients take "
             "over what dropout is for; set LoraConfig(lora_dropout=0.0)"
         )
 
@@ -269,13 +271,23 @@ def _check_scales(sites: Sequence[Site]) -> None:
     wrong = [site for site in sites if not math.isclose(site.plan_scale, 1.0, rel_tol=1e-5)]
     if not wrong:
         return
-    alphas = {site.name: f"{_unscaled_alpha(site):g}" for site in sites}
-    cure = f"lora_alpha={alphas[wrong[0].name]}, use_rslora=False"
-    if len(set(alphas.values())) > 1:
-        cure = f'alpha_pattern={{"{wrong[0].name}": {alphas[wrong[0].name]}, ...}}, use_rslora=False'
+    names: dict[str, list[str]] = {}
+    for site in sites:
+        names.setdefault(f"{_unscaled_alpha(site):g}", []).append(site.name)
+    usual = max(names, key=lambda alpha: len(names[alpha]))
+    pattern = {
+        end: alpha
+        for alpha, members in names.items()
+        if alpha != usual
+        for end in common_ends(members, [name for other in names if other != alpha for name in names[other]])
+    }
+    # PEFT takes the first entry that fits: longer ones first.
+    entries = ", ".join(f'"{end}": {pattern[end]}' for end in sorted(pattern, key=len, reverse=True))
+    where = named([site.name for site in wrong], [site.name for site in sites if site not in wrong])
     raise UserError(
-        f"{wrong[0].name}: the adapter is scaled by {wrong[0].plan_scale:g}, but ALLoRA has no scaling factor; set "
-        f"LoraConfig({cure}) (eta and the learning rate take its place)"
+        f"{where}: the adapter is scaled by {wrong[0].plan_scale:g}, but ALLoRA has no scaling factor; set "
+        f"LoraConfig(lora_alpha={usual}, use_rslora=False, alpha_pattern={{{entries}}}) (eta and the learning rate "
+        "take its place)"
     )
 
 

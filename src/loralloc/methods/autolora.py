@@ -45,6 +45,7 @@ from loralloc.budget import Budget, ConstantSchedule
 from loralloc.errors import UserError, closest
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Moment, Probe, agree, any_process, average_
+from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.hypergradient import (
     central_difference,
     copies,
@@ -143,8 +144,7 @@ class AutoLoRA:
         Raises:
             UserError: An adapter has been trained already.
         """
-        for site in sites:
-            _check_fresh(site)
+        check_fresh(sites, "AutoLoRA searches from the start", FROM_THE_START)
         for site in sites:
             gain = site.rank if self.parity else 1
             site.set_scale(torch.ones_like(site.gate, dtype=torch.bool), gain=gain)
@@ -394,14 +394,6 @@ def _logits(rows: Sequence[Tensor]) -> Tensor:
     """One [r] per site to [n, k], padded with −∞."""
     device = rows[0].device
     return nn.utils.rnn.pad_sequence([row.to(device) for row in rows], batch_first=True, padding_value=-math.inf)
-
-
-def _check_fresh(site: Site) -> None:
-    if site.B.detach().any():
-        raise UserError(
-            f"{site.name}: the adapter has been trained already (B is not zero), and AutoLoRA searches from the start; "
-            "attach it to a fresh adapter, or finish the run it belongs to from its checkpoint"
-        )
 
 
 def _probe(now: Moment) -> Probe:

@@ -30,6 +30,7 @@ from loralloc.budget import Budget, ConstantSchedule
 from loralloc.errors import UserError, closest
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Moment
+from loralloc.methods.guards import check_fresh
 
 Direction = Literal["increasing", "decreasing"]
 
@@ -75,9 +76,10 @@ class FixedRanks(ABC):
             keep = keep_top(scores, target)
         else:
             keep = keep_within(scores, torch.tensor(costs).repeat_interleave(torch.tensor(ranks)), target)
-        for site, kept in zip(sites, keep.split(ranks), strict=True):
-            kept = kept.to(site.gate.device)
-            _check_untrained(site, kept)
+        chosen = [kept.to(site.gate.device) for site, kept in zip(sites, keep.split(ranks), strict=True)]
+        cure = "start from a fresh adapter, or cut the trained one down with Truncate"
+        check_fresh(sites, "closing ranks would change what it computes", cure, [~kept for kept in chosen])
+        for site, kept in zip(sites, chosen, strict=True):
             site.freeze_gate()
             site.set_scale(kept)
         return sites
@@ -232,11 +234,3 @@ def depths_of(names: Sequence[str]) -> list[int]:
     layers = [name if match is None else match[0] for name, match in zip(names, numbered, strict=True)]
     order = {layer: depth for depth, layer in enumerate(dict.fromkeys(layers))}
     return [order[layer] for layer in layers]
-
-
-def _check_untrained(site: Site, kept: Tensor) -> None:
-    if site.B.detach()[:, ~kept].any():
-        raise UserError(
-            f"{site.name}: the adapter has been trained already (B is not zero), and closing ranks would change what "
-            "it computes; start from a fresh adapter, or cut the trained one down with Truncate"
-        )

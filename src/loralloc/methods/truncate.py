@@ -25,9 +25,9 @@ from torch import Tensor
 
 from loralloc.allocate import keep_top, keep_within
 from loralloc.budget import Budget, ConstantSchedule
-from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Moment, agree
+from loralloc.methods.guards import check_capacity
 from loralloc.scores import factor_svd
 
 
@@ -62,12 +62,7 @@ class Truncate:
         Raises:
             UserError: A module has more ranks than dimensions, and so fewer singular values than ranks.
         """
-        for site in sites:
-            if site.rank > min(site.inputs, site.outputs):
-                raise UserError(
-                    f"{site.name}: rank {site.rank} is above the layer's {min(site.inputs, site.outputs)} dimensions; "
-                    f'lower LoraConfig.r or set rank_pattern={{"{site.name}": {min(site.inputs, site.outputs)}}}'
-                )
+        check_capacity(sites, "there are no more singular values than that")
         for site in sites:
             site.freeze_gate()
         return sites

@@ -17,7 +17,7 @@ from loralloc.report.grid import Grid, arrange
 from loralloc.report.null_control import null_control
 from loralloc.report.palette import style_variables
 from loralloc.report.run_folder import RunFolder, Trace, read_run
-from loralloc.report.tables import heat_map, measure_table, module_table, provenance_table
+from loralloc.report.tables import class_table, heat_map, measure_table, module_table, provenance_table
 from loralloc.report.tiles import tiles
 from loralloc.report.words import (
     adapter_path,
@@ -281,6 +281,7 @@ def _details(run: RunFolder) -> str:
     parts = {
         f"Every module <span class='muted'>({len(run.plan.modules):,})</span>": module_table(run),
         "Every measure": measure_table(run),
+        f"Classes <span class='muted'>({len(run.classes):,})</span>": class_table(run),
         "Recipe <span class='muted'>(recipe.yaml)</span>": (
             f"<pre><code>{escape(run.recipe_text)}</code></pre>" if run.recipe_text is not None else ""
         ),

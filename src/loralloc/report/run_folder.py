@@ -114,6 +114,13 @@ class RunFolder:
         recorded = number(self.plan.provenance.get("bad_steps"))
         return int(recorded) if math.isfinite(recorded) else 0
 
+    @property
+    def classes(self) -> dict[str, int]:
+        """Training examples of every class; empty for a task without classes and for runs that did not count them."""
+        found = self.metrics.get("classes")
+        counts = {name: number(value) for name, value in found.items()} if isinstance(found, dict) else {}
+        return {name: int(value) for name, value in counts.items() if math.isfinite(value)}
+
     def section(self, name: str) -> dict[str, Any]:
         """Return one mapping of the recipe; empty when it is not there."""
         value = self.recipe.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from html import escape
@@ -13,6 +14,9 @@ from loralloc.report.grid import Grid
 from loralloc.report.palette import step_of
 from loralloc.report.run_folder import RunFolder, number
 from loralloc.report.words import measure
+
+SHOWN_CLASSES = 100
+"""Most classes listed one by one."""
 
 
 def heat_map(run: RunFolder, grid: Grid, top: int) -> str:
@@ -111,6 +115,27 @@ def measure_table(run: RunFolder) -> str:
     return (
         '<div class="scroll" tabindex="0"><table class="plain facts"><thead><tr><th scope="col">measure</th>'
         f"{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def class_table(run: RunFolder) -> str:
+    """Return the classes with their training examples, the commonest first; nothing without classes."""
+    found = run.classes
+    if not found:
+        return ""
+    total = max(1, sum(found.values()))
+    ordered = sorted(found.items(), key=lambda item: -item[1])
+    rows = "\n".join(
+        f"<tr><td><code>{escape(json.dumps(name, ensure_ascii=False))}</code></td><td>{count:,}</td>"
+        f"<td>{count / total:.1%}</td></tr>"
+        for name, count in ordered[:SHOWN_CLASSES]
+    )
+    rest = [count for _, count in ordered[SHOWN_CLASSES:]]
+    more = f"<tfoot><tr><td>{len(rest):,} more</td><td>{sum(rest):,}</td><td></td></tr></tfoot>" if rest else ""
+    return (
+        '<div class="scroll" tabindex="0"><table class="plain facts"><thead><tr><th scope="col">class</th>'
+        '<th scope="col">training examples</th><th scope="col">share</th></tr></thead>\n'
+        f"<tbody>{rows}</tbody>{more}</table></div>"
     )
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from loralloc.errors import UserError, closest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from loralloc.tasks.base import DataSection, ModelSection, TaskData
 
 TASKS = {
@@ -35,3 +37,24 @@ def prepare(task: str, model: ModelSection, data: DataSection, seed: int) -> Tas
     if task not in TASKS:
         raise UserError(f'No task "{task}". Tasks: {", ".join(TASKS)}.{closest(task, TASKS)}')
     return importlib.import_module(TASKS[task]).prepare(model, data, seed)
+
+
+def prepare_evaluation(
+    task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataSection, source: str
+) -> TaskData:
+    """Load the data for an evaluation of a trained model, and nothing else that the recipe names.
+
+    Args:
+        task: One of `TASKS`.
+        model: The model, with its labels where the task has any.
+        tokenizer: Its tokenizer.
+        data: The recipe's data section: columns and length.
+        source: The data to evaluate on, as `data.test` of a recipe.
+
+    Returns:
+        Model, data (as `test`) and metrics.
+
+    Raises:
+        UserError: The data are at fault.
+    """
+    return importlib.import_module(TASKS[task]).prepare_evaluation(model, tokenizer, data, source)

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from loralloc.tasks.data import Sources
+from loralloc.tasks.locations import Sources
 
 CHUNK = 1000
 """Examples turned into Arrow at a time, so that only so many exist as Python lists."""
@@ -110,6 +110,8 @@ class TaskData:
     """Whether a greater value of `metric` is a better one."""
     reference: Mapping[str, float] = field(default_factory=dict)
     """Values of `metric` that need no training, on the test split, or the validation split without one."""
+    classes: Mapping[str, int] = field(default_factory=dict)
+    """Training examples of every class, in the order of the model's outputs; empty where there are no classes."""
 
 
 def first_output(logits: Logits, labels: torch.Tensor) -> torch.Tensor:

@@ -21,13 +21,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import List, Value
-from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from loralloc.errors import UserError
 from loralloc.tasks import metrics
 from loralloc.tasks.base import CHUNK, DataSection, Logits, ModelSection, TaskData, to_dataset
 from loralloc.tasks.chat import Tokens, check_template, read_chats, tokenize_chats
-from loralloc.tasks.data import load_splits
+from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import Rows
 
@@ -74,6 +74,38 @@ def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
         train=encoded[0],
         validation=encoded[1],
         test=encoded[2] if splits.test is not None else None,
+        collator=PaddingCollator(cast(int, tokenizer.pad_token_id)),
+        compute_metrics=language_model_metrics,
+        preprocess_logits=token_scores,
+        metric="perplexity",
+        greater_is_better=False,
+    )
+
+
+def prepare_evaluation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataSection, source: str
+) -> TaskData:
+    """Make everything a Trainer needs to evaluate a trained causal language model on other data.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        data: The recipe's data section: columns and length. The data that it names are not read.
+        source: The data.
+
+    Returns:
+        Model, data (as `test`; there is nothing to train on) and metrics.
+
+    Raises:
+        UserError: The data are at fault.
+    """
+    encoded = to_dataset(_read(read_rows(source), data)(tokenizer), List(Value("int32")))
+    return TaskData(
+        model=model,
+        tokenizer=tokenizer,
+        train=encoded.select(()),
+        validation=encoded.select(()),
+        test=encoded,
         collator=PaddingCollator(cast(int, tokenizer.pad_token_id)),
         compute_metrics=language_model_metrics,
         preprocess_logits=token_scores,

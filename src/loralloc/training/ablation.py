@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from loralloc.errors import UserError
-from loralloc.gating import Site
+from loralloc.gating import Site, gates_replaced
 from loralloc.methods.validation import NO_LABELS, check_loss, loss_of
 from loralloc.training.blocks import States, Watcher, computing, evaluating, find_blocks, frozen, skipped
 from loralloc.training.losses import SampleLoss
@@ -316,9 +316,11 @@ class AblationScorer:
         """Losses of a part's samples, each the sum over its labels, [n]; `gates` is [n, R]."""
         of_sites = gates.split(self._ranks, 1)
         idle = [False] * len(of_sites) if gates.requires_grad else self._idle(of_sites)
-        with ExitStack() as stack:
-            for site, own, off in zip(self._sites, of_sites, idle, strict=True):
-                stack.enter_context(site.gates_replaced(None if off else own[:, None].to(site.gate.device)))
+        replaced = [
+            None if off else own[:, None].to(site.gate.device)
+            for site, own, off in zip(self._sites, of_sites, idle, strict=True)
+        ]
+        with gates_replaced(self._sites, replaced):
             return self._loss(self._model(**part.inputs).logits, part.labels)
 
     @staticmethod

@@ -14,18 +14,32 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.trainer_callback import CallbackHandler
 
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
+from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan, write_atomically
 from loralloc.training.checkpoint import read_jsonl
 from loralloc.training.probe import CollatedBatches, random_state, set_random_state
+from loralloc.training.processes import is_main
 from loralloc.training.run import AllocationRun, Event
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
-"""Files beside each checkpoint. The marker says that the adapter in it is unfinished: its gates are not folded."""
+"""Files beside each checkpoint: the allocation's state. The marker says whether the run had finished."""
+
+HEADING = "## Rank allocation"
+UNFINISHED = """\
+Written after step {step} of {steps} by loralloc. `adapter_model.safetensors` is plain LoRA: the adapter as it would be
+if the run ended here, its ranks not final. To go on, resume the run: the factors and gates that are trained are in
+`gated_factors.safetensors`, the allocation's state is in `loralloc.safetensors` and `loralloc.json`.
+"""
+FINISHED = """\
+The end of a run, written by loralloc: `adapter_model.safetensors` is plain LoRA at its final ranks, which are in
+`ranks.json`. The other files are the state before that.
+"""
 
 
 class RankAllocation(TrainerCallback):
@@ -83,6 +97,7 @@ class RankAllocation(TrainerCallback):
         """Attach the gates: the optimizer, built later, must see them."""
         if self._run is not None:
             raise UserError("this RankAllocation belongs to a Trainer already; make a new one for each Trainer")
+        _go_before_reports(self)
         self._run = AllocationRun(kwargs["model"], self.method, compact=self._compact)
         if self._trace is not None:
             self._run.on_event = self._append_event
@@ -95,7 +110,7 @@ class RankAllocation(TrainerCallback):
             raise UserError("this allocation has finished; to train on, use the plain LoRA model without it")
         run = self.run
         _refuse_engines(args)
-        if kwargs["model"] is not run.model:
+        if unwrapped(kwargs["model"]) is not run.model:
             raise UserError(
                 "the Trainer trains another model than the one the allocation was attached to (model_init makes a new "
                 "one for each run); pass model= instead"
@@ -165,6 +180,7 @@ class RankAllocation(TrainerCallback):
         if not state.is_world_process_zero or self.plan is not None:
             return
         folder = _checkpoint(args, state)
+        _describe(folder, UNFINISHED.format(step=state.global_step, steps=state.max_steps))
         tensors, numbers = self.run.state_dict()
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
         write_atomically(folder / MARKER, json.dumps({"finished": False, **numbers}) + "\n")
@@ -172,8 +188,15 @@ class RankAllocation(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fold the gates: the model is plain LoRA from here on."""
+        """Fold the gates: the model is plain LoRA from here on, and so is a checkpoint of the last step."""
         self.plan = self.run.finish(self._provenance)
+        folder = _checkpoint(args, state)
+        if state.is_world_process_zero and (folder / MARKER).is_file():
+            numbers = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+            write_atomically(folder / MARKER, json.dumps({**numbers, "finished": True}) + "\n")
+            peft_model(kwargs["model"]).save_pretrained(str(folder))
+            self.plan.save(folder / "ranks.json")
+            _describe(folder, FINISHED)
 
     def _resume(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         try:
@@ -187,7 +210,7 @@ class RankAllocation(TrainerCallback):
                 f"{folder} has no usable rank-allocation state ({type(error).__name__}: {error}); resume from a "
                 "checkpoint that was written with this callback, in the same output_dir"
             ) from error
-        if self._trace is None:
+        if self._trace is None or not is_main():
             return
         before = [event for event in read_jsonl(self._trace) if event["step"] < self.run.step]
         self._trace.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +220,7 @@ class RankAllocation(TrainerCallback):
 
     def _append_event(self, event: Event) -> None:
         assert self._trace is not None
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        if is_main():
             with self._trace.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
 
@@ -207,17 +230,27 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
-def refuse_unfinished(folder: Path) -> None:
-    """Refuse an adapter folder whose gates have not been folded.
+def _describe(folder: Path, text: str) -> None:
+    """Say on the page of a checkpoint what it holds, in place of what was said before."""
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomically(path, f"{card.partition(HEADING)[0].rstrip()}\n\n{HEADING}\n\n{text}".lstrip())
 
-    Raises:
-        UserError: The folder is a mid-run checkpoint.
+
+def _go_before_reports(callback: TrainerCallback) -> None:
+    """Move a callback in front of those that report to trackers, so that what it adds to a log reaches them.
+
+    A Trainer puts its own callbacks first. No event carries the list, but the one who sends it holds it.
     """
-    if (folder / MARKER).exists():
-        raise UserError(
-            f"{folder} is a checkpoint of an unfinished allocation: its gates are not folded into the adapter, so "
-            "loading it as LoRA would give another function; resume the run, or use the adapter it exports at the end"
-        )
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    if frame is None:  # not called by a Trainer
+        return
+    callbacks = frame.f_locals["self"].callbacks
+    flow = next((i for i, other in enumerate(callbacks) if isinstance(other, DefaultFlowCallback)), -1)
+    callbacks.remove(callback)
+    callbacks.insert(flow + 1, callback)  # it asks what the flow has decided
 
 
 def _validation_batches(data: Any, training: Any, args: TrainingArguments) -> CollatedBatches:
@@ -300,6 +333,6 @@ def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final
     if args.eval_delay * steps_per_unit <= final + 1:
         raise UserError(
             f"load_best_model_at_end could bring back a checkpoint from before step {final + 2}, when the ranks become "
-            f"final; set eval_delay={final + 2} with eval_strategy='steps' (or its equivalent in epochs), or "
+            f"final; set eval_delay={final + 2} with eval_strategy=save_strategy='steps' (or its equivalent in epochs), or "
             "load_best_model_at_end=False"
         )

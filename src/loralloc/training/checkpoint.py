@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loralloc.errors import UserError
 from loralloc.plan import write_atomically
 
 COMPLETE = "complete.json"
@@ -31,9 +32,24 @@ def newest_complete(folder: Path, before: int) -> Path | None:
     return folder / f"checkpoint-{max(found)}" if found else None
 
 
-def mark_complete(checkpoint: Path, step: int) -> None:
-    """Declare a checkpoint complete: everything else in it has been written."""
-    write_atomically(checkpoint / COMPLETE, json.dumps({"step": step}) + "\n")
+def mark_complete(checkpoint: Path, step: int, processes: int) -> None:
+    """Declare a checkpoint complete: everything else in it has been written, by every process."""
+    write_atomically(checkpoint / COMPLETE, json.dumps({"step": step, "processes": processes}) + "\n")
+
+
+def check_processes(checkpoint: Path, processes: int) -> None:
+    """Refuse to go on with more or fewer processes: batches and random states are theirs.
+
+    Raises:
+        UserError: Another number of processes wrote the checkpoint.
+    """
+    written_by = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["processes"]
+    if written_by != processes:
+        launcher = "" if written_by == 1 else f"torchrun --nproc-per-node={written_by} --no-python "
+        raise UserError(
+            f"{checkpoint} was written by a run on {written_by} processes, and this one is on {processes}; resume on "
+            f"as many: {launcher}loralloc train RECIPE --resume"
+        )
 
 
 def save_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -69,6 +85,7 @@ def save_random_state(path: Path) -> None:
         "torch": torch.get_rng_state().tolist(),
         "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
     }
+    path.parent.mkdir(parents=True, exist_ok=True)  # other processes than the first may come first
     write_atomically(path, json.dumps(record) + "\n")
 
 

@@ -15,8 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralloc.errors import UserError
 from loralloc.gating import Site
+from loralloc.methods.base import Method
 from loralloc.training.optimizer import unwrapped
+from loralloc.training.processes import world_size
+
+
+def check_compact(method: Method) -> None:
+    """Refuse to compact a run in which no rank could leave.
+
+    Raises:
+        UserError: There are several processes, or the method closes no ranks before the run ends.
+    """
+    if world_size() > 1:
+        raise UserError(
+            "compact=True takes ranks out of the tensors, which other processes' buckets do not follow; leave it out, "
+            "or train with one process"
+        )
+    if not method.compacts:
+        raise UserError(
+            f"compact=True needs ranks that are closed for good before the run ends, and {method.id} with these "
+            "settings closes none; leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -77,8 +98,8 @@ class Compaction:
             hook.remove()
         for parameter, shrunk in self._shrunk.items():
             self._reshape(parameter, shrunk.put_back)
-        for site, kept, capacity in zip(self.sites, self._kept, self._capacity, strict=True):
-            site.put_back_scale(kept, capacity)
+        for site in self.sites:
+            site.put_back_scale()
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, _Shrunk]]:
         for site, kept, capacity in zip(self.sites, self._kept, self._capacity, strict=True):

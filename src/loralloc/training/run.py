@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,11 +23,24 @@ from loralloc.methods.base import (
     settings_of,
     site_budget,
 )
+from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
-from loralloc.training.compaction import Compaction
+from loralloc.training.compaction import Compaction, check_compact
+from loralloc.training.example import keep_example
+from loralloc.training.gated_files import GatedFiles
 from loralloc.training.moments import FreshRanks, clear_moments
-from loralloc.training.optimizer import GateWatch, MomentWatch, check_holds_gates, learning_rate, optimizer_name
+from loralloc.training.optimizer import (
+    GateWatch,
+    MomentWatch,
+    accumulates,
+    check_holds_gates,
+    check_unscaled,
+    learning_rate,
+    optimizer_name,
+)
 from loralloc.training.probe import DataProbe
+from loralloc.training.processes import check_agreement
+from loralloc.training.resume import check_same_run, gate_checksum
 from loralloc.training.soundness import StepChecks, can_skip, forget
 
 Event = dict[str, Any]
@@ -89,7 +100,8 @@ class AllocationRun:
         total_steps: int | None = None,
     ) -> None:
         if compact:
-            _check_compact(method)
+            check_compact(method)
+        model = unwrapped(model)
         self.method = method
         self.model = model
         self.sites: list[Site] = attach_gates(model, adapter)
@@ -99,6 +111,8 @@ class AllocationRun:
             self.unit, self.start, self.target = site_budget(self.sites, method.budget)
             if total_steps is not None:
                 self.begin(total_steps)
+        self._files = GatedFiles(peft_model(model), self.sites)
+        self._forget_example = keep_example(peft_model(model))
         self.step = 0
         self.settled = False
         self.max_grad_norm: float | None = None
@@ -113,7 +127,8 @@ class AllocationRun:
         self._compact = compact
         self._final: Tensor | None = None
         self._compaction: Compaction | None = None
-        self._gate_watch, self._moment_watch = GateWatch(self.sites), MomentWatch(method, self.sites)
+        self._gate_watch: GateWatch | None = GateWatch(self.sites)  # until an optimizer is shown
+        self._moment_watch = MomentWatch(method, self.sites)
         self._checks = StepChecks(model, lambda step: self._emit({"event": "bad_step", "step": step}))
         self._sound: Tensor | None = None
 
@@ -133,6 +148,11 @@ class AllocationRun:
         self._schedule = self.method.schedule(total_steps, self.start, self.target)
 
     @property
+    def checks(self) -> StepChecks:
+        """The verdicts on the steps; set its `say` and `say_every` to hear of skipped ones in another way."""
+        return self._checks
+
+    @property
     def bad_steps(self) -> int:
         """Steps that were skipped because a gradient was not finite."""
         self._checks.settle()
@@ -142,23 +162,37 @@ class AllocationRun:
         """Run between `backward()` (and clipping) and `optimizer.step()`.
 
         A step with a non-finite gradient on any process is skipped everywhere: all gradients are set to None, so that
-        the optimizer moves nothing, not even by momentum, and no score sees the step.
+        the optimizer moves nothing, not even by momentum, and no score sees the step. While accelerate accumulates
+        gradients, its optimizer makes no step, and neither does the run.
 
         Args:
-            optimizer: The optimizer; a method that needs the learning rate or rescales updates says so where it is
-                missing.
+            optimizer: The optimizer, or accelerate's wrapper of it; a method that needs the learning rate or rescales
+                updates says so where it is missing.
             wait: Whether to wait for the device to know whether the step is sound. Without, a bad step is skipped on
                 the device where that is possible (a GPU, a fused Adam or AdamW that is stepped by its own `step()`,
                 a method with `masks_bad_steps`), and counted and reported a few steps later.
 
         Returns:
-            Whether the step is sound; None where only the device knows.
+            Whether the step is sound; None where only the device knows, or where no step is due.
 
         Raises:
+            UserError: The optimizer was built before the allocation was attached, or all steps have been made.
             FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
         """
         if self.plan is not None:
             raise RuntimeError("the run is finished: its gates are folded")
+        if accumulates(optimizer):
+            return None
+        if self.step >= self.schedule.total_steps:
+            raise UserError(
+                f"the run was planned for {self.schedule.total_steps} optimizer steps, and they have been made: "
+                "finish() it; give attach() as many total_steps as optimizer.step() updates the weights (with gradient "
+                "accumulation, once in several batches)"
+            )
+        if optimizer is not None and self._gate_watch is not None:
+            self.check_optimizer(optimizer)
+            self._gate_watch = None
+        check_unscaled(optimizer)
         if self.step == 0:
             self.emit_start()
         if not wait and can_skip(optimizer, self.method, self.sites[0].gate.device):
@@ -175,8 +209,14 @@ class AllocationRun:
 
         Args:
             optimizer: When given, the moments of ranks that are closed for good are cleared.
+
+        Raises:
+            UserError: Several processes train apart: their weights differ after the same step.
         """
-        self._gate_watch.look(self._checks.good)
+        if accumulates(optimizer):
+            return
+        if self._gate_watch is not None and not self._checks.bad_in_a_row:
+            self._gate_watch.look()
         self._moment_watch.look(optimizer)
         with torch.no_grad():
             self._fresh.after_step(optimizer)
@@ -196,6 +236,7 @@ class AllocationRun:
             forget(optimizer)
             self._sound = None
         self.step += 1
+        check_agreement(self.model, self.step, self.schedule.total_steps)
 
     def finish(self, provenance: Mapping[str, Any] | None = None) -> RankPlan:
         """Freeze the ranks, fold the gates into B and remove them: the model is plain LoRA from here on.
@@ -212,6 +253,8 @@ class AllocationRun:
         if self._compaction is not None:
             self._compaction.undo()
             self.method.resized(self.state)
+        if self._gate_watch is not None:
+            self._gate_watch.judge()
         with torch.no_grad():
             kept = self.method.finish(self.state, self.target)
         lost = 0 if self._budget is None else self.target - self._budget
@@ -219,7 +262,7 @@ class AllocationRun:
             "loralloc": __version__,
             "total_steps": total_steps,
             "steps": self.step,
-            "bad_steps": self.bad_steps,
+            "bad_steps": self._checks.conclude(self.step),
             **({"budget_lost": lost} if lost > 0 else {}),
             **(provenance or {}),
         }
@@ -227,6 +270,8 @@ class AllocationRun:
         if self.probe is not None:
             self.probe.close()
         self._ranks = list(self.plan.ranks.values())
+        self._files.close()
+        self._forget_example()
         fold_gates(self.sites)
         self._emit({"event": "finish", "step": self.step, "ranks": self._ranks, "parameters": self.plan.parameters})
         return self.plan
@@ -265,7 +310,7 @@ class AllocationRun:
             "ranks": self._ranks,
             "sites": self._shapes,
             "schedule": asdict(self.schedule),  # type: ignore[call-overload]
-            "gates": self._gate_checksum() if self.plan is None else None,
+            "gates": gate_checksum(self.sites) if self.plan is None else None,
             "peak": self._peak,
             "budget": self._budget,
             "settled": self.settled,
@@ -292,17 +337,7 @@ class AllocationRun:
                 differs.
         """
         _, mine = self.state_dict()
-        for key in ("method", "settings", "sites", "schedule"):
-            if numbers[key] != mine[key]:
-                raise UserError(
-                    f"the checkpoint belongs to another run: its {key} {_difference(numbers[key], mine[key])}; resume "
-                    "with the settings it was made with"
-                )
-        if numbers["gates"] != mine["gates"]:
-            raise UserError(
-                "the allocation's state was taken with other weights than those loaded; resume from the folder in "
-                "which both were saved"
-            )
+        check_same_run(numbers, mine)
         self.step = int(numbers["step"])
         self._checks.bad, self._checks.bad_in_a_row = int(numbers["bad_steps"]), int(numbers["bad_in_a_row"])
         self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])
@@ -330,17 +365,6 @@ class AllocationRun:
         """What a method is told besides its state."""
         rate, name = learning_rate(optimizer, self.sites), optimizer_name(optimizer)
         return Moment(self.step, self.schedule, rate, self.probe, name, self._sound, self.max_grad_norm)
-
-    def _gate_checksum(self) -> str:
-        """Tie the state to the weights it was taken with: the gates, or B where the gates are not trained.
-
-        Zeros are left out, as compact runs do not have those of closed ranks.
-        """
-        digest = hashlib.sha256()
-        for site in self.sites:
-            weights = site.gate if site.gate_is_trained else site.B.to(site.gate.dtype)
-            digest.update(weights[weights != 0].detach().cpu().numpy().tobytes())
-        return digest.hexdigest()
 
     def _parameters(self, ranks: Sequence[int] | None = None) -> int:
         """Parameters of these ranks, by default of those that are open."""
@@ -394,25 +418,3 @@ class AllocationRun:
             self._checks.settle()  # so that events come in the order of their steps
         if self.on_event is not None:
             self.on_event(event)
-
-
-def _check_compact(method: Method) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise UserError(
-            "compact=True takes ranks out of the tensors, which other processes' buckets do not follow; leave it out, "
-            "or train with one process"
-        )
-    if not method.compacts:
-        raise UserError(
-            f"compact=True needs ranks that are closed for good before the run ends, and {method.id} with these "
-            "settings closes none; leave it out"
-        )
-
-
-def _difference(theirs: Any, mine: Any) -> str:
-    """Name the first entry in which two records differ."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        for key in [*theirs, *mine]:
-            if theirs.get(key) != mine.get(key):
-                return f"has {key}={json.dumps(theirs.get(key))} where this run has {json.dumps(mine.get(key))}"
-    return f"is {theirs!r}, this run's is {mine!r}"

@@ -9,6 +9,7 @@ step.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +21,13 @@ from torch import Tensor, nn
 from loralloc.methods.base import Method, any_process, on_any_process
 from loralloc.training.optimizer import unwrapped
 
+logger = logging.getLogger(__name__)
+
 MAX_BAD_STEPS = 50
 """Consecutive steps with a non-finite gradient after which a run is given up: more than any loss scaler needs."""
+
+SAY_EVERY = 100
+"""Steps from one warning about skipped steps to the next, where nobody sets another number."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,15 @@ class StepChecks:
         good: Sound steps so far, as far as known.
         bad: Bad steps.
         bad_in_a_row: Bad steps since the last sound one.
+        say: Called with a sentence when steps are skipped; a warning in the log by default.
+        say_every: The first skipped step is told at once, those after it at most once in this many steps.
     """
 
     def __init__(self, model: nn.Module, report: Callable[[int], None]) -> None:
         self.good = self.bad = self.bad_in_a_row = 0
+        self.say: Callable[[str], None] = _warn
+        self.say_every = SAY_EVERY
+        self._said: int | None = None
         self._model, self._report = model, report
         self._parameters: list[nn.Parameter] = []
         self._unread: deque[_Unread] = deque()
@@ -97,6 +108,20 @@ class StepChecks:
                 verdict.arrived.synchronize()
             self._count(verdict.step, bool(verdict.bad))
 
+    def conclude(self, steps: int) -> int:
+        """Say at the end how many of a run's steps were skipped, if any.
+
+        Args:
+            steps: Optimizer steps of the run.
+
+        Returns:
+            The number of skipped steps.
+        """
+        self.settle()
+        if self.bad:
+            self.say(f"{self.bad} of {steps} steps were skipped: their gradients were not finite")
+        return self.bad
+
     def _not_finite(self) -> Tensor:
         """Whether any gradient of this process is not finite."""
         if not self._parameters:  # walking through a large model takes longer than the check itself
@@ -118,6 +143,10 @@ class StepChecks:
         self.bad += 1
         self.bad_in_a_row += 1
         self._report(step)
+        if self._said is None or step - self._said >= self.say_every:
+            self._said = step
+            count = "" if self.bad == 1 else f" ({self.bad} so far)"
+            self.say(f"step {step} was skipped{count}: a gradient was not finite")
         if self.bad_in_a_row > MAX_BAD_STEPS:
             raise FloatingPointError(
                 f"{self.bad_in_a_row} optimizer steps in a row had a non-finite gradient (last: step {step}); "
@@ -133,12 +162,26 @@ def _any_overflows(tensors: list[Tensor], order: float) -> Tensor:
     return ~torch.isfinite(torch.stack(norms)).all()
 
 
-def can_skip(optimizer: Any, method: Method, device: torch.device) -> bool:
-    """Whether a bad step can be skipped without the host, and whether that saves anything."""
+def _warn(sentence: str) -> None:
+    """The verdict is the same on all processes: one of them tells it."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not several or torch.distributed.get_rank() == 0:
+        logger.warning(sentence)
+
+
+def can_skip(optimizer: Any, method: Method | None, device: torch.device) -> bool:
+    """Whether a bad step can be skipped without the host, and whether that saves anything.
+
+    Args:
+        optimizer: The optimizer.
+        method: The method that allocates; None where nothing but the optimizer looks at gradients.
+        device: Where the trained parameters are.
+    """
     inner = unwrapped(optimizer)
     fused = isinstance(inner, torch.optim.Adam) and all(group.get("fused") for group in inner.param_groups)
     scaled = getattr(optimizer, "scaler", None) is not None  # a loss scaler decides, and waits, for itself
-    return fused and not scaled and getattr(method, "masks_bad_steps", False) and not on_host(device)
+    masks = method is None or getattr(method, "masks_bad_steps", False)
+    return fused and not scaled and masks and not on_host(device)
 
 
 def forget(optimizer: Any) -> None:

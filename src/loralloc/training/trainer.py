@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from loralloc.plan import finite, write_atomically
 from loralloc.training import checkpoint as files
+from loralloc.training import processes
+from loralloc.training.soundness import StepChecks, can_skip, forget
 
 
 class PlainTrainer(Trainer):
@@ -21,19 +24,52 @@ class PlainTrainer(Trainer):
 
     Attributes:
         begun: When training began, on `time.perf_counter`'s clock; a resumed run counts what went before.
+        guard: Skips bad steps, and counts them; None where an allocation does.
     """
 
     begun: float = 0.0
 
-    def __init__(self, *args: Any, log: Path, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        log: Path,
+        guard: SkipBadSteps | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.guard = guard
+        first = [] if guard is None else [guard]
         # The last callback: when it declares a checkpoint complete, all others have written.
-        super().__init__(*args, callbacks=[*callbacks, _RunLog(log), _Completion(self)], **kwargs)
+        super().__init__(*args, callbacks=[*first, *callbacks, _RunLog(log), _Completion(self)], **kwargs)
         self.remove_callback(PrinterCallback)
 
     @property
     def train_seconds(self) -> float:
         """Seconds since training began."""
         return time.perf_counter() - self.begun
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
+        with self._left_as_it_is():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _left_as_it_is(self) -> Iterator[None]:
+        """Take back what accelerate notes on a model that is evaluated before it is trained.
+
+        It wraps `forward` and marks the model as prepared; training then leaves out DistributedDataParallel, and every
+        process trains an adapter of its own.
+        """
+        model, prepared = self.model, self.accelerator._models
+        assert model is not None
+        attributes, models, wrapped = dict(vars(model)), list(prepared), self.model_wrapped
+        try:
+            yield
+        finally:
+            attributes["training"] = model.training
+            vars(model).clear()
+            vars(model).update(attributes)
+            prepared[:], self.model_wrapped = models, wrapped
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert isinstance(self.model, PeftModel)
@@ -61,6 +97,66 @@ class PlainTrainer(Trainer):
         return Path(folder) / f"random-{self.args.process_index}.json"
 
 
+class SkipBadSteps(TrainerCallback):
+    """The guard of a run without allocation: a step with a gradient that is not finite moves nothing, and is counted.
+
+    Attributes:
+        steps: The skipped steps, as far as known.
+        checks: The verdicts; known once the Trainer is built.
+    """
+
+    FILE = "bad_steps.json"
+
+    checks: StepChecks
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the gradients of the Trainer's model."""
+        self.checks = StepChecks(kwargs["model"], self.steps.append)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the count of a resumed run."""
+        if state.global_step:
+            path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE
+            record = json.loads(path.read_text(encoding="utf-8"))
+            self.steps[:] = record["steps"]
+            self.checks.bad, self.checks.bad_in_a_row = len(self.steps), record["in_a_row"]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are complete and clipped."""
+        optimizer = kwargs["optimizer"]
+        if can_skip(optimizer, None, args.device):
+            self.checks.skip_if_bad(state.global_step, optimizer)
+        else:
+            self.checks.is_sound(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The verdict was about this step."""
+        forget(kwargs["optimizer"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the count beside the checkpoint."""
+        self.checks.settle()
+        if state.is_world_process_zero:
+            record = {"steps": self.steps, "in_a_row": self.checks.bad_in_a_row}
+            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            write_atomically(folder / self.FILE, json.dumps(record) + "\n")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count what is still on its way."""
+        self.checks.conclude(state.global_step)
+
+
 class _Completion(TrainerCallback):
     """Keep the loss of the logging window that a checkpoint cuts, and declare the checkpoint complete."""
 
@@ -70,18 +166,19 @@ class _Completion(TrainerCallback):
         self._trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         trainer = self._trainer
+        losses = processes.gather(trainer._tr_loss.item())  # once it is there, every process has written
+        if not state.is_world_process_zero:
+            return
         record = {
             "seconds": trainer.train_seconds,
-            "loss": trainer._tr_loss.item(),
+            "losses": losses,
             "total": trainer._total_loss_scalar,
             "logged": trainer._globalstep_last_logged,
         }
         write_atomically(folder / self.FILE, json.dumps(record) + "\n")
-        files.mark_complete(folder, state.global_step)
+        files.mark_complete(folder, state.global_step, len(losses))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,10 +189,19 @@ class _Completion(TrainerCallback):
         path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE
         record = json.loads(path.read_text(encoding="utf-8"))
         self._trainer.begun -= record["seconds"]
-        self._trainer._tr_loss += torch.tensor(record["loss"], device=self._trainer._tr_loss.device)
+        loss = record["losses"][processes.rank()]
+        self._trainer._tr_loss += torch.tensor(loss, device=self._trainer._tr_loss.device)
         self._trainer._total_loss_scalar = record["total"]
         self._trainer._globalstep_last_logged = record["logged"]
         self._trainer._initial_global_step = 0  # the total loss is of the whole run, so is its number of steps
+
+
+class Agreement(TrainerCallback):
+    """Compare the processes' weights in a run without an allocation, which does so itself."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop, on all processes, where they train apart."""
+        processes.check_agreement(kwargs["model"], state.global_step, state.max_steps)
 
 
 class _RunLog(TrainerCallback):

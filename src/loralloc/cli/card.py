@@ -1,0 +1,48 @@
+"""What the model card of a run tells beyond the adapter: its data, results and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loralloc.config import Recipe
+from loralloc.plan import RankPlan
+from loralloc.tasks.base import TaskData
+
+
+def card_facts(recipe: Recipe, data: TaskData, plan: RankPlan, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the sections of the card, each a mapping from a name to a value.
+
+    Args:
+        recipe: The recipe of the run.
+        data: Its data.
+        plan: Its rank plan.
+        metrics: The content of metrics.json.
+    """
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    sizes = {name: f"{len(split):,} examples" for name, split in splits.items() if split is not None}
+    held_out = "test" if metrics["test"] else "validation"
+    training = recipe.training
+    return {
+        "Data": {"task": recipe.task, "source": _name(recipe.data.train), **sizes},
+        f"Results ({held_out})": {
+            **metrics[held_out],
+            **{f"{k} (reference)": v for k, v in metrics["reference"].items()},
+        },
+        "Settings": {
+            "method": recipe.method.name,
+            **{f"budget, {name}": value for name, value in plan.budget.items()},
+            "parameters": plan.parameters,
+            "steps": metrics["total_steps"],
+            "batch size": training.batch_size * training.accumulation * metrics["processes"],
+            "learning rate": training.learning_rate,
+            "schedule": training.schedule,
+            "seed": training.seed,
+        },
+    }
+
+
+def _name(source: str) -> str:
+    """A data source without the folders of this machine."""
+    return source if source.startswith(("hub:", "demo:")) else Path(source).name

@@ -1,0 +1,65 @@
+"""What can be wrong with the names and paths of a recipe, found before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from loralloc.cli.folder import RunFolder
+from loralloc.config import Recipe
+from loralloc.errors import UserError
+from loralloc.plan import RankPlan
+from loralloc.tasks.locations import check_source, model_folder, named_sources
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Refuse data, a model or a plan that is not where the recipe says.
+
+    Args:
+        recipe: The recipe.
+
+    Raises:
+        UserError: With every mistake, one a line.
+    """
+    checks: list[Callable[[], object]] = [lambda: model_folder(recipe.model.name)]
+    checks += [lambda source=source: check_source(source) for source in named_sources(recipe.data)]
+    if (plan := recipe.plan) is not None:
+        checks.append(lambda: RankPlan.load(plan))
+    problems = dict.fromkeys(filter(None, map(_problem, checks)))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _problem(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def check_output(recipe: Recipe, resume: bool, replace: bool) -> None:
+    """Refuse a folder that the run could not use.
+
+    Args:
+        recipe: The recipe.
+        resume: Whether an interrupted run goes on in it.
+        replace: Whether an earlier run in it may be replaced.
+
+    Raises:
+        UserError: It holds something else, or cannot be made or written.
+    """
+    if resume:
+        RunFolder.resume(recipe)
+        return
+    folder = RunFolder.for_new_run(recipe, replace).root
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise UserError(f"output: {folder} would lie in {above}, which is a file; name another with --output")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"output: you may not write into {above}; name another with --output")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that makes the run's folder, of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,96 @@
+"""How many steps of two runs fit into a time, by what a few steps and one evaluation take on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from loralloc.cli import stage, terminal
+from loralloc.cli.build import add_adapter, method_data, method_of, task_data
+from loralloc.cli.folder import RunFolder
+from loralloc.config import Recipe
+
+FIRST, TIMED = 2, 5
+"""Steps that warm up, and those that count."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one machine needs for a recipe.
+
+    Attributes:
+        step: Seconds of an optimizer step.
+        evaluations: Seconds of the evaluations after a training.
+        untrained: The metric before training.
+    """
+
+    step: float
+    evaluations: float
+    untrained: float
+
+
+def measure(recipe: Recipe) -> Measured:
+    """Evaluate the untrained model, and take a few steps of a training that is thrown away.
+
+    Args:
+        recipe: The recipe; with test data.
+    """
+    training = recipe.training.model_copy(update={"steps": FIRST + TIMED, "epochs": None})
+    short = recipe.model_copy(update={"training": training})
+    data = task_data(short)
+    train, held = method_data(short.method, data, training.seed)
+    model = add_adapter(data.model, short)
+    with TemporaryDirectory(prefix="loralloc-") as scratch, terminal.silence():
+        folder, method = RunFolder(Path(scratch)), method_of(short.method, held)
+        trainer, _ = stage.make_trainer(short, replace(data, train=train), model, folder, method)
+        begun = terminal.clock()
+        untrained = stage.evaluate(trainer, data, "untrained")[data.metric]
+        seconds = terminal.clock() - begun
+        stage.train(trainer, folder.checkpoints, FIRST + TIMED, resume=False)
+    evaluated = 1 if data.test is None else 1 + len(data.validation) / len(data.test)
+    return Measured(median(list(stage.pace(trainer).recent)[FIRST:]), seconds * evaluated, untrained)
+
+
+def steps_within(seconds: float, measured: Measured, runs: int, least: int, most: int) -> int:
+    """Choose how many steps each of some runs may take, so that all train and evaluate within a time.
+
+    Args:
+        seconds: The time.
+        measured: What a step and the evaluations of a run take.
+        runs: Runs that share the time.
+        least: Never fewer.
+        most: Never more.
+
+    >>> steps_within(180, Measured(0.5, 11.0, 0.1), runs=2, least=30, most=300)
+    158
+    """
+    training = seconds / runs - measured.evaluations
+    return max(least, min(most, int(training / measured.step)))
+
+
+def show_measuring() -> None:
+    """Say why nothing is shown for a while."""
+    terminal.console.print("[bold]demo[/]      measuring an evaluation and a few steps on this machine")
+
+
+def show_steps(steps: int, seconds: float, measured: Measured, runs: int, most: int) -> None:
+    """Say how many steps are taken, and why.
+
+    Args:
+        steps: The steps of each run.
+        seconds: The time that is meant.
+        measured: What a step and the evaluations of a run take.
+        runs: Runs that share the time.
+        most: The most steps that are wanted.
+    """
+    needed = runs * (steps * measured.step + measured.evaluations)
+    why = f"as many as fit into {seconds:.0f} s with their evaluations"
+    if needed > seconds:
+        why = "the fewest in which ranks can be allocated"
+    elif steps == most:
+        why = "as in the recipes"
+    step, evaluations = f"{measured.step:.2g} s a step", f"{measured.evaluations:.2g} s for the evaluations of a run"
+    terminal.console.print(f"  measured  {step}, {evaluations}")
+    terminal.console.print(f"  steps     {steps} for each of {runs} runs, {why}: about {needed:.0f} s together\n")

@@ -1,0 +1,151 @@
+"""The modules that a recipe names: every entry must fit one, or else less is trained than the recipe says."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from loralloc.config import LoraSection, listed
+from loralloc.errors import UserError, closest
+
+_NOT_TAKEN_APART = re.compile(r"\(\?(?!:)|\\[1-9]")
+"""What makes parts of a pattern depend on each other: flags, assertions, references."""
+
+
+def check_entries(lora: LoraSection, model: nn.Module, planned: bool) -> None:
+    """Refuse the names and patterns of a recipe that fit no module, compared as PEFT does.
+
+    Args:
+        lora: The recipe's section.
+        model: The base model, without an adapter.
+        planned: Whether a plan decides which modules are adapted.
+
+    Raises:
+        UserError: With a line for each key at fault.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found = {}
+    if not planned:
+        every_linear = isinstance(lora.target_modules, str) and lora.target_modules.lower() == "all-linear"
+        found["target_modules"] = "" if every_linear else _problem(lora.target_modules, names)
+        found["exclude_modules"] = _problem(lora.exclude_modules, names)
+    # Of what is trained in full, PEFT compares the ends of all names, those of shared modules too, without a dot.
+    every = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    unknown = [entry for entry in lora.modules_to_save or [] if not any(name.endswith(entry) for name in every)]
+    found["modules_to_save"] = _no_such(unknown, every)
+    lines = [
+        f"lora.{key}: {problem}; the model has {linear_modules(model)}" for key, problem in found.items() if problem
+    ]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def linear_modules(model: nn.Module) -> str:
+    """List the names of linear layers with how often they occur, for a message."""
+    kinds = ((name.rpartition(".")[2], type(module).__name__) for name, module in model.named_modules())
+    names = Counter(name for name, kind in kinds if "Linear" in kind or kind == "Conv1D")
+    return ", ".join(f"{name} ({count})" for name, count in names.most_common()) or "no linear layers"
+
+
+def _problem(entries: str | Sequence[str] | None, names: Sequence[str]) -> str:
+    if isinstance(entries, str):
+        return _pattern_problem(entries, names)
+    ends = {end for name in names for end in _ends(name)}
+    return _no_such([entry for entry in entries or () if entry not in ends], names)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The ends of a module's name that begin after a dot, and the whole name."""
+    parts = name.split(".")
+    return (".".join(parts[at:]) for at in range(len(parts)))
+
+
+def _no_such(entries: Sequence[str], names: Sequence[str]) -> str:
+    if not entries:
+        return ""
+    quoted = listed(f'"{entry}"' for entry in entries)
+    return (
+        f"no module is named {quoted}.{''.join(_nearest(entry, names) for entry in entries)} Correct it or leave it out"
+    )
+
+
+def _nearest(entry: str, names: Sequence[str]) -> str:
+    """Offer the end of a module's name, as long as the entry, that was most likely meant."""
+    length = entry.count(".") + 1
+    return closest(entry, dict.fromkeys(".".join(name.split(".")[-length:]) for name in names))
+
+
+def _nearest_within(pattern: str, names: Sequence[str]) -> str:
+    """Offer the name that the first unknown word of a pattern was most likely meant to be."""
+    parts = {part for name in names for part in name.split(".")}
+    unknown = (word for word in re.findall(r"\w+", pattern) if word not in parts)
+    return next(filter(None, (closest(word, parts) for word in unknown)), "")
+
+
+def _pattern_problem(pattern: str, names: Sequence[str]) -> str:
+    try:
+        fits = any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        return f'"{pattern}" is no regular expression ({error})'
+    if not fits:
+        single = any(pattern in _ends(name) for name in names)
+        cure = (
+            f" A name is written in a list: [{pattern}]" if single else f"{_nearest_within(pattern, names)} Correct it"
+        )
+        return f'no module fits the pattern "{pattern}".{cure}'
+    for part, narrowed in _alternatives(pattern):
+        if not any(re.fullmatch(narrowed, name) for name in names):
+            return (
+                f'no module fits the part "{part}" of the pattern "{pattern}".{_nearest_within(part, names)} '
+                "Correct it or leave it out"
+            )
+    return ""
+
+
+def _alternatives(pattern: str) -> Iterator[tuple[str, str]]:
+    """Yield every alternative of a pattern, and the pattern with that one alone in place of its siblings.
+
+    >>> list(_alternatives("self.(query|value)"))
+    [('query', 'self.(query)'), ('value', 'self.(value)')]
+    """
+    if _NOT_TAKEN_APART.search(pattern):
+        return
+    branches = _split(pattern)
+    if len(branches) > 1 and "" not in branches:  # with an empty one, the others are optional
+        yield from ((branch, branch) for branch in branches)
+    for branch in branches:
+        for start, end in _groups(branch):
+            for part, inner in _alternatives(branch[start:end]):
+                yield part, branch[:start] + inner + branch[end:]
+
+
+def _marks(pattern: str) -> Iterator[tuple[int, str]]:
+    """The parentheses and bars of a pattern that are not escaped and in no set of characters."""
+    tokens = re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|]", pattern, re.S)
+    return ((token.start(), token[0]) for token in tokens if token[0] in "()|")
+
+
+def _split(pattern: str) -> list[str]:
+    depth, start, branches = 0, 0, []
+    for at, mark in _marks(pattern):
+        depth += {"(": 1, ")": -1, "|": 0}[mark]
+        if mark == "|" and depth == 0:
+            branches.append(pattern[start:at])
+            start = at + 1
+    return [*branches, pattern[start:]]
+
+
+def _groups(branch: str) -> Iterator[tuple[int, int]]:
+    """Where the outermost groups begin and end; one that is repeated may need several alternatives at once."""
+    depth, start = 0, 0
+    for at, mark in _marks(branch):
+        if mark == "(":
+            start = at + (3 if branch.startswith("(?:", at) else 1) if depth == 0 else start
+            depth += 1
+        elif mark == ")":
+            depth -= 1
+            if depth == 0 and branch[at + 1 : at + 2] not in ("*", "+", "{"):
+                yield start, at

@@ -1,0 +1,219 @@
+"""The check of an export: stock PEFT loads the files onto the bare base model, and like is compared with like.
+
+What a training loop leaves around a model (accelerate's autocast and its conversion of outputs to fp32) is taken off on
+both sides, so that both compute in the dtype of the weights. The files are loaded onto the base model without the
+trained adapter, so that a fault of the trained model cannot be its own witness. Three things have to hold:
+
+* the files hold what stock PEFT then holds: no key is missing, none is left over;
+* every module's update s · B A is the trained one, up to the rounding of the stored dtype;
+* the logits are the trained model's, up to the rounding of the model's dtype, and differ from the base model's where
+  the trained model's do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from loralloc.errors import UserError
+from loralloc.gating import plain_sites
+from loralloc.peft_layers import bare_base
+
+Batch = Mapping[str, Any]
+
+_EXAMPLES: WeakKeyDictionary[nn.Module, Batch] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A module's update with the scale folded in: ΔW = B A.
+
+    Attributes:
+        A: [rank, in].
+        B: [out, rank].
+    """
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of ranks that are not closed."""
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The outcome of a check.
+
+    Attributes:
+        difference: Largest difference of a logit between the trained model and the files.
+        allowed: What rounding allows.
+    """
+
+    difference: float
+    allowed: float
+
+
+def remember_example(model: nn.Module, batch: Batch) -> None:
+    """Keep inputs of a model for its export: a sample or two of the data that it was trained on."""
+    _EXAMPLES[model] = batch
+
+
+def check_batch(model: PeftModel, batch: Batch | None) -> Batch:
+    """Return inputs for a check: those given, or those of the model's training, or made up.
+
+    Raises:
+        UserError: There are none, and the model takes no token ids.
+    """
+    batch = _EXAMPLES.get(model) if batch is None else batch
+    return _made_up(model) if batch is None else batch
+
+
+def check_adapter(model: PeftModel, folder: Path, factors: Mapping[str, Factors], batch: Batch) -> Checked:
+    """Load an adapter's files with stock PEFT onto the bare base model and compare.
+
+    Args:
+        model: The trained model.
+        folder: The files.
+        factors: The trained updates by full module name.
+        batch: Inputs, on any device.
+
+    Raises:
+        UserError: The model does not take the inputs.
+        RuntimeError: The files are another adapter.
+    """
+    narrow = any(factor.A.dtype.itemsize < 4 for factor in factors.values())
+    with computing_plainly(model):
+        trained = logits(model, batch)
+        with bare_base(model) as base:
+            without = logits(base, batch)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about keys: they are compared below
+                stock = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=not narrow).eval()
+            _compare_keys(folder, stock)
+            _compare_updates(stock, factors)
+            loaded = logits(stock, batch)
+    if not torch.equal(trained, without) and torch.equal(loaded, without):
+        raise RuntimeError("the reloaded export has no effect: its logits are the base model's; nothing was written")
+    return compare(trained, loaded)
+
+
+@contextmanager
+def computing_plainly(model: nn.Module) -> Iterator[None]:
+    """Evaluation in the dtype of the weights inside: no dropout, no autocast, no wrapper of accelerate's."""
+    modes = {module: module.training for module in model.modules()}
+    wrapped = [module for module in modes if "_original_forward" in vars(module) and "forward" in vars(module)]
+    forwards = [module.forward for module in wrapped]
+    device = next(model.parameters()).device.type
+    model.eval()
+    for module in wrapped:
+        module.forward = vars(module)["_original_forward"]
+    try:
+        with torch.random.fork_rng(), torch.autocast(device, enabled=False), torch.no_grad():
+            yield
+    finally:
+        for module, forward in zip(wrapped, forwards, strict=True):
+            module.forward = forward
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits of a model, or its first output.
+
+    Raises:
+        UserError: The model does not take the inputs.
+    """
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    try:
+        outputs = model(**inputs)
+        found = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+        found = outputs[0] if found is None else found
+        if found.dim() == 0:
+            raise ValueError("it returns a loss and no logits")
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise UserError(
+            "the export was not checked, so nothing was written: the model does not take the inputs of the check "
+            f"({type(error).__name__}: {reason}). The trained model is as it was; export it again with batch={{...}}: "
+            "a few of your data as the model's forward takes them"
+        ) from error
+    return found
+
+
+def compare(expected: Tensor, actual: Tensor, ulps: int = 4) -> Checked:
+    """Return the largest difference of a logit, and what is allowed.
+
+    Allowed are 1e-5 in fp32 and a few units in the last place of a narrower dtype, relative to the largest logit.
+
+    Raises:
+        RuntimeError: The difference is more than rounding.
+    """
+    relative = max(1e-5, ulps * torch.finfo(expected.dtype).eps)
+    expected, actual = expected.float(), actual.float()
+    difference = float((expected - actual).abs().max())
+    tolerance = relative * max(1.0, float(expected.abs().max()))
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"the reloaded export computes something else: logits differ by {difference:.3g} "
+            f"(allowed {tolerance:.3g}); nothing was written"
+        )
+    return Checked(difference, tolerance)
+
+
+def _compare_keys(folder: Path, stock: PeftModel) -> None:
+    """What the file holds and what stock PEFT took from it."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        written = set(file.keys())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about embeddings that are saved along
+        lost = sorted(written ^ set(get_peft_model_state_dict(stock)))
+    if lost:
+        raise RuntimeError(f"stock PEFT does not load all of the export: {lost[:3]}; nothing was written")
+
+
+def _compare_updates(stock: PeftModel, factors: Mapping[str, Factors]) -> None:
+    """Every module's update on random inputs; rounding is bounded entry by entry, so that nothing cancels."""
+    generator = torch.Generator().manual_seed(0)
+    for name, layer, adapter in plain_sites(stock):
+        A, B = factors[name].A.cpu().double(), factors[name].B.cpu().double()
+        C, D = (getattr(layer, f"lora_{side}")[adapter].weight.cpu().double() for side in "AB")
+        x = torch.randn(A.shape[1], 4, generator=generator, dtype=torch.float64)
+        rounding = 8 * torch.finfo(factors[name].A.dtype).eps * (B.abs() @ (A.abs() @ x.abs()))
+        difference = (B @ (A @ x) - layer.scaling[adapter] * (D @ (C @ x))).abs()
+        if not (difference <= rounding).all():
+            raise RuntimeError(
+                f"the reloaded export computes something else: the update of {name} differs; nothing was written"
+            )
+
+
+def _made_up(model: PeftModel) -> dict[str, Tensor]:
+    """Token ids, the last one an end of sequence: one sample where the model cannot pad, no more than its positions."""
+    inner: Any = model.get_base_model()
+    if getattr(inner, "main_input_name", None) != "input_ids":
+        raise UserError(
+            f"{type(inner).__name__} does not take token ids: pass batch={{...}}, inputs for the check of the export"
+        )
+    config = inner.config.get_text_config()
+    samples = 1 if getattr(config, "pad_token_id", None) is None else 2
+    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (samples, length), generator=generator)
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and end < config.vocab_size:
+        ids[ids == end] = (end + 1) % config.vocab_size  # classifiers look for as many ends in every sample
+        ids[:, -1] = end
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**batch, "decoder_input_ids": ids} if inner.config.is_encoder_decoder else batch

@@ -1,0 +1,119 @@
+"""What was exported: how to load and serve it, and its page, with what is known of its training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from torch import nn
+
+Profile = Literal["ragged", "uniform", "merged"]
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for --max-lora-rank."""
+
+LOADING = """\
+from peft import PeftModel
+from transformers import {model}, AutoTokenizer
+
+base = {model}.from_pretrained({base}{options})
+model = PeftModel.from_pretrained(base, ".")  # this folder
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        profile: Its profile.
+        ranks: Full module name to rank; 0 for modules left out.
+        difference: Largest difference of a logit between the model and the reloaded files, on the checked batch.
+        allowed: What it may be: rounding of the model's dtype, at the size of the largest logit.
+        base: Folder or name of the base model, where it is known.
+        has_head: Whether modules are saved in full besides the adapter, such as the head of a classifier.
+        generates: Whether the model generates text, so that servers of language models take it.
+    """
+
+    path: Path
+    profile: Profile
+    ranks: Mapping[str, int]
+    difference: float
+    allowed: float
+    base: str = "BASE_MODEL"
+    has_head: bool = False
+    generates: bool = True
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank: what servers reserve for every module."""
+        return max(self.ranks.values())
+
+    @property
+    def serving(self) -> list[str]:
+        """Lines that serve the export; none where servers of language models refuse it (a head saved in full)."""
+        return self.serving_from(str(self.path))
+
+    def serving_from(self, path: str) -> list[str]:
+        """The same from another folder."""
+        if not self.generates or (self.has_head and self.profile != "merged"):
+            return []
+        if self.profile == "merged":
+            return [f"vllm serve {path}"]
+        flag = next((rank for rank in VLLM_RANKS if rank >= self.max_rank), self.max_rank)
+        need = "vLLM 0.32 or newer" if self.profile == "ragged" else "any vLLM"
+        return [f"vllm serve {self.base} --enable-lora --max-lora-rank {flag} --lora-modules adapter={path}   # {need}"]
+
+
+def model_card(base: nn.Module, export: Export, tokenizer: bool, facts: Mapping[str, Any] | None = None) -> str:
+    """Return the text of README.md.
+
+    Args:
+        base: The base model.
+        export: What was exported.
+        tokenizer: Whether the folder holds a tokenizer.
+        facts: What else to tell, by heading: mappings from a name to a value, such as {"Data": {"train": 800}}.
+    """
+    total, modules = sum(export.ranks.values()), len(export.ranks)
+    sections = [
+        f"---\nbase_model: {json.dumps(export.base)}\nlibrary_name: peft\ntags:\n- lora\n- loralloc\n---",
+        "# LoRA adapter with allocated ranks",
+        f"A plain LoRA adapter (profile `{export.profile}`): {total} ranks over {modules} modules, largest rank "
+        f"{export.max_rank}. The rank of each module is in `loralloc_export.json`. After writing, stock PEFT loaded "
+        "the files onto the base model; the largest difference of a logit to the trained model was "
+        f"{export.difference:.1e}.",
+        f"```python\n{_loading(base, export, tokenizer)}\n```",
+    ]
+    if export.profile == "ragged":
+        sections.append(
+            "Modules have ranks of their own (`rank_pattern`). PEFT's hot-swapping and vLLM before 0.32 do not read "
+            "it: export with the profile `uniform` for them."
+        )
+    if export.serving:
+        serving = "\n".join(export.serving_from("path/to/this/folder"))
+        sections.append(f"Serving (`--max-lora-rank` must be at least {export.max_rank}):\n\n```sh\n{serving}\n```")
+    for heading, rows in (facts or {}).items():
+        table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
+        sections.append(f"## {heading}\n\n| | |\n|---|---|\n{table}")
+    return "\n\n".join(sections) + "\n"
+
+
+def _loading(base: nn.Module, export: Export, tokenizer: bool) -> str:
+    """The lines that load the adapter, run in its folder."""
+    kind, config = type(base).__name__, getattr(base, "config", None)
+    if not hasattr(transformers, kind):
+        return 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, ".")  # base: the model as it was'
+    labels = getattr(config, "num_labels", 2)
+    options = f", num_labels={labels}" if export.has_head and kind.endswith("Classification") else ""
+    name = json.dumps(export.base)
+    return LOADING.format(model=kind, base=name, options=options, tokenizer='"."' if tokenizer else name)
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

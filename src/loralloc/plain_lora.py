@@ -1,0 +1,139 @@
+"""Which adapters are plain LoRA: B·A on the linear layers of a base model that stays as it is.
+
+Readers of LoRA files know nothing else, so what is more than that can be trained and never exported. It is refused when
+an allocation is attached, and again when an adapter is exported or truncated, by the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import Tensor
+
+from loralloc.errors import UserError
+from loralloc.naming import named
+
+CONVERTED = ("pissa", "olora", "corda", "lora_ga")
+"""Starts of init_lora_weights under which PEFT changes the base weights, and can convert what was trained."""
+
+CHANGES_BASE_WEIGHTS = (*CONVERTED, "loftq")
+"""The same, with that for which there is no conversion."""
+
+VARIANTS = tuple(field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant"))
+"""Settings of LoraConfig under which PEFT computes another update than B·A: `use_dora` and the like."""
+
+OTHER_UPDATES = (*VARIANTS, "lora_bias", "use_qalora", "target_parameters")
+"""Settings under which an adapter is more, or other, than B·A on linear layers."""
+
+
+def check_plain(model: PeftModel, adapter: str, layers: Sequence[tuple[str, Any]]) -> None:
+    """Refuse an adapter that is more than B·A on the base weights.
+
+    Args:
+        model: The model.
+        adapter: Name of the adapter.
+        layers: Its layers by full module name, all of them linear.
+
+    Raises:
+        UserError: With the setting or the layers, and what to change.
+    """
+    check_plain_config(model.peft_config[adapter])
+    trained = [
+        name
+        for name, parameter in model.get_base_model().named_parameters()
+        if parameter.requires_grad and not any(part in model.peft_config for part in name.split("."))
+    ]
+    if trained:
+        raise UserError(
+            f"{len(trained)} parameters of the base model are not frozen ({trained[0]}, ...), and no adapter holds "
+            "what they learn; freeze them, or train their module as a whole with LoraConfig(modules_to_save=[...])"
+        )
+    found = {name: layer.lora_variant[adapter] for name, layer in layers if adapter in layer.lora_variant}
+    if found:
+        variant = type(next(iter(found.values()))).__name__
+        where = named(list(found), [name for name, _ in layers if name not in found])
+        raise UserError(
+            f"{where}: the adapter uses PEFT's {variant}, which changes the update itself; use plain LoRA, a "
+            "LoraConfig with init_lora_weights=True and no variant"
+        )
+
+
+def check_plain_config(config: PeftConfig) -> None:
+    """Refuse what a config says of an adapter that is more than B·A on the base weights.
+
+    Raises:
+        UserError: With the setting and what to change.
+    """
+    assert isinstance(config, LoraConfig)
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE_WEIGHTS):
+        convert = (
+            "; PEFT converts an adapter that is trained already, where its start was saved: "
+            "save_pretrained(path, path_initial_model_for_weight_conversion=...)"
+        )
+        raise UserError(
+            f'init_lora_weights="{start}" changes the base weights at the start, so that the adapter fits no stock '
+            f"base model; train with LoraConfig(init_lora_weights=True){convert * start.lower().startswith(CONVERTED)}"
+        )
+    if config.bias != "none":
+        raise UserError(
+            f'bias="{config.bias}" trains biases of the base model, which are no part of plain LoRA; set '
+            'LoraConfig(bias="none")'
+        )
+    if config.layer_replication:
+        raise UserError(
+            "layer_replication builds another model from the base model's layers, which is no part of plain LoRA; "
+            "leave it out of LoraConfig"
+        )
+    for name in OTHER_UPDATES:
+        if getattr(config, name):
+            raise UserError(f"{name} makes the update more, or other, than B·A; leave it out of LoraConfig")
+
+
+def check_active(layers: Iterable[tuple[str, Any]]) -> None:
+    """Refuse an adapter that does not take part in what the model computes.
+
+    Raises:
+        UserError: It is merged or disabled.
+    """
+    for name, layer in layers:
+        if layer.merged or layer.disable_adapters:
+            state, cure = ("merged", "unmerge_adapter()") if layer.merged else ("disabled", "enable_adapter_layers()")
+            raise UserError(f"{name}: the adapter is {state}, so there is nothing to compare with; call {cure} first")
+
+
+def check_mergeable(model: PeftModel, adapter: str, layers: Iterable[tuple[str, Any]]) -> None:
+    """Refuse to merge an adapter of a layer that shares its weight with another one: both would change.
+
+    Args:
+        model: The model.
+        adapter: Name of the adapter.
+        layers: Its layers by full module name.
+
+    Raises:
+        UserError: With both layers and what to do instead.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.get_base_model().named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+    for name, layer in layers:
+        shared = [other for other in owners.get(id(layer.get_base_layer().weight), []) if other != name]
+        if shared:
+            raise UserError(
+                f"{name} is tied to {shared[0]} (they share one weight), so merging the adapter of one would change "
+                'both; export profile="ragged" or "uniform", or train without an adapter on it: '
+                f'LoraConfig(exclude_modules=["{name}"])'
+            )
+
+
+def stored_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as a file holds them: on the CPU, in one piece each, and none sharing its memory with another.
+
+    Modules that are saved whole share theirs where embeddings are tied (`ensure_weight_tying`).
+    """
+    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}

@@ -1,0 +1,274 @@
+"""Files of rows, in every format of `locations.READABLE`: what is damaged is refused with file, place and reason.
+
+A column that the recipe does not use is no reason to refuse a file: what is wrong with one is remembered, and said
+when somebody asks for it. The form of every row is checked, whatever the columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from datasets import Dataset, Features
+from pyarrow import parquet
+
+from loralloc.errors import UserError
+from loralloc.tasks.locations import data_file, extension
+from loralloc.tasks.rows import Rows, quote, shorten
+
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+_TABLES = {",": ".csv", "\t": ".tsv"}
+
+
+def read_file(source: str) -> Rows:
+    """Read all rows of a file.
+
+    Args:
+        source: Its path.
+
+    Returns:
+        The rows; none for an empty file.
+
+    Raises:
+        UserError: There is no such file, it cannot be read, or it is malformed.
+    """
+    path = data_file(source)
+    return _READERS[extension(path)](source, path)
+
+
+def _unpack(source: str, path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{source} is not a complete gzip file ({error}).") from error
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror}).") from error
+
+
+def _read_text(source: str, path: Path) -> str:
+    content = _unpack(source, path)
+    try:
+        return content.decode("utf-8-sig")  # a byte-order mark, as Excel writes it, is not data
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{source}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x}). Save the file as UTF-8."
+        ) from error
+
+
+def _columns(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(key for record in records for key in record))
+
+
+def _read_json(source: str, path: Path) -> Rows:
+    text = _read_text(source, path)
+    return _json_list(source, text) if text.lstrip().startswith("[") else _json_lines(source, text)
+
+
+def _parse_json(text: str) -> Any:
+    """Parse JSON, and refuse what it allows but no column can hold.
+
+    Raises:
+        ValueError: It is not JSON, or an object names a key twice.
+        RecursionError: It is nested too deeply.
+    """
+    value = json.loads(text, object_pairs_hook=_unique)
+    json.dumps(value, ensure_ascii=False).encode()  # JSON may escape half a character: no tokenizer takes it
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{quote(twice)} stands twice in one object")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "msg", None) or getattr(error, "reason", None) or str(error)
+
+
+def _json_list(source: str, text: str) -> Rows:
+    try:
+        records = _parse_json(text)
+    except json.JSONDecodeError as error:
+        line = text.split("\n")[error.lineno - 1]
+        raise UserError(f"{source}:{error.lineno}: not valid JSON ({error.msg}): {shorten(line)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not valid JSON ({_reason(error)})") from error
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UserError(f"{source}, row {number}: a row must be a JSON object, found {quote(record)}")
+    return Rows(source, _columns(records), records, range(1, len(records) + 1), unit="row")
+
+
+def _read_jsonl(source: str, path: Path) -> Rows:
+    return _json_lines(source, _read_text(source, path))
+
+
+def _json_lines(source: str, text: str) -> Rows:
+    records, numbers = [], []
+    # Not splitlines(): JSON strings may hold characters that it takes for the end of a line, such as U+2028.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = _parse_json(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{source}:{number}: not valid JSON ({_reason(error)}): {shorten(line)}") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{source}:{number}: a row must be a JSON object, found {quote(record)}")
+        records.append(record)
+        numbers.append(number)
+    return Rows(source, _columns(records), records, numbers)
+
+
+def _read_csv(source: str, path: Path) -> Rows:
+    return _read_table(source, path, ",")
+
+
+def _read_tsv(source: str, path: Path) -> Rows:
+    return _read_table(source, path, "\t")
+
+
+def _read_table(source: str, path: Path, delimiter: str) -> Rows:
+    text = _read_text(source, path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    kept, unreadable = _by_name(header)
+    records, numbers = [], []
+    start = 1
+    with _any_field_size():
+        try:
+            for fields in reader:
+                if not header:
+                    header = fields
+                    _check_delimiter(source, header, delimiter)
+                    kept, unreadable = _by_name(header)
+                elif fields:  # the reader gives an empty list for a blank line
+                    if len(fields) != len(header):
+                        raise UserError(
+                            f"{source}:{start}: {len(fields)} values, "
+                            f"but the header names {len(header)} columns: {quote(fields)}"
+                        )
+                    # An empty field is how these formats write a missing value.
+                    records.append({header[i]: fields[i] or None for i in kept})
+                    numbers.append(start)
+                start = reader.line_num + 1
+        except csv.Error as error:
+            line = re.split("\r\n|\r|\n", text)[start - 1]  # the ends of lines as the reader counts them
+            raise UserError(
+                f'{source}:{start}: malformed row ({error}). Quotes within a quoted value are doubled (""): '
+                f"{shorten(line)}"
+            ) from error
+    return Rows(source, tuple(header[i] for i in kept), records, numbers, unreadable=unreadable)
+
+
+def _by_name(header: Sequence[str]) -> tuple[list[int], dict[str, str]]:
+    """Return the places of the columns that have a name of their own, and why the other names cannot be read.
+
+    A column without a name, such as the index that pandas writes, is none that a recipe could name.
+    """
+    counts = Counter(header)
+    kept = [i for i, name in enumerate(header) if name.strip() and counts[name] == 1]
+    return kept, {
+        name: f"stands {count} times in the header: give each a name of its own"
+        for name, count in counts.items()
+        if count > 1 and name.strip()
+    }
+
+
+def _check_delimiter(source: str, header: Sequence[str], delimiter: str) -> None:
+    """Refuse a table whose single column is several, parted by another character than the format's."""
+    if len(header) != 1:
+        return
+    found = [other for other in _SEPARATORS if other != delimiter and other in header[0]]
+    if not found:
+        return
+    other = max(found, key=header[0].count)
+    cure = f"Save the file with {_SEPARATORS[delimiter]}"
+    if other in _TABLES:
+        renamed = re.sub(r"\.[ct]sv(?=(\.gz)?$)", _TABLES[other], source, flags=re.I)
+        cure = f"Rename it to {renamed}"
+    raise UserError(
+        f"{source}:1: the columns are separated by {_SEPARATORS[other]}, but those of a {_TABLES[delimiter]} file by "
+        f"{_SEPARATORS[delimiter]}. {cure}. The header is {quote(header[0])}"
+    )
+
+
+@contextmanager
+def _any_field_size() -> Iterator[None]:
+    """Lift the limit of 128 KiB a field, which is shorter than many a document."""
+    previous = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a C long, 32 bits wide on Windows
+    try:
+        yield
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _read_parquet(source: str, path: Path) -> Rows:
+    try:
+        with parquet.ParquetFile(pyarrow.BufferReader(_unpack(source, path)), page_checksum_verification=True) as file:
+            table = file.read()
+        table.validate(full=True)
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are kinds of these
+        reason = shorten(str(error).strip().split("\n")[0])
+        raise UserError(
+            f"{source} is not a readable Parquet file ({reason}). Is it complete? Copy or write it again."
+        ) from error
+    return _rows_of_arrow(source, table)
+
+
+def _rows_of_arrow(source: str, table: pyarrow.Table) -> Rows:
+    """Keep the columns that can be read; the others matter only where a recipe names them."""
+    kept, unreadable = _by_name(table.column_names)
+    for index in list(kept):
+        field = table.schema.field(index)
+        try:
+            Features.from_arrow_schema(pyarrow.schema([field]))
+        except (ValueError, NotImplementedError):
+            kept.remove(index)
+            unreadable[field.name] = f"has the type {field.type}: write it as text, numbers or lists of them"
+    return replace(rows_of_dataset(source, Dataset(table.select(kept))), unreadable=unreadable)
+
+
+def rows_of_dataset(source: str, table: Dataset) -> Rows:
+    """Wrap a data set whose rows count from 1."""
+    return Rows(source, tuple(table.column_names), table, range(1, len(table) + 1), unit="row")
+
+
+def _read_txt(source: str, path: Path) -> Rows:
+    records, numbers = [], []
+    lines = enumerate(_read_text(source, path).split("\n"), 1)
+    for blank, group in groupby(lines, key=lambda line: not line[1].strip()):
+        if not blank:
+            document = list(group)
+            records.append({"text": "\n".join(line.removesuffix("\r") for _, line in document)})
+            numbers.append(document[0][0])
+    return Rows(source, ("text",), records, numbers)
+
+
+_READERS: dict[str, Callable[[str, Path], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}

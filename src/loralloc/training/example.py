@@ -1,0 +1,37 @@
+"""A sample or two of the data of a run, which the check of its export computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralloc.export_check import remember_example
+from loralloc.training.probe import samples_of
+
+SAMPLES = 2
+
+
+def keep_example(model: nn.Module) -> Callable[[], None]:
+    """Keep the first samples of the first batch that a model is trained on.
+
+    Args:
+        model: The model, called with keyword arguments.
+
+    Returns:
+        Ends the watch for that batch, if it has not come.
+    """
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or args:
+            return
+        # Other than tensors are orders of a training loop, such as TRL's to compute no logits.
+        tensors = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+        batch = samples_of(tensors, slice(SAMPLES))
+        remember_example(model, {key: value.detach().to("cpu", copy=True) for key, value in batch.items()})
+        hook.remove()
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    return hook.remove

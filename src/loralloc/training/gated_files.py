@@ -1,0 +1,104 @@
+"""What a gated model writes and reads: plain LoRA for everybody, and the gated factors for a run that resumes.
+
+Stock PEFT knows no gates: it would save the factors as they are and drop the gates at loading, so that an adapter saved
+in the middle of a run would be another function. As long as gates are attached, `model.save_pretrained` therefore
+writes the adapter with the gates folded into B, as if the run ended there, under PEFT's own names; and the factors and
+gates themselves into `FILE` beside it. `model.load_adapter` reads them back from there. A Trainer's checkpoints, its
+`save_model` and its best model go these ways.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loralloc.errors import UserError
+from loralloc.gating import Site, folded
+from loralloc.peft_layers import PREFIX
+
+FILE = "gated_factors.safetensors"
+"""A, B and gates of every site, by the names that they have in the model."""
+
+_REPLACED = ("save_pretrained", "load_adapter")
+
+
+class GatedFiles:
+    """Saving and loading of a model while its gates are attached.
+
+    Args:
+        model: The `PeftModel`.
+        sites: Its gated layers.
+    """
+
+    def __init__(self, model: PeftModel, sites: Sequence[Site]) -> None:
+        self._model, self._sites = model, sites
+        for name in _REPLACED:
+            setattr(model, name, getattr(self, name))
+
+    def close(self) -> None:
+        """Leave saving and loading to PEFT: the gates are folded."""
+        for name in _REPLACED:
+            vars(self._model).pop(name, None)
+
+    @torch.no_grad()
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, with the gates folded; the gated factors beside it."""
+        stock = type(self._model).save_pretrained
+        given = inspect.signature(stock).bind(self._model, str(save_directory), *args, **kwargs).arguments
+        given.update(given.pop("kwargs", {}))
+        tensors = given.get("state_dict") or self._model.state_dict()
+        adapter = self._sites[0].adapter
+        stock(**{**given, "state_dict": self._folded(tensors)})  # type: ignore[arg-type]
+        if given.get("is_main_process", True) and adapter in (given.get("selected_adapters") or [adapter]):
+            gated = {key: tensors[key].contiguous().cpu() for site in self._sites for key in _keys(site)}
+            save_file(gated, self._place(save_directory) / FILE)
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's; an adapter that is loaded where the gates are takes its gated factors back.
+
+        Raises:
+            UserError: The folder has none: it was not saved while gates were attached.
+        """
+        path = self._place(model_id) / FILE
+        if adapter_name == self._sites[0].adapter and not path.is_file():
+            raise UserError(
+                f"{model_id} has no {FILE}, and the gates of the attached rank allocation would change what its "
+                "adapter computes; load it into a model without an allocation, or under another adapter_name"
+            )
+        result = type(self._model).load_adapter(self._model, str(model_id), adapter_name, *args, **kwargs)
+        if adapter_name == self._sites[0].adapter:
+            self._model.load_state_dict(load_file(path), strict=False)
+            result.missing_keys.clear()
+        return result
+
+    def _place(self, directory: str | Path) -> Path:
+        """Where PEFT keeps the adapter in a folder."""
+        adapter = self._sites[0].adapter
+        return Path(directory) if adapter == "default" else Path(directory) / adapter
+
+    def _folded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dictionary of plain LoRA."""
+        plain = dict(tensors)
+        for site in self._sites:
+            keys = _keys(site)
+            A, B, gate = (plain[key] for key in keys)
+            plain[keys[0]], plain[keys[1]] = folded(A, B, gate, site.full_scale.to(gate.device), site.scaling)
+            del plain[keys[2]]
+        return plain
+
+
+def _keys(site: Site) -> tuple[str, str, str]:
+    """Names of A, B and the gate in the model's state dictionary."""
+    layer = PREFIX + site.name
+    return (
+        f"{layer}.lora_A.{site.adapter}.weight",
+        f"{layer}.lora_B.{site.adapter}.weight",
+        (f"{layer}.lora_gate.{site.adapter}"),
+    )

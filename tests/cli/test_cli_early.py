@@ -1,0 +1,168 @@
+"""Wrong names and paths are refused before torch is imported, and by the same words as later ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loralloc.cli import train
+
+from .command import PLAIN, RECIPE, done, refused
+
+Write = Callable[[str], Path]
+
+HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib", "pyarrow"}
+COMMANDS = """
+import json, sys
+from contextlib import redirect_stderr
+from io import StringIO
+from loralloc.cli.main import main
+said = []
+for words in json.loads(sys.stdin.read()):
+    sys.argv = ["loralloc", *words]
+    with redirect_stderr(StringIO()) as err:
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code == 2
+    said.append(err.getvalue())
+print(json.dumps([said, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def in_a_new_process(commands: list[list[str]]) -> tuple[list[str], set[str]]:
+    """Run commands that are refused in a new interpreter; what each said, and all that was imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS], input=json.dumps(commands), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    said, loaded = json.loads(done.stdout.splitlines()[-1])
+    return said, set(loaded)
+
+
+INPUTS = ["--data.train", "none.jsonl", "--data.validation", "nyu-mll/glue", "--data.test", "demo:docstring"]
+REFUSED = {  # command -> what it says
+    "train none.yaml": "none.yaml: there is no such file",
+    f"train recipe.yaml --dry-run --model.name ./none --plan none.json {' '.join(INPUTS)}": (
+        "model.name: there is no folder ./none.\n"
+        "none.jsonl: no such file.\n"
+        'nyu-mll/glue: no such file. For a data set of the Hub put hub: before its name: "hub:nyu-mll/glue".\n'
+        'No demo data "docstring"; there is demo:docstrings.\n'
+        "none.json: cannot read the rank plan (No such file or directory)\n"
+    ),
+    "train recipe.yaml --plan cut.json": "cut.json: not JSON",
+    "train recipe.yaml --output file/run": "output: file/run would lie in",
+    "train recipe.yaml --output thesis": "thesis exists and is not a run",
+    "train recipe.yaml --resume": "there is no folder run",
+    "report none": "there is no folder none",
+    "truncate thesis --output out --total_rank 3": "thesis is no adapter",
+}
+
+
+def test_wrong_paths_are_refused_without_importing_anything_heavy(recipe: Path, here: Path) -> None:
+    (here / "file").touch()
+    (here / "cut.json").write_text('{"format": 1, "modules": {', encoding="utf-8")
+    (here / "thesis").mkdir()
+    (here / "thesis" / "chapter.txt").touch()
+    said, loaded = in_a_new_process([command.split() for command in REFUSED])
+    for command, message, expected in zip(REFUSED, said, REFUSED.values(), strict=True):
+        assert message.startswith("error: "), (command, message)
+        assert expected in message, (command, message)
+    assert not loaded & HEAVY
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("recipe")
+def test_what_only_the_data_tell_is_found_later() -> None:
+    (message,), loaded = in_a_new_process([["train", "recipe.yaml", "--data.text", "txt", "--dry-run"]])
+    assert 'no column "txt"' in message
+    assert {"torch", "datasets"} <= loaded
+
+
+def test_only_the_first_process_looks_at_the_folder(recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may come after it has made the folder."""
+    looked = []
+    monkeypatch.setattr(train, "check_output", lambda *_: looked.append(True))
+    for rank, times in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        refused("train", recipe, "--data.text", "txt")
+        assert len(looked) == times
+    refused("train", recipe, "--data.text", "txt", "--dry-run")
+    assert len(looked) == 1
+
+
+def test_an_output_that_cannot_be_written(recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and allowed(path, mode))
+    message = refused("train", recipe, "--output", "a/b/run")
+    assert message == f"output: you may not write into {here}; name another with --output"
+
+
+MISTAKES: dict[str, tuple[list[Any], str]] = {
+    "one of two": (
+        ["--target_modules", "[query, valeu]"],
+        'lora.target_modules: no module is named "valeu". Did you mean "value"? Correct it or leave it out; '
+        "the model has dense (7), query (2), key (2), value (2), classifier (1)",
+    ),
+    "a path of which the end is wrong": (
+        ["--target_modules", "[query, self.valeu]"],
+        'no module is named "self.valeu". Did you mean "self.value"?',
+    ),
+    "part of a name": (["--target_modules", "[query, alue]"], 'no module is named "alue". Did you mean "value"?'),
+    "excluded": (
+        ["--exclude_modules", "[quary]"],
+        'lora.exclude_modules: no module is named "quary". Did you mean "query"? Correct it or leave it out',
+    ),
+    "excluded by a pattern": (
+        ["--exclude_modules", ".*quary"],
+        'lora.exclude_modules: no module fits the pattern ".*quary". Did you mean "query"?',
+    ),
+    "trained in full": (
+        ["--modules_to_save", "[word_embedings]"],
+        'lora.modules_to_save: no module is named "word_embedings". Did you mean "word_embeddings"?',
+    ),
+    "one name as a pattern": (
+        ["--target_modules", "query"],
+        'lora.target_modules: no module fits the pattern "query". A name is written in a list: [query]',
+    ),
+    "a part of a pattern": (
+        ["--target_modules", r".*\.(query|valeu)"],
+        r'no module fits the part "valeu" of the pattern ".*\.(query|valeu)". Did you mean "value"? Correct it or',
+    ),
+}
+CURES: dict[str, list[Any]] = {
+    "one of two": ["--target_modules", "[query, value]"],
+    "a path of which the end is wrong": ["--target_modules", "[query, self.value]"],
+    "part of a name": ["--target_modules", "[query, value]"],
+    "excluded": ["--exclude_modules", "[query]"],
+    "excluded by a pattern": ["--exclude_modules", ".*query"],
+    "trained in full": ["--modules_to_save", "[word_embeddings]"],
+    "one name as a pattern": ["--target_modules", "[query]"],
+    "a part of a pattern": ["--target_modules", r".*\.(query|value)"],
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_modules_that_do_not_exist(case: str, write: Write) -> None:
+    words, message = MISTAKES[case]
+    recipe = write(PLAIN)
+    assert message in refused("train", recipe, "--dry-run", *words)
+    assert "modules," in done("train", recipe, "--dry-run", *CURES[case])
+
+
+def test_every_key_at_fault_has_its_line(write: Write) -> None:
+    words = ["--target_modules", "[quary, valeu, key]", "--exclude_modules", "[dens]", "--modules_to_save", "[klass]"]
+    lines = refused("train", write(RECIPE), "--dry-run", *words).splitlines()
+    assert [line.partition(".")[2].partition(":")[0] for line in lines] == [
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+    ]
+    assert 'no module is named "quary" or "valeu". Did you mean "query"? Did you mean "value"?' in lines[0]
