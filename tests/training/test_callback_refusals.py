@@ -188,7 +188,8 @@ EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 def test_an_early_best_model_is_refused_with_the_cure(settings: dict[str, Any], tmp_path: Path) -> None:
     words = (
         "load_best_model_at_end could bring back a checkpoint from before step 16, when the ranks become final; set "
-        "eval_delay=16 with eval_strategy=save_strategy='steps' (or its equivalent in epochs), or load_best_model_at_end=False"
+        "eval_delay=16 with eval_strategy=save_strategy='steps' (or its equivalent in epochs), or "
+        "load_best_model_at_end=False"
     )
     with refuses(words):
         best(tmp_path, **settings).train()
