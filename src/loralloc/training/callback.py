@@ -333,6 +333,6 @@ def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final
     if args.eval_delay * steps_per_unit <= final + 1:
         raise UserError(
             f"load_best_model_at_end could bring back a checkpoint from before step {final + 2}, when the ranks become "
-            f"final; set eval_delay={final + 2} with eval_strategy=save_strategy='steps' (or its equivalent in epochs), "
-            "or load_best_model_at_end=False"
+            f"final; set eval_delay={final + 2} with eval_strategy=save_strategy='steps' (or its equivalent in "
+            "epochs), or load_best_model_at_end=False"
         )
