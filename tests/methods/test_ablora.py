@@ -226,6 +226,7 @@ def test_modules_among_which_nothing_could_move_are_refused():
     for scope in ("global", "block"):
         with pytest.raises(UserError, match=r"no rank could move: one module is adapted; adapt more of them"):
             Loop(model=tiny_peft("llama", target_modules=["layers.0.self_attn.q_proj"]), scope=scope)
+        assert Loop(model=tiny_peft("llama", target_modules="all-linear"), scope=scope).run.sites[1:]  # the cure
 
 
 @pytest.mark.parametrize("refused", ["rounds", "scale", "prepared"])
