@@ -205,6 +205,7 @@ class TestTracebacks:
         assert "missing ), unterminated subpattern at position 0" in message
 
     def test_bf16_where_there_is_none(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("loralloc.training.processes.on_cpu", lambda: False)  # an old GPU
         monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
         monkeypatch.setattr(processes, "on_cpu", lambda: False)
         message = refused("train", recipe, "--bf16", "true")
