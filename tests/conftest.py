@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from variants import mark_slow  # noqa: E402
 
 # More threads would change the order of summation, and with it the last bits, from machine to machine.
 torch.set_num_threads(1)
@@ -34,6 +35,12 @@ torch.set_num_threads(1)
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=50, database=None)
 settings.register_profile("thorough", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before `-m "not slow"` looks at the marks."""
+    mark_slow(items)
 
 
 def pytest_collection_finish() -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from loralloc.cli import pipeline, terminal
+from loralloc.training import processes
 
 from .command import (
     LANGUAGE,
@@ -206,25 +208,15 @@ class TestTracebacks:
     def test_bf16_where_there_is_none(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("loralloc.training.processes.on_cpu", lambda: False)  # an old GPU
         monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+        monkeypatch.setattr(processes, "on_cpu", lambda: False)
         message = refused("train", recipe, "--bf16", "true")
         assert message.startswith("training: Your setup doesn't support bf16/gpu.")
         assert not Path("run").exists()
 
-    @pytest.mark.parametrize(
-        ("text", "pattern"),
-        [
-            (
-                RECIPE,
-                r"^51 optimizer steps in a row had a non-finite gradient \(last: step \d+\); lower the learning rate",
-            ),
-            (
-                PLAIN,
-                "^the run ended without an adapter: .* not finite; .* the loss diverged: lower the learning rate$",
-            ),
-        ],
-    )
-    def test_a_learning_rate_that_diverges(self, text: str, pattern: str, write: Write) -> None:
+    @pytest.mark.parametrize("text", [RECIPE, PLAIN])
+    def test_a_learning_rate_that_diverges(self, text: str, write: Write) -> None:
         message = refused("train", write(text), "--learning_rate", 1e30, "--steps", 60)
+        pattern = r"^51 optimizer steps in a row had a non-finite gradient \(last: step \d+\); lower the learning rate"
         assert re.search(pattern, message), message
 
     def test_an_output_below_a_file(self, recipe: Path, here: Path) -> None:
@@ -304,6 +296,7 @@ class TestInterrupt:
         assert told in interrupted.out.splitlines()
 
     def test_gives_the_cursor_back(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Console, "is_terminal", property(lambda self: True))
         started: list[bool] = []
 
         def press(*_: object, **__: object) -> None:

@@ -1,0 +1,121 @@
+"""How many variants of a test are fast; the others run with the slow tests (`make check`).
+
+Whoever changes a line of code wants an answer in minutes, and it seldom takes forty variants of one test to give it.
+The fast ones are spread over all that a test has. A test that has none trains for long.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from math import gcd
+
+import pytest
+
+FAST: Mapping[str, int] = {
+    "cli/test_cli_errors.py::TestTracebacks::test_a_learning_rate_that_diverges": 1,
+    "cli/test_cli_methods.py::test_trains_allocates_and_exports": 1,
+    "cli/test_cli_search.py::test_a_budget_instead_of_the_threshold": 0,
+    "cli/test_cli_search.py::test_a_finished_search_is_kept_also_without_checkpoints": 0,
+    "cli/test_cli_search.py::test_a_killed_run_goes_on_in_the_stage_it_was_in": 1,
+    "cli/test_cli_search.py::test_patience_ends_the_search": 0,
+    "cli/test_cli_train.py::test_budgets_in_every_unit": 1,
+    "cli/test_cli_train.py::test_classifiers": 3,
+    "cli/test_cli_train.py::test_dry_run_counts_the_steps_of_the_run": 0,
+    "cli/test_cli_train.py::test_language_models": 2,
+    "cli/test_cli_train.py::test_looking_more_often_changes_nothing": 1,
+    "methods/test_ablora.py::test_a_round_is_that_of_the_naive_twin": 3,
+    "methods/test_adalora_parity.py::test_as_published_the_first_steps_stay_far_behind": 1,
+    "methods/test_adalora_parity.py::test_first_steps_of_adam_go_as_far_as_loras": 2,
+    "methods/test_adalora_parity.py::test_paper_order_is_the_twins_until_the_ranks_are_frozen": 1,
+    "methods/test_adalora_parity.py::test_paper_order_without_a_penalty_keeps_to_the_twin_where_ranks_are_kept": 1,
+    "methods/test_adalora_parity.py::test_reference_order_is_the_twins_to_the_last_step": 1,
+    "methods/test_adalora_parity.py::test_simpler_importances_are_the_twins": 1,
+    "methods/test_adalora_parity.py::test_the_first_step_of_sgd_goes_as_far_as_loras": 2,
+    "methods/test_autolora.py::TestPlan::test_a_planted_problem": 0,
+    "methods/test_contract.py::test_a_bad_step_moves_nothing_is_counted_and_does_not_spread": 12,
+    "methods/test_contract.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit": 13,
+    "methods/test_contract.py::test_a_run_that_stops_early_meets_the_budget": 15,
+    "methods/test_contract.py::test_a_seed_is_a_run": 4,
+    "methods/test_contract.py::test_a_sound_step_does_move": 7,
+    "methods/test_contract.py::test_bad_steps_without_end_are_given_up": 4,
+    "methods/test_contract.py::test_dtypes_stay": 6,
+    "methods/test_contract.py::test_eight_accumulated_batches_are_one_batch": 4,
+    "methods/test_contract.py::test_frozen_weights_are_never_touched": 4,
+    "methods/test_contract.py::test_looking_changes_nothing": 4,
+    "methods/test_contract.py::test_the_budget_is_met_at_every_event_and_by_the_plan": 13,
+    "methods/test_contract.py::test_the_count_of_bad_steps_goes_on_after_a_checkpoint": 4,
+    "methods/test_contract.py::test_the_finished_model_is_plain_lora_that_computes_the_same": 5,
+    "methods/test_contract.py::test_the_plan_is_the_gates_and_the_factors": 5,
+    "methods/test_step_parity.py::test_the_first_steps_go_as_far_as_loras_at_its_learning_rate": 4,
+    "reference/test_adalora_twin_loop.py::test_averages_and_scores_rest_in_the_final_phase": 3,
+    "report/test_page.py::TestModels::test_hundreds_of_modules": 0,
+    "tasks/test_causal_lm.py::test_a_trainer_takes_every_shape": 1,
+    "tasks/test_docstrings.py::test_another_process_makes_the_same_rows": 0,
+    "tasks/test_sequence_classification.py::test_a_trainer_takes_it": 2,
+    "test_export.py::test_a_bf16_base_stays_bf16_and_its_adapter_fp32": 3,
+    "test_export.py::test_a_finished_run_exports_what_it_trained": 3,
+    "test_export.py::test_consumers_compute_the_trained_update_exactly_where_the_table_says_so": 12,
+    "test_export.py::test_every_profile_reloads_into_the_trained_model": 5,
+    "test_export.py::test_one_open_module_is_enough": 3,
+    "test_export.py::test_the_training_config_does_not_matter": 16,
+    "test_export_safety.py::test_the_model_is_left_as_it_was": 3,
+    "test_gating.py::test_the_whole_model_compiles_into_one_graph_and_closing_ranks_compiles_nothing_anew": 0,
+    "test_kernel.py::TestSecondDerivatives::test_agree_with_differences": 4,
+    "test_kernel_dtypes.py::TestCompile::test_full_graph_equals_eager": 2,
+    "test_kernel_dtypes.py::TestCompile::test_one_graph_serves_every_batch_size": 0,
+    "test_kernel_linear.py::test_a_compiled_layer_equals_the_eager_one": 1,
+    "test_kernel_linear.py::test_derivatives_agree_with_differences": 8,
+    "training/test_ablation.py::test_every_way_is_the_naive_one": 8,
+    "training/test_ablation.py::test_the_ways_agree_with_each_other_in_fp64": 1,
+    "training/test_ablation_walk.py::test_hooks_of_others_run_once": 1,
+    "training/test_autolora_trainer.py::test_a_step_computed_again_is_the_step": 2,
+    "training/test_callback.py::test_the_number_of_steps_comes_from_the_trainer": 2,
+    "training/test_callback_promises.py::test_a_bad_step_is_skipped_counted_and_reported": 2,
+    "training/test_callback_promises.py::test_a_loss_scaler_may_overflow_at_the_start_of_a_warm_up": 2,
+    "training/test_callback_promises.py::test_the_run_does_not_depend_on": 4,
+    "training/test_callback_refusals.py::test_the_best_model_of_the_final_phase_comes_back": 1,
+    "training/test_compaction.py::test_a_compacted_run_ends_with_the_weights_of_a_masked_one": 3,
+    "training/test_compaction.py::test_a_run_resumed_on_either_side_is_the_uninterrupted_one_bit_for_bit": 2,
+    "training/test_compaction.py::test_ranks_of_any_age_go_on_after_the_last_round": 1,
+    "training/test_methods_in_trainers.py::test_it_trains_meets_its_budget_and_exports": 9,
+    "training/test_resume_callback.py::test_killed_and_resumed_equals_uninterrupted_bit_for_bit": 3,
+    "training/test_sft.py::test_a_method_that_looks_at_validation_data": 0,
+    "training/test_sft.py::test_accumulated_micro_batches_give_the_plan_of_the_whole_batch": 0,
+    "training/test_sft.py::test_it_prunes_to_the_budget_and_leaves_plain_lora": 1,
+    "training/test_soundness.py::test_a_run_that_does_not_wait_is_the_run_that_does": 6,
+    "training/test_trainer.py::TestResume::test_a_line_that_was_cut_off": 0,
+    "training/test_trainer.py::TestResume::test_is_the_run_that_was_not_killed": 2,
+    "training/test_trainer.py::TestResume::test_killed_after_the_last_step": 0,
+}
+"""By the test's name below tests/. Variants that are marked as slow themselves do not count."""
+
+
+def mark_slow(items: Iterable[pytest.Item]) -> None:
+    """Mark all but some variants of these tests as slow.
+
+    Args:
+        items: What has been collected.
+    """
+    variants: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        name = item.nodeid.partition("[")[0].removeprefix("tests/")
+        if name in FAST and item.get_closest_marker("slow") is None:
+            variants[name].append(item)
+    for name, found in variants.items():
+        fast = spread(len(found), FAST[name])
+        for index, item in enumerate(found):
+            if index not in fast:
+                item.add_marker(pytest.mark.slow)
+
+
+def spread(count: int, chosen: int) -> set[int]:
+    """Choose some of a number of places, all over them; where they are a product, not always the same of one factor.
+
+    >>> sorted(spread(9, 3))
+    [0, 4, 8]
+    """
+    step = max(1, round(count / max(1, chosen)))
+    while gcd(step, count) > 1:
+        step += 1
+    return {index * step % count for index in range(chosen)}
