@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loralloc import AdaLoRA, Budget, RankPlan, UserError, attach, export_adapter
 from loralloc import lora_config as planned_config
 from loralloc.gating import attach_gates
+from loralloc.model_card import Profile
 from loralloc.plain_lora import stored_apart
 from loralloc.truncation import truncate_adapter
 
@@ -231,3 +232,11 @@ def test_a_budget_for_less_than_a_rank_is_raised() -> None:
     words = "the budget parameters=31 leaves 31 parameters for 2 modules: not even one rank (the cheapest costs 32)"
     refusal(words, lambda: attach(layer, AdaLoRA(Budget(parameters=31)), 30))
     assert attach(layer, AdaLoRA(Budget(parameters=32)), 30)
+
+
+@pytest.mark.parametrize("profile", ["ragged", "uniform"])
+def test_embeddings_that_are_saved_with_their_tied_head_are_exported(profile: Profile, tmp_path: Path) -> None:
+    model = tied(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    export = export_adapter(model, tmp_path / "adapter", profile)
+    stock = PeftModel.from_pretrained(tied().unload(), export.path).eval()
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-5)
