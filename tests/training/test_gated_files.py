@@ -103,6 +103,7 @@ def test_the_best_model_comes_back_with_its_own_gates(tmp_path: Path) -> None:
     assert trainer.state.best_model_checkpoint is not None
     best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
     assert same(logits(trainer.model), seen[best])
+    assert same(stock(tmp_path / f"checkpoint-{max(seen)}"), seen[max(seen)]), "the last checkpoint stays what it was"
     assert best != max(seen)
     assert not same(seen[best], seen[max(seen)])
 

@@ -191,7 +191,9 @@ class RankAllocation(TrainerCallback):
         """Fold the gates: the model is plain LoRA from here on, and so is a checkpoint of the last step."""
         self.plan = self.run.finish(self._provenance)
         folder = _checkpoint(args, state)
-        if state.is_world_process_zero and (folder / MARKER).is_file():
+        best = Path(state.best_model_checkpoint or folder)
+        another = args.load_best_model_at_end and best.name != folder.name  # what the model is now, and the folder not
+        if state.is_world_process_zero and (folder / MARKER).is_file() and not another:
             numbers = json.loads((folder / MARKER).read_text(encoding="utf-8"))
             write_atomically(folder / MARKER, json.dumps({**numbers, "finished": True}) + "\n")
             peft_model(kwargs["model"]).save_pretrained(str(folder))
