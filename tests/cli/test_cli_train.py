@@ -66,7 +66,19 @@ class TestRunFolder:
             "adapter/adapter_model.safetensors",
             "adapter/README.md",
             "adapter/loralloc_export.json",
+            "adapter/tokenizer.json",
+            "adapter/tokenizer_config.json",
         }
+
+    def test_the_card_tells_data_results_and_settings(self, kept_run: Path) -> None:
+        card = (kept_run / "adapter" / "README.md").read_text(encoding="utf-8")
+        metrics = read_json(kept_run / "metrics.json")
+        assert "| source | train.jsonl |" in card
+        assert "| test | 15 examples |" in card
+        assert f"| accuracy | {metrics['test']['accuracy']:.4g} |" in card
+        assert "| budget, average_rank | 2 |" in card
+        assert "| learning rate | 0.01 |" in card
+        assert str(kept_run) not in card
 
     def test_recipe_is_resolved_and_loads_back(self, kept_run: Path) -> None:
         resolved = load_recipe(kept_run / "recipe.yaml")

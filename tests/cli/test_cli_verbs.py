@@ -120,8 +120,7 @@ class TestExport:
         widths = {len(t) for name, t in model.state_dict().items() if ".lora_A." in name}
         assert widths == ({max(ranks(run).values())} if profile == "uniform" else set(ranks(run).values()) - {0})
         assert f"wrote {run / profile} ({profile}, largest rank {max(ranks(run).values())})" in said
-        assert "--max-lora-rank 8" in said
-        assert ("vLLM 0.32" in said) == (profile == "ragged")
+        assert "vllm" not in said, "it serves no classifiers with a head of their own"
 
     def test_merged_is_a_model_by_itself(self, run: Path, encoder: Path) -> None:
         said = done("export", run, "--profile", "merged")
@@ -130,7 +129,7 @@ class TestExport:
         model = AutoModelForSequenceClassification.from_pretrained(run / "merged")
         torch.testing.assert_close(_logits(model, run / "merged"), expected, rtol=0, atol=1e-5)
         assert model.config.id2label == {0: "bad", 1: "good"}
-        assert f"vllm serve {run / 'merged'}" in said
+        assert "vllm" not in said
 
     def test_needs_no_data(self, run: Path, data: Path) -> None:
         recipe = (run / "recipe.yaml").read_text(encoding="utf-8")

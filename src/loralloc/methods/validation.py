@@ -62,7 +62,7 @@ def check_batch(batch: Any) -> None:
     Raises:
         UserError: The batch is no mapping, or holds no tensor.
     """
-    if isinstance(batch, Mapping) and any(isinstance(value, Tensor) for value in batch.values()):
+    if isinstance(batch, Mapping) and any(_holds_tensor(value) for value in batch.values()):
         return
     what = type(batch).__name__
     if isinstance(batch, Mapping):
@@ -72,6 +72,11 @@ def check_batch(batch: Any) -> None:
         "a loop of your own, validation holds batches as the model takes them (those of a loader: list(loader)), in a "
         "Trainer it holds examples"
     )
+
+
+def _holds_tensor(value: Any) -> bool:
+    """Whether an argument of a model is a tensor, or several."""
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensor, value)))
 
 
 def check_labels(batch: Mapping[str, Any]) -> None:
