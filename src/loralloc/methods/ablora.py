@@ -43,12 +43,12 @@ from torch import Tensor
 from loralloc.allocate import Move, deal, reallocate
 from loralloc.budget import Budget, RoundSchedule, round_schedule
 from loralloc.errors import UserError, closest
+from loralloc.files import finite
 from loralloc.gating import Site
 from loralloc.methods.ablation_scores import Mode, score_ranks
 from loralloc.methods.base import Decision, Moment, agree, open_ranks, ranks_by_site
 from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.validation import check_validation
-from loralloc.plan import finite
 from loralloc.scores import sensitivity
 
 Score = Literal["ablation", "gate", "sensitivity"]

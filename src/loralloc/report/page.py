@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loralloc.plan import write_atomically
+from loralloc.files import write_atomically
 from loralloc.report import figures
 from loralloc.report.canvas import drawing, png, svg
 from loralloc.report.grid import Grid, arrange
