@@ -39,7 +39,7 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("peft_layers",),
     ("kernel", "budget", "scores", "allocate"),
     ("plan", "recipes", "naming", "_folders"),
-    ("errors", "_version"),
+    ("errors", "_version", "files"),
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 MAY_IMPORT_FROM_SAME_LAYER = {"kernel", "budget", "scores", "allocate"}  # pure functions share pieces
@@ -49,6 +49,7 @@ FOREIGN: dict[
 ] = {  # third-party packages a unit may import; units that are not listed may import any dependency
     "_version": set(),
     "errors": set(),
+    "files": set(),
     "_folders": set(),
     "recipes": set(),
     "plan": set(),

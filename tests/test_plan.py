@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loralloc.errors import UserError
-from loralloc.plan import ModuleRank, PlanError, RankPlan, write_atomically
+from loralloc.files import write_atomically
+from loralloc.plan import ModuleRank, PlanError, RankPlan
 
 QUERY = "model.layers.0.self_attn.q_proj"
 

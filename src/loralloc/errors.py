@@ -31,3 +31,21 @@ def closest(word: str, choices: Iterable[str]) -> str:
     same = [choice for choice in choices if choice.strip().casefold() == word.strip().casefold()]
     found = same or get_close_matches(word, choices, n=1, cutoff=0.7)
     return f' Did you mean "{found[0]}"?' if found else ""
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Args:
+        name: Name of the argument.
+        value: What was given.
+        choices: What would have been accepted.
+
+    Raises:
+        UserError: With the choices, and the nearest one.
+
+    >>> check_choice("mode", "fast", ("fast", "exact"))
+    """
+    known = list(choices)
+    if value not in known:
+        raise UserError(f'{name} must be one of {", ".join(known)}; got "{value}".{closest(str(value), known)}')

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loralloc._folders import RECORD, check_target
 from loralloc._version import __version__
-from loralloc.errors import UserError
+from loralloc.errors import UserError, check_choice
 from loralloc.export_check import Checked, Factors, check_adapter, check_batch, compare, computing_plainly, logits
 from loralloc.gating import is_gated, plain_sites
 from loralloc.model_card import Export, Profile, model_card
@@ -66,8 +66,7 @@ def export_adapter(
         RuntimeError: The reloaded files compute something else, or hold numbers that are not finite.
     """
     path = Path(path).resolve()
-    if profile not in PROFILES:
-        raise UserError(f'profile must be one of {", ".join(PROFILES)}; got "{profile}"')
+    check_choice("profile", profile, PROFILES)
     check_target(path)
     model = peft_model(model)
     sites = list(plain_sites(model))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loralloc.errors import UserError
+from loralloc.files import write_atomically
 
 FORMAT = 1
 
@@ -179,24 +179,3 @@ def _read(path: Path) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not JSON ({error})") from error
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN: numbers that are not finite become None, also inside mappings."""
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write text so that a reader, or a crash, sees the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -21,12 +21,12 @@ from loralloc.report.figures import (
     types_figure,
 )
 from loralloc.report.grid import arrange, short_names
-from loralloc.report.run_folder import RunFolder, Trace, read_run
+from loralloc.report.run_record import RunRecord, Trace, read_run
 
 from .fabricate import BERT_TYPES, LLAMA_TYPES, Fabricated, bert, layered, lines
 
 
-def read(made: Fabricated, folder: Path) -> tuple[RunFolder, Trace]:
+def read(made: Fabricated, folder: Path) -> tuple[RunRecord, Trace]:
     run = read_run(made.write(folder))
     assert run.trace is not None
     return run, run.trace
@@ -37,12 +37,12 @@ def labels(figure: mpl.figure.Figure) -> list[str]:  # type: ignore[name-defined
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Trace]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, Trace]:
     return read(Fabricated(bert(3)), tmp_path_factory.mktemp("figures"))
 
 
 class TestThemes:
-    def test_every_colour_follows_the_theme(self, run: tuple[RunFolder, Trace]) -> None:
+    def test_every_colour_follows_the_theme(self, run: tuple[RunRecord, Trace]) -> None:
         folder, trace = run
         grid = arrange(trace.sites)
         with drawing():
@@ -60,13 +60,13 @@ class TestThemes:
             assert "font-family" not in text
             assert "DejaVu" not in text
 
-    def test_the_timeline_has_a_picture_for_each(self, run: tuple[RunFolder, Trace]) -> None:
+    def test_the_timeline_has_a_picture_for_each(self, run: tuple[RunRecord, Trace]) -> None:
         folder, trace = run
         with drawing():
             text = svg(timeline_figure(folder, trace, arrange(trace.sites), top=12), "timeline", "a figure")
         assert len(re.findall('id="timeline-(?:light|dark)"', text)) == text.count("<image") == 2
 
-    def test_ids_carry_the_name_of_the_figure(self, run: tuple[RunFolder, Trace]) -> None:
+    def test_ids_carry_the_name_of_the_figure(self, run: tuple[RunRecord, Trace]) -> None:
         with drawing():
             text = svg(loss_figure(run[0]), "loss", "a figure")
         assert all(name.startswith("loss-") for name in re.findall(r' id="([^"]*)"', text))
@@ -96,7 +96,7 @@ class TestIsolation:
 
 
 class TestBudget:
-    def test_an_exact_budget_is_one_label(self, run: tuple[RunFolder, Trace]) -> None:
+    def test_an_exact_budget_is_one_label(self, run: tuple[RunRecord, Trace]) -> None:
         with drawing():
             assert labels(budget_figure(*run)) == ["144, the budget", "warm-up", "allocation", "fixed"]
 
@@ -129,7 +129,7 @@ class TestBudget:
 
 
 class TestTypes:
-    def test_lines_are_the_means_of_the_types(self, run: tuple[RunFolder, Trace]) -> None:
+    def test_lines_are_the_means_of_the_types(self, run: tuple[RunRecord, Trace]) -> None:
         folder, trace = run
         with drawing():
             axes = types_figure(folder, trace, arrange(trace.sites)).axes[0]

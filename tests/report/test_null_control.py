@@ -9,7 +9,7 @@ import pytest
 
 from loralloc.report import write_report
 from loralloc.report.null_control import thresholded_noise
-from loralloc.report.run_folder import read_run
+from loralloc.report.run_record import read_run
 
 from .fabricate import Fabricated, bert, lines
 

@@ -10,7 +10,7 @@ import pytest
 
 from loralloc.errors import UserError
 from loralloc.report import write_report
-from loralloc.report.run_folder import read_run
+from loralloc.report.run_record import read_run
 from loralloc.report.tables import class_table
 
 from .dom import Element, check_page, heat_cells, read_page

@@ -37,8 +37,8 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from loralloc.cli import pipeline
+from loralloc.files import read_jsonl
 from loralloc.training import checkpoint as checkpoints
-from loralloc.training.checkpoint import read_jsonl
 from loralloc.training.trainer import PlainTrainer
 
 STEPS = 20

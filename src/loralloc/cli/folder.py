@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from loralloc.config import Recipe, dump_recipe, load_recipe
 from loralloc.errors import UserError
-from loralloc.plan import finite, write_atomically
+from loralloc.files import finite, write_atomically
 
 HEADER = "# The resolved recipe of this run, written by loralloc."
 

@@ -42,13 +42,13 @@ from torch import Tensor
 
 from loralloc.allocate import Move, deal, reallocate
 from loralloc.budget import Budget, RoundSchedule, round_schedule
-from loralloc.errors import UserError, closest
+from loralloc.errors import UserError, check_choice
+from loralloc.files import finite
 from loralloc.gating import Site
 from loralloc.methods.ablation_scores import Mode, score_ranks
 from loralloc.methods.base import Decision, Moment, agree, open_ranks, ranks_by_site
 from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.validation import check_validation
-from loralloc.plan import finite
 from loralloc.scores import sensitivity
 
 Score = Literal["ablation", "gate", "sensitivity"]
@@ -105,10 +105,7 @@ class ABLoRA:
 
     def __post_init__(self) -> None:
         for name, kinds in {"scope": Scope, "mode": Mode, "score": Score}.items():
-            value = getattr(self, name)
-            if value not in get_args(kinds):
-                known = ", ".join(get_args(kinds))
-                raise UserError(f'{name} must be one of {known}; got "{value}".{closest(str(value), get_args(kinds))}')
+            check_choice(name, getattr(self, name), get_args(kinds))
         for name, least in {"rounds": 0, "n_prune": 1, "samples": 1, "protect_rounds": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:

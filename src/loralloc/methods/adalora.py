@@ -39,7 +39,7 @@ from torch import Tensor
 
 from loralloc.allocate import keep_top, keep_within
 from loralloc.budget import Budget, BudgetSchedule, cubic_schedule
-from loralloc.errors import UserError, closest
+from loralloc.errors import UserError, check_choice
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Moment, agree
 from loralloc.methods.guards import FROM_THE_START, check_capacity, check_fresh
@@ -102,10 +102,8 @@ class AdaLoRA:
             raise UserError(f"gamma must be at least 0 and finite, got {self.gamma}")
         choices = {"importance": Importance, "order": Order, "penalty": Penalty, "parity": Parity}
         for name, kinds in choices.items():
-            value = getattr(self, name)
-            if value not in get_args(kinds) and not (name == "parity" and value is None):
-                known = ", ".join(get_args(kinds))
-                raise UserError(f'{name} must be one of {known}; got "{value}".{closest(str(value), get_args(kinds))}')
+            if (name, getattr(self, name)) != ("parity", None):
+                check_choice(name, getattr(self, name), get_args(kinds))
 
     @classmethod
     def as_published(cls, budget: Budget, **settings: float | str | None) -> AdaLoRA:

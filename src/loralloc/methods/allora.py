@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from loralloc.budget import Budget, ConstantSchedule, Schedule
-from loralloc.errors import UserError, closest
+from loralloc.errors import UserError, check_choice
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Method, Moment
 from loralloc.naming import common_ends, named
@@ -78,9 +78,7 @@ class ALLoRA:
     def __post_init__(self) -> None:
         if not 0 < self.eta < math.inf:
             raise UserError(f"eta must be above 0 and finite, got {self.eta}; the paper uses 1, 1.41 and 2")
-        if self.mode not in get_args(Mode):
-            known = ", ".join(get_args(Mode))
-            raise UserError(f'mode must be one of {known}; got "{self.mode}".{closest(self.mode, get_args(Mode))}')
+        check_choice("mode", self.mode, get_args(Mode))
         if isinstance(self.allocate, ALLoRA):
             raise UserError("allocate must be a method that allocates ranks, such as AdaLoRA; ALLoRA keeps them all")
         if getattr(self.allocate, "id", None) == "autolora":

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from loralloc.allocate import keep_top, keep_uniform_share, keep_within
 from loralloc.budget import Budget, ConstantSchedule
-from loralloc.errors import UserError, closest
+from loralloc.errors import UserError, check_choice
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Moment, Probe, agree, any_process, average_
 from loralloc.methods.guards import FROM_THE_START, check_fresh
@@ -107,9 +107,7 @@ class AutoLoRA:
     parity: bool = True
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            known = ", ".join(get_args(Mode))
-            raise UserError(f'mode must be one of {known}; got "{self.mode}".{closest(str(self.mode), get_args(Mode))}')
+        check_choice("mode", self.mode, get_args(Mode))
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from loralloc.allocate import keep_top, keep_within
 from loralloc.budget import Budget, ConstantSchedule
-from loralloc.errors import UserError, closest
+from loralloc.errors import check_choice
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Moment
 from loralloc.methods.guards import check_fresh
@@ -166,11 +166,7 @@ class DepthLinear(FixedRanks):
     direction: Direction = "increasing"
 
     def __post_init__(self) -> None:
-        known = get_args(Direction)
-        if self.direction not in known:
-            raise UserError(
-                f'direction must be {" or ".join(known)}; got "{self.direction}".{closest(self.direction, known)}'
-            )
+        check_choice("direction", self.direction, get_args(Direction))
 
     def scores(self, names: Sequence[str], ranks: Sequence[int]) -> Tensor:
         """Score by depth, see `depth_scores`."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralloc.report.palette import LIGHT
-from loralloc.report.run_folder import RunFolder, Trace
+from loralloc.report.run_record import RunRecord, Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +107,7 @@ def png(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})
 
 
-def step_axes(run: RunFolder, title: str) -> tuple[Figure, Axes]:
+def step_axes(run: RunRecord, title: str) -> tuple[Figure, Axes]:
     """A figure with one pair of axes, the steps of the run along x, and room for labels on the right."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -124,7 +124,7 @@ def step_axes(run: RunFolder, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def shade_phases(axes: Axes, trace: Trace, run: RunFolder, *, named: bool = False) -> None:
+def shade_phases(axes: Axes, trace: Trace, run: RunRecord, *, named: bool = False) -> None:
     """Shade warm-up, allocation and the final phase."""
     if trace.phases is None:
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loralloc.report.canvas import end_labels, shade_phases, short, step_axes
 from loralloc.report.grid import Grid, short_names
 from loralloc.report.palette import LIGHT, RAMP_STEPS, SERIES, ramp, step_of, text_on
-from loralloc.report.run_folder import RunFolder, Trace
+from loralloc.report.run_record import RunRecord, Trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ MOMENTS = 160  # samples of the ranks along the time axis
 SMOOTH_FROM = 30  # logged losses from which on a smoothed line helps
 
 
-def budget_figure(run: RunFolder, trace: Trace) -> Figure:
+def budget_figure(run: RunRecord, trace: Trace) -> Figure:
     """The budget and what the ranks use of it, over the steps."""
     figure, axes = step_axes(run, trace.unit)
     end = run.reached
@@ -40,7 +40,7 @@ def budget_figure(run: RunFolder, trace: Trace) -> Figure:
     return figure
 
 
-def _budget_points(run: RunFolder, trace: Trace) -> list[tuple[int, int]]:
+def _budget_points(run: RunRecord, trace: Trace) -> list[tuple[int, int]]:
     """The budget wherever it was recorded: it falls also at steps at which no rank changed."""
     points = {event.step: event.budget for event in trace.events if event.budget is not None} | dict(run.budgets)
     start = trace.events[0].budget
@@ -51,7 +51,7 @@ def _budget_points(run: RunFolder, trace: Trace) -> list[tuple[int, int]]:
     return sorted(points.items())
 
 
-def types_figure(run: RunFolder, trace: Trace, grid: Grid) -> Figure:
+def types_figure(run: RunRecord, trace: Trace, grid: Grid) -> Figure:
     """The mean rank of each module type, over the steps."""
     figure, axes = step_axes(run, "mean rank")
     steps = [event.step for event in trace.events]
@@ -84,7 +84,7 @@ def types_figure(run: RunFolder, trace: Trace, grid: Grid) -> Figure:
     return figure
 
 
-def timeline_figure(run: RunFolder, trace: Trace, grid: Grid, top: int) -> Figure:
+def timeline_figure(run: RunRecord, trace: Trace, grid: Grid, top: int) -> Figure:
     """The rank of every module over the steps: a row for each, grouped by module type, first layer on top."""
     from matplotlib.colors import ListedColormap
 
@@ -125,7 +125,7 @@ def timeline_figure(run: RunFolder, trace: Trace, grid: Grid, top: int) -> Figur
     return figure
 
 
-def loss_figure(run: RunFolder) -> Figure:
+def loss_figure(run: RunRecord) -> Figure:
     """Losses of training and evaluation, over the steps; values that are not finite leave a gap."""
     figure, axes = step_axes(run, "loss")
     labels = []
@@ -152,7 +152,7 @@ def loss_figure(run: RunFolder) -> Figure:
     return figure
 
 
-def heat_figure(run: RunFolder, grid: Grid, top: int) -> Figure:
+def heat_figure(run: RunRecord, grid: Grid, top: int) -> Figure:
     """The final ranks, layers by module types; modules outside the grid follow below, in a column of their own."""
     from matplotlib.figure import Figure
 

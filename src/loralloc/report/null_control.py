@@ -7,7 +7,7 @@ from statistics import mean, pstdev
 
 import numpy as np
 
-from loralloc.report.run_folder import RunFolder
+from loralloc.report.run_record import RunRecord
 
 SPREADS = (0.1, 0.5)
 """Standard deviations of the logits: what a few hundred steps of their optimizer reach, and what long searches do."""
@@ -26,7 +26,7 @@ def thresholded_noise(k: int, spread: float, draws: int = 20_000, seed: int = 0)
     return float(kept.mean()), float(kept.std())
 
 
-def null_control(run: RunFolder) -> str:
+def null_control(run: RunRecord) -> str:
     """Return the section that compares the learned ranks with thresholded noise; nothing for other methods."""
     if run.plan.method != "autolora" or run.plan.budget or not run.finished:
         return ""

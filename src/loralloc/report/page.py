@@ -10,13 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loralloc.plan import write_atomically
+from loralloc.files import write_atomically
 from loralloc.report import figures
 from loralloc.report.canvas import drawing, png, svg
 from loralloc.report.grid import Grid, arrange
 from loralloc.report.null_control import null_control
 from loralloc.report.palette import style_variables
-from loralloc.report.run_folder import RunFolder, Trace, read_run
+from loralloc.report.run_record import RunRecord, Trace, read_run
 from loralloc.report.tables import class_table, heat_map, measure_table, module_table, provenance_table
 from loralloc.report.tiles import tiles
 from loralloc.report.words import (
@@ -91,7 +91,7 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _write_pngs(run: RunFolder, drawn: dict[str, Figure]) -> None:
+def _write_pngs(run: RunRecord, drawn: dict[str, Figure]) -> None:
     """Write the figures that are also files; one that an earlier report left and that no longer holds is removed."""
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
@@ -103,7 +103,7 @@ def _write_pngs(run: RunFolder, drawn: dict[str, Figure]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _header(run: RunFolder) -> str:
+def _header(run: RunRecord) -> str:
     modules = run.plan.modules.values()
     start, final = sum(module.start for module in modules), run.plan.total_rank
     moved = sum(max(0, module.rank - module.start) for module in modules)
@@ -135,7 +135,7 @@ def _header(run: RunFolder) -> str:
     )
 
 
-def _ranks(run: RunFolder, grid: Grid, top: int) -> str:
+def _ranks(run: RunRecord, grid: Grid, top: int) -> str:
     legend = (
         '<div class="legend"><span>rank 0</span><span class="scale"></span>'
         f'<span class="top">{top}</span><span>each cell: rank kept / rank at the start</span></div>'
@@ -146,7 +146,7 @@ def _ranks(run: RunFolder, grid: Grid, top: int) -> str:
     )
 
 
-def _ranks_summary(run: RunFolder, grid: Grid) -> str:
+def _ranks_summary(run: RunRecord, grid: Grid) -> str:
     """The extremes among the module types, and the modules that were closed altogether."""
     modules = run.plan.modules
     means = {
@@ -167,7 +167,7 @@ def _ranks_summary(run: RunFolder, grid: Grid) -> str:
     return f'<p class="muted">{" ".join(sentences)}</p>' if sentences else ""
 
 
-def _charts(run: RunFolder, top: int) -> list[Chart]:
+def _charts(run: RunRecord, top: int) -> list[Chart]:
     charts = []
     if run.trace and not (run.trace.constant and run.trace.phases is None):
         grid = arrange(run.trace.sites)
@@ -210,7 +210,7 @@ def _types_caption(grid: Grid) -> str:
     )
 
 
-def _loss_caption(run: RunFolder) -> str:
+def _loss_caption(run: RunRecord) -> str:
     sentences = []
     losses = [value for _, value in run.train]
     if len(losses) >= figures.SMOOTH_FROM:
@@ -228,7 +228,7 @@ def _loss_caption(run: RunFolder) -> str:
     return " ".join(sentences) or "As logged."
 
 
-def _history(run: RunFolder, charts: list[Chart]) -> str:
+def _history(run: RunRecord, charts: list[Chart]) -> str:
     notes = []
     if run.search_steps:
         notes.append(
@@ -250,7 +250,7 @@ def _history(run: RunFolder, charts: list[Chart]) -> str:
     return f'<section id="history">\n<h2>How it went</h2>\n{text}<div class="figures">\n{items}\n</div>\n</section>'
 
 
-def _loading(run: RunFolder) -> str:
+def _loading(run: RunRecord) -> str:
     if (run.path / "adapter").is_dir():
         sentence = "A plain LoRA adapter: stock PEFT loads it, and so does everything that loads PEFT adapters."
     else:
@@ -262,7 +262,7 @@ def _loading(run: RunFolder) -> str:
     )
 
 
-def _bad_steps(run: RunFolder) -> str:
+def _bad_steps(run: RunRecord) -> str:
     if not run.bad_steps:
         return ""
     known = run.trace.bad_steps if run.trace else ()
@@ -277,7 +277,7 @@ def _bad_steps(run: RunFolder) -> str:
     )
 
 
-def _details(run: RunFolder) -> str:
+def _details(run: RunRecord) -> str:
     parts = {
         f"Every module <span class='muted'>({len(run.plan.modules):,})</span>": module_table(run),
         "Every measure": measure_table(run),
@@ -293,7 +293,7 @@ def _details(run: RunFolder) -> str:
     return f'<section id="details">\n<h2>Details</h2>\n{items}\n</section>'
 
 
-def _footer(run: RunFolder) -> str:
+def _footer(run: RunRecord) -> str:
     version = run.plan.provenance.get("loralloc")
     by = f"loralloc {version}" if version else "loralloc"
     return (

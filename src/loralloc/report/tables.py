@@ -12,14 +12,14 @@ from typing import Any
 from loralloc.plan import ModuleRank
 from loralloc.report.grid import Grid
 from loralloc.report.palette import step_of
-from loralloc.report.run_folder import RunFolder, number
+from loralloc.report.run_record import RunRecord, number
 from loralloc.report.words import measure
 
 SHOWN_CLASSES = 100
 """Most classes listed one by one."""
 
 
-def heat_map(run: RunFolder, grid: Grid, top: int) -> str:
+def heat_map(run: RunRecord, grid: Grid, top: int) -> str:
     """Return the final ranks as a table: layers by module types with their sums, and what stands outside the layers."""
     modules = run.plan.modules
     columns = "".join(f'<th scope="col">{_column_head(name)}</th>' for name in grid.types)
@@ -49,7 +49,7 @@ def heat_map(run: RunFolder, grid: Grid, top: int) -> str:
     return "\n".join(f'<div class="scroll" tabindex="0">{table}</div>' for table in tables)
 
 
-def _row(run: RunFolder, grid: Grid, stack: str, layer: int, top: int) -> str:
+def _row(run: RunRecord, grid: Grid, stack: str, layer: int, top: int) -> str:
     names = [grid.cells.get((stack, layer, kind)) for kind in grid.types]
     modules = run.plan.modules
     cells = "".join(_cell(name, modules[name], top) if name else "<td></td>" for name in names)
@@ -81,7 +81,7 @@ def _breakable(name: str) -> str:
     return re.sub(r"(?<=[._])|(?<=[a-z])(?=[A-Z])", "<wbr>", escape(name))
 
 
-def module_table(run: RunFolder) -> str:
+def module_table(run: RunRecord) -> str:
     """Return every module with its rank, shape and parameters, and the totals."""
     rows = "\n".join(
         f"<tr><td><code>{escape(name)}</code></td><td>{m.rank}</td><td>{m.start}</td><td>{m.inputs:,}</td>"
@@ -98,7 +98,7 @@ def module_table(run: RunFolder) -> str:
     )
 
 
-def measure_table(run: RunFolder) -> str:
+def measure_table(run: RunRecord) -> str:
     """Return all figures of metrics.json that were measured on data; nothing when there are none."""
     parts = {name: run.metrics.get(name) for name in ("validation", "test")}
     found: dict[str, dict[str, Any]] = {name: part for name, part in parts.items() if isinstance(part, dict) and part}
@@ -118,7 +118,7 @@ def measure_table(run: RunFolder) -> str:
     )
 
 
-def class_table(run: RunFolder) -> str:
+def class_table(run: RunRecord) -> str:
     """Return the classes with their training examples, the commonest first; nothing without classes."""
     found = run.classes
     if not found:
@@ -139,7 +139,7 @@ def class_table(run: RunFolder) -> str:
     )
 
 
-def provenance_table(run: RunFolder) -> str:
+def provenance_table(run: RunRecord) -> str:
     """Return what the plan says of its origin; settings one by one."""
     rows = "\n".join(
         f"<tr><td>{escape(name)}</td><td><code>{escape(str(value))}</code></td></tr>"

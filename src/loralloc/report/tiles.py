@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from html import escape
 
-from loralloc.report.run_folder import RunFolder, number
+from loralloc.report.run_record import RunRecord, number
 from loralloc.report.words import budget_words, change, count, duration, measure, metric_values
 
 LOWER_IS_BETTER = {"perplexity", "loss"}
 
 
-def tiles(run: RunFolder) -> str:
+def tiles(run: RunRecord) -> str:
     """Return the headline figures as a list: the metric with its references, ranks, parameters, time, adapter check."""
     items = "\n".join((_metric(run), _ranks(run), _parameters(run), _time(run), _adapter_check(run)))
     return f'<ul class="tiles">\n{items}\n</ul>'
@@ -25,7 +25,7 @@ def _tile(label: str, value: str, note: str, extra: str = "", *, wide: bool = Fa
     )
 
 
-def _metric(run: RunFolder) -> str:
+def _metric(run: RunRecord) -> str:
     name = escape(str(run.metrics.get("metric") or "metric").replace("_", " ").capitalize())
     values = metric_values(run)
     own = [where for where in ("test", "validation") if where in values]
@@ -59,7 +59,7 @@ def _bars(values: dict[str, float], own: list[str]) -> str:
     return f'<div class="bars" aria-hidden="true">{rows}</div>'
 
 
-def _ranks(run: RunFolder) -> str:
+def _ranks(run: RunRecord) -> str:
     modules = run.plan.modules.values()
     start, final = sum(module.start for module in modules), run.plan.total_rank
     note = f"{final / len(modules):.3g} per module"
@@ -67,14 +67,14 @@ def _ranks(run: RunFolder) -> str:
     return _tile("Ranks" if run.finished else "Ranks so far", f"{final:,} <small>of {start:,}</small>", note)
 
 
-def _parameters(run: RunFolder) -> str:
+def _parameters(run: RunRecord) -> str:
     start, final = run.plan.start_parameters, run.plan.parameters
     before = "as at the start" if final == start else f"{change(start, final)} from {start:,} at the start"
     note = f"{before}; heads not counted"
     return _tile("LoRA parameters", f"{final:,}", note)
 
 
-def _time(run: RunFolder) -> str:
+def _time(run: RunRecord) -> str:
     seconds, steps = number(run.metrics.get("train_seconds")), run.last_step
     search = run.metrics.get("search")
     before = number(search.get("seconds")) if isinstance(search, dict) else 0.0
@@ -86,7 +86,7 @@ def _time(run: RunFolder) -> str:
     return _tile("Training time", duration(seconds), note)
 
 
-def _adapter_check(run: RunFolder) -> str:
+def _adapter_check(run: RunRecord) -> str:
     value = run.metrics.get("adapter_check")
     if value is None:
         return _tile("Adapter check", "&ndash;", "The exported adapter has not been compared with the trained model.")

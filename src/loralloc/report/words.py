@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from loralloc.report.run_folder import RunFolder, number
+from loralloc.report.run_record import RunRecord, number
 
 METHODS = {
     "adalora": "AdaLoRA",
@@ -25,23 +25,23 @@ AUTO_CLASSES = {
 }
 
 
-def method_name(run: RunFolder) -> str:
+def method_name(run: RunRecord) -> str:
     """Return the method as its paper writes it."""
     return METHODS.get(run.plan.method, run.plan.method or "LoRA")
 
 
-def task_name(run: RunFolder) -> str:
+def task_name(run: RunRecord) -> str:
     """Return the task in words."""
     task = _task(run)
     return TASKS.get(task, task.replace("-", " ") or "task unknown")
 
 
-def model_name(run: RunFolder) -> str:
+def model_name(run: RunRecord) -> str:
     """Return the base model as the run names it."""
     return str(run.section("model").get("name") or run.plan.provenance.get("base_model") or "model unknown")
 
 
-def _task(run: RunFolder) -> str:
+def _task(run: RunRecord) -> str:
     return str(run.metrics.get("task") or run.recipe.get("task") or "")
 
 
@@ -95,14 +95,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def budget_words(run: RunFolder) -> str:
+def budget_words(run: RunRecord) -> str:
     """Return the budget as the user gave it, for example `average rank 8`, or as the trace knows it."""
     if not run.finished and run.trace and run.trace.target is not None:
         return f"{run.trace.target:,} {run.trace.unit}"
     return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in run.plan.budget.items())
 
 
-def loading_code(run: RunFolder) -> str:
+def loading_code(run: RunRecord) -> str:
     """Return the lines that load the adapter with stock PEFT.
 
     The names stand in the code as JSON strings, which are Python strings too.
@@ -117,12 +117,12 @@ def loading_code(run: RunFolder) -> str:
     return "\n".join(lines)
 
 
-def adapter_path(run: RunFolder) -> str:
+def adapter_path(run: RunRecord) -> str:
     """Return the adapter's folder, as the user named the run."""
     return (run.path / "adapter").as_posix()
 
 
-def _head(run: RunFolder) -> str:
+def _head(run: RunRecord) -> str:
     """The argument that sizes a classification head, from the configuration that the run keeps, or from its recipe."""
     if _task(run) != "sequence-classification":
         return ""
@@ -135,7 +135,7 @@ def _head(run: RunFolder) -> str:
     return f", num_labels={len(labels) if isinstance(labels, list) else 1}"
 
 
-def metric_values(run: RunFolder) -> dict[str, float]:
+def metric_values(run: RunRecord) -> dict[str, float]:
     """Return the run's metric by where it was measured, best evidence first: test, validation, references.
 
     Only what was measured is there.

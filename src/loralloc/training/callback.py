@@ -19,10 +19,10 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.trainer_callback import CallbackHandler
 
 from loralloc.errors import UserError
+from loralloc.files import read_jsonl, write_atomically
 from loralloc.methods.base import Method
 from loralloc.peft_layers import peft_model, unwrapped
-from loralloc.plan import RankPlan, write_atomically
-from loralloc.training.checkpoint import read_jsonl
+from loralloc.plan import RankPlan
 from loralloc.training.probe import CollatedBatches, random_state, set_random_state
 from loralloc.training.processes import is_main
 from loralloc.training.run import AllocationRun, Event

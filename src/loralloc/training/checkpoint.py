@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loralloc.errors import UserError
-from loralloc.plan import write_atomically
+from loralloc.files import write_atomically
 
 COMPLETE = "complete.json"
 
@@ -99,14 +99,3 @@ def load_random_state(path: Path) -> None:
     torch.set_rng_state(torch.tensor(record["torch"], dtype=torch.uint8))
     if record["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in record["cuda"]])
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows

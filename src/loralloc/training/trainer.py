@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loralloc.plan import finite, write_atomically
-from loralloc.training import checkpoint as files
+from loralloc.files import finite, read_jsonl, write_atomically
+from loralloc.training import checkpoint as saved
 from loralloc.training import processes
 from loralloc.training.soundness import StepChecks, can_skip, forget
 
@@ -75,23 +75,23 @@ class PlainTrainer(Trainer):
         assert isinstance(self.model, PeftModel)
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / files.COMPLETE).unlink(missing_ok=True)
+        (folder / saved.COMPLETE).unlink(missing_ok=True)
         self.model.save_pretrained(str(folder), state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            files.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
+            saved.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            files.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
+            saved.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
 
     def _save_rng_state(self, output_dir: str) -> None:
-        files.save_random_state(self._random_state(output_dir))
+        saved.save_random_state(self._random_state(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            files.load_random_state(self._random_state(checkpoint))
+            saved.load_random_state(self._random_state(checkpoint))
 
     def _random_state(self, folder: str) -> Path:
         return Path(folder) / f"random-{self.args.process_index}.json"
@@ -178,7 +178,7 @@ class _Completion(TrainerCallback):
             "logged": trainer._globalstep_last_logged,
         }
         write_atomically(folder / self.FILE, json.dumps(record) + "\n")
-        files.mark_complete(folder, state.global_step, len(losses))
+        saved.mark_complete(folder, state.global_step, len(losses))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -214,7 +214,7 @@ class _RunLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.should_save:
-            rows = files.read_jsonl(self._path) if state.global_step else []
+            rows = read_jsonl(self._path) if state.global_step else []
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
             write_atomically(self._path, "".join(kept))
 

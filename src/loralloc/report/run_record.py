@@ -63,7 +63,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunRecord:
     """Everything the report shows, as found on disk.
 
     Attributes:
@@ -127,7 +127,7 @@ class RunFolder:
         return value if isinstance(value, dict) else {}
 
 
-def read_run(path: Path) -> RunFolder:
+def read_run(path: Path) -> RunRecord:
     """Read a run folder, finished or not.
 
     Args:
@@ -169,7 +169,7 @@ def read_run(path: Path) -> RunFolder:
         absent.append("metrics.json: the final figures are written when training has finished.")
     if recipe_text is None:
         absent.append("recipe.yaml: the recipe of this run is not in the folder.")
-    return RunFolder(
+    return RunRecord(
         path,
         plan,
         finished,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loralloc.errors import UserError
-from loralloc.report.run_folder import read_run
+from loralloc.report.run_record import read_run
 
 from .fabricate import Fabricated, bert, lines
 
