@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from variants import FAST
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "loralloc"
@@ -184,6 +185,16 @@ class TestSource:
             for path in folder.rglob("*.py")
         }
         assert not {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE}
+
+
+def test_tests_with_few_fast_variants_are_there() -> None:
+    for name in FAST:
+        path, *inner = name.split("::")
+        tree: ast.AST = syntax(ROOT / "tests" / path)
+        for part in inner:
+            found = [node for node in ast.iter_child_nodes(tree) if getattr(node, "name", None) == part]
+            assert len(found) == 1, name
+            (tree,) = found
 
 
 class TestStartUp:
