@@ -205,7 +205,7 @@ class TestStartUp:
         """Top-level modules that are loaded in a new interpreter once it has run `code`."""
         last = "import sys; sys.stderr.write('\\n'.join({name.split('.')[0] for name in sys.modules}))"
         done = subprocess.run(
-            [sys.executable, "-c", f"{code}\n{last}"], capture_output=True, text=True, check=False, timeout=60
+            [sys.executable, "-c", f"{code}\n{last}"], capture_output=True, text=True, check=False, timeout=600
         )
         assert done.returncode == 0, done.stderr
         return set(done.stderr.split())
@@ -280,7 +280,7 @@ class TestPackaging:
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, project)
         build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-        subprocess.run([*build, "-w", tmp_path, project], capture_output=True, check=True, timeout=300)
+        subprocess.run([*build, "-w", tmp_path, project], capture_output=True, check=True, timeout=600)
         (wheel,) = tmp_path.glob("loralloc-*.whl")
         carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("loralloc/")}
         files = [path for path in package.rglob("*") if path.is_file()]
