@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CalledProcessError
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = ("contenders", "counting", "record", "shapes", "suites", "table", "timing", "run")
+MODULES = ("contenders", "counting", "record", "shapes", "startup", "suites", "table", "timing", "run")
 
 
 @pytest.fixture
@@ -55,6 +56,25 @@ def test_our_allocator_makes_few_calls_however_many_modules_there_are(bench: Sim
     assert many["plain"]["waits"] <= 2, "the verdict on the gradients, which on a CPU are at hand"
     theirs = calls("peft-adalora", 2)
     assert theirs["plain"]["calls"] == 2 * calls("peft-adalora", 1)["plain"]["calls"] > 0
+
+
+def test_the_start_of_the_command_line_is_a_ratio(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = "sum(range(10**7))"  # tenths of a second, beside the start of Python
+    monkeypatch.setattr(bench.startup, "PROCESSES", {bench.startup.REFERENCE: "pass", "loralloc-help": more})
+    bench.run.main(["--turns", "2", "--suite", "startup", "--results", str(tmp_path)])
+    (made,) = bench.record.read(tmp_path)
+    assert made["processor_ratio"][bench.startup.REFERENCE] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    ratio = made["processor_ratio"]["loralloc-help"]["median"]
+    assert "shape" not in made
+    assert f"| `loralloc --help` ÷ importing typer and rich | ≤ 3 | {ratio:.3f} (" in bench.table.render([made])
+
+
+def test_a_command_line_that_fails_is_not_timed(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.startup, "PROCESSES", {"loralloc-help": "raise SystemExit(2)"})
+    with pytest.raises(CalledProcessError):
+        bench.startup.compare(1)
 
 
 class TestChecks:

@@ -13,6 +13,10 @@ from math import gcd
 import pytest
 
 FAST: Mapping[str, int] = {
+    "cli/test_cli_bad_steps.py::TestPlainLoRA::test_a_bad_step_moves_nothing_and_the_others_do": 1,
+    "cli/test_cli_bad_steps.py::test_are_told_at_once_then_once_in_a_while_and_counted": 1,
+    "cli/test_cli_bad_steps.py::test_more_than_half_is_a_failed_run_that_keeps_what_it_trained": 1,
+    "cli/test_cli_dry_run.py::test_the_run_and_its_rehearsal_refuse_alike": 5,
     "cli/test_cli_errors.py::TestTracebacks::test_a_learning_rate_that_diverges": 1,
     "cli/test_cli_methods.py::test_trains_allocates_and_exports": 1,
     "cli/test_cli_search.py::test_a_budget_instead_of_the_threshold": 0,

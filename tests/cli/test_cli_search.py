@@ -68,7 +68,7 @@ class TestRun:
     def test_metrics_count_both_stages(self, searched: Path) -> None:
         metrics = read_json(searched / "metrics.json")
         assert metrics["total_steps"] == STEPS
-        assert metrics["search"].pop("seconds") > 0
+        assert metrics["search"].pop("seconds") >= 0
         assert metrics["search"] == {"examples": 33, "held_out": 15, "steps": SEARCH_STEPS}  # 30 % of 48 is 14.4
         assert metrics["adapter_check"] <= 1e-5
 

@@ -39,7 +39,7 @@ def load(page: Path, folder: Path, *flags: str) -> tuple[str, list[str]]:
     quiet += ["--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}"]
     command = [str(BROWSER), "--headless", "--no-sandbox", *quiet, "--enable-logging=stderr", *flags, "--dump-dom"]
     done = subprocess.run(
-        [*command, page.as_uri()], capture_output=True, text=True, encoding="utf-8", check=True, timeout=120
+        [*command, page.as_uri()], capture_output=True, text=True, encoding="utf-8", check=True, timeout=600
     )
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 

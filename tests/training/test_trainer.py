@@ -151,10 +151,10 @@ class TestResume:
             train("lora")
         window = Path("run/checkpoints/checkpoint-8/window.json")
         record = read_json(window)
-        assert 0 < record["seconds"] < 1000
-        window.write_text(json.dumps({**record, "seconds": 1000.0}), encoding="utf-8")
+        assert 0 < record["seconds"] < 1e6
+        window.write_text(json.dumps({**record, "seconds": 1e6}), encoding="utf-8")  # longer than any test takes
         train("lora", "--resume")
-        assert 1000 < read_json(Path("run/metrics.json"))["train_seconds"] < 2000
+        assert 1e6 < read_json(Path("run/metrics.json"))["train_seconds"] < 2e6
 
     @pytest.mark.slow
     def test_twice(self, whole: Whole) -> None:

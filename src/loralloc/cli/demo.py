@@ -9,9 +9,9 @@ import typer
 
 METHODS = ("adalora", "lora")
 SECONDS = 180
-"""What training and evaluating both may take together."""
+"""What training both may take together."""
 
-LEAST = 30
+LEAST = 40
 """Steps below which ranks would hardly have been compared before they are closed."""
 
 

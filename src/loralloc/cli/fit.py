@@ -15,6 +15,9 @@ from loralloc.config import Recipe
 FIRST, TIMED = 2, 5
 """Steps that warm up, and those that count."""
 
+SLACK = 0.9
+"""The share of the time that is planned for: later steps may meet a busier machine."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -54,20 +57,19 @@ def measure(recipe: Recipe) -> Measured:
 
 
 def steps_within(seconds: float, measured: Measured, runs: int, least: int, most: int) -> int:
-    """Choose how many steps each of some runs may take, so that all train and evaluate within a time.
+    """Choose how many steps each of some runs may take, so that all train within a time.
 
     Args:
         seconds: The time.
-        measured: What a step and the evaluations of a run take.
+        measured: What a step takes.
         runs: Runs that share the time.
         least: Never fewer.
         most: Never more.
 
-    >>> steps_within(180, Measured(0.5, 11.0, 0.1), runs=2, least=30, most=300)
-    158
+    >>> steps_within(180, Measured(0.5, 11.0, 0.1), runs=2, least=40, most=300)
+    162
     """
-    training = seconds / runs - measured.evaluations
-    return max(least, min(most, int(training / measured.step)))
+    return max(least, min(most, int(SLACK * seconds / runs / measured.step)))
 
 
 def show_measuring() -> None:
@@ -85,12 +87,15 @@ def show_steps(steps: int, seconds: float, measured: Measured, runs: int, most: 
         runs: Runs that share the time.
         most: The most steps that are wanted.
     """
-    needed = runs * (steps * measured.step + measured.evaluations)
-    why = f"as many as fit into {seconds:.0f} s with their evaluations"
-    if needed > seconds:
+    training = runs * steps * measured.step
+    why = f"as many as fit into {seconds:.0f} s of training"
+    if training > seconds:
         why = "the fewest in which ranks can be allocated"
     elif steps == most:
         why = "as in the recipes"
+    together = training + runs * measured.evaluations
     step, evaluations = f"{measured.step:.2g} s a step", f"{measured.evaluations:.2g} s for the evaluations of a run"
     terminal.console.print(f"  measured  {step}, {evaluations}")
-    terminal.console.print(f"  steps     {steps} for each of {runs} runs, {why}: about {needed:.0f} s together\n")
+    terminal.console.print(
+        f"  steps     {steps} for each of {runs} runs, {why}; with evaluations about {together:.0f} s\n"
+    )
