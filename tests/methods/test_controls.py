@@ -140,5 +140,7 @@ def test_a_trained_adapter_is_refused_where_a_rank_would_close():
 
 
 def test_an_unknown_direction_meets_the_nearest():
-    with pytest.raises(UserError, match=r'direction must be one of increasing, decreasing; .*Did you mean "increasing"'):
+    with pytest.raises(
+        UserError, match=r'direction must be one of increasing, decreasing; .*Did you mean "increasing"'
+    ):
         DepthLinear(Budget(average_rank=2), direction="increase")  # type: ignore[arg-type]
