@@ -261,7 +261,7 @@ def _validation_batches(data: Any, training: Any, args: TrainingArguments) -> Co
     Raises:
         UserError: The data are not in the form of the Trainer's training data.
     """
-    columns = getattr(training.dataset, "column_names", None)  # the Trainer has removed what the model takes not
+    columns = getattr(training.dataset, "column_names", None)  # the Trainer has removed what forward() does not take
     batches = CollatedBatches(data, training.collate_fn, args.per_device_eval_batch_size, args.seed, columns)
     try:
         batches[0]
