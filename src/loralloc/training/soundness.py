@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from loralloc.methods.base import Method, any_process, on_any_process
 from loralloc.training.optimizer import unwrapped
+from loralloc.training.processes import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +165,7 @@ def _any_overflows(tensors: list[Tensor], order: float) -> Tensor:
 
 def _warn(sentence: str) -> None:
     """The verdict is the same on all processes: one of them tells it."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not several or torch.distributed.get_rank() == 0:
+    if is_main():
         logger.warning(sentence)
 
 
