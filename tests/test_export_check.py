@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForSequenceClassification,
+    LlamaForCausalLM,
     T5Config,
     T5ForSequenceClassification,
 )
@@ -282,3 +283,22 @@ def test_the_cards_snippet_runs_in_its_folder(name: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(export.path)
     exec(snippet.rpartition("tokenizer =")[0], loaded)  # the tiny models have no tokenizer
     torch.testing.assert_close(logits(loaded["model"].eval()), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_model_that_comes_back_with_another_weight_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By less than the logits of a narrow model may differ."""
+    model = tiny_peft("llama", trained=True, dtype=torch.bfloat16)
+    stock = LlamaForCausalLM.from_pretrained
+
+    def spoiled(*args: Any, **kwargs: Any) -> nn.Module:
+        found = stock(*args, **kwargs)
+        found.model.layers[0].mlp.up_proj.weight.data[0, 0] *= 1.01
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", spoiled)
+    with pytest.raises(RuntimeError, match=r"computes something else: model\.layers\.0\.mlp\.up_proj\.weight differs"):
+        export_adapter(model, tmp_path / "merged", "merged")
+    monkeypatch.undo()
+    export_adapter(model, tmp_path / "merged", "merged")

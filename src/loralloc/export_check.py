@@ -173,6 +173,18 @@ def compare(expected: Tensor, actual: Tensor, ulps: int = 4) -> Checked:
     return Checked(difference, tolerance)
 
 
+def compare_weights(model: nn.Module, reloaded: nn.Module) -> None:
+    """Refuse a model that came back from its files with other weights.
+
+    Raises:
+        RuntimeError: A weight is missing or differs, beyond the dtype that it was loaded in.
+    """
+    loaded = reloaded.state_dict()
+    for name, weight in model.state_dict().items():
+        if name not in loaded or not torch.equal(weight.to(loaded[name].dtype), loaded[name]):
+            raise RuntimeError(f"the reloaded export computes something else: {name} differs; nothing was written")
+
+
 def _compare_keys(folder: Path, stock: PeftModel) -> None:
     """What the file holds and what stock PEFT took from it."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
