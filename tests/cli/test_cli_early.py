@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loralloc.cli import checks
+from loralloc.cli import checks, pipeline
 
 from .command import PLAIN, RECIPE, done, refused
 
@@ -86,15 +86,19 @@ def test_what_only_the_data_tell_is_found_later() -> None:
     assert {"torch", "datasets"} <= loaded
 
 
-def test_only_the_first_process_looks_at_the_folder(recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others may come after it has made the folder."""
+def test_several_processes_look_at_the_folder_together(
+    recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that refused it before the others would leave them waiting; `pipeline` checks where all are told."""
     looked = []
     monkeypatch.setattr(checks, "check_output", lambda *_: looked.append(True))
-    for rank, times in (("1", 0), ("0", 1)):
-        monkeypatch.setenv("RANK", rank)
-        refused("train", recipe, "--data.text", "txt")
+    for act in ("run", "show_plan"):
+        monkeypatch.setattr(pipeline, act, lambda *_, **__: None)
+    for size, times in (("2", 0), ("1", 1)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        done("train", recipe)
         assert len(looked) == times
-    refused("train", recipe, "--data.text", "txt", "--dry-run")
+    done("train", recipe, "--dry-run")
     assert len(looked) == 2
 
 

@@ -388,3 +388,11 @@ def test_no_rounds_are_plain_lora():
     loop = Loop(rounds=0).walk()
     assert loop.rounds == []
     assert set(loop.run.finish().ranks.values()) == {2}
+
+
+def test_a_budget_that_fills_every_dimension_is_lowered():
+    """Where layers are no wider, a larger LoraConfig.r would change nothing."""
+    model = tiny_peft("llama", r=24, target_modules=["q_proj", "v_proj"])  # 16 and 8 dimensions wide
+    with pytest.raises(UserError, match=r"\(48 ranks in 4 modules\), .*lower the budget, below 48 ranks"):
+        attach(model, ABLoRA(Budget(total_rank=48), [labelled_batch("llama")]), 40)
+    assert attach(model, ABLoRA(Budget(total_rank=47), [labelled_batch("llama")]), 40).start == 47

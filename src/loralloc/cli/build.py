@@ -34,6 +34,7 @@ from loralloc.methods.autolora import AutoLoRA
 from loralloc.methods.base import Method
 from loralloc.methods.controls import DepthLinear, Random, Uniform
 from loralloc.methods.truncate import Truncate
+from loralloc.naming import named
 from loralloc.plan import RankPlan
 from loralloc.recipe_methods import ALLoRAConfig, LoRAConfigSection, MethodConfig
 from loralloc.tasks import prepare, prepare_evaluation
@@ -120,10 +121,14 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
             f"{linear_modules(model)} ({str(error).splitlines()[0]})"
         ) from error
     assert isinstance(adapted, PeftModel)
-    for name, layer, adapter in plain_sites(adapted):
-        rank, widest = layer.r[adapter], max(layer.in_features, layer.out_features)
-        if rank > widest:
-            raise UserError(f"lora.r: rank {rank} is above the {widest} dimensions of {name}; lower it")
+    sites = list(plain_sites(adapted))
+    widest = {name: max(layer.in_features, layer.out_features) for name, layer, _ in sites}
+    above = {name: layer.r[adapter] for name, layer, adapter in sites if layer.r[adapter] > widest[name]}
+    if above:
+        where, most = named(list(above), widest.keys() - above), min(widest[name] for name in above)
+        raise UserError(
+            f"lora.r: rank {max(above.values())} is above the {most} dimensions of {where}; lower it to {most} at most"
+        )
     return adapted
 
 

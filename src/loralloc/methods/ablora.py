@@ -159,10 +159,16 @@ class ABLoRA:
         start = deal(range(len(sites)), room, costs, limit)
         check_fresh(sites, "ABLoRA would close a part of it", FROM_THE_START)
         if start == room:
+            wider = any(site.rank < min(site.inputs, site.outputs) for site in sites)
+            cure = (
+                f"LoraConfig.r is the most a module may get: raise it to {2 * max(start)}, with lora_alpha in "
+                "proportion or not (the scale is lora_alpha over the average starting rank)"
+                if wider
+                else f"no layer has dimensions for more: lower the budget, below {sum(start)} ranks"
+            )
             raise UserError(
                 f"the budget fills the whole capacity ({sum(start)} ranks in {len(sites)} modules), so no rank could "
-                f"move; LoraConfig.r is the most a module may get: raise it to {2 * max(start)}, with lora_alpha in "
-                "proportion or not (the scale is lora_alpha over the average starting rank)"
+                f"move; {cure}"
             )
         counts = torch.tensor(start).repeat_interleave(torch.tensor([site.rank for site in sites]))
         place = torch.cat([torch.arange(site.rank) for site in sites])
