@@ -42,7 +42,7 @@ def one_precision_a_test() -> Iterator[None]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_ends_with_an_adapter(name: str, precision: str, recipe: Path, here: Path, encoder: Path) -> None:
-    words = ("--method", METHODS[name], "--lora.alpha", 4, "--steps", 8, *PRECISIONS[precision])
+    words = ("--method", METHODS[name], "--lora.alpha", 4, "--steps", 16, *PRECISIONS[precision])
     assert "reloaded by stock PEFT" in done("train", recipe, *words)
     for profile in ("uniform", "merged"):
         done("export", here / "run", "--profile", profile)

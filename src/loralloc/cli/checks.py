@@ -60,6 +60,6 @@ def check_output(recipe: Recipe, resume: bool, replace: bool) -> None:
         raise UserError(f"output: you may not write into {above}; name another with --output")
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that makes the run's folder, of those that torchrun or accelerate started."""
-    return os.environ.get("RANK", "0") == "0"
+def is_alone() -> bool:
+    """Whether no launcher has started several processes, which would have to refuse something together."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"

@@ -24,12 +24,12 @@ def train(
         raise UserError(f"name the recipe before the flags: loralloc train RECIPE {recipe} ...")
     if resume and replace:
         raise UserError("--resume continues a run and --replace starts it over: give one of them")
-    from loralloc.cli.checks import check_inputs, check_output, is_first_process
+    from loralloc.cli.checks import check_inputs, check_output, is_alone
     from loralloc.config import load_recipe
 
     settings = load_recipe(recipe, context.args)
-    check_inputs(settings)
-    if is_first_process():  # the others may come after it has made the folder
+    if is_alone():  # several processes check in `pipeline`, where one that is refused ends all
+        check_inputs(settings)
         check_output(settings, resume, replace)
     from loralloc.cli import pipeline
 
