@@ -93,7 +93,8 @@ def read_rows(source: str) -> Rows:
 def _read_demo(source: str) -> Rows:
     from loralloc.tasks import docstrings
 
-    records = docstrings.build()[demo_split(source)]
+    part = demo_split(source)  # a wrong name is refused before seconds of parsing
+    records = docstrings.build()[part]
     return Rows(source, ("text", "label", "module"), records, range(1, len(records) + 1), unit="row")
 
 
