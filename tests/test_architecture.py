@@ -29,7 +29,7 @@ PACKAGE = ROOT / "src" / "loralloc"
 LAYERS = (  # top to bottom; the units of one layer are siblings
     ("cli",),
     ("config",),
-    ("recipe_source", "recipe_methods"),
+    ("recipe_source",),
     ("training", "tasks", "report"),
     ("truncation",),
     ("export", "from_plan"),
@@ -38,12 +38,13 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("gating",),
     ("plain_lora",),
     ("peft_layers",),
-    ("kernel", "budget", "scores", "allocate"),
+    ("kernel", "budget", "allocate"),
+    ("setting_types",),
     ("plan", "recipes", "naming", "_folders"),
     ("errors", "_version", "files"),
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
-MAY_IMPORT_FROM_SAME_LAYER = {"kernel", "budget", "scores", "allocate"}  # pure functions share pieces
+MAY_IMPORT_FROM_SAME_LAYER = {"kernel", "budget", "allocate"}  # pure functions share pieces
 
 FOREIGN: dict[
     str, set[str]
@@ -55,18 +56,17 @@ FOREIGN: dict[
     "recipes": set(),
     "plan": set(),
     "kernel": {"torch"},
-    "budget": {"torch"},
-    "scores": {"torch"},
+    "budget": {"pydantic"},
     "allocate": {"torch"},
     "gating": {"torch", "peft"},
     "peft_layers": {"torch", "peft", "transformers"},
     "plain_lora": {"torch", "peft"},
     "naming": set(),
     "from_plan": {"torch", "peft"},
-    "methods": {"torch"},
+    "methods": {"torch", "pydantic"},
     "report": {"matplotlib", "numpy", "yaml"},
     "recipe_source": {"yaml"},
-    "recipe_methods": {"pydantic"},
+    "setting_types": {"pydantic", "pydantic_core"},
     "config": {"pydantic", "pydantic_core", "yaml"},
 }
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -9,9 +9,9 @@ from typing import Literal
 import pytest
 from pydantic import ValidationError
 
-from loralloc.config import RECIPE_KEYS, Recipe, listed, load_recipe
+from loralloc.config import complete_recipe, listed, load_recipe, recipe_keys
 from loralloc.errors import UserError, closest
-from loralloc.recipe_methods import METHODS, AdaLoRAConfig
+from loralloc.methods.registry import sections
 
 CLASSIFICATION = """\
 task: sequence-classification
@@ -69,7 +69,7 @@ class TestLoading:
     def test_defaults_fill_what_the_file_leaves_out(self, write: Write) -> None:
         recipe = load_recipe(write(CLASSIFICATION))
         assert recipe.task == "sequence-classification"
-        assert isinstance(recipe.method, AdaLoRAConfig)
+        assert isinstance(recipe.method, sections()["adalora"])
         assert (recipe.method.warmup, recipe.method.cooldown, recipe.method.interval) == (0.15, 0.45, None)
         assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.target_modules) == (12, 24, "all-linear")
         assert (recipe.training.learning_rate, recipe.training.epochs) == (1e-3, None)
@@ -95,7 +95,7 @@ class TestLoading:
     @pytest.mark.parametrize(("written", "value"), [("30", 30), ("0.2", 0.2), ("0", 0), ("0.0", 0.0), ("1", 1)])
     def test_phases_are_steps_or_fractions(self, write: Write, written: str, value: float) -> None:
         recipe = load_recipe(write(edit("name: adalora", f"name: adalora\n  warmup: {written}")))
-        assert isinstance(recipe.method, AdaLoRAConfig)
+        assert isinstance(recipe.method, sections()["adalora"])
         assert recipe.method.warmup == value
         assert type(recipe.method.warmup) is type(value)
 
@@ -178,7 +178,7 @@ class TestErrors:
              "so that the budget can fall in between"),
             ("name: adalora", "name: adalora\n  beta1: 1", "recipe.yaml:10: method.beta1 must be below 1, got 1"),
             ("name: adalora", "name: adalroa",
-             f'recipe.yaml:9: method.name must be {listed(METHODS)}, got "adalroa". Did you mean "adalora"?'),
+             f'recipe.yaml:9: method.name must be {listed(sections())}, got "adalroa". Did you mean "adalora"?'),
             ("  name: adalora\n", "", 'recipe.yaml:8: missing "name" in "method": the method'),
             ("method:\n  name: adalora\n  budget:\n    average_rank: 8\n", "method: adalora\n",
              'recipe.yaml:8: method must be a mapping of keys, got "adalora"'),
@@ -316,7 +316,7 @@ class TestOverrides:
         changed, plain = load_recipe(path, ["--output", "runs/b", "--lora.r", "16"]), load_recipe(path)
         assert (changed.output, changed.lora.r) == ("runs/b", 16)
         undone = {"output": "runs/a", "lora": plain.lora.model_dump()}
-        assert Recipe.model_validate(changed.model_dump() | undone) == plain
+        assert complete_recipe().model_validate(changed.model_dump() | undone) == plain
 
     @pytest.mark.parametrize(
         ("text", "value"),
@@ -341,7 +341,7 @@ class TestOverrides:
 
     def test_an_exclusive_key_replaces_the_one_in_the_file(self, write: Write) -> None:
         recipe = load_recipe(write(CLASSIFICATION), ["--fraction", "0.5", "--epochs", "3"])
-        assert isinstance(recipe.method, AdaLoRAConfig)
+        assert isinstance(recipe.method, sections()["adalora"])
         assert recipe.method.budget.model_dump(exclude_none=True) == {"fraction": 0.5}
         assert (recipe.training.epochs, recipe.training.steps) == (3, None)
 
@@ -393,11 +393,11 @@ class TestModels:
         tree = load_recipe(write(CLASSIFICATION)).model_dump()
         tree["lora"]["r"] = 4
         with pytest.raises(ValidationError, match=r"average_rank is 8, but no layer can exceed lora\.r, which is 4"):
-            Recipe.model_validate(tree)
+            complete_recipe().model_validate(tree)
 
     def test_every_key_is_described(self) -> None:
-        assert {key for key, text in RECIPE_KEYS.items() if not text} == set()
-        assert {"method.budget.average_rank", "training.steps", "lora.r"} <= set(RECIPE_KEYS)
+        assert {key for key, text in recipe_keys().items() if not text} == set()
+        assert {"method.budget.average_rank", "training.steps", "lora.r"} <= set(recipe_keys())
 
     def test_methods_are_found_by_name(self) -> None:
         assert {
@@ -410,8 +410,8 @@ class TestModels:
             "depth_linear",
             "truncate",
             "lora",
-        } <= set(METHODS)
-        assert all(METHODS[name].model_fields["name"].annotation == Literal[name] for name in METHODS)
+        } <= set(sections())
+        assert all(made.model_fields["name"].annotation == Literal[name] for name, made in sections().items())
 
     def test_imports_no_torch(self) -> None:
         code = (

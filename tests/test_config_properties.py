@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralloc.config import RECIPE_KEYS, Recipe, dump_recipe, load_recipe
+from loralloc.config import complete_recipe, dump_recipe, load_recipe, recipe_keys
 from loralloc.errors import UserError
 from loralloc.recipe_source import dump_yaml
 from loralloc.recipes import list_recipes
@@ -108,7 +108,7 @@ RECIPES = merged(
 class TestDump:
     @given(RECIPES)
     def test_comes_back_equal(self, tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> None:
-        recipe = Recipe.model_validate(tree)
+        recipe = complete_recipe().model_validate(tree)
         path = tmp_path_factory.getbasetemp() / "dumped.yaml"
         path.write_text(dump_recipe(recipe), encoding="utf-8", newline="")
         assert load_recipe(path) == recipe
@@ -143,7 +143,7 @@ class TestRobustness:
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
         lambda child: (
             st.lists(child, max_size=3)
-            | st.dictionaries(st.sampled_from([key.rpartition(".")[2] for key in RECIPE_KEYS]), child, max_size=6)
+            | st.dictionaries(st.sampled_from([key.rpartition(".")[2] for key in recipe_keys()]), child, max_size=6)
         ),
         max_leaves=20,
     )
@@ -157,7 +157,7 @@ class TestRobustness:
         with suppress(UserError):
             load_recipe(path, words)
 
-    @given(RECIPES, st.sampled_from(sorted(RECIPE_KEYS)), TREE)
+    @given(RECIPES, st.sampled_from(sorted(recipe_keys())), TREE)
     def test_any_value_anywhere_is_fine_or_a_user_error(
         self, tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any], key: str, value: object
     ) -> None:

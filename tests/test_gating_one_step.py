@@ -31,7 +31,7 @@ from torch.nn.utils import parametrize
 
 from loralloc import gating
 from loralloc.gating import Site, attach_gates, fold_gates, gates_replaced
-from loralloc.training.blocks import computing
+from loralloc.training.prefix_reuse import computing
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loralloc.allocate import keep_top
-from loralloc.scores import Penalty, penalty_gradient, penalty_value, per_rank, sensitivity, smooth_
+from loralloc.methods.adalora.importance import per_rank, sensitivity, smooth_
+from loralloc.methods.adalora.penalty import Penalty, penalty_gradient, penalty_value
 
 RankDim = Literal[1, 2]
 KINDS: tuple[Penalty, ...] = ("reference", "paper")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field
 
 from loralloc.errors import UserError
+from loralloc.setting_types import Count, Number, Positive
 
 Unit = Literal["ranks", "parameters"]
 Phase = Literal["warmup", "decrease", "final"]
@@ -21,20 +24,14 @@ class Budget:
     Parameters are the numbers in A and B, rank · (in + out) per module; singular values fold away and heads are not
     counted.
 
-    Attributes:
-        average_rank: Mean rank over all adapted modules.
-        total_rank: Sum of the ranks.
-        parameters: Sum of rank · (in + out).
-        fraction: Share of the parameters at the start of training, in (0, 1].
-
     Raises:
         UserError: None or several are given, or the value is no number, or none above 0.
     """
 
-    average_rank: float | None = None
-    total_rank: int | None = None
-    parameters: int | None = None
-    fraction: float | None = None
+    average_rank: Annotated[Positive | None, Field(description="ranks per adapted layer, on average")] = None
+    total_rank: Annotated[Count | None, Field(description="ranks of all adapted layers together")] = None
+    parameters: Annotated[Count | None, Field(description="parameters of all kept ranks together")] = None
+    fraction: Annotated[Number | None, Field(gt=0, le=1, description="fraction of the starting parameters")] = None
 
     def __post_init__(self) -> None:
         given = self.to_dict()

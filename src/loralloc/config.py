@@ -2,32 +2,37 @@
 
 Values come from the defaults here, then the file, then flags. Nothing is coerced: `"12x"` is no number
 and `1.5` no step count. Relative paths of data and output are relative to the current directory, not to
-the recipe. This module imports neither torch nor transformers, so that `--help` stays fast.
+the recipe. This module imports neither torch nor transformers, so that `--help` stays fast; the `method` section is
+made from the methods themselves, which need torch, so they are imported when a recipe is loaded.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, Union, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from loralloc.errors import closest
-from loralloc.recipe_methods import (
-    METHODS,
-    BudgetConfig,
+from loralloc.methods.settings import BudgetSection
+from loralloc.recipe_source import Key, apply_overrides, dotted, dump_yaml, read_recipe_file, suggest
+from loralloc.setting_types import (
+    AtLeastZero,
     Count,
-    MethodConfig,
+    MethodSection,
     Phase,
     Positive,
     Section,
+    Seed,
     Share,
+    broken_rule,
     is_number,
+    shown,
 )
-from loralloc.recipe_source import Key, apply_overrides, dotted, dump_yaml, read_recipe_file, suggest
 
 
 def _is_text(value: Any) -> bool:
@@ -114,9 +119,9 @@ class TrainingConfig(Section):
         default="linear", description="learning rate after its warm-up"
     )
     warmup: Phase = Field(default=0.1, description="learning rate warm-up: fraction of the run, or steps")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(default=1.0, description="gradient clipping; 0 turns it off")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="seed of everything that is random")
+    weight_decay: AtLeastZero = Field(default=0.0, description="decoupled weight decay")
+    max_grad_norm: AtLeastZero = Field(default=1.0, description="gradient clipping; 0 turns it off")
+    seed: Seed = Field(default=0, description="seed of everything that is random")
     eval_every: Count | None = Field(default=None, description="steps between evaluations; null: only at the end")
     save_every: Count | None = Field(default=None, description="steps between checkpoints; null: none")
     log_every: Count = Field(default=10, description="steps between log lines")
@@ -133,18 +138,42 @@ class Recipe(Section):
     task: Literal["sequence-classification", "causal-lm"] = Field(description="what the model learns to do")
     model: ModelConfig = Field(description="the pretrained model")
     data: DataConfig = Field(description="the data and its columns")
-    method: MethodConfig = Field(discriminator="name", description="how ranks are allocated")
+    method: SerializeAsAny[MethodSection] = Field(description="how ranks are allocated")
     lora: LoraSection = Field(default=LoraSection(), description="the adapter")
     plan: Text | None = Field(default=None, description="ranks.json of another run: start at its ranks and scale")
     training: TrainingConfig = Field(description="the run")
     output: Text = Field(description="folder of the run")
 
     @model_validator(mode="after")
-    def _obeys_rules(self) -> Recipe:
-        broken = [f"{dotted(key)}: {message}" for key, message in _broken_rules(self.model_dump())]
-        if broken:
-            raise ValueError("; ".join(broken))
+    def _obeys_rules(self) -> Self:
+        _refuse(_broken_rules(self.model_dump()))
         return self
+
+
+class _CompleteRecipe(Recipe):
+    @model_validator(mode="after")
+    def _obeys_its_method(self) -> Self:
+        _refuse(_broken_by_method(self.model_dump()))
+        return self
+
+
+def _refuse(broken: Iterable[tuple[Key, str]]) -> None:
+    if told := [f"{dotted(key)}: {message}" for key, message in broken]:
+        raise ValueError("; ".join(told))
+
+
+@cache
+def complete_recipe() -> type[Recipe]:
+    """Return the class of recipes in which the `method` section is one of the methods that there are.
+
+    Raises:
+        loralloc.errors.UserError: A package brings a method that cannot be imported.
+    """
+    from loralloc.methods.registry import sections
+
+    method: Any = Union[tuple(sections().values())]  # noqa: UP007 - made at run time
+    chosen: Any = (method, Field(discriminator="name", description="how ranks are allocated"))
+    return create_model("Recipe", __base__=_CompleteRecipe, __doc__=Recipe.__doc__, method=chosen)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -159,11 +188,18 @@ def _walk_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
             yield from _walk_keys(section, f"{prefix}{name}.")
 
 
-_WALKED = list(_walk_keys(Recipe))
-# Every key with dots -> its description; of a key that several methods have, the first one's.
-RECIPE_KEYS: dict[str, str] = {**dict(_WALKED), **dict(reversed(_WALKED))}
+@cache
+def recipe_keys() -> Mapping[str, str]:
+    """Return the description of every key that a recipe may have, by the key with dots.
+
+    Of a key that several methods have, the first one's.
+    """
+    walked = list(_walk_keys(complete_recipe()))
+    return {**dict(walked), **dict(reversed(walked))}
+
+
 _EXCLUSIVE: dict[Key, tuple[str, ...]] = {
-    ("method", "budget"): tuple(BudgetConfig.model_fields),
+    ("method", "budget"): tuple(BudgetSection.model_fields),
     ("training",): ("steps", "epochs"),
 }
 _COLUMNS = {  # task -> the keys of `data` that have a meaning for it
@@ -189,23 +225,14 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 key = (*section, given[-1]) if given else section
                 yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {found}"
     yield from _broken_columns(tree)
-    yield from _broken_phases(tree)
     if tree.get("task") == "causal-lm" and _get(tree, "data", "max_length") == 1:
         yield ("data", "max_length"), "data.max_length must be at least 2: a single token has no next one to predict"
-    yield from _broken_allora(tree)
-    capacity, target = _get(tree, "lora", "r"), _get(tree, "method", "budget", "average_rank")
-    capacity = LoraSection.model_fields["r"].default if capacity is None else capacity
+    capacity, target = _value_of(tree, {})("lora", "r"), _get(tree, "method", "budget", "average_rank")
     if is_number(capacity) and is_number(target) and target > capacity:
         yield (
             ("method", "budget", "average_rank"),
             f"method.budget.average_rank is {target}, but no layer can exceed lora.r, which is {capacity}. "
             "Lower the one or raise the other (AdaLoRA starts at about 1.5 times its target)",
-        )
-    elif is_number(capacity) and capacity == target and _get(tree, "method", "name") == "ablora":
-        yield (
-            ("method", "budget", "average_rank"),
-            f"method.budget.average_rank is {target} and so is lora.r, the most a layer may get: no rank could move. "
-            f"Set lora.r to {2 * capacity} (and lora.alpha as before: the scale is lora.alpha / average_rank)",
         )
 
 
@@ -221,7 +248,7 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     if task == "sequence-classification":
         for name in ("text", "label"):
             if name not in given:
-                yield ("data", name), f'missing "{name}" in "data": {RECIPE_KEYS[f"data.{name}"]}'
+                yield ("data", name), f'missing "{name}" in "data": {recipe_keys()[f"data.{name}"]}'
         return
     kinds = [kind for kind in ("text", "prompt", "messages") if kind in given]
     if len(kinds) != 1 and (kinds or "completion" not in given):
@@ -232,53 +259,26 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             yield ("data", name), f"data.{name} needs data.{other} as well"
 
 
-def _broken_phases(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    method, steps = _get(tree, "method"), _get(tree, "training", "steps")
-    name = _get(method, "name")
-    fields = METHODS[name].model_fields if isinstance(name, str) and name in METHODS else {}
-    if "cooldown" not in fields:
-        return
-    phases = {phase: method.get(phase, fields[phase].default) for phase in ("warmup", "cooldown")}
-    terms = " + ".join(f"method.{phase} ({value})" for phase, value in phases.items())
-    key = ("method", "cooldown" if "cooldown" in method else "warmup")
-    total = sum(value for value in phases.values() if is_number(value))
-    if all(isinstance(value, float) for value in phases.values()) and round(total, 9) >= 1:
-        yield key, f"{terms} is {total:g} of the run: keep it below 1, so that the budget can fall in between"
-    counts = (*phases.values(), steps)
-    if all(isinstance(value, int) for value in counts) and total >= steps:
-        yield (
-            key,
-            f"{terms} is {total} of {steps} steps: keep it below, so that the budget can fall in between",
-        )
+def _broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """The rules of the recipe's method."""
+    from loralloc.methods.registry import methods, sections
+
+    name = _get(tree, "method", "name")
+    if isinstance(name, str) and name in methods():
+        yield from methods()[name].broken_rules(_value_of(tree, sections()[name].model_fields))
 
 
-def _broken_allora(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """ALLoRA has neither scale nor dropout; a budget and validation data are for the method that allocates."""
-    method = _get(tree, "method")
-    if _get(method, "name") != "allora":
-        return
-    allocate, budget = method.get("allocate"), method.get("budget")
-    if allocate is not None and budget is None:
-        yield ("method", "allocate"), f"method.allocate: {allocate} needs a budget: add method.budget"
-    if allocate is None and budget is not None:
-        yield ("method", "budget"), "method.budget has no effect without method.allocate, such as adalora"
-    validation = method.get("validation")
-    if allocate == "ablora" and validation is None:
-        yield (
-            ("method", "allocate"),
-            "method.allocate: ablora scores ranks on validation data: add method.validation, as validation or 0.1",
-        )
-    if allocate != "ablora" and validation is not None:
-        yield ("method", "validation"), "method.validation has no effect without method.allocate: ablora"
-    defaults = LoraSection.model_fields
-    r, alpha, dropout = (_get(tree, "lora", key) for key in ("r", "alpha", "dropout"))
-    r, alpha = defaults["r"].default if r is None else r, defaults["alpha"].default if alpha is None else alpha
-    unit, what = (_get(method, "budget", "average_rank"), "the average rank") if allocate == "ablora" else (r, "lora.r")
-    if isinstance(unit, int) and is_number(alpha) and unit != alpha:  # a fraction of a rank is rounded: known later
-        key = ("lora", "alpha") if _get(tree, "lora", "alpha") is not None else ("lora",)
-        yield key, f"lora.alpha is {alpha}, but ALLoRA has no scaling factor: set lora.alpha to {what}, which is {unit}"
-    if is_number(dropout) and dropout > 0:
-        yield ("lora", "dropout"), f"lora.dropout is {dropout}, but ALLoRA trains without dropout: set it to 0"
+def _value_of(tree: Mapping[str, Any], method: Mapping[str, FieldInfo]) -> Callable[..., Any]:
+    """Look keys up in a recipe, with the defaults of `lora` and of the method."""
+    defaults = {"lora": LoraSection.model_fields, "method": method}
+
+    def value(*key: str) -> Any:
+        found, declared = _get(tree, *key), defaults.get(key[0], {}).get(key[-1])
+        if found is None and len(key) == 2 and declared is not None and not declared.is_required():
+            return declared.default
+        return found
+
+    return value
 
 
 def listed(names: Iterable[str]) -> str:
@@ -297,52 +297,36 @@ def _in_section(key: Key) -> str:
 
 def _unknown(key: Key, tree: Mapping[str, Any]) -> str:
     name, where = key[-1], _in_section(key)
-    if dotted(key) in RECIPE_KEYS:
+    if dotted(key) in recipe_keys():
         return f'"{name}"{where} does not apply to method {_get(tree, "method", "name")}: remove it'
-    return f'unknown key "{name}"{where}.{suggest(key, RECIPE_KEYS)}'
+    return f'unknown key "{name}"{where}.{suggest(key, recipe_keys())}'
 
 
-_RULES = {  # kinds of pydantic errors, in our words
-    "int_type": "an integer",
-    "float_type": "a number",
-    "string_type": "text",
-    "string_too_short": "text that is not empty",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "finite_number": "a finite number",
-    "greater_than": "above {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "below {lt}",
-    "less_than_equal": "at most {le}",
-    "literal_error": "{expected}",
-    "model_type": "a mapping of keys",
-    "model_attributes_type": "a mapping of keys",
-}
+def method_names() -> Sequence[str]:
+    """Return what a recipe may call a method."""
+    from loralloc.methods.registry import sections
+
+    return list(sections())
 
 
 def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
-    kind, context = error["type"], error.get("ctx", {})
+    kind = error["type"]
     key: Key = tuple(error["loc"])
-    if key[:1] == ("method",) and key[1:2] and key[1] in METHODS:  # pydantic adds which class it tried
+    if key[:1] == ("method",) and key[1:2] and key[1] in method_names():  # pydantic adds which class it tried
         key = (key[0], *key[2:])
     if kind == "extra_forbidden":
         return key, _unknown(key, tree)
     if kind == "union_tag_not_found":
         key = (*key, "name")
     if kind in ("missing", "union_tag_not_found"):
-        return key, f'missing "{key[-1]}"{_in_section(key)}: {RECIPE_KEYS[dotted(key)]}'
+        return key, f'missing "{key[-1]}"{_in_section(key)}: {recipe_keys()[dotted(key)]}'
     value, hint = error["input"], ""
     if kind == "union_tag_invalid":
-        key, value = (*key, "name"), context["tag"]
-        rule, hint = f"must be {listed(METHODS)}", closest(str(value), METHODS)
-    elif kind in _RULES:
-        limits = {name: f"{limit:.10g}" if is_number(limit) else limit for name, limit in context.items()}
-        rule = "must be " + _RULES[kind].format(**limits).replace("'", "")
+        key, value = (*key, "name"), error.get("ctx", {})["tag"]
+        rule, hint = f"must be {listed(method_names())}", closest(str(value), method_names())
     else:
-        rule = str(context.get("error", error["msg"]))
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return key, f"{dotted(key)} {rule}, got {shown}.{hint}".removesuffix(".")
+        rule = broken_rule(error)
+    return key, f"{dotted(key)} {rule}, got {shown(value)}.{hint}".removesuffix(".")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -360,10 +344,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         loralloc.errors.UserError: With every mistake, one a line, each with its line or flag.
     """
     source = read_recipe_file(path)
-    apply_overrides(source, overrides, RECIPE_KEYS, _EXCLUSIVE)
+    apply_overrides(source, overrides, recipe_keys(), _EXCLUSIVE)
     source.report(_broken_rules(source.tree))
+    source.report(_broken_by_method(source.tree))
     try:
-        recipe = Recipe.model_validate(source.tree)
+        recipe = complete_recipe().model_validate(source.tree)
     except ValidationError as error:
         # An error without a location repeats the broken rules.
         source.report(_explain(detail, source.tree) for detail in error.errors() if detail["loc"])
@@ -371,6 +356,28 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise
     source.raise_problems()  # keys that stand twice, flags that mean nothing
     return recipe
+
+
+def peek_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe | None:
+    """Read a recipe without its method, which takes seconds to import: for what can be refused before that.
+
+    Args:
+        path: The YAML file.
+        overrides: As for `load_recipe`.
+
+    Returns:
+        The recipe, its `method` unchecked; None where `load_recipe` would have something to say about the rest.
+
+    Raises:
+        loralloc.errors.UserError: There is no such file, or it is no recipe at all.
+    """
+    source = read_recipe_file(path)
+    keys = dict(_walk_keys(Recipe))
+    apply_overrides(source, overrides, keys, {("training",): _EXCLUSIVE["training",]})
+    try:
+        return Recipe.model_validate(source.tree)
+    except ValidationError:
+        return None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -24,7 +24,7 @@ from loralloc._version import __version__
 from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.export import Factors, move_into_place, plain_config, ragged
-from loralloc.methods.truncate import Truncate, balanced, decompose, select
+from loralloc.methods.truncate import Truncate, balanced, decompose, keep_largest
 from loralloc.peft_layers import PREFIX
 from loralloc.plain_lora import check_plain_config
 from loralloc.plan import ModuleRank, RankPlan
@@ -81,7 +81,7 @@ def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> 
     values = [sigma for _, sigma, _ in parts]
     ranks = [len(sigma) for sigma in values]
     costs = [f.A.shape[1] + f.B.shape[0] for f in stored.factors.values()]
-    keep = select(values, costs, budget, budget.resolve(ranks, costs)).split(ranks)
+    keep = keep_largest(values, costs, budget.unit, budget.resolve(ranks, costs)).split(ranks)
     factors, modules = {}, {}
     for name, part, kept in zip(names, parts, keep, strict=True):
         A, B = balanced(*part)

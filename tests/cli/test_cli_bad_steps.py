@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from loralloc.training import soundness
+from loralloc.training import bad_steps
 from loralloc.training.trainer import PlainTrainer
 
 from .command import PLAIN, RECIPE, done, loralloc, read_json, read_rows, refused
@@ -128,7 +128,7 @@ class TestPlainLoRA:
     def test_a_bad_step_moves_nothing_and_the_others_do(
         self, waits: bool, write: Write, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(soundness, "on_host", lambda device: waits)
+        monkeypatch.setattr(bad_steps, "on_host", lambda device: waits)
         assert self.moves(monkeypatch, write(PLAIN)) == [True, True, False, True, True]
 
     @pytest.mark.slow

@@ -20,7 +20,7 @@ from transformers import BertConfig
 from loralloc.cli import build, pipeline, stage
 from loralloc.cli.build import add_adapter
 from loralloc.cli.folder import HEADER
-from loralloc.config import RECIPE_KEYS, load_recipe
+from loralloc.config import load_recipe, recipe_keys
 from loralloc.tasks import sequence_classification
 from loralloc.tasks.base import TaskData
 
@@ -170,8 +170,8 @@ def observe(verb: str, folder: Path, key: str | None = None) -> str:
 
 
 def test_every_option_is_walked() -> None:
-    sections = {key for key in RECIPE_KEYS if any(other.startswith(f"{key}.") for other in RECIPE_KEYS)}
-    options = {key for key in RECIPE_KEYS if key not in sections and not key.startswith("method.")}
+    sections = {key for key in recipe_keys() if any(other.startswith(f"{key}.") for other in recipe_keys())}
+    options = {key for key in recipe_keys() if key not in sections and not key.startswith("method.")}
     assert options == CHANGED.keys() | ELSEWHERE
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loralloc import AutoLoRA, attach
-from loralloc.methods.autolora import AutoLoRAState
+from loralloc.methods.autolora.state import AutoLoRAState
 
 F64 = torch.float64
 RANK, STEPS = 4, 40

@@ -251,8 +251,8 @@ def test_what_is_refused_leaves_the_adapter_as_it_was(refused):
 def test_rounds_look_at_the_same_samples_unless_told_otherwise(monkeypatch):
     for resample, expected in ((False, [0, 0]), (True, [0, 1])):
         loop, drawn = Loop(resample=resample, samples=3), []
-        scoring = loop.run.probe.scoring
-        loop.run.probe.scoring = lambda n, draw, s=scoring, d=drawn: (d.append(draw), s(n, draw))[1]
+        scoring = loop.run.data.scoring
+        loop.run.data.scoring = lambda n, draw, s=scoring, d=drawn: (d.append(draw), s(n, draw))[1]
         loop.walk()
         assert drawn == expected
 
@@ -364,7 +364,7 @@ def test_a_state_of_other_weights_is_refused():
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"protect_rounds": -1}, "protect_rounds must be at least 0, got -1"),
         ({"warmup": 8, "interval": 4}, "the last of 2 rounds would follow step 12 of 12, .* lower warmup=8"),
-        ({"warmup": 1.5}, "warmup as a fraction of the run must be in"),
+        ({"warmup": 1.5}, "warmup must be a fraction of the run below 1, such as 0.1, or .* steps, got 1.5"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):

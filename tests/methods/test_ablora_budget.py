@@ -13,7 +13,7 @@ from test_ablora import Loop
 from torch import nn
 
 from loralloc import ABLoRA, Budget, UserError, attach
-from loralloc.methods.base import Moment, open_ranks, ranks_by_site
+from loralloc.methods.base import StepContext, open_ranks, ranks_by_site
 
 
 def test_as_published_the_budget_shrinks_when_every_module_lost_a_rank_and_says_so(caplog):
@@ -80,7 +80,7 @@ def test_the_budget_holds_from_the_first_step_to_the_last_whatever_the_shapes(ne
     most = [min(site.rank, site.inputs, site.outputs) for site in run.sites]
     for step in range(3):
         run.state.sensitivity.copy_(torch.randint(3, run.state.open.shape))
-        decision = method.on_step(run.state, Moment(step, run.schedule, learning_rate=1.0))
+        decision = method.on_step(run.state, StepContext(step, run.schedule, learning_rate=1.0))
         ranks = ranks_by_site(run.sites, run.state.open)
         assert ranks == open_ranks(run.sites)
         assert all(rank <= room for rank, room in zip(ranks, most, strict=True))

@@ -17,11 +17,17 @@ from hypothesis import strategies as st
 from reference.ablora import importance, one_round, shapley
 from torch import Tensor
 
-from loralloc.allocate import Move, deal, lowest, reallocate, settle
-from loralloc.methods.ablation_scores import score_ranks
-from loralloc.methods.ablora import block_of, type_of
+from loralloc.methods.ablora.moves import Move, deal, reallocate
+from loralloc.methods.ablora.scores import (
+    ablation_importance,
+    ablation_settings,
+    rank_correlation,
+    score_ranks,
+    two_point_importance,
+)
+from loralloc.methods.ablora.settle import lowest, settle
+from loralloc.methods.ablora.state import block_of, type_of
 from loralloc.plan import ModuleRank, RankPlan
-from loralloc.scores import ablation_importance, ablation_settings, rank_correlation, two_point_importance
 
 R = 6
 

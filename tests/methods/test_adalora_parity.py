@@ -20,7 +20,7 @@ from reference.adalora import Site as TwinSite
 from torch import Tensor, nn
 
 from loralloc import AdaLoRA, Budget, attach
-from loralloc.methods.adalora import gate_gain
+from loralloc.methods.adalora.state import gate_gain
 from loralloc.training.run import AllocationRun
 
 # ---- Beside the twin ----

@@ -19,9 +19,9 @@ from reference import allora as twin
 from torch import Tensor
 
 from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget, DepthLinear, UserError, attach
-from loralloc.methods import allora
-from loralloc.methods.allora import ADAPTIVE
-from loralloc.scores import row_norms
+from loralloc.methods.allora import method as allora
+from loralloc.methods.allora.method import ADAPTIVE
+from loralloc.methods.allora.rows import row_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore:ALLoRA.*Adam")
 
@@ -273,9 +273,18 @@ def test_the_papers_mode_warns_once_with_an_optimizer_that_undoes_it(kind):
         assert quiet == []
 
 
-@pytest.mark.parametrize("eta", [0, -1.0, math.inf, math.nan])
-def test_eta_must_be_positive_and_finite(eta):
-    with pytest.raises(UserError, match=rf"eta must be above 0 and finite, got {eta}; the paper uses 1, 1.41 and 2"):
+@pytest.mark.parametrize(
+    ("eta", "rule"),
+    [
+        (0, "above 0, got 0"),
+        (-1.0, "above 0, got -1.0"),
+        (math.inf, "a finite number, got Infinity"),
+        (math.nan, "a finite number, got NaN"),
+        ("2", 'a number, got "2"'),
+    ],
+)
+def test_eta_must_be_positive_and_finite(eta, rule):
+    with pytest.raises(UserError, match=f"^eta must be {rule}$"):
         ALLoRA(eta)
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from loralloc.kernel import gated_lora
-from loralloc.scores import row_norms, row_scales
+from loralloc.methods.allora.rows import row_norms, row_scales
 
 OUT, IN = 7, 9
 

@@ -14,8 +14,7 @@ from reference import autolora as twin
 from torch import Tensor
 
 from loralloc import AutoLoRA, UserError, attach
-from loralloc.methods.autolora import softmax_gradient
-from loralloc.methods.hypergradient import (
+from loralloc.methods.autolora.hypergradient import (
     central_difference,
     global_norm,
     mixed_derivative,
@@ -23,12 +22,13 @@ from loralloc.methods.hypergradient import (
     train_gradients,
     validation_gradients,
 )
+from loralloc.methods.autolora.state import softmax_gradient
 
 ETA = 0.1
 
 
 class Scalars:
-    """A probe of two numbers, L_tr = ½(w − a·x)² and L_val = ½(w − c)² + ½d·x²; x is the gate, without a softmax."""
+    """A data of two numbers, L_tr = ½(w − a·x)² and L_val = ½(w − c)² + ½d·x²; x is the gate, without a softmax."""
 
     def __init__(self, w: float = 2.0, x: float = 0.5, a: float = 2.0, c: float = 0.0, d: float = 0.3) -> None:
         self.w = torch.tensor([w], dtype=F64, requires_grad=True)
@@ -97,14 +97,14 @@ class TestClosedForms:
     def test_a_fresh_adapter_has_no_gradient_of_the_gates(self) -> None:
         """B = 0: exactly zero on both splits (29). After a step it is not."""
         loop = Loop(optimizer=sgd)
-        probe, gates = loop.run.probe, loop.state.gates()
-        assert probe is not None
+        data, gates = loop.run.data, loop.state.gates()
+        assert data is not None
         loop.backward()
-        assert not any(g.any() for g in train_gradients(probe, gates))
-        assert not any(g.any() for g in validation_gradients(probe, gates, probe.weights())[0])
+        assert not any(g.any() for g in train_gradients(data, gates))
+        assert not any(g.any() for g in validation_gradients(data, gates, data.weights())[0])
         loop.update()
         loop.backward()
-        assert all(g.any() for g in train_gradients(probe, gates))
+        assert all(g.any() for g in train_gradients(data, gates))
 
 
 class TestDifferences:
@@ -113,17 +113,17 @@ class TestDifferences:
     def loop(self) -> tuple[Any, list[Tensor], list[Tensor], list[Tensor], Functions]:
         loop = Loop().walk(5)
         loop.backward()
-        probe, gates = loop.run.probe, loop.state.gates()
-        assert probe is not None
-        _, v = validation_gradients(probe, gates, probe.weights())
-        return probe, gates, probe.weights(), v, Functions.of(loop)
+        data, gates = loop.run.data, loop.state.gates()
+        assert data is not None
+        _, v = validation_gradients(data, gates, data.weights())
+        return data, gates, data.weights(), v, Functions.of(loop)
 
     def test_converge_on_the_second_derivative_at_the_rate_of_the_radius(self) -> None:
-        probe, gates, weights, v, _ = self.loop()
-        exact = mixed_derivative(probe, gates, weights, v)
+        data, gates, weights, v, _ = self.loop()
+        exact = mixed_derivative(data, gates, weights, v)
         errors = []
         for radius in (0.1, 0.01, 0.001):
-            found = central_difference(probe, gates, weights, v, radius)
+            found = central_difference(data, gates, weights, v, radius)
             errors.append(max((f - e).abs().max().item() for f, e in zip(found, exact, strict=True)))
         size = max(e.abs().max().item() for e in exact)
         assert errors[1] < 1e-3 * size
@@ -133,21 +133,21 @@ class TestDifferences:
         assert size > 1e-3
 
     def test_the_step_is_radius_over_one_norm_of_all_weights(self) -> None:
-        probe, gates, weights, v, functions = self.loop()
-        found = central_difference(probe, gates, weights, v, 0.5)  # far enough for the length to matter
+        data, gates, weights, v, functions = self.loop()
+        found = central_difference(data, gates, weights, v, 0.5)  # far enough for the length to matter
         train = functions.loss(batch(5))
         naive = twin.difference(train, [w.detach() for w in weights], functions.gates, v, 0.5)
         torch.testing.assert_close(found, naive)
         assert float(global_norm(v)) == pytest.approx(twin.norm(v))
 
     def test_weights_come_back_bit_for_bit_and_nothing_lands_in_grad(self) -> None:
-        probe, gates, weights, v, _ = self.loop()
+        data, gates, weights, v, _ = self.loop()
         before = [w.detach().clone() for w in weights]
         gradients = [None if w.grad is None else w.grad.clone() for w in weights]
         random = torch.get_rng_state()
-        central_difference(probe, gates, weights, v, 0.01)
-        one_sided_difference(probe, gates, weights, v, 0.01, before, train_gradients(probe, gates))
-        mixed_derivative(probe, gates, weights, v)
+        central_difference(data, gates, weights, v, 0.01)
+        one_sided_difference(data, gates, weights, v, 0.01, before, train_gradients(data, gates))
+        mixed_derivative(data, gates, weights, v)
         assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
         for weight, gradient in zip(weights, gradients, strict=True):
             assert (weight.grad is None) == (gradient is None)
@@ -247,10 +247,10 @@ class TestDropout:
 
     def differences(self, replay: bool) -> Tensor:
         loop = Loop(model=net(dropout=0.1)).walk(5)
-        probe, gates = loop.run.probe, loop.state.gates()
-        assert probe is not None
+        data, gates = loop.run.data, loop.state.gates()
+        assert data is not None
         loop.backward()
-        _, v = validation_gradients(probe, gates, probe.weights())
+        _, v = validation_gradients(data, gates, data.weights())
 
         class Redrawn:
             """The same batch with new masks every time."""
@@ -258,11 +258,11 @@ class TestDropout:
             def train_losses(self) -> Iterator[Tensor]:
                 yield loop.model(**batch(5)).loss
 
-        source: Any = probe if replay else Redrawn()
+        source: Any = data if replay else Redrawn()
         found = []
         for seed in range(12):
             torch.manual_seed(seed)
-            found.append(torch.cat(central_difference(source, gates, probe.weights(), v, 0.01)))
+            found.append(torch.cat(central_difference(source, gates, data.weights(), v, 0.01)))
         return torch.stack(found)
 
     def test_shared_masks_repeat_bit_for_bit_and_new_ones_drown_the_difference(self) -> None:

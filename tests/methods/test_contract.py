@@ -40,7 +40,7 @@ from torch import Tensor
 from loralloc import Budget, RankPlan, UserError, attach, export_adapter
 from loralloc.gating import is_gated
 from loralloc.methods.base import Method
-from loralloc.training.soundness import MAX_BAD_STEPS
+from loralloc.training.bad_steps import MAX_BAD_STEPS
 
 pytestmark = pytest.mark.filterwarnings("ignore:ALLoRA.*AdamW")  # tests/methods/test_allora.py is about it
 

@@ -14,8 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from loralloc import Budget, Truncate, UserError, attach
-from loralloc.methods.truncate import balanced, decompose, select
-from loralloc.scores import factor_svd
+from loralloc.methods.truncate import balanced, decompose, factor_svd, keep_largest
 
 
 def deltas(run: Loop) -> list[Tensor]:
@@ -79,9 +78,9 @@ def test_factors_are_balanced_and_orthogonal():
 
 def test_a_budget_in_parameters_buys_value_per_parameter():
     values, costs = [torch.tensor([3.0, 1.0]), torch.tensor([2.9, 0.1])], [10, 5]
-    kept = select(values, costs, Budget(parameters=11), 11)
+    kept = keep_largest(values, costs, "parameters", 11)
     assert kept.tolist() == [False, False, True, True]  # 8.41 / 5 before 9 / 10, which then no longer fits
-    assert select(values, costs, Budget(total_rank=2), 2).tolist() == [True, False, True, False]
+    assert keep_largest(values, costs, "ranks", 2).tolist() == [True, False, True, False]
 
 
 def test_with_every_rank_nothing_changes():

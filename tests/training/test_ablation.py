@@ -18,10 +18,10 @@ from torch import Tensor
 
 from loralloc import UserError, gating
 from loralloc.gating import Site, attach_gates, gates_replaced
-from loralloc.scores import ablation_importance, ablation_settings, two_point_importance
+from loralloc.methods.ablora.scores import ablation_importance, ablation_settings, two_point_importance
 from loralloc.training import ablation
 from loralloc.training.ablation import AblationScorer
-from loralloc.training.probe import DataProbe
+from loralloc.training.step_data import ObservedData
 
 NAMES = ("llama", "bert", "gpt2")
 LAYERS = 3
@@ -384,7 +384,7 @@ def test_scoring_leaves_no_trace():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model(**batch).loss.backward()
     optimizer.step()
-    probe = DataProbe(model, sites, [batch, padded("llama", 1)])
+    data = ObservedData(model, sites, [batch, padded("llama", 1)])
     forwards = [id(block.forward.__func__) for block in model.get_base_model().model.layers]
 
     def state() -> list[Any]:
@@ -399,7 +399,7 @@ def test_scoring_leaves_no_trace():
     for _ in range(2):
         torch.manual_seed(len(losses))
         before[-3] = torch.get_rng_state()
-        scored = probe.scoring(7, 0)
+        scored = data.scoring(7, 0)
         assert scored.samples == 7
         losses.append(scored.ablate(all_ablations(sites)))
         on, _ = scored.gate_gradients(trained_gates(sites))
@@ -407,18 +407,18 @@ def test_scoring_leaves_no_trace():
         assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
     assert torch.equal(*losses)  # no dropout
     assert forwards == [id(block.forward.__func__) for block in model.get_base_model().model.layers]
-    assert probe.state_dict() == {"drawn": 0}
+    assert data.state_dict() == {"drawn": 0}
 
 
 def test_draws_are_batches_of_their_own_and_never_larger_than_asked():
     model = tiny_peft("bert", trained=True)
     sites = attach_gates(model)
     batches = [padded("bert", seed) for seed in range(4)]
-    probe = DataProbe(model, sites, batches)
+    data = ObservedData(model, sites, batches)
     whole = torch.ones(1, sum(site.rank for site in sites))
-    losses = [float(probe.scoring(6, draw).ablate(whole)) for draw in (0, 0, 1, 2)]
+    losses = [float(data.scoring(6, draw).ablate(whole)) for draw in (0, 0, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
     assert losses[3] == losses[0]  # four batches, two for each draw
     cut = [batches[0], {key: value[:2] for key, value in batches[1].items()}]
     assert losses[0] == pytest.approx(float(naive(model, sites, cut, whole)), abs=1e-6)
-    assert probe.scoring(10**6, 0).samples == 16
+    assert data.scoring(10**6, 0).samples == 16

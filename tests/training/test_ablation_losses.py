@@ -9,7 +9,7 @@ from test_ablation import model_of, padded, scorer, trained_gates
 
 from loralloc import ABLoRA, Budget, UserError, attach
 from loralloc.gating import attach_gates
-from loralloc.training.probe import DataProbe
+from loralloc.training.step_data import ObservedData
 
 
 def test_regression_and_several_classes_are_the_models_own_losses():
@@ -75,7 +75,7 @@ def test_the_first_round_looks_again_where_the_first_step_could_not(monkeypatch)
     """A first step that was skipped, or a resumed run."""
     model, sites = model_of("llama")
     batch = padded("llama")
-    DataProbe(model, sites, [batch]).scoring(4, 0)
+    ObservedData(model, sites, [batch]).scoring(4, 0)
     monkeypatch.setattr(model.get_base_model(), "loss_function", lambda **kw: torch.tensor(99.0))
     with pytest.raises(UserError, match=r"computes the loss 99 where"):
-        DataProbe(model, sites, [batch]).scoring(4, 0)
+        ObservedData(model, sites, [batch]).scoring(4, 0)

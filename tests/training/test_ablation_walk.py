@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from loralloc import UserError
 from loralloc.gating import Site, attach_gates, gates_replaced
-from loralloc.training.probe import DataProbe, samples_of
+from loralloc.training.step_data import ObservedData, samples_of
 
 
 def classifier(change: Any) -> tuple[PeftModel, list[Site]]:
@@ -106,7 +106,7 @@ def test_what_blocks_share_behind_the_model_is_noticed() -> None:
     model, sites = classifier(_share)
     batch, settings = padded("bert"), all_ablations(sites)
     assert not scorer(model, sites, [batch]).check_walk()
-    scored = DataProbe(model, sites, [batch]).scoring(4, 0)
+    scored = ObservedData(model, sites, [batch]).scoring(4, 0)
     torch.testing.assert_close(scored.ablate(settings), naive(model, sites, [batch], settings), rtol=0, atol=1e-12)
     assert scored.forwards == len(settings)
 
@@ -115,7 +115,7 @@ def test_what_blocks_share_behind_the_model_is_noticed() -> None:
 def test_models_that_share_nothing_are_walked(name: str) -> None:
     model, sites = model_of(name)
     assert scorer(model, sites, [padded(name)]).check_walk()
-    scored = DataProbe(model, sites, [padded(name)]).scoring(4, 0)
+    scored = ObservedData(model, sites, [padded(name)]).scoring(4, 0)
     scored.ablate(all_ablations(sites))
     unchecked = scorer(model, sites, [padded(name)])
     unchecked.ablate(all_ablations(sites))
@@ -125,15 +125,15 @@ def test_models_that_share_nothing_are_walked(name: str) -> None:
 @pytest.mark.parametrize(("change", "passes"), [(lambda layers: None, False), (_share, True)])
 def test_a_probe_checks_once_and_remembers(change: Any, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sites = classifier(change)
-    probe = DataProbe(model, sites, [padded("bert")])
+    data = ObservedData(model, sites, [padded("bert")])
     settings = all_ablations(sites)
     expected = naive(model, sites, [padded("bert")], settings)
     for _ in range(2):
-        scored = probe.scoring(4, 0)
+        scored = data.scoring(4, 0)
         torch.testing.assert_close(scored.ablate(settings), expected, rtol=0, atol=1e-12)
         assert (scored.forwards == len(settings)) is passes
     monkeypatch.setattr(type(scored), "check_walk", lambda self: pytest.fail("it is known"))
-    probe.scoring(4, 1)
+    data.scoring(4, 1)
 
 
 def test_a_model_whose_loss_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from loralloc import AdaLoRA, Budget, RankPlan, export_adapter
 from loralloc.gating import is_gated
-from loralloc.scores import penalty_value
+from loralloc.methods.adalora.penalty import penalty_value
 from loralloc.training.callback import MARKER
 
 MODELS = list(BUILDERS)

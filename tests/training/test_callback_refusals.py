@@ -142,7 +142,6 @@ def test_a_model_that_the_trainer_builds_anew_is_refused(tmp_path: Path) -> None
             "no step is left in which the budget could fall: warmup=10 (10 steps) and cooldown=0.6 (14 steps) fill the "
             "24 steps of the run",
         ),
-        (24, AdaLoRA(TWO_RANKS, warmup=1.0), "warmup as a fraction of the run must be in [0, 1), got 1.0"),
     ],
 )
 def test_a_schedule_that_does_not_fit_is_refused_with_the_numbers(

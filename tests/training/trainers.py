@@ -50,11 +50,11 @@ class Compare(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        probe = self.allocation.run.probe
-        assert probe is not None
-        weights = probe.weights()
+        data = self.allocation.run.data
+        assert data is not None
+        weights = data.weights()
         total = [torch.zeros_like(weight) for weight in weights]
-        for loss in probe.train_losses():
+        for loss in data.train_losses():
             found = torch.autograd.grad(loss, weights)
             total = [t + f for t, f in zip(total, found, strict=True)]
         slopes: list[Any] = [weight.grad for weight in weights]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,15 @@ from transformers import (
     set_seed,
 )
 
-from loralloc.budget import Budget
 from loralloc.cli.folder import RunFolder
 from loralloc.cli.targets import check_entries, linear_modules
 from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError
 from loralloc.from_plan import lora_config
 from loralloc.gating import plain_sites
-from loralloc.methods.ablora import ABLoRA
-from loralloc.methods.adalora import AdaLoRA
-from loralloc.methods.allora import ALLoRA
-from loralloc.methods.autolora import AutoLoRA
-from loralloc.methods.base import Method
-from loralloc.methods.controls import DepthLinear, Random, Uniform
-from loralloc.methods.truncate import Truncate
 from loralloc.naming import named
 from loralloc.plan import RankPlan
-from loralloc.recipe_methods import ALLoRAConfig, LoRAConfigSection, MethodConfig
+from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, locate
@@ -44,11 +36,6 @@ from loralloc.training import processes
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
-
-METHODS: dict[str, Any] = {
-    kind.id: kind for kind in (AdaLoRA, ABLoRA, AutoLoRA, Uniform, Random, DepthLinear, Truncate)
-}
-"""The methods that take a budget, by the names that recipes call them."""
 
 TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
@@ -61,33 +48,7 @@ def task_data(recipe: Recipe) -> TaskData:
     return prepare(recipe.task, recipe.model, recipe.data, recipe.training.seed)
 
 
-def method_of(section: MethodConfig, validation: Dataset | None = None) -> Method | None:
-    """Return the allocating method of a recipe; None for plain LoRA.
-
-    Args:
-        section: The recipe's `method`.
-        validation: The examples that the method may look at, where it looks at any.
-    """
-    if isinstance(section, LoRAConfigSection):
-        return None
-    if isinstance(section, ALLoRAConfig):
-        data = {} if validation is None else {"validation": validation}
-        inner = None if section.allocate is None else METHODS[section.allocate](budget=_budget(section), **data)
-        return ALLoRA(eta=section.eta, mode=section.mode, allocate=inner)
-    kind = METHODS[section.name]
-    known = {field.name for field in fields(kind)}  # the rest is for the command line, such as the length of a search
-    settings = {key: None if value == "none" else value for key, value in section.model_dump(include=known).items()}
-    settings["budget"] = _budget(section)
-    if validation is not None:
-        settings["validation"] = validation
-    return kind(**settings)
-
-
-def _budget(section: Any) -> Budget | None:
-    return None if section.budget is None else Budget(**section.budget.model_dump(exclude_none=True))
-
-
-def method_data(section: MethodConfig, data: TaskData, seed: int) -> tuple[Dataset, Dataset | None]:
+def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Dataset, Dataset | None]:
     """Return (the examples to train on, those that the method looks at, None where it looks at none).
 
     A method's section says where they come from with its key `validation`: a share is cut from the training data by

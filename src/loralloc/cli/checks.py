@@ -50,7 +50,7 @@ def check_output(recipe: Recipe, resume: bool, replace: bool) -> None:
         UserError: It holds something else, or cannot be made or written.
     """
     if resume:
-        RunFolder.resume(recipe)
+        RunFolder.existing(RunFolder.of(recipe).root)
         return
     folder = RunFolder.for_new_run(recipe, replace).root
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())

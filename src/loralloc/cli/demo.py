@@ -25,14 +25,14 @@ def demo(
     trained as fit into three minutes, at most those of the recipes.
     """
     from loralloc.cli.folder import RunFolder
-    from loralloc.config import load_recipe
+    from loralloc.config import load_recipe, peek_recipe
     from loralloc.recipes import list_recipes
 
     paths = {method: list_recipes()[f"demo/{method}"] for method in METHODS}
     words = {method: ["--output", str(output / method)] for method in METHODS}
+    for outline in filter(None, (peek_recipe(paths[method], words[method]) for method in METHODS)):
+        RunFolder.for_new_run(outline, replace=True)
     recipes = {method: load_recipe(paths[method], words[method]) for method in METHODS}
-    for recipe in recipes.values():
-        RunFolder.for_new_run(recipe, replace=True)
     from loralloc.cli import fit, pipeline, terminal
 
     terminal.quiet_libraries()

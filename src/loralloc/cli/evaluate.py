@@ -21,7 +21,7 @@ def evaluate(
     from loralloc.tasks.locations import check_source, model_folder
 
     folder = RunFolder.finished(run)
-    recipe = folder.load_recipe()
+    recipe = folder.peek_recipe()
     if data is None:
         check_inputs(recipe)
     else:

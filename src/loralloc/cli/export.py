@@ -40,7 +40,7 @@ def export(
         raise UserError(f"{to} is the run's own adapter; choose another folder")
     target = (to or folder.exported(profile.value)).resolve()
     check_target(target)
-    model_folder(folder.load_recipe().model.name)
+    model_folder(folder.peek_recipe().model.name)
     from loralloc.cli import terminal
     from loralloc.cli.build import load_for_export
     from loralloc.export import export_adapter

@@ -8,9 +8,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from loralloc.cli import stage, terminal
-from loralloc.cli.build import add_adapter, method_data, method_of, task_data
+from loralloc.cli.build import add_adapter, method_data, task_data
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
+from loralloc.methods.registry import make_method
 
 FIRST, TIMED = 2, 5
 """Steps that warm up, and those that count."""
@@ -46,7 +47,7 @@ def measure(recipe: Recipe) -> Measured:
     train, held = method_data(short.method, data, training.seed)
     model = add_adapter(data.model, short)
     with TemporaryDirectory(prefix="loralloc-") as scratch, terminal.silence():
-        folder, method = RunFolder(Path(scratch)), method_of(short.method, held)
+        folder, method = RunFolder(Path(scratch)), make_method(short.method, held)
         trainer, _ = stage.make_trainer(short, replace(data, train=train), model, folder, method)
         begun = terminal.clock()
         untrained = stage.evaluate(trainer, data, "untrained")[data.metric]

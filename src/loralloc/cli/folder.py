@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loralloc.config import Recipe, dump_recipe, load_recipe
+from loralloc.config import Recipe, dump_recipe, load_recipe, peek_recipe
 from loralloc.errors import UserError
 from loralloc.files import finite, write_atomically
 
@@ -222,6 +222,10 @@ class RunFolder:
     def _export_hint(self) -> str:
         """What else can be done with a run whose export failed."""
         return f"; what it trained is kept: loralloc export {self.root}" if _is_adapter(self.trained) else ""
+
+    def peek_recipe(self) -> Recipe:
+        """Read the run's recipe without its method, which takes seconds to import."""
+        return peek_recipe(self.recipe) or self.load_recipe()
 
     def load_recipe(self) -> Recipe:
         """Read the run's recipe."""

@@ -14,13 +14,14 @@ from peft import PeftModel
 
 from loralloc._version import __version__
 from loralloc.cli import search, stage, terminal
-from loralloc.cli.build import add_adapter, method_data, method_of, task_data
+from loralloc.cli.build import add_adapter, method_data, task_data
 from loralloc.cli.card import card_facts
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.export import Export, export_adapter, write_card
 from loralloc.gating import plain_sites
+from loralloc.methods.registry import make_method
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData
@@ -127,7 +128,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, searched: bool = False) -> stage
         terminal.show_start(recipe, data, model)
         terminal.show_processes(recipe)
     seen = replace(data, train=train)
-    trainer, allocation = stage.make_trainer(recipe, seen, model, folder, method_of(recipe.method, held))
+    trainer, allocation = stage.make_trainer(recipe, seen, model, folder, make_method(recipe.method, held))
     if allocation is not None:
         allocation.run.begin(steps)
     return stage.Stage(data, model, trainer, allocation, steps)

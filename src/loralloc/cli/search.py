@@ -11,18 +11,19 @@ from dataclasses import replace
 from typing import Any
 
 from loralloc.cli import stage, terminal
-from loralloc.cli.build import add_adapter, method_data, method_of, task_data
+from loralloc.cli.build import add_adapter, method_data, task_data
 from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.errors import UserError
+from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
 from loralloc.plan import RankPlan
-from loralloc.recipe_methods import AutoLoRAConfig, LoRAConfigSection
 from loralloc.training import processes
 
 
 def searches(recipe: Recipe) -> bool:
     """Whether the recipe's method searches for ranks before what it exports is trained."""
-    return isinstance(recipe.method, AutoLoRAConfig)
+    kind = methods().get(recipe.method.name)
+    return kind is not None and kind.search is not None
 
 
 def steps_of(recipe: Recipe, examples: int) -> int:
@@ -32,8 +33,7 @@ def steps_of(recipe: Recipe, examples: int) -> int:
         recipe: The recipe.
         examples: Training examples before the split.
     """
-    assert isinstance(recipe.method, AutoLoRAConfig)
-    length = recipe.method.search
+    length: float = recipe.method.model_dump()["search"]
     return length if isinstance(length, int) else max(1, round(length * stage.total_steps(recipe, examples)))
 
 
@@ -77,7 +77,7 @@ def prepare(recipe: Recipe, folder: RunFolder) -> stage.Stage:
     settings = {"steps": steps, "epochs": None, "eval_every": None}
     searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
     seen = replace(data, train=train, validation=held, test=None)
-    trainer, allocation = stage.make_trainer(searching, seen, model, folder.search, method_of(recipe.method, held))
+    trainer, allocation = stage.make_trainer(searching, seen, model, folder.search, make_method(recipe.method, held))
     assert allocation is not None
     allocation.run.begin(steps)
     terminal.show_start(recipe, data, model)
@@ -93,9 +93,8 @@ def _write(folder: RunFolder, record: dict[str, Any], plan: RankPlan) -> None:
 
 def retraining(recipe: Recipe, folder: RunFolder) -> Recipe:
     """Plain LoRA at the ranks that the search has found, on all training data."""
-    return recipe.model_copy(
-        update={"method": LoRAConfigSection(name="lora"), "plan": str(folder.search.plan.resolve())}
-    )
+    plain = sections()[PLAIN_LORA](name=PLAIN_LORA)
+    return recipe.model_copy(update={"method": plain, "plan": str(folder.search.plan.resolve())})
 
 
 def combined(searched: RankPlan, trained: RankPlan) -> RankPlan:

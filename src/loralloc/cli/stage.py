@@ -17,8 +17,8 @@ from loralloc.cli.folder import RunFolder
 from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
+from loralloc.methods.registry import PLAIN_LORA
 from loralloc.plan import RankPlan
-from loralloc.recipe_methods import LoRAConfigSection
 from loralloc.tasks.base import TaskData
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
@@ -55,7 +55,7 @@ def make_trainer(
     if method is not None:
         provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}
         allocation = RankAllocation(method, trace=folder.trace, provenance=provenance, compact=compact)
-    elif compact and isinstance(recipe.method, LoRAConfigSection):
+    elif compact and recipe.method.name == PLAIN_LORA:
         raise UserError("training.compact: plain LoRA closes no ranks that could leave memory; remove it")
     guard = SkipBadSteps() if allocation is None else None
     callbacks = [Agreement() if allocation is None else allocation, terminal.Progress(allocation)]

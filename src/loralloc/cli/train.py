@@ -25,12 +25,13 @@ def train(
     if resume and replace:
         raise UserError("--resume continues a run and --replace starts it over: give one of them")
     from loralloc.cli.checks import check_inputs, check_output, is_alone
-    from loralloc.config import load_recipe
+    from loralloc.config import load_recipe, peek_recipe
 
+    outline = peek_recipe(recipe, context.args) if is_alone() else None  # several check in `pipeline`: one ends all
+    if outline is not None:
+        check_inputs(outline)
+        check_output(outline, resume, replace)
     settings = load_recipe(recipe, context.args)
-    if is_alone():  # several processes check in `pipeline`, where one that is refused ends all
-        check_inputs(settings)
-        check_output(settings, resume, replace)
     from loralloc.cli import pipeline
 
     act = pipeline.show_plan if dry_run else pipeline.run

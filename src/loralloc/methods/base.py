@@ -1,14 +1,14 @@
-"""What a method is: five verbs over gated sites.
+"""What a method is: a dataclass of settings, what it declares about itself, and what it does in the course of a run.
 
-A method is the frozen dataclass of its hyper-parameters; what changes during a run lives in a separate state object
-that `prepare` returns and every other verb receives. A method sees sites, a step number and its schedule; never a
-Trainer, a data loader or PEFT.
+What changes during a run lives in a separate state object that `prepare` returns and everything else receives. A
+method sees sites, a step number and its schedule; never a Trainer, a data loader or PEFT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Protocol
 
@@ -17,14 +17,11 @@ from torch import Tensor
 
 from loralloc.budget import Budget, Schedule, Unit, start_budget
 from loralloc.gating import Site
+from loralloc.methods.settings import check_settings, recorded
 from loralloc.plan import ModuleRank, RankPlan
 
-DATA_FIELDS = ("budget", "validation", "allocate")
-"""Fields of a method that are no plain hyper-parameters: the budget has several spellings and stands elsewhere, data
-are not recorded, and a method that another one composes with is recorded by its own settings."""
 
-
-class Probe(Protocol):
+class StepData(Protocol):
     """The data of a run, as far as a method may look at them.
 
     Looking has no side effect: parameters, their gradients, the optimizer, random states and the modes of modules are
@@ -83,14 +80,14 @@ class Ablations(Protocol):
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepContext:
     """Where a run stands when a verb is called.
 
     Attributes:
         step: 0-based optimizer step.
         schedule: The budget over the run.
         learning_rate: The optimizer's current learning rate for the adapter; None where no optimizer was shown.
-        probe: The data, for methods that look at them; None where there are none.
+        data: The data, for methods that look at them; None where there are none.
         optimizer: Name of the optimizer's class, for example `AdamW`; None where no optimizer was shown.
         sound: Whether the step's gradients are finite: a boolean on the device, for methods with `masks_bad_steps`
             where the host does not know yet; None where they are (other steps are not shown to a method).
@@ -101,7 +98,7 @@ class Moment:
     step: int
     schedule: Schedule
     learning_rate: float | None = None
-    probe: Probe | None = None
+    data: StepData | None = None
     optimizer: str | None = None
     sound: Tensor | None = None
     max_grad_norm: float | None = None
@@ -131,52 +128,121 @@ class Decision:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Method(Protocol):
-    """The interface of a method. The five verbs stand in this order in every method's file."""
+@dataclass(frozen=True)
+class Search:
+    """Says that a method searches for ranks first, and that plain LoRA is trained at them afterwards.
+
+    Attributes:
+        default: Length of the search in a recipe: a share of the training that follows, or steps.
+        description: What the recipe says of it.
+    """
+
+    default: float
+    description: str = "length of the search: share of the training that follows, or steps"
+
+
+class Method(ABC):
+    """The interface of a method: a frozen dataclass of settings that is derived from this class.
+
+    Nine things may happen in a run, in this order: `schedule`, `prepare`, `calibrate`; in every step `on_gradients`
+    and `on_step`; `resized` where closed ranks leave memory; `finish`; and for checkpoints `state_dict` and
+    `load_state_dict`. Four must be written, the others have defaults. They stand in this order in every method's file.
+
+    Attributes:
+        id: What recipes and plans call it.
+        label: What its paper calls it.
+        paper: Where it is published; empty for none.
+        search: Whether it searches first, and how long; None for a method that allocates while it trains.
+        budget: What the final adapter may cost; None for a method that needs no budget.
+    """
 
     id: ClassVar[str]
+    label: ClassVar[str]
+    paper: ClassVar[str] = ""
+    search: ClassVar[Search | None] = None
+
+    budget: Any  # Budget | None, which a dataclass may narrow
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of their range; a method with further rules calls this first."""
+        check_settings(self)
 
     @property
-    def budget(self) -> Budget | None:
-        """What the final adapter may cost; None for a method that needs no budget."""
-        ...
+    def masks_bad_steps(self) -> bool:
+        """Whether a step with `now.sound` false on the device leaves the state as it is; else the host waits for it."""
+        return False
 
     @property
     def compacts(self) -> bool:
         """Whether ranks are closed for good by a final decision before the run ends, so that they may leave memory."""
-        ...
+        return False
 
+    @property
+    def opens_ranks(self) -> bool:
+        """Whether ranks start afresh in mid-run: the optimizer must be one whose first steps of them are right."""
+        return False
+
+    @property
+    def examples(self) -> Any:
+        """The examples that it looks at besides the training data; None for none."""
+        return None
+
+    @property
+    def allocator(self) -> Method | None:
+        """The method that allocates the ranks where one composes with another; None for any other."""
+        return None
+
+    @classmethod
+    def broken_rules(cls, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Check in a recipe what no single setting can.
+
+        Args:
+            value: Looks a key up, for example `value("lora", "r")`: its value, which may be of any type, or its
+                default; None where it has neither.
+
+        Yields:
+            The key that a rule is about, and what is wrong with it.
+        """
+        del value
+        yield from ()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the numbers and words that it was given, and under `allocate` those of the one it composes with."""
+        inner = self.allocator
+        return recorded(self) | ({} if inner is None else {"allocate": {"name": inner.id, **inner.settings()}})
+
+    @abstractmethod
     def schedule(self, total_steps: int, start: int, target: int) -> Schedule:
         """Lay the budget over the run; raises UserError where it does not fit."""
-        ...
 
+    @abstractmethod
     def prepare(self, sites: Sequence[Site]) -> Any:
         """Initialise the adapter and return the method's state. Runs before the optimizer exists."""
-        ...
 
-    def on_gradients(self, state: Any, now: Moment) -> None:
+    def on_gradients(self, state: Any, now: StepContext) -> None:
         """Gradients are complete (and clipped), weights still old."""
-        ...
+        del state, now
 
-    def on_step(self, state: Any, now: Moment) -> Decision | None:
+    def on_step(self, state: Any, now: StepContext) -> Decision | None:
         """Weights are updated; return what was decided, if anything was."""
-        ...
+        del state, now
 
+    @abstractmethod
     def finish(self, state: Any, target: int) -> Tensor:
         """Close what is above the target, for good, and return the kept ranks, boolean [R]."""
-        ...
 
     def state_dict(self, state: Any) -> dict[str, Tensor]:
         """Everything a resumed run needs beyond the model's and the optimizer's own tensors."""
-        ...
+        del state
+        return {}
 
     def load_state_dict(self, state: Any, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
-        ...
+        del state, tensors
 
     def resized(self, state: Any) -> None:
         """Closed ranks have left the tensors after the final decision, or are back for `finish`."""
-        ...
+        del state
 
 
 def site_budget(sites: Sequence[Site], budget: Budget | None) -> tuple[Unit, int, int]:
@@ -227,14 +293,6 @@ def any_process(flag: Tensor) -> bool:
     return bool(on_any_process(flag).item())
 
 
-def settings_of(method: Method) -> dict[str, Any]:
-    """Return the hyper-parameters of a method, and under `allocate` those of the one it composes with."""
-    names = [field.name for field in fields(method)]  # type: ignore[arg-type]
-    settings = {name: getattr(method, name) for name in names if name not in DATA_FIELDS}
-    inner = getattr(method, "allocate", None)
-    return settings if inner is None else {**settings, "allocate": {"name": inner.id, **settings_of(inner)}}
-
-
 def ranks_by_site(sites: Sequence[Site], kept: Tensor) -> list[int]:
     """Count the kept ranks of each site; one transfer from the device."""
     flags = iter(kept.tolist())
@@ -254,5 +312,5 @@ def rank_plan(
         modules=modules,
         budget={} if method.budget is None else method.budget.to_dict(),
         peak=peak,
-        provenance={**provenance, "settings": settings_of(method)},
+        provenance={**provenance, "settings": method.settings()},
     )

@@ -17,33 +17,28 @@ allocation.) Ranks above a module's own are closed before the first step, for go
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from loralloc.allocate import keep_top, keep_within
+from loralloc.allocate import select
 from loralloc.budget import Budget, ConstantSchedule
-from loralloc.errors import check_choice
 from loralloc.gating import Site
-from loralloc.methods.base import Decision, Moment
+from loralloc.methods.base import Method
 from loralloc.methods.guards import check_fresh
+from loralloc.setting_types import Seed
 
 Direction = Literal["increasing", "decreasing"]
 
 
 @dataclass(frozen=True)
-class FixedRanks(ABC):
-    """What the controls share: ranks chosen by `scores` before the first step.
-
-    Attributes:
-        budget: What the adapter may cost, from the first step on.
-    """
-
-    id: ClassVar[str]
+class FixedRanks(Method):
+    """What the controls share: ranks chosen by `scores` before the first step."""
 
     budget: Budget
 
@@ -51,17 +46,12 @@ class FixedRanks(ABC):
     def scores(self, names: Sequence[str], ranks: Sequence[int]) -> Tensor:
         """Score every rank of modules with these names and capacities, [R]; the best are kept."""
 
-    @property
-    def compacts(self) -> bool:
-        """No: no rank is closed while training."""
-        return False
-
     def schedule(self, total_steps: int, start: int, target: int) -> ConstantSchedule:
         """Return the target throughout."""
         del start
         return ConstantSchedule(total_steps, target, target)
 
-    # The five verbs.
+    # The course of a run.
 
     def prepare(self, sites: Sequence[Site]) -> Sequence[Site]:
         """Close all ranks but those chosen, for good.
@@ -69,13 +59,11 @@ class FixedRanks(ABC):
         Raises:
             UserError: The adapter has been trained already in ranks that would be closed.
         """
-        ranks, costs = [site.rank for site in sites], [site.cost for site in sites]
-        target = self.budget.resolve(ranks, costs)
+        ranks = [site.rank for site in sites]
+        target = self.budget.resolve(ranks, [site.cost for site in sites])
         scores = self.scores([site.name for site in sites], ranks)
-        if self.budget.unit == "ranks":
-            keep = keep_top(scores, target)
-        else:
-            keep = keep_within(scores, torch.tensor(costs).repeat_interleave(torch.tensor(ranks)), target)
+        costs = [site.cost for site in sites for _ in range(site.rank)]
+        keep = select(scores, costs, self.budget.unit, target)
         chosen = [kept.to(site.gate.device) for site, kept in zip(sites, keep.split(ranks), strict=True)]
         cure = "start from a fresh adapter, or cut the trained one down with Truncate"
         check_fresh(sites, "closing ranks would change what it computes", cure, [~kept for kept in chosen])
@@ -84,42 +72,18 @@ class FixedRanks(ABC):
             site.set_scale(kept)
         return sites
 
-    def on_gradients(self, state: Sequence[Site], now: Moment) -> None:
-        """Nothing to do."""
-        del state, now
-
-    def on_step(self, state: Sequence[Site], now: Moment) -> Decision | None:
-        """Decide nothing."""
-        del state, now
-
     def finish(self, state: Sequence[Site], target: int) -> Tensor:
         """Keep the ranks chosen at the start."""
         del target
         return torch.cat([(site.scale != 0).cpu() for site in state])
 
-    def state_dict(self, state: Sequence[Site]) -> dict[str, Tensor]:
-        """Nothing: the ranks follow from the settings."""
-        del state
-        return {}
-
-    def load_state_dict(self, state: Sequence[Site], tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to restore."""
-        del state, tensors
-
-    def resized(self, state: Sequence[Site]) -> None:
-        """Nothing to do: no rank leaves the tensors."""
-        del state
-
 
 @dataclass(frozen=True)
 class Uniform(FixedRanks):
-    """The same rank everywhere; what does not divide evenly goes to modules spread over the depth of the model.
-
-    Attributes:
-        budget: What the adapter may cost, from the first step on.
-    """
+    """The same rank everywhere; what does not divide evenly goes to modules spread over the depth of the model."""
 
     id: ClassVar[str] = "uniform"
+    label: ClassVar[str] = "uniform ranks"
 
     def scores(self, names: Sequence[str], ranks: Sequence[int]) -> Tensor:
         """Score level by level, see `uniform_scores`."""
@@ -129,16 +93,12 @@ class Uniform(FixedRanks):
 
 @dataclass(frozen=True)
 class Random(FixedRanks):
-    """Ranks drawn at random: every set of ranks that meets the budget is equally likely, none of them looked at.
-
-    Attributes:
-        budget: What the adapter may cost, from the first step on.
-        rank_seed: Seed of the draw; the weights and data have their own.
-    """
+    """Ranks drawn at random: every set of ranks that meets the budget is equally likely, none of them looked at."""
 
     id: ClassVar[str] = "random"
+    label: ClassVar[str] = "random ranks"
 
-    rank_seed: int = 0
+    rank_seed: Annotated[Seed, Field(description="seed of the draw of the ranks")] = 0
 
     def scores(self, names: Sequence[str], ranks: Sequence[int]) -> Tensor:
         """Draw a score for every rank, on the CPU, so that a seed means the same on every device."""
@@ -153,20 +113,14 @@ class DepthLinear(FixedRanks):
 
     Proportional as far as `LoraConfig.r` lets it: capacity twice the average rank is enough for a straight line.
 
-    Attributes:
-        budget: What the adapter may cost, from the first step on.
-        direction: `increasing`: the last layer gets most; `decreasing`: the first does.
-
     Raises:
         UserError: The direction is unknown.
     """
 
     id: ClassVar[str] = "depth_linear"
+    label: ClassVar[str] = "ranks by depth"
 
-    direction: Direction = "increasing"
-
-    def __post_init__(self) -> None:
-        check_choice("direction", self.direction, get_args(Direction))
+    direction: Annotated[Direction, Field(description="whether the last layers or the first get most")] = "increasing"
 
     def scores(self, names: Sequence[str], ranks: Sequence[int]) -> Tensor:
         """Score by depth, see `depth_scores`."""

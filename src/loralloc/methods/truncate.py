@@ -16,45 +16,37 @@ a module whose inputs are small counts as much as any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from loralloc.allocate import keep_top, keep_within
-from loralloc.budget import Budget, ConstantSchedule
+from loralloc.allocate import select
+from loralloc.budget import Budget, ConstantSchedule, Unit
 from loralloc.gating import Site
-from loralloc.methods.base import Decision, Moment, agree
+from loralloc.methods.base import Method, agree
 from loralloc.methods.guards import check_capacity
-from loralloc.scores import factor_svd
 
 
 @dataclass(frozen=True)
-class Truncate:
+class Truncate(Method):
     """Train every rank of `LoraConfig.r`, and keep the largest singular values at the end.
 
     The scale is lora_alpha / `LoraConfig.r`, as for the methods that prune.
-
-    Attributes:
-        budget: What the final adapter may cost.
     """
 
     id: ClassVar[str] = "truncate"
+    label: ClassVar[str] = "truncation"
 
     budget: Budget
-
-    @property
-    def compacts(self) -> bool:
-        """No: no rank is closed while training."""
-        return False
 
     def schedule(self, total_steps: int, start: int, target: int) -> ConstantSchedule:
         """Return the start throughout: ranks are chosen when the run ends."""
         return ConstantSchedule(total_steps, start, target, final=total_steps - 1)
 
-    # The five verbs.
+    # The course of a run.
 
     def prepare(self, sites: Sequence[Site]) -> Sequence[Site]:
         """Leave the adapter as it is.
@@ -67,38 +59,17 @@ class Truncate:
             site.freeze_gate()
         return sites
 
-    def on_gradients(self, state: Sequence[Site], now: Moment) -> None:
-        """Nothing to do."""
-        del state, now
-
-    def on_step(self, state: Sequence[Site], now: Moment) -> Decision | None:
-        """Decide nothing yet."""
-        del state, now
-
     def finish(self, state: Sequence[Site], target: int) -> Tensor:
         """Replace every update by its best approximation under the budget."""
         parts = decompose([(site.A.detach(), site.B.detach() * site.scaling) for site in state])
-        keep = agree(select([sigma for _, sigma, _ in parts], [site.cost for site in state], self.budget, target))
-        keep = keep.cpu()
+        values, costs = [sigma for _, sigma, _ in parts], [site.cost for site in state]
+        keep = agree(keep_largest(values, costs, self.budget.unit, target)).cpu()
         for site, part, kept in zip(state, parts, keep.split([site.rank for site in state]), strict=True):
             A, B = balanced(*part)
             site.A.copy_(A * kept.to(A)[:, None] / site.scaling**0.5)
             site.B.copy_(B * kept.to(B) / site.scaling**0.5)
             site.set_scale(kept.to(site.gate.device))
         return keep
-
-    def state_dict(self, state: Sequence[Site]) -> dict[str, Tensor]:
-        """Nothing: the singular values are those of the weights."""
-        del state
-        return {}
-
-    def load_state_dict(self, state: Sequence[Site], tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to restore."""
-        del state, tensors
-
-    def resized(self, state: Sequence[Site]) -> None:
-        """Nothing to do: no rank leaves the tensors."""
-        del state
 
 
 Part = tuple[Tensor, Tensor, Tensor]
@@ -118,24 +89,22 @@ def decompose(factors: Sequence[tuple[Tensor, Tensor]]) -> list[Part]:
     return [parts[index] for index in range(len(factors))]
 
 
-def select(values: Sequence[Tensor], costs: Sequence[int], budget: Budget, target: int) -> Tensor:
+def keep_largest(values: Sequence[Tensor], costs: Sequence[int], unit: Unit, target: int) -> Tensor:
     """Choose singular values under one threshold for all modules.
 
     Args:
         values: Singular values of each module, [k], from large to small.
         costs: Parameters of one rank of each module, in + out.
-        budget: Only its unit counts here.
-        target: The budget in that unit.
+        unit: What the budget counts.
+        target: The budget.
 
     Returns:
         Boolean [R], the modules one after the other; of each module the first ones.
     """
     sigma = torch.cat([value.to(values[0].device) for value in values])
-    if budget.unit == "ranks":
-        return keep_top(sigma, target)
-    counts = torch.tensor([len(value) for value in values])
-    cost = torch.tensor(costs).repeat_interleave(counts)
-    return keep_within(sigma.double().square() / cost.to(sigma.device), cost, target)
+    cost = [price for value, price in zip(values, costs, strict=True) for _ in value]
+    scores = sigma if unit == "ranks" else sigma.double().square() / torch.tensor(cost).to(sigma.device)
+    return select(scores, cost, unit, target)
 
 
 def balanced(U: Tensor, sigma: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,3 +114,19 @@ def balanced(U: Tensor, sigma: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """
     root = sigma.sqrt()
     return (torch.where(root > 0, root, 1.0) * V).T, U * root
+
+
+def factor_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition of B A without forming it: [n, r, in], [n, out, r] -> (U, σ, V).
+
+    With QR factorisations B = Q_B R_B and Aᵀ = Q_A R_A, that of the small core R_B R_Aᵀ = u σ vᵀ gives U = Q_B u and
+    V = Q_A v. Computed in the dtype of the factors, float32 or wider.
+
+    Returns:
+        U [n, out, k], σ [n, k] from large to small, V [n, in, k], with k = min(r, in, out).
+    """
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    Q_B, R_B = torch.linalg.qr(B.to(dtype))
+    Q_A, R_A = torch.linalg.qr(A.to(dtype).mT)
+    u, sigma, v = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return Q_B @ u, sigma, Q_A @ v.mT

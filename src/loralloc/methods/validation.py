@@ -21,7 +21,7 @@ NO_LABELS = "the validation batch has no labels (all are -100); give examples wi
 
 
 def check_validation(method: str, validation: Any) -> None:
-    """Refuse validation data that a probe cannot draw by index.
+    """Refuse validation data that cannot be drawn by index.
 
     Args:
         method: What the method is called.

@@ -23,9 +23,9 @@ from loralloc.files import read_jsonl, write_atomically
 from loralloc.methods.base import Method
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
-from loralloc.training.probe import CollatedBatches, random_state, set_random_state
 from loralloc.training.processes import is_main
 from loralloc.training.run import AllocationRun, Event
+from loralloc.training.step_data import CollatedBatches, random_state, set_random_state
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
 """Files beside each checkpoint: the allocation's state. The marker says whether the run had finished."""
@@ -123,9 +123,9 @@ class RankAllocation(TrainerCallback):
         run.begin(state.max_steps)
         run.max_grad_norm = args.max_grad_norm or None
         run.check_optimizer(kwargs["optimizer"])
-        if run.probe is not None:
+        if run.data is not None:
             data = self.method.validation  # type: ignore[attr-defined]
-            run.probe.validation = _validation_batches(data, kwargs["train_dataloader"], args)
+            run.data.validation = _validation_batches(data, kwargs["train_dataloader"], args)
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.final)
         if state.global_step > 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loralloc.export_check import remember_example
-from loralloc.training.probe import samples_of
+from loralloc.training.step_data import samples_of
 
 SAMPLES = 2
 

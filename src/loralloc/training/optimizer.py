@@ -160,7 +160,7 @@ class MomentWatch:
     """
 
     def __init__(self, method: Method, sites: Sequence[Site]) -> None:
-        self._closes, self._opens = method.compacts, bool(getattr(method, "opens_ranks", False))
+        self._closes, self._opens = method.compacts, method.opens_ranks
         self._sites, self._looking = sites, self._closes or self._opens
         self._numbers: dict[tuple[int, str], int] | None = None  # those in the groups at the first look
 

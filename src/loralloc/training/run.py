@@ -16,19 +16,19 @@ from loralloc.gating import Site, attach_gates, fold_gates, put_back_on_error
 from loralloc.methods.base import (
     Decision,
     Method,
-    Moment,
+    StepContext,
     open_ranks,
     rank_plan,
     ranks_by_site,
-    settings_of,
     site_budget,
 )
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
+from loralloc.training.bad_steps import StepChecks, can_skip, forget
 from loralloc.training.compaction import Compaction, check_compact
 from loralloc.training.example import keep_example
+from loralloc.training.fresh_ranks import FreshRanks, clear_moments
 from loralloc.training.gated_files import GatedFiles
-from loralloc.training.moments import FreshRanks, clear_moments
 from loralloc.training.optimizer import (
     GateWatch,
     MomentWatch,
@@ -38,10 +38,9 @@ from loralloc.training.optimizer import (
     learning_rate,
     optimizer_name,
 )
-from loralloc.training.probe import DataProbe
 from loralloc.training.processes import check_agreement
 from loralloc.training.resume import check_same_run, gate_checksum
-from loralloc.training.soundness import StepChecks, can_skip, forget
+from loralloc.training.step_data import ObservedData
 
 Event = dict[str, Any]
 
@@ -118,7 +117,7 @@ class AllocationRun:
         self.max_grad_norm: float | None = None
         self.plan: RankPlan | None = None
         self.on_event: Callable[[Event], None] | None = None
-        self.probe = DataProbe.of(model, self.sites, getattr(method, "validation", None))
+        self.data = ObservedData.of(model, self.sites, method.examples)
         self._ranks = self._start_ranks = open_ranks(self.sites)
         self._peak = sum(self._ranks)
         self._budget: int | None = None  # what the method last decided under: it may have let the schedule's shrink
@@ -230,8 +229,8 @@ class AllocationRun:
             if decision.closed is not None and decision.frozen:
                 self._final = decision.kept.clone()
                 self._take_out_closed(optimizer)
-        if self.probe is not None:
-            self.probe.forget()
+        if self.data is not None:
+            self.data.forget()
         if self._sound is not None:
             forget(optimizer)
             self._sound = None
@@ -267,8 +266,8 @@ class AllocationRun:
             **(provenance or {}),
         }
         self.plan = rank_plan(self.method, self.sites, kept, self._start_ranks, self._peak, record)
-        if self.probe is not None:
-            self.probe.close()
+        if self.data is not None:
+            self.data.close()
         self._ranks = list(self.plan.ranks.values())
         self._files.close()
         self._forget_example()
@@ -300,7 +299,7 @@ class AllocationRun:
         """Return (tensors, numbers) that a resumed run needs beyond the model's and the optimizer's own."""
         # How the phases were spelled is not the point: the schedule says what they came to.
         phases = ("warmup", "cooldown", "interval")
-        settings = {key: value for key, value in settings_of(self.method).items() if key not in phases}
+        settings = {key: value for key, value in self.method.settings().items() if key not in phases}
         numbers = {
             "method": self.method.id,
             "settings": settings,
@@ -314,7 +313,7 @@ class AllocationRun:
             "peak": self._peak,
             "budget": self._budget,
             "settled": self.settled,
-            "probe": None if self.probe is None else self.probe.state_dict(),
+            "data": None if self.data is None else self.data.state_dict(),
         }
         final = {} if self._final is None else {"run.final": self._final}
         return {**self.method.state_dict(self.state), **self._fresh.state_dict(), **final}, numbers
@@ -343,8 +342,8 @@ class AllocationRun:
         self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])
         self._budget = numbers["budget"]
         self.settled = bool(numbers["settled"])
-        if self.probe is not None:
-            self.probe.load_state_dict(numbers["probe"])
+        if self.data is not None:
+            self.data.load_state_dict(numbers["data"])
         self._fresh.load_state_dict(tensors)
         with torch.no_grad():
             self.method.load_state_dict(self.state, tensors)
@@ -361,10 +360,10 @@ class AllocationRun:
         self._compaction = Compaction(self.model, self.sites, self._final, optimizer)
         self.method.resized(self.state)
 
-    def _now(self, optimizer: torch.optim.Optimizer | None) -> Moment:
+    def _now(self, optimizer: torch.optim.Optimizer | None) -> StepContext:
         """What a method is told besides its state."""
         rate, name = learning_rate(optimizer, self.sites), optimizer_name(optimizer)
-        return Moment(self.step, self.schedule, rate, self.probe, name, self._sound, self.max_grad_norm)
+        return StepContext(self.step, self.schedule, rate, self.data, name, self._sound, self.max_grad_norm)
 
     def _parameters(self, ranks: Sequence[int] | None = None) -> int:
         """Parameters of these ranks, by default of those that are open."""

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from loralloc.files import finite, read_jsonl, write_atomically
 from loralloc.training import checkpoint as saved
 from loralloc.training import processes
-from loralloc.training.soundness import StepChecks, can_skip, forget
+from loralloc.training.bad_steps import StepChecks, can_skip, forget
 
 
 class PlainTrainer(Trainer):

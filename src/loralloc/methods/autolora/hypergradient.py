@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loralloc.errors import UserError
-from loralloc.methods.base import Probe, any_process, average_
+from loralloc.methods.base import StepData, any_process, average_
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def validation_gradients(
-    probe: Probe, gates: Tensors, weights: Tensors, check: bool = False
+    data: StepData, gates: Tensors, weights: Tensors, check: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return (∂L_val/∂gates, v = ∂L_val/∂weights) of the next validation batch; v is the same on all processes.
 
@@ -33,7 +33,7 @@ def validation_gradients(
     With `check`, refuse a model whose gradients would not be right (`check_graph`).
     """
     with torch.enable_grad():
-        loss = probe.validation_loss()
+        loss = data.validation_loss()
     if check:
         check_graph(loss)
     found = _gradients(loss, [*gates, *weights])
@@ -45,17 +45,17 @@ def validation_gradients(
 
 
 @torch.no_grad()
-def central_difference(probe: Probe, gates: Tensors, weights: Tensors, v: Tensors, radius: float) -> list[Tensor]:
+def central_difference(data: StepData, gates: Tensors, weights: Tensors, v: Tensors, radius: float) -> list[Tensor]:
     """(∂²L_tr / ∂gates ∂weights) · v at the present weights: [g(W + εv) − g(W − εv)] / 2ε, ε = radius / ‖v‖."""
     step = _step_along(v, radius)
     if step == 0:
         return [torch.zeros_like(gate) for gate in gates]
     with restored(weights) as start:
         torch._foreach_add_(weights, v, alpha=step)
-        above = train_gradients(probe, gates)
+        above = train_gradients(data, gates)
         torch._foreach_copy_(weights, start)
         torch._foreach_add_(weights, v, alpha=-step)
-        below = train_gradients(probe, gates)
+        below = train_gradients(data, gates)
     torch._foreach_sub_(above, below)
     torch._foreach_div_(above, 2 * step)
     return above
@@ -63,7 +63,7 @@ def central_difference(probe: Probe, gates: Tensors, weights: Tensors, v: Tensor
 
 @torch.no_grad()
 def one_sided_difference(
-    probe: Probe,
+    data: StepData,
     gates: Tensors,
     weights: Tensors,
     v: Tensors,
@@ -78,20 +78,20 @@ def one_sided_difference(
     with restored(weights):
         torch._foreach_copy_(weights, origin)
         torch._foreach_add_(weights, v, alpha=step)
-        above = train_gradients(probe, gates)
+        above = train_gradients(data, gates)
     torch._foreach_sub_(above, gradient)
     torch._foreach_div_(above, step)
     return above
 
 
-def mixed_derivative(probe: Probe, gates: Tensors, weights: Tensors, v: Tensors, check: bool = False) -> list[Tensor]:
+def mixed_derivative(data: StepData, gates: Tensors, weights: Tensors, v: Tensors, check: bool = False) -> list[Tensor]:
     """The same by differentiating twice: ∂/∂gates of ⟨∂L_tr/∂weights, v⟩. Attention is computed in plain operations.
 
     With `check`, refuse a model whose second derivatives would not be right (`check_graph`).
     """
     total = [torch.zeros_like(gate) for gate in gates]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for loss in probe.train_losses():
+        for loss in data.train_losses():
             first = _gradients(loss, weights, create_graph=True)
             along = sum((f * direction).sum() for f, direction in zip(first, v, strict=True))
             assert isinstance(along, Tensor)
@@ -102,21 +102,21 @@ def mixed_derivative(probe: Probe, gates: Tensors, weights: Tensors, v: Tensors,
     return total
 
 
-def train_gradients(probe: Probe, with_respect_to: Tensors, check: bool = False) -> list[Tensor]:
+def train_gradients(data: StepData, with_respect_to: Tensors, check: bool = False) -> list[Tensor]:
     """Gradient of the step's own loss, one batch of it at a time; `check` as in `validation_gradients`."""
     total = [torch.zeros_like(tensor) for tensor in with_respect_to]
     with torch.enable_grad():
-        for loss in probe.train_losses():
+        for loss in data.train_losses():
             if check:
                 check_graph(loss)
             torch._foreach_add_(total, _gradients(loss, with_respect_to))
     return total
 
 
-def repeat_gradient(probe: Probe, max_grad_norm: float | None) -> None:
+def repeat_gradient(data: StepData, max_grad_norm: float | None) -> None:
     """Replace the step's gradient by the one under the new logits, clipped alike; keep it if that is not finite."""
-    weights = [weight for weight in probe.weights() if weight.grad is not None]
-    gradients = train_gradients(probe, weights)
+    weights = [weight for weight in data.weights() if weight.grad is not None]
+    gradients = train_gradients(data, weights)
     average_(gradients)
     if any_process(~torch.isfinite(global_norm(gradients))):
         return

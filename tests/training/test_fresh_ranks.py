@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loralloc import UserError
 from loralloc.gating import Site, attach_gates
-from loralloc.training.moments import FreshRanks, clear_moments
+from loralloc.training.fresh_ranks import FreshRanks, clear_moments
 from loralloc.training.updates import RULES
 
 LR = 0.01

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from loralloc.errors import UserError
-from loralloc.methods.base import Probe, any_process, average_
-from loralloc.methods.hypergradient import Tensors, global_norm, train_gradients
+from loralloc.methods.autolora.hypergradient import Tensors, global_norm, train_gradients
+from loralloc.methods.base import StepData, any_process, average_
 
 ALLOWED = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
 """How far a gradient may be off, relative to its length: four roundings of the precision that it was computed in."""
@@ -35,12 +35,12 @@ def is_due(step: int) -> bool:
 
 @torch.no_grad()
 def check_replay(
-    probe: Probe, gates: Tensors, gate_gradients: Tensors | None, mode: str, max_grad_norm: float | None
+    data: StepData, gates: Tensors, gate_gradients: Tensors | None, mode: str, max_grad_norm: float | None
 ) -> bool:
     """Compare the step's gradient with the one that comes out when it is computed again.
 
     Args:
-        probe: The step's data; the weights have the gradients that the optimizer is about to get.
+        data: The step's data; the weights have the gradients that the optimizer is about to get.
         gates: The gates.
         gate_gradients: Their gradients in the step, not clipped, on this process, where these are all that is used of
             the step; then the length of the other gradients does not matter. None where gradients computed again
@@ -54,15 +54,15 @@ def check_replay(
     Raises:
         UserError: On some process they differ by more than rounding does.
     """
-    weights = probe.weights()
+    weights = data.weights()
     step = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-    found = train_gradients(probe, [*weights, *gates], check=True)
+    found = train_gradients(data, [*weights, *gates], check=True)
     again, of_gates = found[: len(weights)], found[len(weights) :]
     average_(again)
     length, size = float(global_norm(step)), float(global_norm(again))
     if length == size == 0:
         return False
-    allowed = ALLOWED.get(probe.precision(), ALLOWED_IN_FULL)
+    allowed = ALLOWED.get(data.precision(), ALLOWED_IN_FULL)
     factor = length / size if size else 0.0
     off = _distance(step, again, factor)
     if gate_gradients is None:

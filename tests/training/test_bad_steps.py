@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loralloc import AdaLoRA, ALLoRA, Budget, Uniform, attach
-from loralloc.training import soundness
-from loralloc.training.soundness import MAX_BAD_STEPS, StepChecks, can_skip
+from loralloc.training import bad_steps
+from loralloc.training.bad_steps import MAX_BAD_STEPS, StepChecks, can_skip
 
 STEPS, DEVICE = 14, torch.device("cpu")
 NAN = float("nan")
@@ -25,7 +25,7 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def reading_costs_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soundness, "on_host", lambda device: False)
+    monkeypatch.setattr(bad_steps, "on_host", lambda device: False)
 
 
 class Loop:
@@ -136,7 +136,7 @@ def test_a_step_that_does_not_allocate_reads_nothing(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("host", [True, False])
 @pytest.mark.parametrize(("value", "sound"), [(1e30, True), (-3e38, True), (NAN, False), (-float("inf"), False)])
 def test_large_is_not_infinite(monkeypatch: pytest.MonkeyPatch, host: bool, value: float, sound: bool) -> None:
-    monkeypatch.setattr(soundness, "on_host", lambda device: host)
+    monkeypatch.setattr(bad_steps, "on_host", lambda device: host)
     parameter = torch.nn.Linear(3, 3)
     parameter.weight.grad = torch.zeros(3, 3)
     parameter.weight.grad[1, 2] = value
@@ -202,8 +202,8 @@ class TestWhatIsSaid:
     def test_of_several_processes_the_first_one_warns(
         self, warns: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(soundness, "is_main", lambda: warns)
-        soundness._warn("a step was skipped")
+        monkeypatch.setattr(bad_steps, "is_main", lambda: warns)
+        bad_steps._warn("a step was skipped")
         assert (caplog.messages == ["a step was skipped"]) is warns
 
 
@@ -239,7 +239,7 @@ class TestWhereTheHostHasToWait:
             assert not can_skip(optimizer, self.METHOD, DEVICE)
 
     def test_with_a_method_that_would_see_the_bad_gradients(self) -> None:
-        assert not can_skip(self.adamw(fused=True), object(), DEVICE)  # type: ignore[arg-type]
+        assert not can_skip(self.adamw(fused=True), Uniform(Budget(average_rank=2)), DEVICE)
 
     def test_on_the_host_where_reading_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()

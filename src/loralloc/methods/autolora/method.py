@@ -32,21 +32,19 @@ In half precision a difference along so short a way is mostly rounding; η keeps
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
-from loralloc.allocate import keep_top, keep_uniform_share, keep_within
+from loralloc.allocate import select
 from loralloc.budget import Budget, ConstantSchedule
-from loralloc.errors import UserError, check_choice
+from loralloc.errors import UserError
 from loralloc.gating import Site
-from loralloc.methods.base import Decision, Moment, Probe, agree, any_process, average_
-from loralloc.methods.guards import FROM_THE_START, check_fresh
-from loralloc.methods.hypergradient import (
+from loralloc.methods.autolora.hypergradient import (
     central_difference,
     copies,
     mixed_derivative,
@@ -55,8 +53,12 @@ from loralloc.methods.hypergradient import (
     restored,
     validation_gradients,
 )
-from loralloc.methods.replay import check_replay, is_due
+from loralloc.methods.autolora.replay import check_replay, is_due
+from loralloc.methods.autolora.state import AutoLoRAState, Before, keep_uniform_share, pad_rows, softmax_gradient
+from loralloc.methods.base import Decision, Method, Search, StepContext, StepData, agree, any_process, average_
+from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.validation import check_validation
+from loralloc.setting_types import Count, Examples
 
 Mode = Literal["fast", "paper", "exact", "first_order", "reference"]
 
@@ -68,56 +70,51 @@ CHECKS = 50
 
 
 @dataclass(frozen=True)
-class AutoLoRA:
+class AutoLoRA(Method):
     """Learn selection variables on held-out data; keep the ranks whose variable is at least 1/k.
 
-    Attributes:
-        validation: Examples held out of the training data: batches in a loop of your own, examples as in the training
-            set (tokenized alike) in a Trainer. They must not be among the training data, nor be the data that the
-            result is evaluated on.
-        budget: What the adapter may cost: the largest αⱼ stay, over all matrices, instead of those above 1/k. Not in
-            the paper; None for the threshold.
-        mode: How the gradient of the logits is computed: `fast`, `paper`, `exact`, `first_order` (without the second
-            derivative) or `reference`, see the module's docstring. They cost 3, 5, about 6, 2 and 5 steps of LoRA. All
-            but `first_order` compute a step's loss again, and refuse a loop with another loss than the model's own.
-        logit_learning_rate: Step size of the logits; constant.
-        beta1: Adam's β₁ for the logits, in [0, 1).
-        beta2: Adam's β₂ for the logits, in [0, 1).
-        radius: R, how far the weights are moved along v for the difference.
-        check_every: Steps between two looks at the plan, which the trace records; None for about 50 over the run.
-        patience: Settle when the plan has not changed at this many looks in a row: the logits stay as they are from
-            then on, `run.settled` is true, and a Trainer stops. Not in the paper; None for the whole run.
-        parity: Whether the update is multiplied by k, so that it starts as LoRA's.
+    `validation` are examples held out of the training data: batches in a loop of your own, examples as in the training
+    set (tokenized alike) in a Trainer. They must not be among the training data, nor be the data that the result is
+    evaluated on. All modes but `first_order` compute a step's loss again, and refuse a loop with another loss than the
+    model's own; see the module's docstring. A budget and patience are not in the paper. With patience the logits stay
+    as they are once they have settled, `run.settled` is true, and a Trainer stops.
 
     Raises:
         UserError: A number is out of its range, or there are no validation data.
     """
 
     id: ClassVar[str] = "autolora"
+    label: ClassVar[str] = "AutoLoRA"
+    paper: ClassVar[str] = "arXiv 2403.09113"
+    search: ClassVar[Search | None] = Search(default=0.5)
 
-    validation: Any = field(default=None, repr=False, compare=False)
-    budget: Budget | None = None
-    mode: Mode = "fast"
-    logit_learning_rate: float = 3e-4
-    beta1: float = 0.5
-    beta2: float = 0.999
-    radius: float = 0.01
-    check_every: int | None = None
-    patience: int | None = None
-    parity: bool = True
+    validation: Annotated[
+        Any,
+        Examples("share of the training data that the search learns the ranks on", default=0.3, held_out=True),
+    ] = field(default=None, repr=False, compare=False)
+    budget: Annotated[
+        Budget | None,
+        Field(description="null: ranks with at least an equal share stay; or the largest shares under a budget"),
+    ] = None
+    mode: Annotated[
+        Mode, Field(description="gradient of the selection variables; a step costs 3, 5, 6, 2 or 5 of LoRA")
+    ] = "fast"
+    logit_learning_rate: Annotated[
+        float, Field(gt=0, description="learning rate of the selection variables, constant")
+    ] = 3e-4
+    beta1: Annotated[float, Field(ge=0, lt=1, description="Adam's beta1 for them")] = 0.5
+    beta2: Annotated[float, Field(ge=0, lt=1, description="Adam's beta2 for them")] = 0.999
+    radius: Annotated[float, Field(gt=0, description="how far weights move for the difference of gradients")] = 0.01
+    check_every: Annotated[
+        Count | None, Field(description="steps between two looks at the plan; null: about 50 looks over the search")
+    ] = None
+    patience: Annotated[
+        Count | None, Field(description="end the search when the plan was the same at this many looks; null: never")
+    ] = None
+    parity: Annotated[bool, Field(description="start with LoRA's scale; false is the paper's, r times smaller")] = True
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, get_args(Mode))
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("logit_learning_rate", "radius"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("check_every", "patience"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"{name} must be a whole number from 1 on, or None, got {value!r}")
+        super().__post_init__()
         check_validation("AutoLoRA", self.validation)
 
     @classmethod
@@ -126,15 +123,15 @@ class AutoLoRA:
         return cls(validation, **{"mode": "paper", "parity": False, **settings})
 
     @property
-    def compacts(self) -> bool:
-        """No: ranks are closed when the search ends."""
-        return False
+    def examples(self) -> Any:
+        """What the selection variables are learned on."""
+        return self.validation
 
     def schedule(self, total_steps: int, start: int, target: int) -> ConstantSchedule:
         """Return all ranks over the run: they are chosen when it ends."""
         return ConstantSchedule(total_steps, start, target, final=total_steps - 1)
 
-    # The five verbs.
+    # The course of a run.
 
     def prepare(self, sites: Sequence[Site]) -> AutoLoRAState:
         """Set β = 0; the adapted model equals the base model.
@@ -146,40 +143,40 @@ class AutoLoRA:
         for site in sites:
             gain = site.rank if self.parity else 1
             site.set_scale(torch.ones_like(site.gate, dtype=torch.bool), gain=gain)
-        state = AutoLoRAState(sites, _logits([torch.zeros_like(site.gate.detach()) for site in sites]))
+        state = AutoLoRAState(sites, pad_rows([torch.zeros_like(site.gate.detach()) for site in sites]))
         state.write_gates()
         state.watch()
         return state
 
-    def on_gradients(self, state: AutoLoRAState, now: Moment) -> None:
+    def on_gradients(self, state: AutoLoRAState, now: StepContext) -> None:
         """Learn the logits before the step and repeat its gradient, in the modes that do; note W in the others."""
         step_gradient = state.take_gate_gradients()
         state.sound = True
         if state.settled:
             return
-        probe = _probe(now)
+        data = _data(now)
         rate = 0.0 if self.mode == "first_order" else _learning_rate(now)
         if self.mode == "first_order":
-            state.before = _Before(rate, [], [])
+            state.before = Before(rate, [], [])
             return
         state.steps += 1
         if is_due(state.steps):
             used = step_gradient if self.mode == "fast" else None
-            if not check_replay(probe, state.gates(), used, self.mode, now.max_grad_norm):
+            if not check_replay(data, state.gates(), used, self.mode, now.max_grad_norm):
                 state.steps -= 1
         if self.mode == "fast":
-            state.before = _Before(rate, copies(probe.weights()), step_gradient)
-        elif self._learn(state, self._gradient_before_step(state, probe, rate)):
-            repeat_gradient(probe, now.max_grad_norm)
+            state.before = Before(rate, copies(data.weights()), step_gradient)
+        elif self._learn(state, self._gradient_before_step(state, data, rate)):
+            repeat_gradient(data, now.max_grad_norm)
 
-    def on_step(self, state: AutoLoRAState, now: Moment) -> Decision | None:
+    def on_step(self, state: AutoLoRAState, now: StepContext) -> Decision | None:
         """Learn the logits after the step, in the modes that do; look at the plan now and then."""
         state.take_gate_gradients()  # those of a bad step
         (before, state.before), (sound, state.sound) = (state.before, None), (state.sound, False)
         if not sound:
             return None
         if before is not None:
-            self._learn(state, self._gradient_after_step(state, _probe(now), before))
+            self._learn(state, self._gradient_after_step(state, _data(now), before))
         every = self.check_every or max(1, round(now.schedule.total_steps / CHECKS))
         return None if (now.step + 1) % every else self._look_at_plan(state, now.schedule.target)
 
@@ -209,28 +206,28 @@ class AutoLoRA:
         """Nothing to do: no rank leaves the tensors."""
         del state
 
-    def _gradient_before_step(self, state: AutoLoRAState, probe: Probe, rate: float) -> list[Tensor]:
+    def _gradient_before_step(self, state: AutoLoRAState, data: StepData, rate: float) -> list[Tensor]:
         """Gradient with respect to the gates around a virtual step of gradient descent."""
-        weights, gates = probe.weights(), state.gates()
+        weights, gates = data.weights(), state.gates()
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         with restored(weights) as start:
             torch._foreach_add_(weights, gradients, alpha=-rate)
-            direct, v = validation_gradients(probe, gates, weights, check=state.updates == 0)
+            direct, v = validation_gradients(data, gates, weights, check=state.updates == 0)
             if self.mode != "reference":
                 torch._foreach_copy_(weights, start)
             if self.mode == "exact":
-                second = mixed_derivative(probe, gates, weights, v, check=state.updates == 0)
+                second = mixed_derivative(data, gates, weights, v, check=state.updates == 0)
             else:
-                second = central_difference(probe, gates, weights, v, self.radius)
+                second = central_difference(data, gates, weights, v, self.radius)
         torch._foreach_sub_(direct, second, alpha=1.0 if self.mode == "reference" else rate)
         return direct
 
-    def _gradient_after_step(self, state: AutoLoRAState, probe: Probe, before: _Before) -> list[Tensor]:
+    def _gradient_after_step(self, state: AutoLoRAState, data: StepData, before: Before) -> list[Tensor]:
         """Gradient with respect to the gates where the optimizer's step has led."""
-        weights, gates = probe.weights(), state.gates()
-        direct, v = validation_gradients(probe, gates, weights, check=state.updates == 0)
+        weights, gates = data.weights(), state.gates()
+        direct, v = validation_gradients(data, gates, weights, check=state.updates == 0)
         if self.mode == "fast":
-            second = one_sided_difference(probe, gates, weights, v, self.radius, before.weights, before.gates)
+            second = one_sided_difference(data, gates, weights, v, self.radius, before.weights, before.gates)
             torch._foreach_sub_(direct, second, alpha=before.rate)
         return direct
 
@@ -268,138 +265,16 @@ class AutoLoRA:
         if self.budget is None:
             return agree(keep_uniform_share(shares)[state.real])
         scores = (shares * state.real.sum(1, keepdim=True))[state.real]  # relative to 1/k, which differs with k
-        if self.budget.unit == "ranks":
-            return agree(keep_top(scores, target))
-        costs = torch.tensor([site.cost for site in state.sites for _ in range(site.rank)])
-        return agree(keep_within(scores, costs, target))
+        costs = [site.cost for site in state.sites for _ in range(site.rank)]
+        return agree(select(scores, costs, self.budget.unit, target))
 
 
-def softmax_gradient(shares: Tensor, gradient: Tensor) -> Tensor:
-    """Gradient of the logits from that of α = softmax(β): (diag(α) − α αᵀ) ∂L/∂α, for every row of [n, k].
-
-    >>> softmax_gradient(torch.tensor([[0.5, 0.5]]), torch.tensor([[3.0, 1.0]]))  # ¼ (g₁ − g₂) (1, −1)
-    tensor([[ 0.5000, -0.5000]])
-    """
-    weighted = shares * gradient
-    return weighted - shares * weighted.sum(1, keepdim=True)
+def _data(now: StepContext) -> StepData:
+    assert now.data is not None, "there are validation data, so the run lets them be seen"
+    return now.data
 
 
-@dataclass(frozen=True)
-class _Before:
-    """What the gradient after a step needs from before it.
-
-    Attributes:
-        rate: η.
-        weights: W.
-        gates: ∂L_tr/∂gates at W, on this process.
-    """
-
-    rate: float
-    weights: list[Tensor]
-    gates: list[Tensor]
-
-
-@dataclass(eq=False)
-class AutoLoRAState:
-    """What changes during a run. Rows of [n, k] belong to sites; shorter ones are padded with logits of −∞.
-
-    Attributes:
-        sites: The gated layers.
-        logits: β, [n, k].
-        before: What was noted before the optimizer's step, during one.
-        sound: Whether the gradient of the step was finite, during one.
-        updates: Steps that the logits have taken.
-        skipped: Steps that they have not taken because their gradient was not finite.
-        planned: The plan at the last look, boolean [R].
-        unchanged: Looks in a row at which it was the same as before.
-        settled: Whether the logits stay as they are.
-        steps: Steps of this process in which there was something to compare (`replay`).
-    """
-
-    sites: Sequence[Site]
-    logits: Tensor
-    before: _Before | None = None
-    sound: bool = False
-    updates: int = 0
-    skipped: int = 0
-    planned: Tensor | None = None
-    unchanged: int = 0
-    settled: bool = False
-    steps: int = 0
-
-    def __post_init__(self) -> None:
-        self.real = self.logits != -torch.inf
-        self.mean, self.square = torch.zeros_like(self.logits), torch.zeros_like(self.logits)
-        self._caught: dict[int, Tensor] = {}  # gradients of gates since they were last taken
-        self._hooks: list[Any] = []
-
-    def gates(self) -> list[Tensor]:
-        """The gates of all sites."""
-        return [site.gate for site in self.sites]
-
-    def shares(self) -> Tensor:
-        """α = softmax(β), [n, k]; 0 where a row is padded."""
-        return torch.softmax(self.logits, dim=1)
-
-    def pad(self, rows: Sequence[Tensor]) -> Tensor:
-        """One [r] per site to [n, k]."""
-        return nn.utils.rnn.pad_sequence([row.to(self.logits) for row in rows], batch_first=True)
-
-    def split(self, flat: Tensor) -> Sequence[Tensor]:
-        """[R] to one [r] per site, each on the site's device."""
-        parts = flat.split([site.rank for site in self.sites])
-        return [part.to(site.gate.device) for part, site in zip(parts, self.sites, strict=True)]
-
-    @torch.no_grad()
-    def write_gates(self) -> None:
-        """Set gate = softmax(β)."""
-        torch._foreach_copy_(self.gates(), list(self.split(self.shares()[self.real])))
-
-    def watch(self) -> None:
-        """Take the gates' gradients out of `.grad` as they come.
-
-        An optimizer leaves a parameter without a gradient alone, weight decay included, and clipping must neither count
-        these gradients nor scale them: the difference against them would blow the factor up.
-        """
-
-        def catch(index: int, gate: Tensor) -> None:
-            gradient, gate.grad = gate.grad, None
-            assert gradient is not None
-            before = self._caught.get(index)
-            self._caught[index] = gradient if before is None else before + gradient
-
-        for index, gate in enumerate(self.gates()):
-            self._hooks.append(gate.register_post_accumulate_grad_hook(lambda gate, i=index: catch(i, gate)))
-
-    def unwatch(self) -> None:
-        """Leave the gates alone."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def take_gate_gradients(self) -> list[Tensor]:
-        """The gradients since the last call; zero for gates that got none."""
-        device = self.sites[0].gate.device
-        if self.logits.device != device:  # the model was moved after attaching
-            for name in ("logits", "mean", "square", "real"):
-                setattr(self, name, getattr(self, name).to(device))
-        caught, self._caught = self._caught, {}
-        for gate in self.gates():
-            gate.grad = None  # DistributedDataParallel puts zeros there
-        return [caught.get(index, torch.zeros_like(gate)) for index, gate in enumerate(self.gates())]
-
-
-def _logits(rows: Sequence[Tensor]) -> Tensor:
-    """One [r] per site to [n, k], padded with −∞."""
-    device = rows[0].device
-    return nn.utils.rnn.pad_sequence([row.to(device) for row in rows], batch_first=True, padding_value=-math.inf)
-
-
-def _probe(now: Moment) -> Probe:
-    assert now.probe is not None, "there are validation data, so the run has a probe"
-    return now.probe
-
-
-def _learning_rate(now: Moment) -> float:
+def _learning_rate(now: StepContext) -> float:
     if now.learning_rate is None:
         raise UserError(
             "AutoLoRA needs the learning rate of the step, and the optimizer that holds the adapter was not shown to "

@@ -32,84 +32,86 @@ Where we deviate, and why (`as_published` and the options give the paper's lette
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from loralloc.allocate import Move, deal, reallocate
 from loralloc.budget import Budget, RoundSchedule, round_schedule
-from loralloc.errors import UserError, check_choice
+from loralloc.errors import UserError
 from loralloc.files import finite
 from loralloc.gating import Site
-from loralloc.methods.ablation_scores import Mode, score_ranks
-from loralloc.methods.base import Decision, Moment, agree, open_ranks, ranks_by_site
+from loralloc.methods.ablora.moves import Move, deal, reallocate
+from loralloc.methods.ablora.scores import Mode, score_ranks
+from loralloc.methods.ablora.state import ABLoRAState, block_of, rank_sensitivity, type_of
+from loralloc.methods.base import Decision, Method, StepContext, agree, open_ranks, ranks_by_site
 from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.validation import check_validation
-from loralloc.scores import sensitivity
+from loralloc.setting_types import Count, Examples, Phase, Whole, is_number
 
 Score = Literal["ablation", "gate", "sensitivity"]
 Scope = Literal["global", "block"]
 
 PUBLISHED_SAMPLES, DEFAULT_SAMPLES = 32, 256
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("loralloc.methods.ablora")
 
 
 @dataclass(frozen=True)
-class ABLoRA:
+class ABLoRA(Method):
     """Move ranks between modules by ablation scores, at a constant budget.
 
-    Attributes:
-        budget: What the adapter may cost, from start to end. `LoraConfig.r` is the most a module may get; twice the
-            average rank is usual. A `fraction` is one of that capacity.
-        validation: What ranks are scored on, held out of the training data: a data set in a Trainer; batches by index
-            (mappings of what the model takes, labels included) in a loop of your own. Not needed for other scores than
-            `ablation`.
-        warmup: K₁, steps (int) or fraction of the run (float below 1) before the first round.
-        interval: K₂, likewise: between rounds.
-        rounds: N_A.
-        n_prune: n_A, ranks pruned in a round (in each block with `scope="block"`); None for the number of module types.
-        scope: Whether ranks move within the whole model or within each block; the paper can be read either way. A
-            module that is alone in its block, such as a pooler, then keeps its ranks.
-        mode: How ablation scores are computed: `fast`, `exact` (the paper) or `taylor`, see the module's docstring.
-        score: `ablation`, or the paper's ablations `gate` and `sensitivity`.
-        samples: Validation samples that ranks are scored on; None for 256, in mode `exact` for the paper's 32.
-        resample: Whether each round looks at other samples.
-        protect_rounds: Rounds in which a new rank cannot be pruned again.
-        keep_budget: Whether fewer ranks are pruned where every module would lose one. False is the paper's footnote 4:
-            then none grows, and the budget shrinks, which trace, log and plan tell.
+    `LoraConfig.r` is the most a module may get; twice the average rank is usual. A budget as a `fraction` is one of
+    that capacity. Ranks are scored on `validation`, held out of the training data: a data set in a Trainer; batches by
+    index (mappings of what the model takes, labels included) in a loop of your own. Other scores than `ablation` need
+    none. With `scope="block"` a module that is alone in its block, such as a pooler, keeps its ranks; the paper can be
+    read either way.
 
     Raises:
         UserError: A number is out of its range, or there are no validation data.
     """
 
     id: ClassVar[str] = "ablora"
+    label: ClassVar[str] = "AB-LoRA"
+    paper: ClassVar[str] = "arXiv 2403.16187"
 
     budget: Budget
-    validation: Any = field(default=None, repr=False)
-    warmup: float = 0.2
-    interval: float = 0.05
-    rounds: int = 8
-    n_prune: int | None = None
-    scope: Scope = "global"
-    mode: Mode = "fast"
-    score: Score = "ablation"
-    samples: int | None = None
-    resample: bool = False
-    protect_rounds: int = 0
-    keep_budget: bool = True
+    validation: Annotated[
+        Any,
+        Examples("data that ranks are scored on: validation, or a fraction cut from train", default="validation"),
+    ] = field(default=None, repr=False, compare=False)
+    warmup: Annotated[Phase, Field(description="before the first round: fraction of the run, or steps")] = 0.2
+    interval: Annotated[Phase, Field(description="between rounds: fraction of the run, or steps")] = 0.05
+    rounds: Annotated[Whole, Field(description="rounds of pruning and growing")] = 8
+    n_prune: Annotated[
+        Count | None, Field(description="ranks that move in a round; null: as many as there are types of modules")
+    ] = None
+    scope: Annotated[Scope, Field(description="where ranks move: anywhere, or in a block")] = "global"
+    mode: Annotated[
+        Mode, Field(description="ablate where it could decide (fast), always (exact, the paper) or never (taylor)")
+    ] = "fast"
+    score: Annotated[Score, Field(description="score of a rank; gate and sensitivity are the paper's comparisons")] = (
+        "ablation"
+    )
+    samples: Annotated[
+        Count | None,
+        Field(description="examples that ranks are scored on; null: 256, with mode exact the paper's 32"),
+    ] = None
+    resample: Annotated[bool, Field(description="score each round on other examples")] = False
+    protect_rounds: Annotated[Whole, Field(description="rounds in which a new rank cannot be pruned again")] = 0
+    keep_budget: Annotated[
+        bool,
+        Field(
+            description="prune fewer where every module would lose a rank; false: the budget shrinks then, as in the "
+            "paper"
+        ),
+    ] = True
 
     def __post_init__(self) -> None:
-        for name, kinds in {"scope": Scope, "mode": Mode, "score": Score}.items():
-            check_choice(name, getattr(self, name), get_args(kinds))
-        for name, least in {"rounds": 0, "n_prune": 1, "samples": 1, "protect_rounds": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
+        super().__post_init__()
         if self.score == "ablation":
             check_validation("ABLoRA", self.validation)
 
@@ -124,6 +126,11 @@ class ABLoRA:
         return cls(budget, validation, **{**published, **settings})
 
     @property
+    def examples(self) -> Any:
+        """What ranks are scored on."""
+        return self.validation
+
+    @property
     def compacts(self) -> bool:
         """After the last round."""
         return True
@@ -133,12 +140,24 @@ class ABLoRA:
         """In every round: the optimizer must be one whose first steps of a new rank are right."""
         return self.rounds > 0
 
+    @classmethod
+    def broken_rules(cls, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+        """A module must have capacity to grow into."""
+        capacity, target = value("lora", "r"), value("method", "budget", "average_rank")
+        if is_number(capacity) and capacity == target:
+            yield (
+                ("method", "budget", "average_rank"),
+                f"method.budget.average_rank is {target} and so is lora.r, the most a layer may get: no rank could "
+                f"move. Set lora.r to {2 * capacity} (and lora.alpha as before: the scale is lora.alpha / "
+                "average_rank)",
+            )
+
     def schedule(self, total_steps: int, start: int, target: int) -> RoundSchedule:
         """Return the rounds; the budget is the target from the start."""
         del start
         return round_schedule(total_steps, self.warmup, self.interval, self.rounds, target)
 
-    # The five verbs.
+    # The course of a run.
 
     def prepare(self, sites: Sequence[Site]) -> ABLoRAState:
         """Open the starting ranks, as even as the budget allows, and keep the rest of the capacity closed.
@@ -178,18 +197,18 @@ class ABLoRA:
             site.freeze_gate()
         return state
 
-    def on_gradients(self, state: ABLoRAState, now: Moment) -> None:
+    def on_gradients(self, state: ABLoRAState, now: StepContext) -> None:
         """Look whether ablations will be possible; for `gate` and `sensitivity`, see to what these scores need."""
         if self.score == "ablation" and now.step == 0:
-            assert now.probe is not None
-            now.probe.check_scoring()
+            assert now.data is not None
+            now.data.check_scoring()
         elif self.score == "gate":
             state.to_logits()
         elif self.score == "sensitivity" and now.step <= now.schedule.final + 1:
-            new = _rank_sensitivity(state.sites)
+            new = rank_sensitivity(state.sites)
             state.sensitivity = state.sensitivity.to(new.device) + new  # the model may have been moved
 
-    def on_step(self, state: ABLoRAState, now: Moment) -> Decision | None:
+    def on_step(self, state: ABLoRAState, now: StepContext) -> Decision | None:
         """Score, prune and grow when a round is due."""
         if now.learning_rate is None:
             raise UserError(
@@ -267,7 +286,7 @@ class ABLoRA:
         protected = (state.born >= 0) & (number - state.born <= self.protect_rounds)
         return state.open & ~protected
 
-    def _scores(self, state: ABLoRAState, now: Moment, number: int) -> tuple[Tensor, dict[str, Any]]:
+    def _scores(self, state: ABLoRAState, now: StepContext, number: int) -> tuple[Tensor, dict[str, Any]]:
         """Scores of all ranks, [R] on the CPU, NaN for closed ones; and what the trace should tell about them."""
         measured: dict[str, Any] = {}
         if self.score == "gate":
@@ -280,13 +299,13 @@ class ABLoRA:
         scores = agree(scores.to(state.sites[0].gate.device)).double().cpu()
         return scores.masked_fill(~state.open, torch.nan), dict(finite(measured))
 
-    def _ablation_scores(self, state: ABLoRAState, now: Moment, number: int) -> tuple[Tensor, dict[str, Any]]:
+    def _ablation_scores(self, state: ABLoRAState, now: StepContext, number: int) -> tuple[Tensor, dict[str, Any]]:
         """IS of every open rank, up to a constant."""
-        assert now.probe is not None
+        assert now.data is not None
         samples = self.samples or (PUBLISHED_SAMPLES if self.mode == "exact" else DEFAULT_SAMPLES)
         candidates, count = self._candidates(state, number), self._count(state.sites)
         counts = [(state.members(group) & candidates, count) for group in self._groups(state.sites)]
-        ablations = now.probe.scoring(samples, number if self.resample else 0)
+        ablations = now.data.scoring(samples, number if self.resample else 0)
         gates = state.open.to(state.sites[0].gate)
         return score_ranks(self.mode, ablations, gates, counts, state.generator(number))
 
@@ -314,125 +333,3 @@ class ABLoRA:
         room = [most - have - new for most, have, new in zip(state.room, ranks, grown, strict=True)]
         extra = deal(range(len(room)), room, costs, spare)
         return Move(pruned, [a + b for a, b in zip(grown, extra, strict=True)], lost)
-
-
-def block_of(name: str) -> str:
-    """The part of a module's name up to its first number; all of it where there is none.
-
-    >>> block_of("model.layers.11.mlp.up_proj"), block_of("classifier")
-    ('model.layers.11', 'classifier')
-    """
-    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
-    return name if found is None else found[0]
-
-
-def type_of(name: str) -> str:
-    """A module's name without the numbers in it.
-
-    >>> type_of("model.layers.11.mlp.up_proj")
-    'model.layers.mlp.up_proj'
-    """
-    return ".".join(part for part in name.split(".") if not part.isdigit())
-
-
-@dataclass(eq=False)
-class ABLoRAState:
-    """What changes during a run.
-
-    Attributes:
-        sites: The gated layers.
-        room: Most ranks that each module can have.
-        start: Average starting rank, which the scale is made for.
-        open: Boolean [R] on the CPU; the ranks that take part.
-        born: The round in which each rank was opened, [R] on the CPU; −1 for the start.
-        limit: The budget.
-        seed: Draws new ranks, and those on which `fast` checks its estimates. Drawn from torch's generator.
-        sensitivity: Sum of sensitivities since the last round, [R].
-        logits: a' of all gates before the step that is under way (`score="gate"`).
-    """
-
-    sites: Sequence[Site]
-    room: Sequence[int]
-    start: float
-    open: Tensor
-    born: Tensor
-    limit: int
-    seed: int = field(default_factory=lambda: int(torch.randint(2**31, ())))
-    sensitivity: Tensor = field(init=False)
-    logits: Sequence[Tensor] = ()
-
-    def __post_init__(self) -> None:
-        self.sensitivity = torch.zeros(len(self.open), device=self.sites[0].gate.device)
-
-    def members(self, group: Sequence[int]) -> Tensor:
-        """Boolean [R]: the ranks of some modules, open or not."""
-        chosen = torch.zeros(len(self.sites), dtype=torch.bool)
-        chosen[list(group)] = True
-        return chosen.repeat_interleave(torch.tensor([site.rank for site in self.sites]))
-
-    def spare(self, costs: Sequence[int]) -> int:
-        """What is left of the budget."""
-        used = zip(ranks_by_site(self.sites, self.open), costs, strict=True)
-        return self.limit - sum(rank * cost for rank, cost in used)
-
-    def generator(self, number: int) -> torch.Generator:
-        """Random numbers of one round: the same on every device and in every process."""
-        self.seed = int(agree(torch.tensor(self.seed, device=self.sites[0].gate.device)))
-        return torch.Generator().manual_seed(self.seed + number)
-
-    def apply(self) -> None:
-        """Let the open ranks, and no others, take part in the model: at lora_alpha over the starting rank."""
-        for site, part in zip(self.sites, self.open.split([site.rank for site in self.sites]), strict=True):
-            site.set_scale(part.to(site.gate.device), factor=site.scaling_at(self.start) / site.scaling)
-
-    @torch.no_grad()
-    def apply_move(self, moved: Move, number: int) -> Tensor:
-        """Close and open ranks; return those that opened, boolean [R]. Slots closed just now are used last."""
-        before = self.open.clone()
-        self.open[list(moved.pruned)] = False
-        opened = torch.zeros_like(self.open)
-        generator, first = self.generator(number), 0
-        for site, count in zip(self.sites, moved.grown, strict=True):
-            closed = ~self.open[first : first + site.rank]
-            slots = torch.argsort(closed.int() + (closed & ~before[first : first + site.rank]).int(), descending=True)
-            chosen = slots[:count]
-            if count:
-                bound = site.inputs**-0.5  # Kaiming-uniform with a = √5, as LoRA draws A
-                drawn = (2 * torch.rand(count, site.inputs, generator=generator) - 1) * bound
-                site.A[chosen.to(site.A.device)] = drawn.to(site.A)
-                site.B[:, chosen.to(site.B.device)] = 0
-                site.gate[chosen.to(site.gate.device)] = 1
-                opened[first + chosen] = True
-            first += site.rank
-        self.open |= opened
-        self.born[self.open & opened] = number
-        self.apply()
-        return opened
-
-    def to_logits(self) -> None:
-        """∂L/∂a' = ∂L/∂α' · α'(1 − α'/2): what the optimizer does to the gates next is meant for their logits."""
-        self.logits = [torch.logit(site.gate / 2, eps=1e-6) for site in self.sites]
-        for site in self.sites:
-            if site.gate.grad is not None:
-                site.gate.grad *= site.gate * (1 - site.gate / 2)
-
-    @torch.no_grad()
-    def from_logits(self) -> None:
-        """α' ← 2σ(a' + Δ), where the optimizer has moved α' = 2σ(a') by Δ."""
-        for site, logit in zip(self.sites, self.logits, strict=False):
-            moved = logit + (site.gate - 2 * torch.sigmoid(logit))
-            site.gate.copy_(2 * torch.sigmoid(moved))
-        self.logits = ()
-
-
-def _rank_sensitivity(sites: Sequence[Site]) -> Tensor:
-    """Mean |w · ∂L/∂w| over the entries of A and over those of B, for each rank, [R]."""
-    parts = []
-    for site in sites:
-        terms = [
-            sensitivity(weight.detach(), weight.grad).float().mean(dim)
-            for weight, dim in ((site.A, 1), (site.B, 0))
-            if weight.grad is not None
-        ]
-        parts.append(sum(terms, torch.zeros(site.rank, device=site.A.device)).to(sites[0].gate.device))
-    return torch.cat(parts)

@@ -8,15 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loralloc.allocate import settle
+from loralloc.methods.ablora.settle import settle
 from loralloc.methods.base import Ablations
-from loralloc.scores import (
-    ablation_importance,
-    ablation_settings,
-    ablation_spread,
-    rank_correlation,
-    two_point_importance,
-)
 
 Mode = Literal["fast", "exact", "taylor"]
 
@@ -96,3 +89,76 @@ def _sampling_error(contributions: Tensor) -> Tensor:
     """Standard error of a sum over samples, from its terms, [n, R] -> [R]: how far another batch may be."""
     count = len(contributions)
     return contributions.std(0, correction=min(1, count - 1)) * count**0.5
+
+
+def ablation_settings(gates: Tensor, ranks: Tensor) -> Tensor:
+    """Settings of all gates in which each of some ranks is the only one off, then the only one on.
+
+    Args:
+        gates: [R], as trained; 0 for ranks that are closed.
+        ranks: [K], positions of the ranks to ablate.
+
+    Returns:
+        [2K, R]: K settings without the rank, then K with the rank alone.
+
+    >>> ablation_settings(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1])).tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    """
+    chosen = torch.zeros(len(ranks), len(gates), dtype=torch.bool, device=gates.device)
+    chosen[torch.arange(len(ranks), device=gates.device), ranks] = True
+    return torch.cat([torch.where(chosen, 0.0, gates), torch.where(chosen, gates, 0.0)])
+
+
+def ablation_importance(losses: Tensor) -> Tensor:
+    """CS(r) = −S(M without r) + S(M with r alone), S = −loss (ALoRA, eq. 6 up to S(M), which is the same for all).
+
+    Args:
+        losses: [2K], those of `ablation_settings`.
+
+    Returns:
+        [K].
+    """
+    without, alone = losses.chunk(2)
+    return without - alone
+
+
+def two_point_importance(on: Tensor, off: Tensor, labels: int) -> Tensor:
+    """Estimate IS(r) − S(no rank) from the gradients at both ends of the path along which all gates open.
+
+        IS(r) − S(∅)  ≈  gᵣ(1) + Fᵣ/2 + gᵣ(0)         g = dS/dα,   Fᵣ = N Σₙ cₙᵣ²
+
+    cₙᵣ is what sample n adds to dLoss/dαᵣ, the loss being the mean over N labels. In the sum of both gradients the
+    second-order errors of removing a rank and of adding it cancel up to a third derivative; F is the empirical Fisher
+    information, which is the curvature where the model fits the data: with the ranks on, and only there.
+
+    Args:
+        on: [n, R], contributions with all gates as trained.
+        off: [n, R], with all gates at zero.
+        labels: N.
+
+    Returns:
+        [R].
+    """
+    return -on.sum(0) + 0.5 * labels * on.square().sum(0) - off.sum(0)
+
+
+def ablation_spread(on: Tensor, off: Tensor, labels: int) -> Tensor:
+    """How far off `two_point_importance` may be for each rank, up to a common factor, [R]; positive.
+
+    Errors grow with curvature. Its root, with the mean as a floor, keeps one rank with an odd ratio from making all
+    others look uncertain.
+    """
+    root = (labels * (on.square().sum(0) + off.square().sum(0))).sqrt()
+    return root + root.mean().clamp(min=1e-30)
+
+
+def rank_correlation(left: Tensor, right: Tensor) -> float:
+    """Spearman's correlation of two vectors without ties; NaN for fewer than two numbers.
+
+    >>> rank_correlation(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.1, 0.3, 0.2]))
+    0.5
+    """
+    if len(left) < 2:
+        return float("nan")
+    places = torch.stack([left.argsort().argsort(), right.argsort().argsort()]).double()
+    return round(float(torch.corrcoef(places)[0, 1]), 6)

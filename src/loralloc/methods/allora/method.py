@@ -33,19 +33,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from loralloc.budget import Budget, ConstantSchedule, Schedule
-from loralloc.errors import UserError, check_choice
+from loralloc.errors import UserError
 from loralloc.gating import Site
-from loralloc.methods.base import Decision, Method, Moment
+from loralloc.methods.allora.rows import row_norms, row_scales
+from loralloc.methods.base import Decision, Method, StepContext
 from loralloc.naming import common_ends, named
-from loralloc.scores import row_norms, row_scales
+from loralloc.setting_types import is_number
 
 Mode = Literal["paper", "hybrid", "post"]
 
@@ -54,48 +56,53 @@ ADAPTIVE = ("adam", "adagrad", "adadelta", "rmsprop", "rprop", "adafactor", "lio
 
 
 @dataclass(frozen=True)
-class ALLoRA:
+class ALLoRA(Method):
     """Scale the gradient of each output row by the inverse square root of its norm.
 
     Takes an adapter with `lora_alpha` = r and no dropout; keeps every rank, unless another method allocates them.
-
-    Attributes:
-        eta: η, the scale of a row that is still zero, above 0; η² = 4 is the paper's listing. A row of norm 1/η² is
-            scaled by η/√2.
-        mode: `paper`, for SGD; `hybrid` or `post` for Adam, see the module's docstring.
-        allocate: A method that allocates the ranks, for example `AdaLoRA(Budget(average_rank=8))`; None keeps all.
 
     Raises:
         UserError: A number is out of its range.
     """
 
     id: ClassVar[str] = "allora"
+    label: ClassVar[str] = "ALLoRA"
+    paper: ClassVar[str] = "arXiv 2410.09692"
 
-    eta: float = 2.0
-    mode: Mode = "paper"
-    allocate: Method | None = None
+    eta: Annotated[
+        float, Field(gt=0, description="scale of a row that is still zero; a row of norm 1/eta² gets eta/√2 of it")
+    ] = 2.0
+    mode: Annotated[Mode, Field(description="paper: scale gradients, fit for SGD; hybrid and post: fit for Adam")] = (
+        "paper"
+    )
+    allocate: Annotated[
+        Method | None, Field(description="a method that allocates the ranks, with its defaults; null keeps them all")
+    ] = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.eta < math.inf:
-            raise UserError(f"eta must be above 0 and finite, got {self.eta}; the paper uses 1, 1.41 and 2")
-        check_choice("mode", self.mode, get_args(Mode))
+        super().__post_init__()
         if isinstance(self.allocate, ALLoRA):
             raise UserError("allocate must be a method that allocates ranks, such as AdaLoRA; ALLoRA keeps them all")
-        if getattr(self.allocate, "id", None) == "autolora":
+        if self.allocate is not None and self.allocate.search is not None:
             raise UserError(
                 "allocate must be a method that allocates ranks while it trains, such as AdaLoRA: AutoLoRA's search "
                 "looks ahead by a step of plain LoRA, which ALLoRA's is not"
             )
 
     @property
-    def budget(self) -> Budget | None:
+    def budget(self) -> Budget | None:  # type: ignore[override]
         """The allocating method's; None without one."""
         return None if self.allocate is None else self.allocate.budget
 
     @property
-    def validation(self) -> Any:
-        """The allocating method's validation data; None where it looks at none."""
-        return getattr(self.allocate, "validation", None)
+    def allocator(self) -> Method | None:
+        """The allocating method."""
+        return self.allocate
+
+    @property
+    def examples(self) -> Any:
+        """The allocating method's; None where it looks at none."""
+        return None if self.allocate is None else self.allocate.examples
 
     @property
     def compacts(self) -> bool:
@@ -105,12 +112,36 @@ class ALLoRA:
     @property
     def opens_ranks(self) -> bool:
         """Where the allocating method does."""
-        return getattr(self.allocate, "opens_ranks", False)
+        return self.allocate is not None and self.allocate.opens_ranks
 
     @property
     def masks_bad_steps(self) -> bool:
         """Where the allocating method does: rows are scaled by weights, and a step that was skipped has no length."""
-        return self.allocate is None or getattr(self.allocate, "masks_bad_steps", False)
+        return self.allocate is None or self.allocate.masks_bad_steps
+
+    @classmethod
+    def broken_rules(cls, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+        """There is neither scale nor dropout; a budget and validation data are for the method that allocates."""
+        allocate, budget, validation = (value("method", key) for key in ("allocate", "budget", "validation"))
+        if allocate is not None and budget is None:
+            yield ("method", "allocate"), f"method.allocate: {allocate} needs a budget: add method.budget"
+        if allocate is None and budget is not None:
+            yield ("method", "budget"), "method.budget has no effect without method.allocate, such as adalora"
+        if allocate == "ablora" and validation is None:
+            yield (
+                ("method", "allocate"),
+                "method.allocate: ablora scores ranks on validation data: add method.validation, as validation or 0.1",
+            )
+        if allocate != "ablora" and validation is not None:
+            yield ("method", "validation"), "method.validation has no effect without method.allocate: ablora"
+        r, alpha, dropout = (value("lora", key) for key in ("r", "alpha", "dropout"))
+        average = value("method", "budget", "average_rank")
+        unit, name = (average, "the average rank") if allocate == "ablora" else (r, "lora.r")
+        if isinstance(unit, int) and is_number(alpha) and unit != alpha:  # fractions of a rank are rounded: known later
+            told = f"lora.alpha is {alpha}, but ALLoRA has no scaling factor: set lora.alpha to {name}, which is {unit}"
+            yield ("lora", "alpha"), told
+        if is_number(dropout) and dropout > 0:
+            yield ("lora", "dropout"), f"lora.dropout is {dropout}, but ALLoRA trains without dropout: set it to 0"
 
     def schedule(self, total_steps: int, start: int, target: int) -> Schedule:
         """Return the allocating method's schedule; all ranks throughout without one."""
@@ -118,7 +149,7 @@ class ALLoRA:
             return self.allocate.schedule(total_steps, start, target)
         return ConstantSchedule(total_steps, start, target)
 
-    # The five verbs.
+    # The course of a run.
 
     def prepare(self, sites: Sequence[Site]) -> ALLoRAState:
         """Leave the gates at 1, or to the allocating method; scale the rows.
@@ -138,7 +169,7 @@ class ALLoRA:
         self._scale_rows(state)
         return state
 
-    def on_gradients(self, state: ALLoRAState, now: Moment) -> None:
+    def on_gradients(self, state: ALLoRAState, now: StepContext) -> None:
         """Keep the factors where the step is to be stretched; the kernel has scaled the gradients."""
         self._warn_once(state, now)
         if self.mode != "paper":
@@ -146,7 +177,7 @@ class ALLoRA:
         if self.allocate is not None:
             self.allocate.on_gradients(state.inner, now)
 
-    def on_step(self, state: ALLoRAState, now: Moment) -> Decision | None:
+    def on_step(self, state: ALLoRAState, now: StepContext) -> Decision | None:
         """Stretch the step (`hybrid`, `post`), let the allocating method decide, scale the rows anew."""
         self._warn_once(state, now)
         if state.before is not None:
@@ -208,7 +239,7 @@ class ALLoRA:
             torch._foreach_mul_(steps, [extra.to(step) for extra, step in zip(state.stretch, steps, strict=True)])
             torch._foreach_add_(factors, steps)
 
-    def _warn_once(self, state: ALLoRAState, now: Moment) -> None:
+    def _warn_once(self, state: ALLoRAState, now: StepContext) -> None:
         if self.mode != "paper" or now.optimizer is None or state.optimizer_seen:
             return
         state.optimizer_seen = True

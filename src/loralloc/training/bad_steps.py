@@ -180,7 +180,7 @@ def can_skip(optimizer: Any, method: Method | None, device: torch.device) -> boo
     inner = unwrapped(optimizer)
     fused = isinstance(inner, torch.optim.Adam) and all(group.get("fused") for group in inner.param_groups)
     scaled = getattr(optimizer, "scaler", None) is not None  # a loss scaler decides, and waits, for itself
-    masks = method is None or getattr(method, "masks_bad_steps", False)
+    masks = method is None or method.masks_bad_steps
     return fused and not scaled and masks and not on_host(device)
 
 

@@ -101,8 +101,8 @@ class _Seen:
         self.weights[output] = gradient.detach() if before is None else before + gradient.detach()
 
 
-class DataProbe:
-    """The `Probe` of a run.
+class ObservedData:
+    """The `StepData` of a run.
 
     It keeps the inputs of every forward pass of a step (references, no copies) and the gradient that arrives at its
     loss. A pass whose loss is never differentiated, such as an evaluation, is none of the step's.
@@ -126,8 +126,8 @@ class DataProbe:
         )
 
     @classmethod
-    def of(cls, model: nn.Module, sites: Sequence[Site], validation: Any) -> DataProbe | None:
-        """Return a probe for a method that has validation data, None for one that has not."""
+    def of(cls, model: nn.Module, sites: Sequence[Site], validation: Any) -> ObservedData | None:
+        """Watch a model for a method that looks at validation data; None for one that does not."""
         return None if validation is None else cls(model, sites, validation)
 
     def weights(self) -> list[Tensor]:

@@ -1,0 +1,113 @@
+"""Which estimated scores have to be measured, so that the lowest ranks are those that measuring all would name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FIRST_LOOKS = 4
+"""Ranks whose score is looked up at first: at least this many near the boundary, and as many others."""
+
+
+SAFETY = 1.5
+"""How much larger than the largest error seen so far an unseen one may be."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Scores of which enough are exact to know which ranks are lowest.
+
+    Attributes:
+        scores: [R], exact where looked up, else the estimate, corrected by the mean error.
+        known: Boolean [R]: which were looked up.
+        error: Largest error that was allowed for, in units of `spread`.
+        corrected: Mean error, which was taken out.
+    """
+
+    scores: Tensor
+    known: Tensor
+    error: float
+    corrected: float
+
+
+def settle(
+    estimates: Tensor,
+    spread: Tensor,
+    counts: Sequence[tuple[Tensor, int]],
+    exact: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+) -> Settled:
+    """Find the lowest scores from estimates, looking up exact scores only where they could decide.
+
+    At first some ranks near the boundary and some random others (the audit) are looked up. Their errors say how far off
+    the estimates may be; every rank that could then stand on either side of the boundary is looked up as well, nearest
+    first and at most as many at a time as are known, until none is left. The bound is empirical, not proven: it is
+    `SAFETY` times the largest error seen.
+
+    Args:
+        estimates: [R], float64 on the CPU.
+        spread: [R], positive: how large the error of each estimate is expected to be, up to one common factor.
+        counts: For each group of ranks, (positions, how many of its lowest are wanted).
+        exact: Returns the exact scores of ranks, given by position.
+        generator: For the audit.
+    """
+    known = ~estimates.isfinite()
+    scores = estimates.clone()
+    if known.any():  # nothing to go by
+        known[:] = True
+        return Settled(exact(torch.arange(len(scores))).to(scores), known, 0.0, 0.0)
+    looks = max(FIRST_LOOKS, len(scores) // 64)
+    members = torch.cat([positions for positions, _ in counts])
+    near = members[_distance(estimates, counts)[members].argsort(stable=True)[:looks]]
+    others = members[~torch.isin(members, near)]
+    asked = torch.cat([near, others[torch.randperm(len(others), generator=generator)[:looks]]])
+    while True:
+        scores[asked] = torch.nan_to_num(exact(asked).to(scores), nan=-torch.inf, neginf=-torch.inf)
+        known[asked] = True
+        errors = (scores - estimates)[known]
+        errors, scale = errors[errors.isfinite()], spread[known][errors.isfinite()]
+        corrected = float(errors.mean()) if len(errors) else 0.0
+        error = SAFETY * float(((errors - corrected).abs() / scale).max()) if len(errors) else 0.0
+        scores = torch.where(known, scores, estimates + corrected)
+        unsure = _unsure(scores, torch.where(known, 0.0, error * spread), counts) & ~known
+        if not unsure.any():
+            return Settled(scores, known, error, corrected)
+        asked = unsure.nonzero()[:, 0]
+        asked = asked[_distance(scores, counts)[asked].argsort(stable=True)[: int(known.sum())]]
+
+
+def _distance(scores: Tensor, counts: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """How far each score is from its group's boundary: the middle between the last one in and the first one out."""
+    distance = torch.full_like(scores, torch.inf)
+    for positions, count in counts:
+        ordered = scores[positions].sort().values
+        if 0 < count < len(ordered):
+            distance[positions] = (scores[positions] - (ordered[count - 1] + ordered[count]) / 2).abs()
+    return torch.nan_to_num(distance, nan=torch.inf)
+
+
+def _unsure(scores: Tensor, slack: Tensor, counts: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """Which scores could stand on the other side of their group's boundary, if each may be off by its slack."""
+    unsure = torch.zeros(len(scores), dtype=torch.bool)
+    for positions, count in counts:
+        own, off = scores[positions], slack[positions]
+        low = torch.zeros(len(own), dtype=torch.bool)
+        low[lowest(own, count)] = True
+        if not 0 < count < len(own):
+            continue
+        ceiling, floor = (own + off)[low].max(), (own - off)[~low].min()
+        unsure[positions] = torch.where(low, own + off > floor, own - off < ceiling)
+    return unsure
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Positions of the `count` lowest scores, ascending; ties go to the earlier position, NaN comes first.
+
+    >>> lowest(torch.tensor([0.5, 0.1, 0.1, 0.9]), 2).tolist()
+    [1, 2]
+    """
+    comparable = torch.where(scores.isnan(), -torch.inf, scores)
+    return torch.argsort(comparable, stable=True)[:count]

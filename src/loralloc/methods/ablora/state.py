@@ -1,0 +1,137 @@
+"""What an ABLoRA run remembers between steps: the open ranks, their ages, and what their scores are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loralloc.gating import Site
+from loralloc.methods.ablora.moves import Move
+from loralloc.methods.adalora.importance import sensitivity
+from loralloc.methods.base import agree, ranks_by_site
+
+
+def block_of(name: str) -> str:
+    """The part of a module's name up to its first number; all of it where there is none.
+
+    >>> block_of("model.layers.11.mlp.up_proj"), block_of("classifier")
+    ('model.layers.11', 'classifier')
+    """
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return name if found is None else found[0]
+
+
+def type_of(name: str) -> str:
+    """A module's name without the numbers in it.
+
+    >>> type_of("model.layers.11.mlp.up_proj")
+    'model.layers.mlp.up_proj'
+    """
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+@dataclass(eq=False)
+class ABLoRAState:
+    """What changes during a run.
+
+    Attributes:
+        sites: The gated layers.
+        room: Most ranks that each module can have.
+        start: Average starting rank, which the scale is made for.
+        open: Boolean [R] on the CPU; the ranks that take part.
+        born: The round in which each rank was opened, [R] on the CPU; −1 for the start.
+        limit: The budget.
+        seed: Draws new ranks, and those on which `fast` checks its estimates. Drawn from torch's generator.
+        sensitivity: Sum of sensitivities since the last round, [R].
+        logits: a' of all gates before the step that is under way (`score="gate"`).
+    """
+
+    sites: Sequence[Site]
+    room: Sequence[int]
+    start: float
+    open: Tensor
+    born: Tensor
+    limit: int
+    seed: int = field(default_factory=lambda: int(torch.randint(2**31, ())))
+    sensitivity: Tensor = field(init=False)
+    logits: Sequence[Tensor] = ()
+
+    def __post_init__(self) -> None:
+        self.sensitivity = torch.zeros(len(self.open), device=self.sites[0].gate.device)
+
+    def members(self, group: Sequence[int]) -> Tensor:
+        """Boolean [R]: the ranks of some modules, open or not."""
+        chosen = torch.zeros(len(self.sites), dtype=torch.bool)
+        chosen[list(group)] = True
+        return chosen.repeat_interleave(torch.tensor([site.rank for site in self.sites]))
+
+    def spare(self, costs: Sequence[int]) -> int:
+        """What is left of the budget."""
+        used = zip(ranks_by_site(self.sites, self.open), costs, strict=True)
+        return self.limit - sum(rank * cost for rank, cost in used)
+
+    def generator(self, number: int) -> torch.Generator:
+        """Random numbers of one round: the same on every device and in every process."""
+        self.seed = int(agree(torch.tensor(self.seed, device=self.sites[0].gate.device)))
+        return torch.Generator().manual_seed(self.seed + number)
+
+    def apply(self) -> None:
+        """Let the open ranks, and no others, take part in the model: at lora_alpha over the starting rank."""
+        for site, part in zip(self.sites, self.open.split([site.rank for site in self.sites]), strict=True):
+            site.set_scale(part.to(site.gate.device), factor=site.scaling_at(self.start) / site.scaling)
+
+    @torch.no_grad()
+    def apply_move(self, moved: Move, number: int) -> Tensor:
+        """Close and open ranks; return those that opened, boolean [R]. Slots closed just now are used last."""
+        before = self.open.clone()
+        self.open[list(moved.pruned)] = False
+        opened = torch.zeros_like(self.open)
+        generator, first = self.generator(number), 0
+        for site, count in zip(self.sites, moved.grown, strict=True):
+            closed = ~self.open[first : first + site.rank]
+            slots = torch.argsort(closed.int() + (closed & ~before[first : first + site.rank]).int(), descending=True)
+            chosen = slots[:count]
+            if count:
+                bound = site.inputs**-0.5  # Kaiming-uniform with a = √5, as LoRA draws A
+                drawn = (2 * torch.rand(count, site.inputs, generator=generator) - 1) * bound
+                site.A[chosen.to(site.A.device)] = drawn.to(site.A)
+                site.B[:, chosen.to(site.B.device)] = 0
+                site.gate[chosen.to(site.gate.device)] = 1
+                opened[first + chosen] = True
+            first += site.rank
+        self.open |= opened
+        self.born[self.open & opened] = number
+        self.apply()
+        return opened
+
+    def to_logits(self) -> None:
+        """∂L/∂a' = ∂L/∂α' · α'(1 − α'/2): what the optimizer does to the gates next is meant for their logits."""
+        self.logits = [torch.logit(site.gate / 2, eps=1e-6) for site in self.sites]
+        for site in self.sites:
+            if site.gate.grad is not None:
+                site.gate.grad *= site.gate * (1 - site.gate / 2)
+
+    @torch.no_grad()
+    def from_logits(self) -> None:
+        """α' ← 2σ(a' + Δ), where the optimizer has moved α' = 2σ(a') by Δ."""
+        for site, logit in zip(self.sites, self.logits, strict=False):
+            moved = logit + (site.gate - 2 * torch.sigmoid(logit))
+            site.gate.copy_(2 * torch.sigmoid(moved))
+        self.logits = ()
+
+
+def rank_sensitivity(sites: Sequence[Site]) -> Tensor:
+    """Mean |w · ∂L/∂w| over the entries of A and over those of B, for each rank, [R]."""
+    parts = []
+    for site in sites:
+        terms = [
+            sensitivity(weight.detach(), weight.grad).float().mean(dim)
+            for weight, dim in ((site.A, 1), (site.B, 0))
+            if weight.grad is not None
+        ]
+        parts.append(sum(terms, torch.zeros(site.rank, device=site.A.device)).to(sites[0].gate.device))
+    return torch.cat(parts)

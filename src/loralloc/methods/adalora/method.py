@@ -1,0 +1,244 @@
+"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (ICLR 2023, arXiv 2303.10512).
+
+The update of each matrix is kept in the form of a singular value decomposition,
+
+    W = W⁰ + s · P Λ Q          P: [out, r] = B,   Λ = ρ · diag(λ), λ: [r] = gate,   Q: [r, in] = A
+
+and under a falling budget b(t) the λ of the least important triplets (P_i, λ_i, Q_i) are set to zero. A triplet's
+importance is the smoothed sensitivity × uncertainty of its entries, so a closed triplet can come back until the final
+phase. A penalty keeps P and Q orthonormal.
+
+Where we deviate, and why (`as_published` and the options give the paper's or the public code's letter):
+
+* Budget: the numerator of eq. 14 is t − t_i, as in the public code; as printed the budget jumps above its start.
+* Selection: exactly b(t) triplets stay; the public code compares with a threshold and drops all ties. NaN never stays.
+* Order: sensitivities come from the weights and gradients of the same step (Algorithm 1). The public code multiplies
+  the gradient with the weight *after* the step: `order="reference"`.
+* Penalty: that of the public code, the mean unsquared norm (γ = 0.1 means that); `penalty="paper"` is eq. 4. Its
+  gradient is added in closed form when the step's gradients are complete, after clipping, so that it depends on no
+  loss function, wrapper or gradient accumulation and never shows in an evaluation loss.
+* Start: where LoRA starts, so that LoRA's learning rate serves (docs/step-parity.md). Q is orthonormal, P = 0, and the
+  gate ρ·λ is 1/√3, the length of LoRA's rows of A: the first optimizer step is as long as LoRA's and lowers the loss as
+  much. ρ makes a step of λ count as much as one of P. As published, λ = 0, ρ = 1 and P, Q ~ N(0, 0.02²): only λ moves
+  at first, and at LoRA's learning rate the run hardly learns.
+* Ablation |λ|: the values that selection may zero are compared, that is after the step.
+* Final phase: closed triplets are masked for good: no gradient, no share in the penalty. The public code only resets
+  their λ after each step, so the rest drifts: `order="reference"` keeps that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from loralloc.allocate import select
+from loralloc.budget import Budget, BudgetSchedule, cubic_schedule
+from loralloc.gating import Site
+from loralloc.methods.adalora.importance import per_rank, sensitivity, smooth_
+from loralloc.methods.adalora.penalty import Penalty, penalty_gradient
+from loralloc.methods.adalora.state import AdaLoRAState, Parity, Stack, gate_gain, initialise, stacks_of
+from loralloc.methods.base import Decision, Method, StepContext, agree
+from loralloc.methods.guards import FROM_THE_START, check_capacity, check_fresh
+from loralloc.setting_types import Count, Phase, is_number
+
+Importance = Literal["smoothed", "sensitivity", "magnitude"]
+Order = Literal["paper", "reference"]
+
+
+@dataclass(frozen=True)
+class AdaLoRA(Method):
+    """Prune singular values by importance under a falling budget.
+
+    `LoraConfig.r` is the rank at the start, everywhere; about 1.5 times the target is usual.
+
+    Raises:
+        UserError: A setting is out of its range.
+    """
+
+    id: ClassVar[str] = "adalora"
+    label: ClassVar[str] = "AdaLoRA"
+    paper: ClassVar[str] = "arXiv 2303.10512"
+
+    budget: Budget
+    warmup: Annotated[Phase, Field(description="start at full rank: fraction of the run, or steps")] = 0.15
+    cooldown: Annotated[Phase, Field(description="end at the final budget: fraction of the run, or steps")] = 0.45
+    interval: Annotated[
+        Count | None, Field(description="steps between two allocations; null: about 500 allocations over the run")
+    ] = None
+    beta1: Annotated[float, Field(gt=0, lt=1, description="smoothing of the sensitivity")] = 0.85
+    beta2: Annotated[float, Field(gt=0, lt=1, description="smoothing of the uncertainty")] = 0.85
+    importance: Annotated[
+        Importance, Field(description="score of a rank: smoothed is sensitivity times uncertainty")
+    ] = "smoothed"
+    order: Annotated[
+        Order, Field(description="score weights before the update (paper) or after it (reference code)")
+    ] = "paper"
+    penalty: Annotated[
+        Penalty,
+        Field(description="orthogonality penalty: mean norm (reference code) or summed squares (paper)"),
+    ] = "reference"
+    gamma: Annotated[float, Field(ge=0, description="weight of the penalty; 0 turns it off")] = 0.1
+    parity: Annotated[
+        Parity | None, Field(description="optimizer whose LoRA learning rate is to fit; none is the paper's step")
+    ] = "adam"
+
+    @classmethod
+    def as_published(cls, budget: Budget, **settings: float | str | None) -> AdaLoRA:
+        """Return AdaLoRA in the paper's parametrisation: λ = 0, ρ = 1, P and Q ~ N(0, 0.02²)."""
+        return cls(budget, parity=None, **settings)  # type: ignore[arg-type]
+
+    @property
+    def masks_bad_steps(self) -> bool:
+        """Importance and penalty leave everything as it is where the gradients are not finite."""
+        return True
+
+    @property
+    def compacts(self) -> bool:
+        """In the final phase; not as in the public code, where closed triplets live on."""
+        return self.order == "paper"
+
+    @classmethod
+    def broken_rules(cls, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The budget must have steps left in which it can fall."""
+        steps = value("training", "steps")
+        phases = {name: value("method", name) for name in ("warmup", "cooldown")}
+        terms = " + ".join(f"method.{name} ({length})" for name, length in phases.items())
+        key = ("method", "cooldown" if phases["cooldown"] != cls.cooldown else "warmup")
+        total = sum(length for length in phases.values() if is_number(length))
+        rest = "so that the budget can fall in between"
+        if all(isinstance(length, float) for length in phases.values()) and round(total, 9) >= 1:
+            yield key, f"{terms} is {total:g} of the run: keep it below 1, {rest}"
+        if all(isinstance(length, int) for length in (*phases.values(), steps)) and total >= steps:
+            yield key, f"{terms} is {total} of {steps} steps: keep it below, {rest}"
+
+    def schedule(self, total_steps: int, start: int, target: int) -> BudgetSchedule:
+        """Return the cubic budget of eq. 14 (corrected) over the run."""
+        return cubic_schedule(total_steps, self.warmup, self.cooldown, self.interval, start, target)
+
+    # The course of a run.
+
+    def prepare(self, sites: Sequence[Site]) -> AdaLoRAState:
+        """Draw Q and set P or λ to 0; the adapted model equals the base model.
+
+        Raises:
+            UserError: An adapter has been trained already, or has more ranks than its layer has dimensions.
+        """
+        check_fresh(sites, "AdaLoRA would draw it anew", FROM_THE_START)
+        check_capacity(sites, "more rows than that cannot be orthonormal")
+        for site in sites:
+            initialise(site, self.parity)
+        return AdaLoRAState(sites, stacks_of(sites))
+
+    def on_gradients(self, state: AdaLoRAState, now: StepContext) -> None:
+        """Add the penalty's gradient; measure importance (order `paper`)."""
+        measure = now.step < now.schedule.final and self.importance != "magnitude"
+        for stack in state.stacks:
+            penalise = self.gamma > 0 and stack.symbol != "gate"
+            if not (penalise or (measure and self.order == "paper")):
+                continue
+            weights = stack.weights()
+            if penalise:
+                matrices, resolution = 2 * len(state.sites), stack.resolution()
+                gradient = penalty_gradient(weights, stack.rank_dim, stack.open, self.penalty, matrices, resolution)
+                stack.add_to_gradients(gradient, self.gamma)
+            if measure and self.order == "paper":
+                self._measure(stack, weights, stack.gradients(), now.sound)
+        state.measure_after_step = measure and self.order == "reference"
+
+    def on_step(self, state: AdaLoRAState, now: StepContext) -> Decision | None:
+        """Close the least important triplets when the schedule says so."""
+        schedule, step = now.schedule, now.step
+        assert isinstance(schedule, BudgetSchedule)
+        if state.measure_after_step:
+            for stack in state.stacks:
+                self._measure(stack, stack.weights(), stack.gradients(), now.sound)
+            state.measure_after_step = False
+        if not schedule.closes(step):
+            return None
+        if state.final is not None:
+            if self.order == "reference":
+                state.zero_gates(state.final)
+            return None
+        budget, final = schedule.budget(step), schedule.phase(step) == "final"
+        keep = self._select(state, budget)
+        state.zero_gates(keep)
+        if final:
+            state.final = keep
+            if self.order == "paper":
+                self._close_for_good(state, keep)
+                return Decision(keep, budget, frozen=True, closed=~keep)
+        return Decision(keep, budget, frozen=final)
+
+    def finish(self, state: AdaLoRAState, target: int) -> Tensor:
+        """Close down to the target if that has not happened (a run may stop early); return the kept triplets."""
+        if state.final is None:
+            state.final = self._select(state, target)
+        self._close_for_good(state, state.final)
+        return state.final
+
+    def state_dict(self, state: AdaLoRAState) -> dict[str, Tensor]:
+        """Running averages, and the final selection once it is made."""
+        tensors = {} if state.final is None else {"final": state.final}
+        if state.compact:
+            return tensors  # nothing is selected any more
+        for index, stack in enumerate(state.stacks):
+            tensors |= {f"{index}.mean": stack.mean, f"{index}.uncertainty": stack.uncertainty}
+        return tensors
+
+    def load_state_dict(self, state: AdaLoRAState, tensors: Mapping[str, Tensor]) -> None:
+        """Restore running averages and the final selection."""
+        for index, stack in enumerate(state.stacks if "0.mean" in tensors else ()):
+            stack.mean.copy_(tensors[f"{index}.mean"])
+            stack.uncertainty.copy_(tensors[f"{index}.uncertainty"])
+        state.final = tensors["final"].to(state.sites[0].gate.device) if "final" in tensors else None
+        self._mask(state, None if self.order == "reference" else state.final)
+
+    def resized(self, state: AdaLoRAState) -> None:
+        """Group the tensors anew by their shapes."""
+        state.compact = not state.compact
+        state.stacks = stacks_of(state.sites)
+
+    def _measure(self, stack: Stack, weights: Tensor, gradients: Tensor, sound: Tensor | None) -> None:
+        """Update the importance of a stack's entries from one step's weights and gradients, if the step is sound."""
+        current, beta1, beta2 = sensitivity(weights, gradients), self.beta1, self.beta2
+        if sound is not None:
+            sound = sound.to(current.device)
+            current = torch.where(sound, current, 0.0 if self.importance == "smoothed" else stack.mean)
+            beta1, beta2 = (torch.where(sound, beta, 1.0).to(current.dtype) for beta in (beta1, beta2))
+        if self.importance == "smoothed":
+            smooth_(stack.mean, stack.uncertainty, current, beta1, beta2)
+        else:
+            stack.mean.copy_(current)
+
+    def _scores(self, state: AdaLoRAState) -> Tensor:
+        """S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij) for every triplet, [R] (eq. 9)."""
+        scores = torch.zeros_like(state.flat_gates())
+        if self.importance == "magnitude":
+            return state.flat_gates().abs()
+        for stack in state.stacks:
+            elements = stack.mean * stack.uncertainty if self.importance == "smoothed" else stack.mean
+            positions = stack.positions.flatten().to(scores.device)
+            scores.index_add_(0, positions, per_rank(elements, stack.rank_dim).flatten())
+        return scores
+
+    def _select(self, state: AdaLoRAState, budget: int) -> Tensor:
+        """The triplets that stay under a budget, boolean [R]."""
+        return agree(select(self._scores(state), state.costs(), self.budget.unit, budget))
+
+    def _close_for_good(self, state: AdaLoRAState, keep: Tensor) -> None:
+        """Zero triplets and mask them out of the model and of the penalty."""
+        state.zero_gates(keep)
+        self._mask(state, keep)
+
+    def _mask(self, state: AdaLoRAState, keep: Tensor | None) -> None:
+        """Let only these triplets take part in the model and in the penalty; all of them where None."""
+        everything = torch.ones_like(state.flat_gates(), dtype=torch.bool)
+        for site, kept in zip(state.sites, state.split(everything if keep is None else keep), strict=True):
+            site.set_scale(kept, gain=gate_gain(site.outputs, self.parity))
+        for stack in state.stacks:
+            stack.open = None if keep is None else keep.to(stack.positions.device)[stack.positions]

@@ -1,0 +1,113 @@
+"""Every method there is: those of this package, and those that installed packages bring.
+
+A package brings methods with an entry point, `NAME = "MODULE:CLASS"` under `[project.entry-points."loralloc.methods"]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from pydantic import Field
+
+from loralloc.budget import Budget
+from loralloc.errors import UserError
+from loralloc.methods.ablora import ABLoRA
+from loralloc.methods.adalora import AdaLoRA
+from loralloc.methods.allora import ALLoRA
+from loralloc.methods.autolora import AutoLoRA
+from loralloc.methods.base import Method
+from loralloc.methods.controls import DepthLinear, Random, Uniform
+from loralloc.methods.settings import NONE, ClosedSection, recipe_section, settings
+from loralloc.methods.truncate import Truncate
+from loralloc.setting_types import MethodSection
+
+BUILT_IN: tuple[type[Method], ...] = (AdaLoRA, ABLoRA, AutoLoRA, ALLoRA, Uniform, Random, DepthLinear, Truncate)
+GROUP = "loralloc.methods"
+PLAIN_LORA = "lora"
+"""What recipes call training without a method."""
+
+
+class PlainLoRASection(ClosedSection):
+    """Plain LoRA, the baseline: every layer keeps rank lora.r."""
+
+    name: Literal["lora"] = Field(description="the method")  # type: ignore[assignment]
+
+
+@cache
+def methods() -> Mapping[str, type[Method]]:
+    """Return every method by its id.
+
+    Raises:
+        UserError: A package's method cannot be imported, is no method, or has the id of another one.
+    """
+    found = {kind.id: kind for kind in BUILT_IN}
+    for entry in entry_points(group=GROUP):
+        kind = _load(entry)
+        if kind.id in (*found, PLAIN_LORA):
+            raise UserError(f'{_source(entry)}: there is a method "{kind.id}" already; give this one another id')
+        found[kind.id] = kind
+    return found
+
+
+def _load(entry: EntryPoint) -> type[Method]:
+    try:
+        kind = entry.load()
+    except Exception as error:  # whatever somebody else's module raises
+        raise UserError(f"{_source(entry)} cannot be imported: {type(error).__name__}: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise UserError(f"{_source(entry)} is no class derived from loralloc.methods.base.Method")
+    return kind
+
+
+def _source(entry: EntryPoint) -> str:
+    package = "" if entry.dist is None else f" of {entry.dist.name}"
+    return f'the method "{entry.name}"{package} ({entry.value})'
+
+
+@cache
+def sections() -> Mapping[str, type[MethodSection]]:
+    """Return the class of a recipe's `method` section for every method, and for plain LoRA."""
+    allocators = [kind.id for kind in methods().values() if _needs_budget(kind)]
+    made = {name: recipe_section(kind, allocators) for name, kind in methods().items()}
+    return made | {PLAIN_LORA: PlainLoRASection}
+
+
+def _needs_budget(kind: type[Method]) -> bool:
+    return any(setting.name == "budget" and setting.default is MISSING for setting in settings(kind))
+
+
+def make_method(section: MethodSection, examples: Any = None) -> Method | None:
+    """Return the method of a recipe; None for plain LoRA.
+
+    Args:
+        section: The recipe's `method`.
+        examples: The examples that the method may look at, where it looks at any.
+    """
+    kind = methods().get(section.name)
+    if kind is None:
+        return None
+    chosen: dict[str, Any] = {}
+    for setting in settings(kind):
+        value = getattr(section, setting.name, None)
+        if setting.examples is not None:
+            value = examples
+        elif setting.allocator and value is not None:
+            value = _allocator(methods()[value], section, examples)
+        elif Budget in setting.kinds:
+            value = _budget(value)
+        chosen[setting.name] = None if value == NONE else value
+    return kind(**chosen)
+
+
+def _allocator(kind: Any, section: Any, examples: Any) -> Method:
+    """The method that another one composes with, with its defaults."""
+    data = {setting.name: examples for setting in settings(kind) if setting.examples is not None}
+    return kind(budget=_budget(section.budget), **data)
+
+
+def _budget(section: Any) -> Budget | None:
+    return None if section is None else Budget(**section.model_dump(exclude_none=True))
