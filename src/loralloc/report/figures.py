@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loralloc.report.canvas import end_labels, shade_phases, short, step_axes
 from loralloc.report.grid import Grid, short_names
-from loralloc.report.palette import LIGHT, RAMP_STEPS, SERIES, ramp, step_of, text_on
+from loralloc.report.palette import LIGHT, RAMP, RAMP_STEPS, SERIES, TEXT_ON_RAMP, step_of
 from loralloc.report.run_record import RunRecord, Trace
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def timeline_figure(run: RunRecord, trace: Trace, grid: Grid, top: int) -> Figur
     for theme in ("dark", "light"):
         axes.imshow(
             list(zip(*picture, strict=True)),
-            cmap=ListedColormap(ramp(theme)),
+            cmap=ListedColormap(RAMP[theme]),
             vmin=0,
             vmax=RAMP_STEPS,
             aspect="auto",
@@ -173,9 +173,9 @@ def heat_figure(run: RunRecord, grid: Grid, top: int) -> Figure:
     places += [(len(grid.rows) + i, len(columns) - 1, name) for i, name in enumerate(grid.others)]
     for row, column, name in places:
         module = modules[name]
-        colour = ramp("light")[step_of(module.rank, top)]
-        axes.add_patch(_cell(row, column, colour))
-        style: dict[str, Any] = {"color": text_on(colour), "va": "center_baseline"}
+        step = step_of(module.rank, top)
+        axes.add_patch(_cell(row, column, RAMP["light"][step]))
+        style: dict[str, Any] = {"color": TEXT_ON_RAMP["light"][step], "va": "center_baseline"}
         axes.text(column + 0.48, row + 0.5, f"{module.rank}", ha="right", weight="bold", **style)
         axes.text(column + 0.5, row + 0.5, f"/{module.start}", ha="left", size=8, **style)
     for row, label in enumerate(rows):
