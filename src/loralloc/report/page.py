@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from loralloc.files import write_atomically
 from loralloc.report import figures
-from loralloc.report.canvas import drawing, png, svg
+from loralloc.report.drawing import png, report_settings, svg
 from loralloc.report.grid import Grid, arrange
+from loralloc.report.headline import tiles
 from loralloc.report.null_control import null_control
 from loralloc.report.palette import style_variables
 from loralloc.report.run_record import RunRecord, Trace, read_run
 from loralloc.report.tables import class_table, heat_map, measure_table, module_table, provenance_table
-from loralloc.report.tiles import tiles
-from loralloc.report.words import (
+from loralloc.report.wording import (
     adapter_path,
     count,
     loading_code,
@@ -62,7 +62,7 @@ def write_report(run: Path) -> Path:
     folder = read_run(Path(run))
     grid = arrange(folder.plan.modules)
     top = max(max(module.rank, module.start) for module in folder.plan.modules.values())
-    with drawing():
+    with report_settings():
         charts = _charts(folder, top)
         _write_pngs(
             folder,
@@ -243,7 +243,7 @@ def _history(run: RunRecord, charts: list[Chart]) -> str:
         notes.append("No losses have been logged.")
     items = "\n".join(
         f"<figure>\n<figcaption><h3>{chart.heading}</h3><p>{chart.caption}</p></figcaption>\n"
-        f"{svg(chart.figure, chart.name, escape(chart.heading))}\n</figure>"
+        f"{svg(chart.figure, chart.name, chart.heading)}\n</figure>"
         for chart in charts
     )
     text = f'<p class="muted">{" ".join(notes)}</p>\n' if notes else ""

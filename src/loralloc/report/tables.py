@@ -13,7 +13,7 @@ from loralloc.plan import ModuleRank
 from loralloc.report.grid import Grid
 from loralloc.report.palette import step_of
 from loralloc.report.run_record import RunRecord, number
-from loralloc.report.words import measure
+from loralloc.report.wording import measure
 
 SHOWN_CLASSES = 100
 """Most classes listed one by one."""

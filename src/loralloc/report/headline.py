@@ -6,7 +6,7 @@ import math
 from html import escape
 
 from loralloc.report.run_record import RunRecord, number
-from loralloc.report.words import budget_words, change, count, duration, measure, metric_values
+from loralloc.report.wording import budget_words, change, count, duration, measure, metric_values
 
 LOWER_IS_BETTER = {"perplexity", "loss"}
 
