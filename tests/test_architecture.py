@@ -64,7 +64,7 @@ FOREIGN: dict[
     "naming": set(),
     "from_plan": {"torch", "peft"},
     "methods": {"torch"},
-    "report": {"matplotlib", "numpy", "yaml"},
+    "report": {"jinja2", "matplotlib", "numpy", "yaml"},
     "recipe_source": {"yaml"},
     "recipe_methods": {"pydantic"},
     "config": {"pydantic", "pydantic_core", "yaml"},

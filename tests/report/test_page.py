@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 
 from loralloc.errors import UserError
 from loralloc.report import write_report
+from loralloc.report.page import templates
 from loralloc.report.run_record import read_run
 from loralloc.report.tables import class_table
 
@@ -149,16 +151,18 @@ class TestContents:
         counts = {f"<class {i}>": 1000 - i for i in range(1000)}
         (run / "metrics.json").write_text(json.dumps(made.metrics() | {"classes": counts}))
         table = class_table(read_run(run))
-        assert "&lt;class 99&gt;" in table
-        assert "&lt;class 100&gt;" not in table
-        assert "<td>900 more</td><td>405,450</td>" in table
+        assert table is not None
+        assert [row[0] for row in table.rows] == [f'"<class {i}>"' for i in range(100)]
+        assert table.foot[:2] == ("900 more", "405,450")
+        assert "<td>900 more</td><td>405,450</td>" in write_report(run).read_text(encoding="utf-8")
 
     @pytest.mark.parametrize("classes", [None, {}, [1], {"pos": None}])
     def test_runs_that_did_not_count_classes(self, classes: Any, made: Fabricated, tmp_path: Path) -> None:
         run = made.write(tmp_path / "run")
         metrics = {name: value for name, value in made.metrics().items() if name != "classes"}
         (run / "metrics.json").write_text(json.dumps(metrics if classes is None else metrics | {"classes": classes}))
-        assert class_table(read_run(run)) == ""
+        assert class_table(read_run(run)) is None
+        assert "Classes" not in report(run).section("details").text
 
     def test_bytes_are_the_same_every_time(self, run: Path, page: Element, tmp_path: Path) -> None:
         files = [run / "report.html", *(run / "figures" / name for name in PNGS)]
@@ -249,7 +253,7 @@ class TestMissingPieces:
         assert "trace.jsonl: how the ranks developed is not known." in words(page.one("aside"))
         assert [figure.one("h3").text for figure in page.all("figure")] == ["Loss"]
         assert pictures(run) == {"ranks.png", "loss.png"}
-        assert "1 step had gradients that were not finite" in words(page.section("bad-steps"))
+        assert "1 step had gradients that were not finite. It was skipped" in words(page.section("bad-steps"))
 
     def test_no_log(self, tmp_path: Path) -> None:
         run = Fabricated(bert(1)).write(tmp_path / "run", without=["log.jsonl"])
@@ -342,13 +346,22 @@ class TestMissingPieces:
         assert shown in tile(report(run), "Accuracy")
 
     @pytest.mark.parametrize(
-        ("value", "shown"),
-        [(2e-3, "2.0e-03✗ above 1.0e-05"), (float("nan"), "not finite✗"), (1e-5, "1.0e-05✓"), (0.0, "0.0e+00✓")],
+        ("value", "allowed", "shown"),
+        [
+            (2e-3, 1e-5, "2.0e-03✗ above 1.0e-05"),
+            (2e-3, None, "2.0e-03✗ no limit recorded"),
+            (float("nan"), 1e-5, "not finite✗"),
+            (1e-5, 1e-5, "1.0e-05✓"),
+            (0.0, 1e-5, "0.0e+00✓"),
+        ],
     )
-    def test_an_adapter_check_that_fails_says_so(self, value: float, shown: str, tmp_path: Path) -> None:
+    def test_an_adapter_check_that_fails_says_so(
+        self, value: float, allowed: float | None, shown: str, tmp_path: Path
+    ) -> None:
         made = Fabricated({"layers.0.q": (8, 8)}, start=4, average=2)
         run = made.write(tmp_path / "run", without=["log.jsonl", "trace.jsonl"])
-        (run / "metrics.json").write_text(json.dumps(made.metrics() | {"adapter_check": value}))
+        check = {"adapter_check": value, "adapter_check_allowed": allowed}
+        (run / "metrics.json").write_text(json.dumps(made.metrics() | check))
         assert shown in tile(report(run), "Adapter check")
 
 
@@ -369,12 +382,13 @@ class TestEscaping:
             "metric": self.EVIL,
             "validation": {self.EVIL: 0.5},
             "reference": {self.EVIL: 0.25},
+            "classes": {self.EVIL: 3},
             "adapter_check": self.EVIL,
         }
         (run / "metrics.json").write_text(json.dumps(metrics))
         plan = made.plan()
         plan["budget"] = {self.EVIL: 8}
-        plan["provenance"] = {self.EVIL: self.EVIL, "loralloc": self.EVIL, "bad_steps": self.EVIL}
+        plan["provenance"] = {self.EVIL: {self.EVIL: self.EVIL}, "loralloc": self.EVIL, "bad_steps": self.EVIL}
         (run / "ranks.json").write_text(json.dumps(plan))
         trace = made.trace()
         trace[0]["unit"] = self.EVIL
@@ -385,6 +399,11 @@ class TestEscaping:
         for name in modules:
             assert name in shown
         assert f"</pre></style>{self.EVIL}" in shown
+        places = [page.one(tag) for tag in ("title", "h1", "header", "footer")] + page.all("details")
+        places += [page.one("ul", "tiles"), page.section("ranks"), page.section("history")]
+        assert len(page.all("details")) == 5
+        for place in places:
+            assert self.EVIL in place.text.replace('\\"', '"'), words(place)[:80]
         compile(page.section("load").one("pre").text, "load", "exec")
 
     def test_a_folder_name_is_text(self, tmp_path: Path) -> None:
@@ -392,6 +411,19 @@ class TestEscaping:
         page = report(run)
         assert 'a<b>"$title"' in page.one("header").text
         compile(page.section("load").one("pre").text, "load", "exec")
+
+
+class TestTemplates:
+    def test_a_value_that_is_not_given_is_an_error(self) -> None:
+        with pytest.raises(UndefinedError, match="'method' is undefined"):
+            templates().get_template("page.html").render()
+
+    def test_a_value_is_text_unless_a_template_says_otherwise(self) -> None:
+        assert templates().from_string("{{ name }}").render(name="<script>") == "&lt;script&gt;"
+        environment = templates()
+        sources = [Path(str(environment.get_template(name).filename)) for name in ("macros.html", "page.html")]
+        unescaped = [name for path in sources for name in re.findall(r"(\S+) *\| *safe", path.read_text("utf-8"))]
+        assert unescaped == ['join("<wbr>"', "pictures[chart.name]"]
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:

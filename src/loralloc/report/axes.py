@@ -18,13 +18,7 @@ POINTS_PER_INCH = 72
 
 
 class EndLabel(NamedTuple):
-    """What stands beside the end of a line.
-
-    Attributes:
-        value: Where the line ends.
-        text: What is written there.
-        colour: A name of the palette.
-    """
+    """What is written beside the end of a line, at the value at which it ends; the colour is a name of the palette."""
 
     value: float
     text: str

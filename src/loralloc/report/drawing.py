@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PNG_DPI, PNG_LONGEST = 200, 12_000  # dots per inch, unless a side would get more pixels than any viewer shows
 VARIABLES = {colour: f"var(--{name})" for name, colour in LIGHT.items()}
-ID_PREFIXES = {"id": "", "href": "#", "clip-path": "url(#"}  # what stands before an id, by attribute
+BEFORE_IDS = {"id": "", "href": "#", "clip-path": "url(#"}  # what stands before an id, by attribute
 NOT_IN_XML = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 0xFFFE, 0xFFFF], "\N{REPLACEMENT CHARACTER}")
 
 _SETTINGS: Any = {
@@ -90,15 +90,11 @@ def svg(figure: Figure, name: str, description: str) -> str:
     root = ElementTree.XML(file.getvalue().translate(NOT_IN_XML))
     for element in root.iter():
         element.tag = _local(element.tag)  # HTML knows SVG without namespaces
-        attributes = {_local(key): value for key, value in element.items()}
-        element.attrib.clear()
-        element.attrib.update({key: _for_page(key, value, name) for key, value in attributes.items()})
+        element.attrib = {_local(key): _for_page(_local(key), value, name) for key, value in element.items()}
     for definitions in root.findall("defs"):
         if definitions.find("style") is not None:
             root.remove(definitions)  # it would hold for the whole page; the style sheet says the same for figures
-    view = root.attrib["viewBox"]
-    root.attrib.clear()
-    root.attrib.update({"class": "figure", "role": "img", "aria-label": description, "viewBox": view})
+    root.attrib = {"class": "figure", "role": "img", "aria-label": description, "viewBox": root.attrib["viewBox"]}
     return ElementTree.tostring(root, encoding="unicode").strip()
 
 
@@ -111,7 +107,7 @@ def _for_page(attribute: str, value: str, prefix: str) -> str:
     """An attribute with the page's colours and fonts, and with the figure's own ids."""
     if attribute == "style":
         return page_style(value)
-    before = ID_PREFIXES.get(attribute)
+    before = BEFORE_IDS.get(attribute)
     if before is None or not value.startswith(before):
         return value
     return f"{before}{prefix}-{value.removeprefix(before)}"

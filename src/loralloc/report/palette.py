@@ -62,18 +62,9 @@ def step_of(rank: int, highest: int) -> int:
     return round(rank / highest * RAMP_STEPS) if highest else 0
 
 
-def style_variables() -> str:
-    """Return the CSS that defines every colour and the classes `r0` (no rank) to `r24` (the highest rank)."""
-    light, dark = (_declarations(theme, table) for theme, table in (("light", LIGHT), ("dark", DARK)))
-    cells = "\n".join(
-        f".r{step} {{ background: var(--ramp-{step}); color: var(--on-ramp-{step}) }}" for step in range(RAMP_STEPS + 1)
-    )
-    # Paper is white: the dark table is for screens only.
-    return f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{cells}\n"
-
-
-def _declarations(theme: str, table: dict[str, str]) -> str:
-    colours = dict(table)
-    for step, colour in enumerate(RAMP[theme]):
-        colours |= {f"ramp-{step}": colour, f"on-ramp-{step}": TEXT_ON_RAMP[theme][step]}
-    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+def theme_colours(theme: str) -> dict[str, str]:
+    """Return every colour of a theme by its name in the style sheet, the ramp's from `ramp-0` to `ramp-24`."""
+    colours = dict(LIGHT if theme == "light" else DARK)
+    for step, (colour, text) in enumerate(zip(RAMP[theme], TEXT_ON_RAMP[theme], strict=True)):
+        colours |= {f"ramp-{step}": colour, f"on-ramp-{step}": text}
+    return colours
