@@ -64,7 +64,7 @@ FOREIGN: dict[
     "naming": set(),
     "from_plan": {"torch", "peft"},
     "methods": {"torch", "pydantic"},
-    "report": {"matplotlib", "numpy", "yaml"},
+    "report": {"matplotlib", "numpy", "yaml", "jinja2"},
     "recipe_source": {"yaml"},
     "setting_types": {"pydantic", "pydantic_core"},
     "config": {"pydantic", "pydantic_core", "yaml"},

@@ -1,4 +1,4 @@
-"""Just enough of a DOM to ask a page what it shows, and whether it is well formed and self-contained."""
+"""Reports, and just enough of a DOM to ask what they show, and whether they are well formed and self-contained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+
+from loralloc.report import write_report
 
 VOID = {"meta", "link", "br", "wbr", "col", "img", "hr", "input"}
 
@@ -114,3 +116,27 @@ def heat_cells(page: Element) -> dict[str, tuple[int, int]]:
                     assert name not in cells
                     cells[name] = (int(rank), int(start))
     return cells
+
+
+def report(run: Path) -> Element:
+    """Write a report and check what holds for all of them."""
+    path = write_report(run)
+    assert path == run / "report.html"
+    page = read_page(path)
+    check_page(page)
+    return page
+
+
+def words(element: Element) -> str:
+    return re.sub(r"\s+", " ", element.text)
+
+
+def pictures(run: Path) -> set[str]:
+    for path in (run / "figures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+    return {path.name for path in (run / "figures").iterdir()}
+
+
+def tile(page: Element, label: str) -> str:
+    (found,) = (words(li) for li in page.all("li", "tile") if li.all("span", "label")[0].text == label)
+    return found

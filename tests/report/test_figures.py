@@ -6,12 +6,14 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
 
 from loralloc.report import write_report
-from loralloc.report.canvas import drawing, spread, svg
+from loralloc.report.axes import spread
+from loralloc.report.drawing import PNG_LONGEST, png, report_settings, svg
 from loralloc.report.figures import (
     budget_figure,
     heat_figure,
@@ -45,11 +47,11 @@ class TestThemes:
     def test_every_colour_follows_the_theme(self, run: tuple[RunRecord, Trace]) -> None:
         folder, trace = run
         grid = arrange(trace.sites)
-        with drawing():
+        with report_settings():
             figures = [
                 budget_figure(folder, trace),
                 types_figure(folder, trace, grid),
-                timeline_figure(folder, trace, grid, top=12),
+                timeline_figure(folder, trace, grid, highest=12),
                 loss_figure(folder),
             ]
             texts = [svg(figure, f"figure{i}", "a figure") for i, figure in enumerate(figures)]
@@ -62,15 +64,25 @@ class TestThemes:
 
     def test_the_timeline_has_a_picture_for_each(self, run: tuple[RunRecord, Trace]) -> None:
         folder, trace = run
-        with drawing():
-            text = svg(timeline_figure(folder, trace, arrange(trace.sites), top=12), "timeline", "a figure")
+        with report_settings():
+            text = svg(timeline_figure(folder, trace, arrange(trace.sites), highest=12), "timeline", "a figure")
         assert len(re.findall('id="timeline-(?:light|dark)"', text)) == text.count("<image") == 2
 
     def test_ids_carry_the_name_of_the_figure(self, run: tuple[RunRecord, Trace]) -> None:
-        with drawing():
+        with report_settings():
             text = svg(loss_figure(run[0]), "loss", "a figure")
         assert all(name.startswith("loss-") for name in re.findall(r' id="([^"]*)"', text))
         assert all(name.startswith("loss-") for name in re.findall(r"url\(#([^)]*)\)", text))
+
+    def test_names_and_descriptions_are_text_whatever_is_in_them(self, tmp_path: Path) -> None:
+        modules = {f"layers.{layer}.</svg>\x01<script>&": (8, 8) for layer in range(2)}
+        folder, trace = read(Fabricated(modules, start=4, average=2), tmp_path / "run")
+        with report_settings():
+            text = svg(types_figure(folder, trace, arrange(trace.sites)), "types", '"<script>')
+        root = ElementTree.XML(text)
+        assert root.get("aria-label") == '"<script>'
+        assert "2.0 </svg>\N{REPLACEMENT CHARACTER}<script>&" in list(root.itertext())
+        assert root.findall(".//script") == root.findall(".//style") == root.findall(".//metadata") == []
 
 
 class TestIsolation:
@@ -97,7 +109,7 @@ class TestIsolation:
 
 class TestBudget:
     def test_an_exact_budget_is_one_label(self, run: tuple[RunRecord, Trace]) -> None:
-        with drawing():
+        with report_settings():
             assert labels(budget_figure(*run)) == ["144, the budget", "warm-up", "allocation", "fixed"]
 
     def test_a_budget_that_is_not_filled_has_its_own_label(self, tmp_path: Path) -> None:
@@ -112,7 +124,7 @@ class TestBudget:
         assert folder.trace is not None
         used = folder.trace.used(folder.trace.events[-1])
         assert used == made.parameters(made.ranks)
-        with drawing():
+        with report_settings():
             written = labels(budget_figure(folder, folder.trace))
         assert written[:2] == ["150k, the budget", f"{used / 1000:.0f}k, in use"]
 
@@ -122,7 +134,7 @@ class TestBudget:
         (run / "trace.jsonl").write_text(lines([row for row in made.trace() if row["step"] <= 100]))
         folder = read_run(run)
         assert folder.trace is not None
-        with drawing():
+        with report_settings():
             axes = budget_figure(folder, folder.trace).axes[0]
         assert axes.get_xlim() == (0, 300)
         assert max(axes.lines[0].get_xdata()) == max(axes.lines[1].get_xdata()) == 100  # type: ignore[call-overload]
@@ -131,7 +143,7 @@ class TestBudget:
 class TestTypes:
     def test_lines_are_the_means_of_the_types(self, run: tuple[RunRecord, Trace]) -> None:
         folder, trace = run
-        with drawing():
+        with report_settings():
             axes = types_figure(folder, trace, arrange(trace.sites)).axes[0]
         final = dict(zip(trace.sites, trace.events[-1].ranks, strict=True))
         means = {sum(rank for name, rank in final.items() if name.split(".", 4)[4] == kind) / 3 for kind in BERT_TYPES}
@@ -141,7 +153,7 @@ class TestTypes:
     def test_with_many_types_the_extremes_are_named(self, tmp_path: Path) -> None:
         types = {f"part_{letter}.proj": (64, 64) for letter in "abcdefghijklm"}
         folder, trace = read(Fabricated(layered("layers", 3, types)), tmp_path / "run")
-        with drawing():
+        with report_settings():
             written = labels(types_figure(folder, trace, arrange(trace.sites)))
         means = [float(label.split()[0]) for label in written]
         assert len(written) == 8
@@ -170,7 +182,7 @@ class TestLoss:
         made = Fabricated(bert(1))
         run = made.write(tmp_path / "run")
         (run / "log.jsonl").write_text(lines([{"step": step, "loss": math.nan} for step in (5, 10)]))
-        with drawing():
+        with report_settings():
             assert labels(loss_figure(read_run(run))) == []
 
 
@@ -189,10 +201,8 @@ def test_dollar_signs_are_no_mathematics(tmp_path: Path) -> None:
 
 def test_the_heat_map_of_a_huge_model_stays_a_picture_one_can_open(tmp_path: Path) -> None:
     folder, _ = read(Fabricated(layered("layers", 400, {"q": (8, 8)}), start=2, average=1), tmp_path / "run")
-    with drawing():
-        figure = heat_figure(folder, arrange(folder.plan.modules), top=2)
-        from loralloc.report.canvas import PNG_LONGEST, png
-
+    with report_settings():
+        figure = heat_figure(folder, arrange(folder.plan.modules), highest=2)
         png(figure, tmp_path / "heat.png")
     header = (tmp_path / "heat.png").read_bytes()[16:24]
     assert max(int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")) <= PNG_LONGEST

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loralloc.report.canvas import end_labels, shade_phases, short, step_axes
+from loralloc.report.axes import EndLabel, end_labels, shade_phases, short_number, step_axes
 from loralloc.report.grid import Grid, short_names
-from loralloc.report.palette import LIGHT, RAMP_STEPS, SERIES, ramp, step_of, text_on
+from loralloc.report.palette import LIGHT, RAMP, RAMP_STEPS, SERIES, TEXT_ON_RAMP, step_of
 from loralloc.report.run_record import RunRecord, Trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOMENTS = 160  # samples of the ranks along the time axis
+SAMPLES = 160  # of the ranks along the time axis
 SMOOTH_FROM = 30  # logged losses from which on a smoothed line helps
 
 
@@ -27,14 +28,13 @@ def budget_figure(run: RunRecord, trace: Trace) -> Figure:
     axes.fill_between([*steps, end], [*used, used[-1]], step="post", color=LIGHT["area"], alpha=0.55, linewidth=0)
     axes.plot([*steps, end], [*used, used[-1]], drawstyle="steps-post", color=LIGHT["series-1"])
     exact = used[-1] == trace.target
-    labels = [(used[-1], f"{short(used[-1])}, {'the budget' if exact else 'in use'}", "series-1")]
+    labels = [EndLabel(used[-1], f"{short_number(used[-1])}, {'the budget' if exact else 'in use'}", "series-1")]
     budget = _budget_points(run, trace)
     if budget and trace.target is not None:
         style = "default" if trace.phases else "steps-post"  # without phases it falls in one step, if at all
         axes.plot(*zip(*budget, strict=True), drawstyle=style, color=LIGHT["ink"], linewidth=1, linestyle=(0, (4, 3)))
-        labels += [] if exact else [(trace.target, f"{short(trace.target)}, the budget", "ink")]
-    top = max([*used, *(value for _, value in budget)])
-    axes.set_ylim(0, top * 1.16 or 1)
+        labels += [] if exact else [EndLabel(trace.target, f"{short_number(trace.target)}, the budget", "ink")]
+    axes.set_ylim(0, max([*used, *(value for _, value in budget)]) * 1.16 or 1)
     end_labels(axes, labels)
     shade_phases(axes, trace, run, named=True)
     return figure
@@ -54,13 +54,13 @@ def _budget_points(run: RunRecord, trace: Trace) -> list[tuple[int, int]]:
 def types_figure(run: RunRecord, trace: Trace, grid: Grid) -> Figure:
     """The mean rank of each module type, over the steps."""
     figure, axes = step_axes(run, "mean rank")
-    steps = [event.step for event in trace.events]
-    picked = sorted({round(i * (len(steps) - 1) / (MOMENTS * 2)) for i in range(MOMENTS * 2 + 1)})
+    last = len(trace.events) - 1
+    events = [trace.events[i] for i in sorted({round(i * last / (SAMPLES * 2)) for i in range(SAMPLES * 2 + 1)})]
+    steps = [*(event.step for event in events), run.reached]
     position = {name: i for i, name in enumerate(trace.sites)}
-    groups = _groups(grid)
     means = {
-        label: [sum(trace.events[at].ranks[position[n]] for n in names) / len(names) for at in picked]
-        for label, names in groups.items()
+        label: [sum(event.ranks[position[name]] for name in names) / len(names) for event in events]
+        for label, names in _groups(grid).items()
     }
     order = sorted(means, key=lambda label: -means[label][-1])
     # Too many to tell apart: the extremes get a colour and a name, the others stay in the background.
@@ -69,22 +69,17 @@ def types_figure(run: RunRecord, trace: Trace, grid: Grid) -> Figure:
     for label in order:
         colour = f"series-{named.index(label) + 1}" if label in named else "rule"
         values = means[label]
-        axes.plot(
-            [*(steps[at] for at in picked), run.reached],
-            [*values, values[-1]],
-            color=LIGHT[colour],
-            drawstyle="steps-post",
-            zorder=3 if label in named else 2,
-        )
+        in_front = 3 if label in named else 2
+        axes.plot(steps, [*values, values[-1]], color=LIGHT[colour], drawstyle="steps-post", zorder=in_front)
         if label in named:
-            labels.append((values[-1], f"{values[-1]:.1f} {_clip(label)}", colour))
+            labels.append(EndLabel(values[-1], f"{values[-1]:.1f} {_clip(label)}", colour))
     axes.set_ylim(0, max(max(values) for values in means.values()) * 1.08 or 1)
     shade_phases(axes, trace, run)
     end_labels(axes, labels)
     return figure
 
 
-def timeline_figure(run: RunRecord, trace: Trace, grid: Grid, top: int) -> Figure:
+def timeline_figure(run: RunRecord, trace: Trace, grid: Grid, highest: int) -> Figure:
     """The rank of every module over the steps: a row for each, grouped by module type, first layer on top."""
     from matplotlib.colors import ListedColormap
 
@@ -92,17 +87,12 @@ def timeline_figure(run: RunRecord, trace: Trace, grid: Grid, top: int) -> Figur
     position = {name: i for i, name in enumerate(trace.sites)}
     groups = _groups(grid)
     rows = [position[name] for names in groups.values() for name in names]
-    picture = []
-    at = 0
-    for moment in range(MOMENTS):
-        while at + 1 < len(trace.events) and trace.events[at + 1].step <= (moment + 0.5) / MOMENTS * run.reached:
-            at += 1
-        picture.append([step_of(trace.events[at].ranks[row], top) for row in rows])
+    columns = [[step_of(ranks[row], highest) for row in rows] for ranks in _sampled_ranks(trace, run.reached)]
     # The page shows the picture of its theme; all else in a figure changes its colour by itself.
     for theme in ("dark", "light"):
         axes.imshow(
-            list(zip(*picture, strict=True)),
-            cmap=ListedColormap(ramp(theme)),
+            list(zip(*columns, strict=True)),
+            cmap=ListedColormap(RAMP[theme]),
             vmin=0,
             vmax=RAMP_STEPS,
             aspect="auto",
@@ -114,15 +104,22 @@ def timeline_figure(run: RunRecord, trace: Trace, grid: Grid, top: int) -> Figur
     axes.grid(visible=False)
     axes.set_yticks([])
     axes.spines["bottom"].set_visible(False)
-    edge = 0
+    first_row = 0
     labels = []
     for label, names in groups.items():
-        if edge:
-            axes.axhline(edge, color=LIGHT["card"], linewidth=1.5)
-        labels.append((edge + len(names) / 2, _clip(label), "ink"))
-        edge += len(names)
+        if first_row:
+            axes.axhline(first_row, color=LIGHT["card"], linewidth=1.5)
+        labels.append(EndLabel(first_row + len(names) / 2, _clip(label), "ink"))
+        first_row += len(names)
     end_labels(axes, labels if len(labels) <= 2 * SERIES else [])
     return figure
+
+
+def _sampled_ranks(trace: Trace, end: int) -> list[tuple[int, ...]]:
+    """The ranks in the middle of each of so many equal parts of the time axis."""
+    steps = [event.step for event in trace.events]
+    times = ((i + 0.5) / SAMPLES * end for i in range(SAMPLES))
+    return [trace.events[max(0, bisect_right(steps, time) - 1)].ranks for time in times]
 
 
 def loss_figure(run: RunRecord) -> Figure:
@@ -131,16 +128,11 @@ def loss_figure(run: RunRecord) -> Figure:
     labels = []
     if run.train:
         steps, values = zip(*run.train, strict=True)
-        smooth = len(values) >= SMOOTH_FROM
-        axes.plot(
-            steps,
-            values,
-            color=LIGHT["area"] if smooth else LIGHT["series-1"],
-            linewidth=0.9 if smooth else 1.6,
-            marker="" if len(values) > 1 else "o",
-        )
-        if smooth:
+        if len(values) >= SMOOTH_FROM:
+            axes.plot(steps, values, color=LIGHT["area"], linewidth=0.9)
             axes.plot(steps, smoothed(values), color=LIGHT["series-1"])
+        else:
+            axes.plot(steps, values, color=LIGHT["series-1"], marker="" if len(values) > 1 else "o")
         labels += _last_label(values, "training", "series-1")
     if run.evaluations:
         steps, values = zip(*run.evaluations, strict=True)
@@ -152,9 +144,10 @@ def loss_figure(run: RunRecord) -> Figure:
     return figure
 
 
-def heat_figure(run: RunRecord, grid: Grid, top: int) -> Figure:
+def heat_figure(run: RunRecord, grid: Grid, highest: int) -> Figure:
     """The final ranks, layers by module types; modules outside the grid follow below, in a column of their own."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     modules = run.plan.modules
     columns = [*grid.types, *(["other"] if grid.others else [])]
@@ -173,9 +166,10 @@ def heat_figure(run: RunRecord, grid: Grid, top: int) -> Figure:
     places += [(len(grid.rows) + i, len(columns) - 1, name) for i, name in enumerate(grid.others)]
     for row, column, name in places:
         module = modules[name]
-        colour = ramp("light")[step_of(module.rank, top)]
-        axes.add_patch(_cell(row, column, colour))
-        style: dict[str, Any] = {"color": text_on(colour), "va": "center_baseline"}
+        step = step_of(module.rank, highest)
+        patch = Rectangle((column + 0.03, row + 0.06), 0.94, 0.88, facecolor=RAMP["light"][step], edgecolor="none")
+        axes.add_patch(patch)
+        style: dict[str, Any] = {"color": TEXT_ON_RAMP["light"][step], "va": "center_baseline"}
         axes.text(column + 0.48, row + 0.5, f"{module.rank}", ha="right", weight="bold", **style)
         axes.text(column + 0.5, row + 0.5, f"/{module.start}", ha="left", size=8, **style)
     for row, label in enumerate(rows):
@@ -184,12 +178,6 @@ def heat_figure(run: RunRecord, grid: Grid, top: int) -> Figure:
         before, _, last = label.rpartition(".")
         axes.text(column + 0.5, -0.2, f"{_clip(before, 16)}\n{_clip(last, 16)}", ha="center", va="bottom", size=7.5)
     return figure
-
-
-def _cell(row: int, column: int, colour: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column + 0.03, row + 0.06), 0.94, 0.88, facecolor=colour, edgecolor="none")
 
 
 def _groups(grid: Grid) -> dict[str, list[str]]:
@@ -205,18 +193,18 @@ def smoothed(values: Sequence[float]) -> list[float]:
     >>> smoothed([1.0, 5.0, 3.0])
     [1.0, 3.0, 3.0]
     """
-    reach = max(1, len(values) // 30)
+    widest = max(1, len(values) // 30)
     means = []
     for i, value in enumerate(values):
-        half = min(reach, i, len(values) - 1 - i)
+        half = min(widest, i, len(values) - 1 - i)
         window = [v for v in values[i - half : i + half + 1] if math.isfinite(v)]
         means.append(sum(window) / len(window) if math.isfinite(value) else math.nan)
     return means
 
 
-def _last_label(values: Sequence[float], name: str, colour: str) -> list[tuple[float, str, str]]:
-    last = next((value for value in reversed(values) if math.isfinite(value)), None)
-    return [] if last is None else [(last, f"{last:.3g} {name}", colour)]
+def _last_label(values: Sequence[float], name: str, colour: str) -> list[EndLabel]:
+    finite = [value for value in values if math.isfinite(value)]
+    return [EndLabel(finite[-1], f"{finite[-1]:.3g} {name}", colour)] if finite else []
 
 
 def _clip(text: str, length: int = 20) -> str:

@@ -94,12 +94,12 @@ def _indices(name: str) -> list[tuple[str, str]]:
     >>> _indices("encoder.block.3.layer.0.q")
     [('encoder.block.*', '3'), ('encoder.block.*.layer.*', '0')]
     """
-    found = []
+    indices = []
     place: list[str] = []
     for part in name.split("."):
         # `isdecimal` alone also accepts the digits of other scripts, `isdigit` superscripts.
         integer = part.isascii() and part.isdecimal()
         place.append("*" if integer else part)
         if integer:
-            found.append((".".join(place), part))
-    return found
+            indices.append((".".join(place), part))
+    return indices

@@ -8,6 +8,7 @@ from statistics import mean, pstdev
 import numpy as np
 
 from loralloc.report.run_record import RunRecord
+from loralloc.report.tables import Table
 
 SPREADS = (0.1, 0.5)
 """Standard deviations of the logits: what a few hundred steps of their optimizer reach, and what long searches do."""
@@ -26,28 +27,17 @@ def thresholded_noise(k: int, spread: float, draws: int = 20_000, seed: int = 0)
     return float(kept.mean()), float(kept.std())
 
 
-def null_control(run: RunRecord) -> str:
-    """Return the section that compares the learned ranks with thresholded noise; nothing for other methods."""
+def null_control(run: RunRecord) -> Table | None:
+    """Return the learned ranks beside thresholded noise; None for other methods."""
     if run.plan.method != "autolora" or run.plan.budget or not run.finished:
-        return ""
+        return None
     rows = []
     for k, modules in sorted(Counter(module.start for module in run.plan.modules.values()).items()):
         ranks = [module.rank for module in run.plan.modules.values() if module.start == k]
         rows.append(_row(f"learned, {modules} modules", k, mean(ranks), pstdev(ranks)))
-        rows += [_row(f"noise of standard deviation {spread}", k, *thresholded_noise(k, spread)) for spread in SPREADS]
-    table = (
-        '<div class="scroll" tabindex="0"><table class="plain facts"><thead><tr><th scope="col">logits</th>'
-        '<th scope="col">ranks at the start</th><th scope="col">mean kept</th>'
-        '<th scope="col">standard deviation</th></tr></thead>\n'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-    return (
-        '<section id="null-control">\n<h2>Learned, or noise?</h2>\n'
-        '<p class="muted">The threshold keeps what is above an equal share, about half of anything. Ranks that look '
-        "like the noise below may be noise: compare the plans of several seeds before reading much into single modules."
-        f"</p>\n{table}\n</section>"
-    )
+        rows += [_row(f"random, standard deviation {spread}", k, *thresholded_noise(k, spread)) for spread in SPREADS]
+    return Table(("logits", "rank k at the start", "mean rank kept", "standard deviation of the rank"), rows)
 
 
-def _row(name: str, k: int, average: float, deviation: float) -> str:
-    return f"<tr><td>{name}</td><td>{k}</td><td>{average:.2f}</td><td>{deviation:.2f}</td></tr>"
+def _row(logits: str, k: int, average: float, deviation: float) -> tuple[str, ...]:
+    return logits, f"{k}", f"{average:.2f}", f"{deviation:.2f}"

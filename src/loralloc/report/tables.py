@@ -3,156 +3,142 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable
-from html import escape
-from itertools import groupby
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, NamedTuple
 
 from loralloc.plan import ModuleRank
 from loralloc.report.grid import Grid
 from loralloc.report.palette import step_of
 from loralloc.report.run_record import RunRecord, number
-from loralloc.report.words import measure
+from loralloc.report.wording import rounded
 
 SHOWN_CLASSES = 100
 """Most classes listed one by one."""
 
+Total = tuple[int, int]
+"""Ranks of several modules, kept and at the start."""
 
-def heat_map(run: RunRecord, grid: Grid, top: int) -> str:
-    """Return the final ranks as a table: layers by module types with their sums, and what stands outside the layers."""
+
+class Table(NamedTuple):
+    """A table of plain text; head and foot may be empty."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    foot: tuple[str, ...] = ()
+
+
+class Cell(NamedTuple):
+    """A module in the heat map, with its step of the ramp."""
+
+    name: str
+    module: ModuleRank
+    step: int
+
+
+class Row(NamedTuple):
+    """A layer of the heat map: a cell for each module type that it has."""
+
+    layer: int
+    cells: list[Cell | None]
+    total: Total
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The final ranks: layers by module types.
+
+    Attributes:
+        types: Module types, one for each column.
+        stacks: Rows by the stack of layers to which they belong.
+        totals: The total of each column, and that of all columns last.
+        others: Modules outside the layers.
+    """
+
+    types: tuple[str, ...]
+    stacks: dict[str, list[Row]]
+    totals: list[Total]
+    others: list[Cell]
+
+
+def heat_map(run: RunRecord, grid: Grid, highest: int) -> HeatMap:
+    """Return the final ranks by layer and module type, with their totals, and what stands outside the layers."""
     modules = run.plan.modules
-    columns = "".join(f'<th scope="col">{_column_head(name)}</th>' for name in grid.types)
-    body = []
-    for stack, rows in groupby(grid.rows, key=lambda row: row[0]):
-        if len(grid.stacks) > 1:
-            body.append(f'<tr class="stack"><th colspan="{len(grid.types) + 2}">{_breakable(stack)}</th></tr>')
-        body += [_row(run, grid, stack, layer, top) for _, layer in rows]
-    tables = []
-    if grid.rows:
-        sums = "".join(_sum([modules[name] for name in grid.column(kind)]) for kind in grid.types)
-        everything = _sum([modules[name] for name in grid.cells.values()])
-        rows = "\n".join(body)
-        tables.append(
-            f'<table class="heat" style="--columns: {len(grid.types) + 1}">'
-            f'<colgroup><col class="layer"><col span="{len(grid.types) + 1}"></colgroup>'
-            f'<thead><tr><th scope="col">layer</th>{columns}'
-            f'<th scope="col">layer<br>total</th></tr></thead>\n<tbody>{rows}</tbody>\n'
-            f'<tfoot><tr><th scope="row">total</th>{sums}{everything}</tr></tfoot></table>'
-        )
-    if grid.others:
-        rows = "\n".join(
-            f'<tr>{_cell(name, modules[name], top)}<th scope="row"><code>{_breakable(name)}</code></th></tr>'
-            for name in grid.others
-        )
-        tables.append(f'<table class="heat other"><caption>outside the layers</caption><tbody>{rows}</tbody></table>')
-    return "\n".join(f'<div class="scroll" tabindex="0">{table}</div>' for table in tables)
+    cells = {name: Cell(name, module, step_of(module.rank, highest)) for name, module in modules.items()}
+    stacks: dict[str, list[Row]] = {stack: [] for stack in grid.stacks}
+    for stack, layer in grid.rows:
+        names = [grid.cells.get((stack, layer, module_type)) for module_type in grid.types]
+        total = _total(modules[name] for name in names if name)
+        stacks[stack].append(Row(layer, [cells[name] if name else None for name in names], total))
+    columns = [grid.column(module_type) for module_type in grid.types]
+    totals = [_total(modules[name] for name in names) for names in (*columns, grid.cells.values())]
+    return HeatMap(grid.types, stacks, totals, [cells[name] for name in grid.others])
 
 
-def _row(run: RunRecord, grid: Grid, stack: str, layer: int, top: int) -> str:
-    names = [grid.cells.get((stack, layer, kind)) for kind in grid.types]
-    modules = run.plan.modules
-    cells = "".join(_cell(name, modules[name], top) if name else "<td></td>" for name in names)
-    return f'<tr><th scope="row">{layer}</th>{cells}{_sum([modules[name] for name in names if name])}</tr>'
-
-
-def _cell(name: str, module: ModuleRank, top: int) -> str:
-    size = f"{module.inputs:,} &times; {module.outputs:,}"
-    title = f"{escape(name)}: rank {module.rank}, {module.start} at the start, {size}"
-    return (
-        f'<td class="cell r{step_of(module.rank, top)}" title="{title}">'
-        f"{module.rank}<small>/{module.start}</small></td>"
-    )
-
-
-def _sum(modules: Iterable[ModuleRank]) -> str:
+def _total(modules: Iterable[ModuleRank]) -> Total:
     modules = list(modules)
-    rank, start = sum(module.rank for module in modules), sum(module.start for module in modules)
-    return f'<td class="sum">{rank:,}<small>/{start:,}</small></td>'
+    return sum(module.rank for module in modules), sum(module.start for module in modules)
 
 
-def _column_head(name: str) -> str:
-    before, _, last = name.rpartition(".")
-    return f"{_breakable(before)}<b>{_breakable(last)}</b>"
+def type_means(run: RunRecord, grid: Grid) -> list[tuple[str, float]]:
+    """Return the module types with their mean ranks, the highest first."""
+    means = {kind: mean(run.plan.modules[name].rank for name in grid.column(kind)) for kind in grid.types}
+    return sorted(means.items(), key=lambda item: -item[1])
 
 
-def _breakable(name: str) -> str:
-    """A dotted name that may be broken after its dots and underscores, and within CamelCase."""
-    return re.sub(r"(?<=[._])|(?<=[a-z])(?=[A-Z])", "<wbr>", escape(name))
-
-
-def module_table(run: RunRecord) -> str:
+def module_table(run: RunRecord) -> Table:
     """Return every module with its rank, shape and parameters, and the totals."""
-    rows = "\n".join(
-        f"<tr><td><code>{escape(name)}</code></td><td>{m.rank}</td><td>{m.start}</td><td>{m.inputs:,}</td>"
-        f"<td>{m.outputs:,}</td><td>{m.parameters:,}</td></tr>"
-        for name, m in run.plan.modules.items()
-    )
-    start = sum(module.start for module in run.plan.modules.values())
-    return (
-        '<div class="scroll" tabindex="0"><table class="plain modules"><thead><tr><th scope="col">module</th>'
-        '<th scope="col">rank</th><th scope="col">start</th><th scope="col">in</th><th scope="col">out</th>'
-        f'<th scope="col">parameters</th></tr></thead>\n<tbody>{rows}</tbody>\n'
-        f"<tfoot><tr><td>total</td><td>{run.plan.total_rank:,}</td><td>{start:,}</td><td></td><td></td>"
-        f"<td>{run.plan.parameters:,}</td></tr></tfoot></table></div>"
-    )
+    modules = run.plan.modules
+    head = ("module", "rank", "start", "in", "out", "parameters")
+    rows = [
+        (name, f"{m.rank}", f"{m.start}", f"{m.inputs:,}", f"{m.outputs:,}", f"{m.parameters:,}")
+        for name, m in modules.items()
+    ]
+    kept, start = _total(modules.values())
+    return Table(head, rows, ("total", f"{kept:,}", f"{start:,}", "", "", f"{run.plan.parameters:,}"))
 
 
-def measure_table(run: RunRecord) -> str:
-    """Return all figures of metrics.json that were measured on data; nothing when there are none."""
-    parts = {name: run.metrics.get(name) for name in ("validation", "test")}
-    found: dict[str, dict[str, Any]] = {name: part for name, part in parts.items() if isinstance(part, dict) and part}
-    if not found:
-        return ""
-    head = "".join(f'<th scope="col">{name}</th>' for name in found)
-    names = dict.fromkeys(name for part in found.values() for name in part)
-    rows = "\n".join(
-        f"<tr><td>{escape(name.replace('_', ' '))}</td>"
-        + "".join(f"<td>{measure(number(part[name])) if name in part else '&ndash;'}</td>" for part in found.values())
-        + "</tr>"
+def metric_table(run: RunRecord) -> Table | None:
+    """Return all values of metrics.json that were measured on data; None when there are none."""
+    results: dict[str, dict[str, Any]] = {
+        data: values for data in ("validation", "test") if isinstance(values := run.metrics.get(data), dict) and values
+    }
+    if not results:
+        return None
+    names = dict.fromkeys(name for values in results.values() for name in values)
+    rows = [
+        (
+            name.replace("_", " "),
+            *(rounded(number(values[name])) if name in values else "\N{EN DASH}" for values in results.values()),
+        )
         for name in names
-    )
-    return (
-        '<div class="scroll" tabindex="0"><table class="plain facts"><thead><tr><th scope="col">measure</th>'
-        f"{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
-    )
+    ]
+    return Table(("metric", *results), rows)
 
 
-def class_table(run: RunRecord) -> str:
-    """Return the classes with their training examples, the commonest first; nothing without classes."""
-    found = run.classes
-    if not found:
-        return ""
-    total = max(1, sum(found.values()))
-    ordered = sorted(found.items(), key=lambda item: -item[1])
-    rows = "\n".join(
-        f"<tr><td><code>{escape(json.dumps(name, ensure_ascii=False))}</code></td><td>{count:,}</td>"
-        f"<td>{count / total:.1%}</td></tr>"
-        for name, count in ordered[:SHOWN_CLASSES]
-    )
-    rest = [count for _, count in ordered[SHOWN_CLASSES:]]
-    more = f"<tfoot><tr><td>{len(rest):,} more</td><td>{sum(rest):,}</td><td></td></tr></tfoot>" if rest else ""
-    return (
-        '<div class="scroll" tabindex="0"><table class="plain facts"><thead><tr><th scope="col">class</th>'
-        '<th scope="col">training examples</th><th scope="col">share</th></tr></thead>\n'
-        f"<tbody>{rows}</tbody>{more}</table></div>"
-    )
+def class_table(run: RunRecord) -> Table | None:
+    """Return the classes with their training examples, the commonest first; None without classes."""
+    if not run.classes:
+        return None
+    total = max(1, sum(run.classes.values()))
+    ordered = sorted(run.classes.items(), key=lambda item: -item[1])
+    rows = [
+        (json.dumps(name, ensure_ascii=False), f"{examples:,}", f"{examples / total:.1%}")
+        for name, examples in ordered[:SHOWN_CLASSES]
+    ]
+    rest = [examples for _, examples in ordered[SHOWN_CLASSES:]]
+    foot = (f"{len(rest):,} more", f"{sum(rest):,}", "") if rest else ()
+    return Table(("class", "training examples", "share"), rows, foot)
 
 
-def provenance_table(run: RunRecord) -> str:
-    """Return what the plan says of its origin; settings one by one."""
-    rows = "\n".join(
-        f"<tr><td>{escape(name)}</td><td><code>{escape(str(value))}</code></td></tr>"
-        for name, value in _flat(run.plan.provenance)
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table class="plain facts"><tbody>{rows}</tbody></table></div>'
-        if rows
-        else ""
-    )
+def provenance_table(run: RunRecord) -> Table | None:
+    """Return what the plan says of its origin, settings one by one; None when it says nothing."""
+    rows = [(name, str(value)) for name, value in _flat(run.plan.provenance)]
+    return Table((), rows) if rows else None
 
 
-def _flat(record: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

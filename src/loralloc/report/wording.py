@@ -1,4 +1,4 @@
-"""Names and numbers of a run in words, and the lines of code that load it. Plain text: escaping is up to the page."""
+"""Names and numbers of a run in words, and the lines of code that load it: plain text, which the page escapes."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def _task(run: RunRecord) -> str:
     return str(run.metrics.get("task") or run.recipe.get("task") or "")
 
 
-def count(number: int, thing: str) -> str:
+def count(number: int, noun: str) -> str:
     """Return a number and its noun.
 
     >>> count(1, "module"), count(1200, "step")
     ('1 module', '1,200 steps')
     """
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def measure(value: float) -> str:
-    """Write a figure with as many digits as can be compared.
+def rounded(value: float) -> str:
+    """Return a measured value with as many digits as can be compared.
 
-    >>> measure(0.62), measure(12.345), measure(1234.5), measure(float("nan"))
+    >>> rounded(0.62), rounded(12.345), rounded(1234.5), rounded(float("nan"))
     ('0.620', '12.35', '1,234.5', 'not finite')
     """
     if not math.isfinite(value):
@@ -66,10 +66,10 @@ def measure(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def change(start: float, final: float) -> str:
-    r"""Write how much a number grew or shrank.
+def percent_change(start: float, final: float) -> str:
+    r"""Return how much a number grew or shrank.
 
-    >>> change(432, 288), change(10, 10), change(0, 1)
+    >>> percent_change(432, 288), percent_change(10, 10), percent_change(0, 1)
     ('−33\xa0%', '±0\xa0%', '')
     """
     if not start:
@@ -80,7 +80,7 @@ def change(start: float, final: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time.
+    """Return a time in words.
 
     >>> duration(0.42), duration(42), duration(192), duration(7500)
     ('0.4 s', '42 s', '3 min 12 s', '2 h 05 min')
@@ -95,15 +95,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def budget_words(run: RunRecord) -> str:
-    """Return the budget as the user gave it, for example `average rank 8`, or as the trace knows it."""
+def budget(run: RunRecord) -> str:
+    """Return the budget as the user gave it, for example `average rank 8`, or as the trace records it."""
     if not run.finished and run.trace and run.trace.target is not None:
         return f"{run.trace.target:,} {run.trace.unit}"
-    return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in run.plan.budget.items())
+    return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in run.plan.budget.items()) or "none"
 
 
 def loading_code(run: RunRecord) -> str:
-    """Return the lines that load the adapter with stock PEFT.
+    """Return the lines that load the adapter with PEFT alone.
 
     The names stand in the code as JSON strings, which are Python strings too.
     """
@@ -112,7 +112,7 @@ def loading_code(run: RunRecord) -> str:
     lines = ["from peft import PeftModel", f"from transformers import {auto}", ""]
     if base.startswith("demo:"):
         lines.append(f"# {base} came with a package; write the folder or hub name of the same model here.")
-    lines.append(f"base = {auto}.from_pretrained({json.dumps(base)}{_head(run)})")
+    lines.append(f"base = {auto}.from_pretrained({json.dumps(base)}{_labels_argument(run)})")
     lines.append(f"model = PeftModel.from_pretrained(base, {json.dumps(adapter_path(run))})")
     return "\n".join(lines)
 
@@ -122,7 +122,7 @@ def adapter_path(run: RunRecord) -> str:
     return (run.path / "adapter").as_posix()
 
 
-def _head(run: RunRecord) -> str:
+def _labels_argument(run: RunRecord) -> str:
     """The argument that sizes a classification head, from the configuration that the run keeps, or from its recipe."""
     if _task(run) != "sequence-classification":
         return ""
@@ -141,12 +141,12 @@ def metric_values(run: RunRecord) -> dict[str, float]:
     Only what was measured is there.
     """
     metric = str(run.metrics.get("metric", ""))
-    found = {}
-    for name in ("test", "validation"):
-        part = run.metrics.get(name)
-        if isinstance(part, dict) and metric in part:
-            found[name] = number(part[metric])
+    values = {}
+    for data in ("test", "validation"):
+        results = run.metrics.get(data)
+        if isinstance(results, dict) and metric in results:
+            values[data] = number(results[metric])
     references = run.metrics.get("reference")
     if isinstance(references, dict):
-        found |= {name: number(value) for name, value in references.items() if value is not None}
-    return found
+        values |= {name: number(value) for name, value in references.items() if value is not None}
+    return values

@@ -1,0 +1,97 @@
+"""Which figures a page shows, and the sentences beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loralloc.report import figures
+from loralloc.report.grid import Grid, arrange
+from loralloc.report.run_record import RunRecord, Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure, its heading and the sentences below the heading; the name is that of its file and of its elements."""
+
+    name: str
+    heading: str
+    caption: str
+    figure: Figure
+
+
+def charts(run: RunRecord, highest: int) -> list[Chart]:
+    """Draw the figures for which the run has data; `highest` is the rank with the strongest colour."""
+    drawn = []
+    trace = run.trace
+    if trace and not _without_allocation(trace):
+        grid = arrange(trace.sites)
+        rows = "One row per module, grouped by type, first layer on top. The colours are those of the table above."
+        drawn = [
+            Chart("budget", "Budget", _budget_caption(trace), figures.budget_figure(run, trace)),
+            Chart("types", "Ranks by module type", _types_caption(grid), figures.types_figure(run, trace, grid)),
+            Chart("timeline", "Ranks of every module", rows, figures.timeline_figure(run, trace, grid, highest)),
+        ]
+    if run.train or run.evaluations:
+        drawn.append(Chart("loss", "Loss", _loss_caption(run), figures.loss_figure(run)))
+    return drawn
+
+
+def notes(run: RunRecord) -> list[str]:
+    """Return sentences on how to read the figures, and on those that are not there."""
+    sentences = []
+    if run.search_steps:
+        sentences.append(
+            f"Steps 1 to {run.search_steps:,} are the search for the ranks. "
+            "After the search, the exported adapter was trained from scratch at the ranks that it chose."
+        )
+    if run.trace is None:
+        sentences.append("There is no trace.jsonl, so the ranks over time cannot be shown.")
+    elif _without_allocation(run.trace):
+        sentences.append("The ranks are constant: this method does not change them, so there is no budget to show.")
+    if not run.train and not run.evaluations:
+        sentences.append("No losses have been logged.")
+    return sentences
+
+
+def _without_allocation(trace: Trace) -> bool:
+    return trace.constant and trace.phases is None
+
+
+def _budget_caption(trace: Trace) -> str:
+    start, unit = trace.used(trace.events[0]), trace.unit
+    if trace.phases is None or trace.target is None:
+        return f"From {start:,} to {trace.used(trace.events[-1]):,} {unit}."
+    warmup, final = trace.phases
+    return (
+        f"{start:,} {unit} until step {warmup:,}, {trace.target:,} from step {final:,}. "
+        "The dashed line is the budget. Every figure over the steps shades the three phases."
+    )
+
+
+def _types_caption(grid: Grid) -> str:
+    hidden = len(grid.types) + bool(grid.others) - figures.SERIES
+    if hidden <= 0:
+        return "Mean over the layers."
+    return f"Mean over the layers. The highest and the lowest are named; {hidden} in between are grey."
+
+
+def _loss_caption(run: RunRecord) -> str:
+    sentences = []
+    if len(run.train) >= figures.SMOOTH_FROM:
+        sentences.append("Training loss: the pale line is as logged, the strong line is smoothed.")
+    elif len(run.train) == 1:
+        sentences.append("Only one training loss has been logged.")
+    elif not run.train:
+        sentences.append("No training losses have been logged.")
+    if not run.evaluations:
+        sentences.append("No evaluation has been logged during training.")
+    broken = sum(not math.isfinite(value) for _, value in (*run.train, *run.evaluations))
+    if broken:
+        words = "loss was not finite and is" if broken == 1 else "losses were not finite and are"
+        sentences.append(f"{broken:,} logged {words} left out.")
+    return " ".join(sentences) or "As logged."
