@@ -39,10 +39,12 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("gating",),
     ("plain_lora",),
     ("peft_layers",),
+    ("trace",),
     ("kernel", "budget", "allocate"),
     ("setting_types",),
     ("plan", "recipes", "naming", "_folders"),
-    ("errors", "_version", "files"),
+    ("files",),
+    ("errors", "_version"),
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 MAY_IMPORT_FROM_SAME_LAYER = {"kernel", "budget", "allocate"}  # pure functions share pieces
@@ -56,6 +58,7 @@ FOREIGN: dict[
     "_folders": set(),
     "recipes": set(),
     "plan": set(),
+    "trace": set(),
     "kernel": {"torch"},
     "budget": {"pydantic"},
     "allocate": {"torch"},
