@@ -69,8 +69,13 @@ def prepare(model: ModelSection, data: LanguageModelData, seed: int) -> TaskData
             "Set eos_token in its tokenizer_config.json."
         )
     encoded = [to_dataset(tokenize(tokenizer), List(Value("int32"))) for tokenize in contents]
+
+    def load() -> PreTrainedModel:
+        return load_model("causal-lm", checkpoint, tokenizer, seed)
+
     return TaskData(
-        model=load_model("causal-lm", checkpoint, tokenizer, seed),
+        model=load(),
+        again=load,
         tokenizer=tokenizer,
         train=encoded[0],
         validation=encoded[1],
