@@ -18,7 +18,7 @@ from loralloc.cli.progress import Progress, console, figure, progress_bar, progr
 from loralloc.config import Recipe
 from loralloc.gating import plain_sites
 from loralloc.plan import RankPlan
-from loralloc.recipe.run import Outcome
+from loralloc.recipe.outcome import Outcome
 from loralloc.recipe.screen import Screen
 from loralloc.report.grid import arrange, short_names
 from loralloc.tasks import labels

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +19,7 @@ from loralloc.plan import ModuleRank, RankPlan
 from loralloc.recipe import stages
 from loralloc.recipe.card import card_facts
 from loralloc.recipe.from_recipe import task_data
+from loralloc.recipe.outcome import Outcome
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.screen import Screen
 from loralloc.recipe.stages import Stage
@@ -27,23 +27,6 @@ from loralloc.report import write_report
 from loralloc.tasks.base import TaskData
 from loralloc.training import processes
 from loralloc.training.trainer import PlainTrainer
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run produced.
-
-    Attributes:
-        folder: The run folder.
-        plan: The rank plan.
-        metrics: The content of metrics.json.
-        export: The exported adapter; None in processes other than the first, which write nothing.
-    """
-
-    folder: RunFolder
-    plan: RankPlan
-    metrics: Mapping[str, Any]
-    export: Export | None
 
 
 def run(
@@ -226,6 +209,7 @@ def _plan(stage: Stage) -> RankPlan:
     assert trainer.guard is not None
     provenance = {
         "loralloc": __version__,
+        "label": "plain LoRA",
         "base_model": stage.data.model.name_or_path,
         "seed": recipe.training.seed,
         "total_steps": steps,

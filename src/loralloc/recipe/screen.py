@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from loralloc.config import Recipe
-    from loralloc.recipe.run import Outcome
+    from loralloc.recipe.outcome import Outcome
     from loralloc.tasks.base import TaskData
     from loralloc.training.callback import RankAllocation
 

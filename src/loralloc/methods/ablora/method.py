@@ -46,10 +46,11 @@ from loralloc.files import finite
 from loralloc.gating import Site
 from loralloc.methods.ablora.moves import Move, deal, reallocate
 from loralloc.methods.ablora.scores import Mode, score_ranks
-from loralloc.methods.ablora.state import ABLoRAState, block_of, rank_sensitivity, type_of
+from loralloc.methods.ablora.state import ABLoRAState, rank_sensitivity
 from loralloc.methods.base import Decision, Method, StepContext, agree, open_ranks, ranks_by_site
 from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.validation import check_validation
+from loralloc.naming import kind_of, places
 from loralloc.setting_types import Count, Examples, Phase, Whole, is_number
 
 Score = Literal["ablation", "gate", "sensitivity"]
@@ -272,14 +273,16 @@ class ABLoRA(Method):
 
     def _groups(self, sites: Sequence[Site]) -> list[list[int]]:
         """Modules among which ranks move."""
-        blocks: dict[str, list[int]] = {}
-        for index, site in enumerate(sites):
-            blocks.setdefault(block_of(site.name) if self.scope == "block" else "", []).append(index)
-        return [group for group in blocks.values() if len(group) > 1]
+        names = [site.name for site in sites]
+        groups: dict[object, list[int]] = {}
+        for index, (name, place) in enumerate(zip(names, places(names), strict=True)):
+            block = name if place is None else (place.stack, place.layer)
+            groups.setdefault(block if self.scope == "block" else "", []).append(index)
+        return [group for group in groups.values() if len(group) > 1]
 
     def _count(self, sites: Sequence[Site]) -> int:
         """n_A."""
-        return self.n_prune or len({type_of(site.name) for site in sites})
+        return self.n_prune or len({kind_of(site.name) for site in sites})
 
     def _candidates(self, state: ABLoRAState, number: int) -> Tensor:
         """Open ranks that are old enough to be pruned, boolean [R]."""
