@@ -313,5 +313,5 @@ def rank_plan(
         modules=modules,
         budget={} if method.budget is None else method.budget.to_dict(),
         peak=peak,
-        provenance={**provenance, "settings": method.settings()},
+        provenance={**provenance, "label": method.label, "settings": method.settings()},
     )

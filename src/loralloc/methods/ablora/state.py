@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,25 +12,6 @@ from loralloc.gating import Site
 from loralloc.methods.ablora.moves import Move
 from loralloc.methods.adalora.importance import sensitivity
 from loralloc.methods.base import agree, ranks_by_site
-
-
-def block_of(name: str) -> str:
-    """The part of a module's name up to its first number; all of it where there is none.
-
-    >>> block_of("model.layers.11.mlp.up_proj"), block_of("classifier")
-    ('model.layers.11', 'classifier')
-    """
-    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
-    return name if found is None else found[0]
-
-
-def type_of(name: str) -> str:
-    """A module's name without the numbers in it.
-
-    >>> type_of("model.layers.11.mlp.up_proj")
-    'model.layers.mlp.up_proj'
-    """
-    return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 @dataclass(eq=False)

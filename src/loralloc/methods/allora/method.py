@@ -157,6 +157,7 @@ class ALLoRA(Method):
         Raises:
             UserError: The adapter has dropout or a scale other than 1.
         """
+        # No dropout, no scaling factor.
         _check_dropout(sites)
         inner = None
         if self.allocate is None:
@@ -217,6 +218,7 @@ class ALLoRA(Method):
         for sites in state.groups:
             gates = torch.stack([site.gate.detach() * site.scale for site in sites])
             A, B = (torch.stack([getattr(site, symbol).detach() for site in sites]) for symbol in "AB")
+            # s_i = 1 / √(‖(BA)_i‖ + 1/η²), a constant to autograd.
             s = row_scales(row_norms(A, gates, B), self.eta)
             if self.mode == "post":
                 B = B.to(s.dtype) * torch.stack([site.scale != 0 for site in sites])[:, None]  # closed ranks are gone
@@ -225,6 +227,7 @@ class ALLoRA(Method):
                 for mean_of_site, s_of_site in zip(mean, s, strict=True):
                     state.stretch += [mean_of_site - 1, s_of_site[:, None] - 1]
                 continue
+            # The kernel multiplies the weights' gradients of row i by it; what flows to lower layers is not scaled.
             for site, scale in zip(sites, (s / self.eta if self.mode == "hybrid" else s).unbind(), strict=True):
                 site.set_row_scale(scale)
 
@@ -233,7 +236,7 @@ class ALLoRA(Method):
         """Multiply the step that the optimizer has just made; with a factor of 1 it stays as it is, bit for bit."""
         factors = state.factors()
         steps = torch._foreach_sub(factors, before)
-        if self.mode == "hybrid":
+        if self.mode == "hybrid":  # gradients were scaled by s/η: the step makes up for 1/η
             torch._foreach_add_(factors, steps, alpha=self.eta - 1)
         else:
             torch._foreach_mul_(steps, [extra.to(step) for extra, step in zip(state.stretch, steps, strict=True)])
