@@ -209,7 +209,7 @@ class TestErrors:
             ("task: sequence-classification", "task: classification",
              'recipe.yaml:1: task must be sequence-classification or causal-lm, got "classification"'),
             ("steps: 300", "steps: 300\n  steps: 400",
-             'recipe.yaml:14: "steps" stands twice, first at recipe.yaml:13. Keep one of the two'),
+             'recipe.yaml:14: "steps" is set twice, first at recipe.yaml:13. Keep one of the two'),
             ("steps: 300", "steps: 300\n  [a, b]: 1", "recipe.yaml:14: a key must be a single word"),
         ],
     )  # fmt: skip

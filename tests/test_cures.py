@@ -15,10 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from loralloc import ABLoRA, AdaLoRA, ALLoRA, Budget, UserError, attach
-from loralloc.gating import attach_gates, fold_gates, is_gated, plain_sites
+from loralloc.gating import attach_gates, fold_gates, is_gated
 from loralloc.methods.controls import Uniform
 from loralloc.methods.truncate import Truncate
 from loralloc.peft_layers import PARALLEL, peft_model, unwrapped
+from loralloc.plain_lora import plain_sites
 
 TWO = Budget(average_rank=2)
 

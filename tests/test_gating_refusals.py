@@ -25,8 +25,9 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from loralloc import AdaLoRA, Budget, UserError, attach
-from loralloc.gating import attach_gates, fold_gates, is_gated, plain_sites
+from loralloc.gating import attach_gates, fold_gates, is_gated
 from loralloc.peft_layers import MERGE_IGNORES_VARIANTS, MIXED_BATCHES_IGNORE_VARIANTS, NOT_GATED, NOT_LINEAR, SUPPORTED
+from loralloc.plain_lora import plain_sites
 from loralloc.training.run import AllocationRun
 
 # ---- Refusals ----

@@ -341,7 +341,7 @@ class TestNotAPlan:
     def test_a_key_that_stands_twice(self, refuse: Refuse, key: str) -> None:
         once = json.dumps({**with_entry(), "provenance": {"settings": {}}})
         assert once.count(f'"{key}": ') == 1
-        refuse(once.replace(f'"{key}": ', f'"{key}": 1, "{key}": '), f'"{key}" stands twice')
+        refuse(once.replace(f'"{key}": ', f'"{key}": 1, "{key}": '), f'"{key}" occurs twice')
 
     def test_equal_keys_in_different_places_are_no_duplicates(self, path: Path) -> None:
         path.write_text(json.dumps({**with_entry(), "provenance": {"modules": {QUERY: 1, "rank": 2}, "format": 3}}))

@@ -327,7 +327,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         source.report(_explain(detail, source.tree) for detail in error.errors() if detail["loc"])
         source.raise_problems()
         raise
-    source.raise_problems()  # keys that stand twice, flags that mean nothing
+    source.raise_problems()  # keys that are set twice, flags that mean nothing
     return recipe
 
 

@@ -40,10 +40,10 @@ from loralloc.export_check import (
     computing_plainly,
     logits,
 )
-from loralloc.gating import is_gated, plain_sites
+from loralloc.gating import is_gated
 from loralloc.model_card import Export, Profile, model_card
 from loralloc.peft_layers import PREFIX, peft_model
-from loralloc.plain_lora import check_active, check_mergeable, check_plain, stored_apart
+from loralloc.plain_lora import PlainSite, check_active, check_mergeable, check_plain, plain_sites, stored_apart
 
 PROFILES: tuple[Profile, ...] = ("ragged", "uniform", "merged")
 
@@ -79,7 +79,7 @@ def export_adapter(
     check_target(path)
     model = peft_model(model)
     sites = list(plain_sites(model))
-    adapter = sites[0][2]
+    adapter = sites[0].adapter
     if is_gated(model, adapter):
         raise UserError(
             "the rank allocation is not finished: its gates are not folded; call finish() or end train() first"
@@ -89,7 +89,7 @@ def export_adapter(
     check_active(layers)
     if profile == "merged":
         check_mergeable(model, adapter, layers)
-    factors = {name: _factors(layer, adapter) for name, layer, _ in sites}
+    factors = {site.name: _factors(site) for site in sites}
     if not any(factor.rank for factor in factors.values()):
         raise UserError("the adapter has no rank left in any module: there is nothing to export")
     batch = check_batch(model, batch)
@@ -138,13 +138,13 @@ def _export(
     )
 
 
-def _factors(layer: Any, adapter: str) -> Factors:
+def _factors(site: PlainSite) -> Factors:
     """Drop closed ranks (zero in both factors) and fold the scale into B."""
-    A, B = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+    A, B = site.A.detach(), site.B.detach()
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise RuntimeError("the adapter holds numbers that are not finite; it was not exported")
     keep = (A != 0).any(1) | (B != 0).any(0)
-    return Factors(A[keep].clone(), B[:, keep] * float(layer.scaling[adapter]))
+    return Factors(A[keep].clone(), B[:, keep] * site.scaling)
 
 
 def ragged(factors: Mapping[str, Factors]) -> tuple[dict[str, Any], dict[str, Factors]]:

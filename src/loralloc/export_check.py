@@ -26,8 +26,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loralloc.errors import UserError
-from loralloc.gating import plain_sites
 from loralloc.peft_layers import bare_base, evaluating
+from loralloc.plain_lora import plain_sites
 
 Batch = Mapping[str, Any]
 
@@ -195,12 +195,13 @@ def _compare_keys(folder: Path, stock: PeftModel) -> None:
 def _compare_updates(stock: PeftModel, factors: Mapping[str, Factors]) -> None:
     """Every module's update on random inputs; rounding is bounded entry by entry, so that nothing cancels."""
     generator = torch.Generator().manual_seed(0)
-    for name, layer, adapter in plain_sites(stock):
+    for site in plain_sites(stock):
+        name = site.name
         A, B = factors[name].A.cpu().double(), factors[name].B.cpu().double()
-        C, D = (getattr(layer, f"lora_{side}")[adapter].weight.cpu().double() for side in "AB")
+        C, D = site.A.cpu().double(), site.B.cpu().double()
         x = torch.randn(A.shape[1], 4, generator=generator, dtype=torch.float64)
         rounding = 8 * torch.finfo(factors[name].A.dtype).eps * (B.abs() @ (A.abs() @ x.abs()))
-        difference = (B @ (A @ x) - layer.scaling[adapter] * (D @ (C @ x))).abs()
+        difference = (B @ (A @ x) - site.scaling * (D @ (C @ x))).abs()
         if not (difference <= rounding).all():
             raise RuntimeError(
                 f"the reloaded export computes something else: the update of {name} differs; nothing was written"

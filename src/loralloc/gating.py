@@ -375,18 +375,6 @@ def put_back_on_error(sites: Sequence[Site]) -> Iterator[None]:
         raise
 
 
-def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Any, str]]:
-    """Yield (full module name, PEFT layer, adapter) of every LoRA layer of an adapter, gated or not.
-
-    Raises:
-        UserError: There is no PeftModel in the model, no LoRA adapter, or one of layers that are not linear.
-    """
-    peft = peft_model(model)
-    adapter = lora_adapter(peft, adapter)
-    for name, layer in check_linear(peft, adapter):
-        yield name, layer, adapter
-
-
 def is_gated(model: nn.Module, adapter: str) -> bool:
     """Whether any layer carries gates of this adapter."""
     return any(

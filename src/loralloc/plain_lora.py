@@ -6,15 +6,16 @@ an allocation is attached, and again when an adapter is exported or truncated, b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.naming import named
+from loralloc.peft_layers import check_linear, lora_adapter, peft_model
 
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")
 """Starts of init_lora_weights under which PEFT changes the base weights, and can convert what was trained."""
@@ -137,3 +138,44 @@ def stored_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Modules that are saved whole share theirs where embeddings are tied (`ensure_weight_tying`).
     """
     return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+
+
+class PlainSite(NamedTuple):
+    """A LoRA layer of an adapter, gated or not.
+
+    Attributes:
+        name: Full module name.
+        layer: PEFT's layer.
+        adapter: Name of the adapter.
+    """
+
+    name: str
+    layer: Any
+    adapter: str
+
+    @property
+    def A(self) -> Tensor:  # noqa: N802 - the papers' symbol
+        """[r, in]."""
+        return self.layer.lora_A[self.adapter].weight
+
+    @property
+    def B(self) -> Tensor:  # noqa: N802
+        """[out, r]."""
+        return self.layer.lora_B[self.adapter].weight
+
+    @property
+    def scaling(self) -> float:
+        """s, the factor of B A."""
+        return float(self.layer.scaling[self.adapter])
+
+
+def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[PlainSite]:
+    """Go through the LoRA layers of an adapter.
+
+    Raises:
+        UserError: There is no PeftModel in the model, no LoRA adapter, or one of layers that are not linear.
+    """
+    peft = peft_model(model)
+    adapter = lora_adapter(peft, adapter)
+    for name, layer in check_linear(peft, adapter):
+        yield PlainSite(name, layer, adapter)

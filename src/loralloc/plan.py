@@ -168,7 +168,7 @@ def _read(path: Path) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise PlanError(f'{path}: "{twice}" stands twice')
+            raise PlanError(f'{path}: "{twice}" occurs twice')
         return found
 
     try:

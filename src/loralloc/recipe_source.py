@@ -223,7 +223,7 @@ def _build_mapping(node: yaml.MappingNode, key: Key, source: Source) -> dict[str
             source.problems.append((place, "a key must be a single word"))
         elif name in result:
             first = source.places[*key, name].text
-            source.problems.append((place, f'"{name}" stands twice, first at {first}. Keep one of the two'))
+            source.problems.append((place, f'"{name}" is set twice, first at {first}. Keep one of the two'))
         else:
             source.places[*key, name] = place
             result[name] = _build(value_node, (*key, name), source)

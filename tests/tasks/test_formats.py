@@ -174,9 +174,9 @@ class TestJson:
     @pytest.mark.parametrize("value", [r'"half \ud800"', '"x", "a": "y"', '{"b": 1, "b": 2}'])
     def test_lines_and_lists_are_checked_alike(self, value: str, tmp_path: Path) -> None:
         row = f'{{"a": {value}}}'
-        with pytest.raises(UserError, match=r"a.jsonl:2: not valid JSON \((surrogates not|\"[ab]\" stands twice)"):
+        with pytest.raises(UserError, match=r"a.jsonl:2: not valid JSON \((surrogates not|\"[ab]\" occurs twice)"):
             read_rows(save(tmp_path, "a.jsonl", f'{{"a": "x"}}\n{row}\n'))
-        with pytest.raises(UserError, match=r"a.json: not valid JSON \((surrogates not|\"[ab]\" stands twice)"):
+        with pytest.raises(UserError, match=r"a.json: not valid JSON \((surrogates not|\"[ab]\" occurs twice)"):
             read_rows(save(tmp_path, "a.json", f'[{{"a": "x"}}, {row}]'))
 
     def test_the_line_of_a_list(self, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from loralloc.cli.progress import Progress, console, figure, progress_bar, progress_of
 from loralloc.config import Recipe
-from loralloc.gating import plain_sites
+from loralloc.plain_lora import plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.outcome import Outcome
 from loralloc.recipe.screen import Screen

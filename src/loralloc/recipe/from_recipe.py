@@ -21,8 +21,8 @@ from transformers import (
 from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError
 from loralloc.from_plan import lora_config
-from loralloc.gating import plain_sites
 from loralloc.naming import named
+from loralloc.plain_lora import plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.targets import check_entries, linear_modules
@@ -83,8 +83,8 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         ) from error
     assert isinstance(adapted, PeftModel)
     sites = list(plain_sites(adapted))
-    widest = {name: max(layer.in_features, layer.out_features) for name, layer, _ in sites}
-    above = {name: layer.r[adapter] for name, layer, adapter in sites if layer.r[adapter] > widest[name]}
+    widest = {site.name: max(site.A.shape[1], len(site.B)) for site in sites}
+    above = {site.name: len(site.A) for site in sites if len(site.A) > widest[site.name]}
     if above:
         where, most = named(list(above), widest.keys() - above), min(widest[name] for name in above)
         raise UserError(

@@ -14,7 +14,7 @@ from loralloc._version import __version__
 from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.export import Export, export_adapter, write_card
-from loralloc.gating import plain_sites
+from loralloc.plain_lora import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.recipe import stages
 from loralloc.recipe.card import card_facts
@@ -201,10 +201,9 @@ def _plan(stage: Stage) -> RankPlan:
         return stage.allocation.plan
     recipe, trainer = stage.recipe, stage.trainer
     modules = {}
-    for name, layer, adapter in plain_sites(stage.model):
-        rank, inputs = layer.lora_A[adapter].weight.shape
-        outputs = layer.lora_B[adapter].weight.shape[0]
-        modules[name] = ModuleRank(rank, rank, inputs, outputs, float(layer.scaling[adapter]))
+    for site in plain_sites(stage.model):
+        (rank, inputs), outputs = site.A.shape, len(site.B)
+        modules[site.name] = ModuleRank(rank, rank, inputs, outputs, site.scaling)
     steps = trainer.state.global_step
     assert trainer.guard is not None
     provenance = {

@@ -149,7 +149,7 @@ def check_graph(root: Tensor) -> None:
             )
         if node.name().endswith(("::Error", "::NotImplemented")):
             raise UserError(
-                'mode="exact" needs second derivatives, which a layer of this model has not; load it with '
+                'mode="exact" needs second derivatives, and a layer of this model has none; load it with '
                 'attn_implementation="sdpa" or "eager", or use mode="paper"'
             )
         nodes += [following for following, _ in node.next_functions]
