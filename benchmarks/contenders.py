@@ -218,7 +218,7 @@ class AdaLoRA(Attached):
 
     def method(self, loralloc: Any) -> Any:
         budget = loralloc.Budget(average_rank=max(1, 2 * self.setting.rank // 3))
-        return loralloc.AdaLoRA(budget, warmup=1, cooldown=1, interval=INTERVAL)
+        return loralloc.AdaLoRA(budget, warmup=1, cooldown=2, interval=INTERVAL)
 
     def check(self, steps: int = 5) -> None:
         super().check(steps)

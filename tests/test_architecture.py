@@ -30,7 +30,8 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("cli", "testing"),
     ("config",),
     ("recipe_source",),
-    ("training", "tasks", "report"),
+    ("report",),
+    ("training", "tasks"),
     ("truncation",),
     ("export", "from_plan"),
     ("export_check", "model_card"),
@@ -38,10 +39,12 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("gating",),
     ("plain_lora",),
     ("peft_layers",),
+    ("trace",),
     ("kernel", "budget", "allocate"),
     ("setting_types",),
     ("plan", "recipes", "naming", "_folders"),
-    ("errors", "_version", "files"),
+    ("files",),
+    ("errors", "_version"),
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 MAY_IMPORT_FROM_SAME_LAYER = {"kernel", "budget", "allocate"}  # pure functions share pieces
@@ -55,6 +58,7 @@ FOREIGN: dict[
     "_folders": set(),
     "recipes": set(),
     "plan": set(),
+    "trace": set(),
     "kernel": {"torch"},
     "budget": {"pydantic"},
     "allocate": {"torch"},

@@ -241,7 +241,7 @@ def schedules(draw: st.DrawFn) -> BudgetSchedule:
     """Any schedule that fits its run."""
     total = draw(st.integers(3, 400))
     warmup = draw(st.integers(0, total - 3))
-    cooldown = draw(st.integers(0, total - warmup - 1))
+    cooldown = draw(st.integers(2, total - warmup - 1) | st.just(0.001)) if warmup < total - 3 else 2
     start = draw(st.integers(1, 10**7))
     return cubic_schedule(
         total, warmup, cooldown, draw(st.none() | st.integers(1, 50)), start, draw(st.integers(1, start))
@@ -269,7 +269,7 @@ class TestSchedule:
 
     @given(schedules())
     def test_equals_the_twin_and_falls_from_start_to_target(self, schedule: BudgetSchedule) -> None:
-        s, cooldown = schedule, schedule.total_steps - schedule.final
+        s, cooldown = schedule, schedule.total_steps - schedule.fallen
         budgets = [s.budget(t) for t in range(s.total_steps)]
         for step, budget in enumerate(budgets):
             exact = twin(step, s.start, s.target, s.warmup, cooldown, s.total_steps)
@@ -283,7 +283,7 @@ class TestSchedule:
     @given(schedules())
     def test_phases_partition_the_run(self, schedule: BudgetSchedule) -> None:
         phases = [schedule.phase(t) for t in range(schedule.total_steps)]
-        falling = schedule.final - schedule.warmup
+        falling = schedule.fallen - schedule.warmup
         expected = ["warmup"] * (schedule.warmup + 1) + ["decrease"] * falling
         assert phases == expected + ["final"] * (schedule.total_steps - len(expected))
         assert falling >= 1
@@ -293,7 +293,7 @@ class TestSchedule:
         for step in range(schedule.total_steps):
             if step <= schedule.warmup:
                 assert not schedule.closes(step)
-            elif step > schedule.final:
+            elif step > schedule.fallen:
                 assert schedule.closes(step)
             else:  # multiples of the interval, counted from the start of the run
                 assert schedule.closes(step) == (step % schedule.interval == 0)
@@ -307,16 +307,21 @@ class TestSchedule:
         flat = BudgetSchedule(**{**vars(schedule), "target": schedule.start})
         assert {flat.budget(t) for t in range(flat.total_steps)} == {flat.start}
 
-    @pytest.mark.parametrize("cooldown", [0, 0.0, 1, 0.1, 0.29, 2, 0.2])
+    @pytest.mark.parametrize("cooldown", [0.01, 0.1, 0.29, 2, 0.2])
     def test_at_least_two_steps_are_taken_at_the_final_budget(self, cooldown: float) -> None:
         schedule = cubic_schedule(10, 2, cooldown, 4, 10_000, 10)
-        assert schedule.final == 8
+        assert schedule.fallen == 8
         assert [schedule.phase(t) for t in (2, 3, 8, 9)] == ["warmup", "decrease", "decrease", "final"]
         assert schedule.budget(7) > schedule.budget(8) == schedule.budget(9) == 10
         assert schedule.closes(9)
 
+    @pytest.mark.parametrize("cooldown", [0, 0.0, 1])
+    def test_fewer_steps_are_refused(self, cooldown: float) -> None:
+        with pytest.raises(UserError, match=refusal(f"cooldown must be at least 2 steps, got {cooldown}")):
+            cubic_schedule(10, 2, cooldown, 4, 20, 10)
+
     def test_a_longer_cooldown_is_taken_as_it_is(self) -> None:
-        assert [cubic_schedule(10, 2, cooldown, 4, 20, 10).final for cooldown in (3, 0.3, 7, 0.7)] == [7, 7, 3, 3]
+        assert [cubic_schedule(10, 2, cooldown, 4, 20, 10).fallen for cooldown in (3, 0.3, 7, 0.7)] == [7, 7, 3, 3]
 
     @given(schedules())
     def test_the_last_step_closes_ranks_for_good(self, schedule: BudgetSchedule) -> None:
@@ -356,35 +361,35 @@ class TestLayingTheSchedule:
 
     def test_fields(self) -> None:
         schedule = cubic_schedule(300, 0.15, 135, 7, 432, 288)
-        assert schedule == BudgetSchedule(total_steps=300, warmup=45, final=165, interval=7, start=432, target=288)
+        assert schedule == BudgetSchedule(total_steps=300, warmup=45, fallen=165, interval=7, start=432, target=288)
 
     @pytest.mark.parametrize(("total", "interval"), [(3, 1), (500, 1), (749, 1), (751, 2), (16_370, 33), (50_520, 101)])
     def test_the_default_interval_closes_about_500_times(self, total: int, interval: int) -> None:
-        assert cubic_schedule(total, 0, 1, None, 10, 5).interval == interval
+        assert cubic_schedule(total, 0, 0.001, None, 10, 5).interval == interval
 
     @pytest.mark.parametrize("total", [-1, 0, 1, 2])
     def test_a_run_needs_three_steps(self, total: int) -> None:
         text = f"allocating ranks takes at least 3 optimizer steps, the run has {total}"
         with pytest.raises(UserError, match=refusal(text)):
-            cubic_schedule(total, 0, 1, 1, 10, 5)
-        shortest = cubic_schedule(3, 0, 1, 1, 10, 5)
+            cubic_schedule(total, 0, 2, 1, 10, 5)
+        shortest = cubic_schedule(3, 0, 0.1, 1, 10, 5)
         assert [shortest.phase(t) for t in range(3)] == ["warmup", "decrease", "final"]
         assert [shortest.budget(t) for t in range(3)] == [10, 5, 5]
 
     @pytest.mark.parametrize("interval", [0, -5])
     def test_an_interval_is_at_least_one_step(self, interval: int) -> None:
         with pytest.raises(UserError, match=refusal(f"interval must be at least 1 step, got {interval}")):
-            cubic_schedule(100, 0, 1, interval, 10, 5)
+            cubic_schedule(100, 0, 2, interval, 10, 5)
 
     @pytest.mark.parametrize(
         ("warmup", "cooldown", "steps"),
         [
             (50, 50, (50, 50)),
             (0.5, 0.5, (50, 50)),
-            (99, 0, (99, 2)),
-            (98, 0, (98, 2)),
+            (99, 0.001, (99, 2)),
+            (98, 0.001, (98, 2)),
             (98, 0.01, (98, 2)),
-            (98, 1, (98, 2)),
+            (98, 2, (98, 2)),
             (0, 100, (0, 100)),
             (200, 0.1, (200, 10)),
         ],
@@ -399,14 +404,14 @@ class TestLayingTheSchedule:
         with pytest.raises(UserError, match=refusal(text)):
             cubic_schedule(100, warmup, cooldown, 1, 10, 5)
 
-    @pytest.mark.parametrize(("warmup", "cooldown"), [(49, 50), (97, 2), (97, 1), (97, 0), (0, 99), (0.97, 0.02)])
+    @pytest.mark.parametrize(("warmup", "cooldown"), [(49, 50), (97, 2), (97, 0.01), (97, 0.001), (0, 99), (0.97, 0.02)])
     def test_one_step_to_fall_is_enough(self, warmup: float, cooldown: float) -> None:
         schedule = cubic_schedule(100, warmup, cooldown, 1, 10, 5)
-        assert schedule.final == schedule.warmup + 1
-        assert [schedule.budget(t) for t in (schedule.warmup, schedule.final)] == [10, 5]
-        assert schedule.closes(schedule.final)
+        assert schedule.fallen == schedule.warmup + 1
+        assert [schedule.budget(t) for t in (schedule.warmup, schedule.fallen)] == [10, 5]
+        assert schedule.closes(schedule.fallen)
 
     @pytest.mark.parametrize("phase", ["warmup", "cooldown"])
     def test_refusals_name_the_phase(self, phase: str) -> None:
         with pytest.raises(UserError, match=f"^{phase} as a fraction"):
-            cubic_schedule(**{"total_steps": 9, "warmup": 0, "cooldown": 1, phase: 1.5}, interval=1, start=9, target=5)
+            cubic_schedule(**{"total_steps": 9, "warmup": 0, "cooldown": 2, phase: 1.5}, interval=1, start=9, target=5)

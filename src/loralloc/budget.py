@@ -15,6 +15,9 @@ from loralloc.setting_types import Count, Number, Positive
 Unit = Literal["ranks", "parameters"]
 Phase = Literal["warmup", "decrease", "final"]
 
+# What the phases of a run are called, in terminals and reports.
+WARM_UP, FALLS, ROUNDS, FINAL, ALL = "warm-up", "budget falls", "rounds", "final ranks", "all ranks"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -120,8 +123,11 @@ class Schedule(Protocol):
         ...
 
     @property
-    def final(self) -> int:
-        """The ranks are final after step `final + 1`; −1 where they are from the start."""
+    def steps_until_final(self) -> int:
+        """Optimizer steps after which the ranks are final: 0 where they are from the start.
+
+        More than `total_steps` where they are chosen when the run ends.
+        """
         ...
 
     def budget(self, step: int) -> int:
@@ -141,13 +147,18 @@ class ConstantSchedule:
         total_steps: Optimizer steps of the run.
         start: Budget at the start.
         target: Budget at the end; it differs from the start where ranks are chosen only when the run ends.
-        final: −1 where the ranks are fixed from the start, the last step where they are chosen at the end.
+        chosen_at_end: Whether the ranks are chosen when the run ends, instead of from the start.
     """
 
     total_steps: int
     start: int
     target: int
-    final: int = -1
+    chosen_at_end: bool = False
+
+    @property
+    def steps_until_final(self) -> int:
+        """None, or more than the run has."""
+        return self.total_steps + 1 if self.chosen_at_end else 0
 
     def budget(self, step: int) -> int:
         """Return the start, whatever the step."""
@@ -156,7 +167,7 @@ class ConstantSchedule:
 
     def spans(self) -> Sequence[tuple[str, int, int]]:
         """Return the one phase."""
-        return [("all ranks" if self.final >= 0 else "final ranks", 0, self.total_steps - 1)]
+        return [(ALL if self.chosen_at_end else FINAL, 0, self.total_steps - 1)]
 
 
 @dataclass(frozen=True)
@@ -172,8 +183,8 @@ class RoundSchedule:
         rounds: Number of rounds.
 
     >>> schedule = RoundSchedule(total_steps=100, start=56, target=56, warmup=20, interval=10, rounds=3)
-    >>> [t for t in range(100) if schedule.round_after(t) is not None], schedule.final
-    ([19, 29, 39], 38)
+    >>> [t for t in range(100) if schedule.round_after(t) is not None], schedule.steps_until_final
+    ([19, 29, 39], 40)
     """
 
     total_steps: int
@@ -184,9 +195,9 @@ class RoundSchedule:
     rounds: int
 
     @property
-    def final(self) -> int:
-        """The step before that of the last round."""
-        return self.warmup + (self.rounds - 1) * self.interval - 2 if self.rounds else -1
+    def steps_until_final(self) -> int:
+        """Those up to the last round."""
+        return self.warmup + (self.rounds - 1) * self.interval if self.rounds else 0
 
     def round_after(self, step: int) -> int | None:
         """Return the number of the round that follows the 0-based optimizer step, from 0 on; None for no round."""
@@ -200,8 +211,9 @@ class RoundSchedule:
 
     def spans(self) -> Sequence[tuple[str, int, int]]:
         """Return warm-up, rounds and final ranks."""
-        edges = {"warm-up": (0, self.warmup - 1), "rounds": (self.warmup, self.final + 1)}
-        edges["final ranks"] = (self.final + 2, self.total_steps - 1)
+        final = self.steps_until_final
+        warmup = self.warmup if self.rounds else 0
+        edges = {WARM_UP: (0, warmup - 1), ROUNDS: (warmup, final - 1), FINAL: (final, self.total_steps - 1)}
         return [(name, first, last) for name, (first, last) in edges.items() if first <= last]
 
 
@@ -210,47 +222,52 @@ class BudgetSchedule:
     """The cubic budget of AdaLoRA, as its code has it (the formula printed in the paper, eq. 14, is misprinted).
 
         b(t) = start                                                t ≤ warmup
-        b(t) = ⌊target + (start − target) · m³⌋,  m = 1 − (t − warmup)/(final − warmup)
-        b(t) = target                                               t > final
+        b(t) = ⌊target + (start − target) · m³⌋,  m = 1 − (t − warmup)/(fallen − warmup)
+        b(t) = target                                               t > fallen
 
     Attributes:
         total_steps: Optimizer steps of the run, T.
         warmup: Last step at the full budget, t_i.
-        final: Step T − t_f; from here on the budget is the target.
-        interval: Between `warmup` and `final`, ranks are closed at multiples of this many steps.
+        fallen: Step T − t_f; from here on the budget is the target.
+        interval: Between `warmup` and `fallen`, ranks are closed at multiples of this many steps.
         start: Budget at the start.
         target: Budget at the end.
     """
 
     total_steps: int
     warmup: int
-    final: int
+    fallen: int
     interval: int
     start: int
     target: int
 
+    @property
+    def steps_until_final(self) -> int:
+        """Those up to the first step of the final phase, after which ranks are closed for good."""
+        return self.fallen + 2
+
     def phase(self, step: int) -> Phase:
         """Return the phase that the 0-based optimizer step belongs to."""
-        return "warmup" if step <= self.warmup else "decrease" if step <= self.final else "final"
+        return "warmup" if step <= self.warmup else "decrease" if step <= self.fallen else "final"
 
     def budget(self, step: int) -> int:
         """Return b(step).
 
-        >>> schedule = BudgetSchedule(total_steps=100, warmup=10, final=70, interval=10, start=216, target=144)
+        >>> schedule = BudgetSchedule(total_steps=100, warmup=10, fallen=70, interval=10, start=216, target=144)
         >>> [schedule.budget(t) for t in (0, 10, 11, 12, 20, 30, 40, 50, 60, 70)]
         [216, 216, 212, 209, 185, 165, 153, 146, 144, 144]
         """
         if step <= self.warmup:
             return self.start
-        if step > self.final:
+        if step > self.fallen:
             return self.target
-        remaining = 1 - (step - self.warmup) / (self.final - self.warmup)
+        remaining = 1 - (step - self.warmup) / (self.fallen - self.warmup)
         return int(self.target + (self.start - self.target) * remaining**3)
 
     def spans(self) -> Sequence[tuple[str, int, int]]:
         """Return warm-up, falling budget and final ranks."""
-        edges = {"warm-up": (0, self.warmup), "budget falls": (self.warmup + 1, self.final)}
-        edges["final ranks"] = (self.final + 1, self.total_steps - 1)
+        edges = {WARM_UP: (0, self.warmup), FALLS: (self.warmup + 1, self.fallen)}
+        edges[FINAL] = (self.fallen + 1, self.total_steps - 1)
         return [(name, first, last) for name, (first, last) in edges.items() if first <= last]
 
     def closes(self, step: int) -> bool:
@@ -267,7 +284,7 @@ def cubic_schedule(
     Args:
         total_steps: Optimizer steps of the run.
         warmup: Steps at the full budget: a whole number of steps (int), or a fraction of the run (float below 1).
-        cooldown: Steps at the final budget, likewise. At least two, so that ranks are closed for good before the end.
+        cooldown: Steps at the final budget, likewise. Two or more, so that ranks are closed for good before the end.
         interval: Steps between closings; None for about 500 over the run.
         start: Budget at the start, in ranks or parameters.
         target: Budget at the end.
@@ -283,7 +300,7 @@ def cubic_schedule(
     if interval is not None and interval < 1:
         raise UserError(f"interval must be at least 1 step, got {interval}")
     warmup_steps = phase_steps("warmup", warmup, total_steps)
-    cooldown_steps = max(2, phase_steps("cooldown", cooldown, total_steps))
+    cooldown_steps = phase_steps("cooldown", cooldown, total_steps, least=2)
     if warmup_steps + cooldown_steps >= total_steps:
         raise UserError(
             f"no step is left in which the budget could fall: warmup={warmup} ({warmup_steps} steps) and "
@@ -292,7 +309,7 @@ def cubic_schedule(
     return BudgetSchedule(
         total_steps=total_steps,
         warmup=warmup_steps,
-        final=total_steps - cooldown_steps,
+        fallen=total_steps - cooldown_steps,
         interval=interval or max(1, round(total_steps / 500)),
         start=start,
         target=target,
@@ -304,8 +321,8 @@ def round_schedule(total_steps: int, warmup: float, interval: float, rounds: int
 
     Args:
         total_steps: Optimizer steps of the run.
-        warmup: Steps before the first round: a whole number (int), or a fraction of the run (float below 1). At least
-            one step in either case, since a rank that was never trained has no score.
+        warmup: Steps before the first round: a whole number (int), or a fraction of the run (float below 1). One or
+            more, since a rank that was never trained has no score.
         interval: Steps between rounds, likewise.
         rounds: Number of rounds.
         target: The budget.
@@ -316,8 +333,8 @@ def round_schedule(total_steps: int, warmup: float, interval: float, rounds: int
     >>> round_schedule(100, 0.2, 0.05, 3, 56)
     RoundSchedule(total_steps=100, start=56, target=56, warmup=20, interval=5, rounds=3)
     """
-    first = max(1, phase_steps("warmup", warmup, total_steps))
-    between = max(1, phase_steps("interval", interval, total_steps))
+    first = phase_steps("warmup", warmup, total_steps, least=1)
+    between = phase_steps("interval", interval, total_steps, least=1)
     last = first + (rounds - 1) * between
     if rounds and last >= total_steps:
         raise UserError(
@@ -327,21 +344,27 @@ def round_schedule(total_steps: int, warmup: float, interval: float, rounds: int
     return RoundSchedule(total_steps, target, target, first, between, rounds)
 
 
-def phase_steps(name: str, value: float, total_steps: int) -> int:
+def phase_steps(name: str, value: float, total_steps: int, least: int = 0) -> int:
     """Turn a phase given as steps (int) or as a fraction of the run (float) into steps.
 
-    Raises:
-        UserError: A fraction outside [0, 1), or negative steps.
+    Args:
+        name: What the phase is called.
+        value: Its length.
+        total_steps: Optimizer steps of the run.
+        least: Steps that it takes at least. A fraction is rounded up to them.
 
-    >>> phase_steps("warmup", 0.15, 300), phase_steps("warmup", 20, 300)
-    (45, 20)
+    Raises:
+        UserError: A fraction outside [0, 1), or too few steps.
+
+    >>> phase_steps("warmup", 0.15, 300), phase_steps("warmup", 20, 300), phase_steps("warmup", 0.15, 4, least=1)
+    (45, 20, 1)
     """
-    if isinstance(value, int):
-        if value < 0:
-            raise UserError(f"{name} must be at least 0 steps, got {value}")
-        return value
+    if isinstance(value, int) or value == 0:
+        if value < least:
+            raise UserError(f"{name} must be at least {least} steps, got {value}")
+        return int(value)
     if not 0 <= value < 1:
         raise UserError(
             f"{name} as a fraction of the run must be in [0, 1), got {value}; whole steps are written as int"
         )
-    return int(value * total_steps + 1e-9)
+    return max(least, int(value * total_steps + 1e-9))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
@@ -29,40 +29,22 @@ from loralloc.setting_types import (
     Section,
     Seed,
     Share,
+    Text,
     broken_rule,
     is_number,
+    is_text,
     shown,
 )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _check_share_or_path(value: Any) -> Any:
-    if _is_text(value) or (isinstance(value, float) and 0 < value < 1):
-        return value
-    raise ValueError("must be a fraction between 0 and 1, such as 0.1, or a path")
+from loralloc.tasks.spec import TASKS
 
 
 def _check_names(value: Any) -> Any:
-    if _is_text(value) or (isinstance(value, list) and value and all(map(_is_text, value))):
+    if is_text(value) or (isinstance(value, list) and value and all(map(is_text, value))):
         return value
     raise ValueError("must be a name or a list of names")
 
 
-def _check_labels(value: Any) -> Any:
-    if value is None or value == "regression":
-        return value
-    known = isinstance(value, list) and all(isinstance(label, str | int) for label in value)
-    if known and len({str(label) for label in value}) == len(value) >= 2:
-        return value
-    raise ValueError("must be a list of at least two different labels, or regression, or null")
-
-
-Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[str | list[str], BeforeValidator(_check_names)]
-Labels = Annotated[Literal["regression"] | list[str | int | bool] | None, BeforeValidator(_check_labels)]
 
 
 class ModelConfig(Section):
@@ -73,27 +55,14 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(default=False, description="run Python code that the model's repository carries")
 
 
-class DataConfig(Section):
-    """The data, and which of its columns mean what. Relative paths start at the current directory."""
+class DataConfig(*(task.data for task in TASKS.values())):
+    """The data, and which of their columns mean what: the keys of every task. A rule refuses those of other tasks."""
 
-    train: Text = Field(
-        description="a .jsonl, .json, .csv, .tsv, .parquet or .txt file (each also .gz), "
-        "hub:NAME[/CONFIG][@SPLIT], or demo:docstrings[@SPLIT]"
-    )
-    validation: Annotated[float | str, BeforeValidator(_check_share_or_path)] = Field(
-        default=0.1, description="a fraction cut from the training data (by training.seed), or data as in train"
-    )
-    test: Text | None = Field(default=None, description="data as in train, evaluated once at the end")
-    text: Text | None = Field(default=None, description="column with the text")
-    text_pair: Text | None = Field(default=None, description="column with a second text (sequence-classification)")
-    label: Text | None = Field(default=None, description="column with the label (sequence-classification)")
-    labels: Labels = Field(
-        default=None, description="null: found in the training data; or the list of labels; or regression"
-    )
-    prompt: Text | None = Field(default=None, description="column with the prompt (causal-lm)")
-    completion: Text | None = Field(default=None, description="column with the answer, which alone is learned")
-    messages: Text | None = Field(default=None, description="column with a chat (causal-lm)")
-    max_length: Count = Field(default=128, description="tokens kept of each example")
+
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]
 
 
 class LoraSection(Section):
@@ -135,7 +104,7 @@ class TrainingConfig(Section):
 class Recipe(Section):
     """A whole run."""
 
-    task: Literal["sequence-classification", "causal-lm"] = Field(description="what the model learns to do")
+    task: TaskName = Field(description="what the model learns to do")
     model: ModelConfig = Field(description="the pretrained model")
     data: DataConfig = Field(description="the data and its columns")
     method: SerializeAsAny[MethodSection] = Field(description="how ranks are allocated")
@@ -202,10 +171,6 @@ _EXCLUSIVE: dict[Key, tuple[str, ...]] = {
     ("method", "budget"): tuple(BudgetSection.model_fields),
     ("training",): ("steps", "epochs"),
 }
-_COLUMNS = {  # task -> the keys of `data` that have a meaning for it
-    "sequence-classification": ("text", "text_pair", "label", "labels"),
-    "causal-lm": ("text", "prompt", "completion", "messages"),
-}
 
 
 def _get(tree: Any, *key: str) -> Any:
@@ -225,8 +190,6 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 key = (*section, given[-1]) if given else section
                 yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {found}"
     yield from _broken_columns(tree)
-    if tree.get("task") == "causal-lm" and _get(tree, "data", "max_length") == 1:
-        yield ("data", "max_length"), "data.max_length must be at least 2: a single token has no next one to predict"
     capacity, target = _value_of(tree, {})("lora", "r"), _get(tree, "method", "budget", "average_rank")
     if is_number(capacity) and is_number(target) and target > capacity:
         yield (
@@ -237,26 +200,36 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    task, data = tree.get("task"), tree.get("data")
-    if not isinstance(task, str) or task not in _COLUMNS or not isinstance(data, Mapping):
+    """The columns that a task needs, and those that mean nothing to it."""
+    name, data = tree.get("task"), tree.get("data")
+    if not isinstance(name, str) or name not in TASKS or not isinstance(data, Mapping):
         return
-    given = {name for name, value in data.items() if value is not None}
-    for other, columns in _COLUMNS.items():
-        for name in columns:
-            if name in given and name not in _COLUMNS[task]:
-                yield ("data", name), f"data.{name} is for task {other}, but the task is {task}"
-    if task == "sequence-classification":
-        for name in ("text", "label"):
-            if name not in given:
-                yield ("data", name), f'missing "{name}" in "data": {recipe_keys()[f"data.{name}"]}'
+    task, set_keys = TASKS[name], {key for key, value in data.items() if value is not None}
+    for other, its in TASKS.items():
+        for key in its.keys:
+            if key in set_keys and key not in task.keys:
+                yield ("data", key), f"data.{key} is for task {other}, but the task is {name}"
+    least, reason = task.shortest
+    length = data.get("max_length")
+    if isinstance(length, int) and 1 <= length < least:
+        yield ("data", "max_length"), f"data.max_length must be at least {least}: {reason}"
+    if len(task.forms) == 1:
+        for key in task.forms[0]:
+            if key not in set_keys:
+                description = task.data.model_fields[key].description
+                yield ("data", key), f'missing "{key}" in "data": {description}'
         return
-    kinds = [kind for kind in ("text", "prompt", "messages") if kind in given]
-    if len(kinds) != 1 and (kinds or "completion" not in given):
-        rule = "data needs exactly one of text, prompt with completion, messages for task causal-lm"
-        yield ("data", *kinds[-1:]), f"{rule}; got {' and '.join(kinds) or 'none of them'}"
-    for name, other in (("prompt", "completion"), ("completion", "prompt")):
-        if name in given and other not in given:
-            yield ("data", name), f"data.{name} needs data.{other} as well"
+    chosen = [form[0] for form in task.forms if form[0] in set_keys]
+    if len(chosen) != 1 and (chosen or not any(set_keys & set(form) for form in task.forms)):
+        forms = ", ".join(" with ".join(form) for form in task.forms)
+        rule = f"data needs exactly one of {forms} for task {name}"
+        yield ("data", *chosen[-1:]), f"{rule}; got {' and '.join(chosen) or 'none of them'}"
+    for form in task.forms:
+        if set_keys & set(form):
+            for key in form:
+                if key not in set_keys:
+                    given = next(other for other in form if other in set_keys)
+                    yield ("data", given), f"data.{given} needs data.{key} as well"
 
 
 def _broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loralloc.errors import UserError
+
 
 def finite(value: Any) -> Any:
     """JSON has no NaN: numbers that are not finite become None, also inside mappings."""
@@ -32,11 +34,49 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    """Read a file of one JSON object a line, each with a `step`, in the order of steps.
+
+    A run that was killed may leave half a last line, which is skipped; one that was resumed from an earlier checkpoint
+    repeats steps, of which the later ones count.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its rows; none when there is no file.
+
+    Raises:
+        UserError: It cannot be read, or a line in it is no JSON object with a step.
+    """
+    if not path.is_file():
+        return []
+    lines = read_text(path).split("\n")
+    rows: list[dict[str, Any]] = []
+    for place, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+            step = row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if place == len(lines):
+                break
+            raise UserError(
+                f"{path}, line {place}: not a JSON object with a step: {line[:80]!r}; restore the file"
+            ) from error
+        if rows and rows[-1]["step"] > step:
+            rows = [earlier for earlier in rows if earlier["step"] < step]
+        rows.append(row)
     return rows
+
+
+def read_text(path: Path) -> str:
+    """Read a file that this package has written.
+
+    Raises:
+        UserError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); restore the file") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -19,6 +19,11 @@ from loralloc.errors import UserError
 def is_number(value: Any) -> bool:
     """Whether a value is a number, which a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text that is not empty."""
+    return isinstance(value, str) and bool(value)
 
 
 def _check_phase(value: Any) -> Any:
@@ -39,6 +44,7 @@ def _check_source(value: Any) -> Any:
     raise ValueError("must be validation (the recipe's validation data), or a fraction to cut from train, such as 0.1")
 
 
+Text = Annotated[str, Field(min_length=1)]
 Number = int | float  # keeps 8 apart from 8.0, so that a resolved recipe reads as it was written
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -67,6 +73,10 @@ class MethodSection(Section):
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(description="the method")
+
+    if TYPE_CHECKING:  # the keys of a method are made from its class
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class TestRunFolder:
     def test_trace_tells_how_the_ranks_came_about(self, kept_run: Path) -> None:
         start, *changes, finish = read_rows(kept_run / "trace.jsonl")
         assert (start["event"], start["step"], start["total_steps"]) == ("start", 0, 16)
-        assert start["schedule"] == {"warmup": 2, "final": 9, "interval": 1}
+        assert start["schedule"] == {"warmup": 2, "fallen": 9, "interval": 1}
         assert (start["start_budget"], start["target_budget"]) == (52, 26)
         assert start["sites"] == list(ranks(kept_run))
         assert start["ranks"] == [4] * 13

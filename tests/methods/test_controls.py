@@ -127,7 +127,7 @@ def test_the_scale_is_the_capacitys_as_for_the_methods_that_prune(kind):
 def test_the_schedule_is_the_budget_throughout(kind):
     run = attach(tiny_peft("llama"), kind(Budget(parameters=501)), 10)
     assert {run.schedule.budget(step) for step in range(10)} == {501}
-    assert run.schedule.final == -1
+    assert run.schedule.steps_until_final == 0
     assert run.schedule.spans() == [("final ranks", 0, 9)]
 
 

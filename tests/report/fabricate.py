@@ -124,8 +124,16 @@ class Fabricated:
         if self.method != "lora":
             warmup, final = int(0.15 * self.steps), int(0.55 * self.steps)
             top, target = sum(start), self.average * len(start)
-            schedule = {"warmup": warmup, "final": final, "interval": 5}
-            opening |= {"schedule": schedule, "unit": "ranks", "start_budget": top, "target_budget": target}
+            schedule = {"warmup": warmup, "fallen": final, "interval": 5}
+            phases = [["warm-up", 0, warmup], ["budget falls", warmup + 1, final]]
+            phases.append(["final ranks", final + 1, self.steps - 1])
+            opening |= {
+                "schedule": schedule,
+                "phases": phases,
+                "unit": "ranks",
+                "start_budget": top,
+                "target_budget": target,
+            }
             for step in range(warmup + 5, final + 1, 5):
                 budget = int(target + (top - target) * (1 - (step - warmup) / (final - warmup)) ** 3)
                 rows.append(self.event("allocate", step, self.at_budget(budget)) | {"budget": budget})

@@ -110,7 +110,7 @@ class TestIsolation:
 class TestBudget:
     def test_an_exact_budget_is_one_label(self, run: tuple[RunRecord, Trace]) -> None:
         with report_settings():
-            assert labels(budget_figure(*run)) == ["144, the budget", "warm-up", "allocation", "fixed"]
+            assert labels(budget_figure(*run)) == ["144, the budget", "warm-up", "budget falls", "final ranks"]
 
     def test_a_budget_that_is_not_filled_has_its_own_label(self, tmp_path: Path) -> None:
         made = Fabricated(bert(3))

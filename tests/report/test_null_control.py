@@ -36,7 +36,12 @@ def searched(folder: Path, method: str = "autolora", **settings: object) -> Path
     plan = made.plan() | {"budget": {}, **settings}
     (folder / "ranks.json").write_text(json.dumps(plan), encoding="utf-8")
     trace = [row for row in made.trace() if row["step"] <= 100 and row["event"] != "freeze"]
-    trace[0] |= {"total_steps": 100, "schedule": {"final": 99}, "target_budget": None}
+    trace[0] |= {
+        "total_steps": 100,
+        "schedule": {"chosen_at_end": True},
+        "phases": [["all ranks", 0, 99]],
+        "target_budget": None,
+    }
     trace = [{k: v for k, v in row.items() if k != "budget"} for row in trace]
     trace.append(made.event("finish", 100, made.ranks))
     (folder / "search").mkdir()

@@ -30,7 +30,7 @@ def test_everything_written_is_read(made: Fabricated, run: Path) -> None:
     assert read.absent == ()
     assert read.trace is not None
     assert read.trace.sites == tuple(made.modules)
-    assert read.trace.phases == (45, 165)
+    assert read.trace.falling == (45, 165)
     assert read.trace.events[0].ranks == (12,) * 12
     assert read.trace.events[0].budget == 144
     assert read.trace.events[-1].ranks == tuple(made.ranks)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import build_tokenizer, save_decoder
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loralloc.errors import UserError
 from loralloc.tasks import pretrained
@@ -101,7 +100,7 @@ def test_broken_weights(encoder: str, tmp_path: Path, model_section: Section) ->
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"not weights")
     checkpoint = locate(model_section(str(tmp_path / "broken")))
     with pytest.raises(UserError, match=r'The weights of model ".*broken" cannot be loaded: '):
-        load_model(AutoModel, checkpoint, load_tokenizer(checkpoint), seed=0)
+        load_model("causal-lm", checkpoint, load_tokenizer(checkpoint), seed=0)
 
 
 def test_a_padding_token_is_kept(decoder: str, model_section: Section) -> None:
@@ -113,7 +112,7 @@ def test_the_end_token_pads_where_there_is_no_padding_token(tmp_path: Path, mode
     checkpoint = locate(model_section(save_decoder(tmp_path, tokenizer)))
     loaded = load_tokenizer(checkpoint)
     assert loaded.pad_token == "</s>"
-    model = load_model(AutoModelForCausalLM, checkpoint, loaded, seed=0)
+    model = load_model("causal-lm", checkpoint, loaded, seed=0)
     assert model.config.pad_token_id == loaded.eos_token_id
 
 
@@ -127,7 +126,7 @@ def test_a_tokenizer_of_another_model(decoder: str, encoder: str, model_section:
     tokenizer = load_tokenizer(locate(model_section(encoder)))
     tokenizer.add_tokens([f"new{i}" for i in range(9)])
     with pytest.raises(UserError, match=r"knows \d+ tokens, the model only \d+. They do not belong together"):
-        load_model(AutoModelForCausalLM, locate(model_section(decoder)), tokenizer, seed=0)
+        load_model("causal-lm", locate(model_section(decoder)), tokenizer, seed=0)
 
 
 def test_a_new_head_depends_on_the_seed_and_leaves_the_global_generator(encoder: str, model_section: Section) -> None:
@@ -135,7 +134,7 @@ def test_a_new_head_depends_on_the_seed_and_leaves_the_global_generator(encoder:
     tokenizer = load_tokenizer(checkpoint)
 
     def head(seed: int) -> torch.Tensor:
-        return load_model(AutoModelForSequenceClassification, checkpoint, tokenizer, seed).classifier.weight
+        return load_model("sequence-classification", checkpoint, tokenizer, seed).classifier.weight
 
     state = torch.get_rng_state()
     first = head(0)
@@ -148,7 +147,7 @@ def test_a_new_head_depends_on_the_seed_and_leaves_the_global_generator(encoder:
 @pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", torch.bfloat16), ("auto", torch.float32)])
 def test_dtype(decoder: str, model_section: Section, dtype: str, expected: torch.dtype) -> None:
     checkpoint = locate(model_section(decoder, dtype))
-    assert load_model(AutoModelForCausalLM, checkpoint, load_tokenizer(checkpoint), seed=0).dtype == expected
+    assert load_model("causal-lm", checkpoint, load_tokenizer(checkpoint), seed=0).dtype == expected
 
 
 def test_length_is_bounded_by_the_positions(encoder: str, model_section: Section) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tiny_models import build_tokenizer, save_decoder
-from transformers import AutoModelForSequenceClassification, EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from loralloc.errors import UserError
 from loralloc.tasks.base import TaskData, first_output
@@ -197,7 +197,7 @@ def test_a_trained_head_for_other_labels_is_replaced(
 ) -> None:
     checkpoint = locate(model_section(encoder))
     tokenizer = load_tokenizer(checkpoint)
-    trained = load_model(AutoModelForSequenceClassification, checkpoint, tokenizer, 0, num_labels=3)
+    trained = load_model("sequence-classification", checkpoint, tokenizer, 0, num_labels=3)
     trained.save_pretrained(tmp_path / "trained")
     tokenizer.save_pretrained(tmp_path / "trained")
     data = data_section(write(ROWS), text="text", label="label")

@@ -146,7 +146,8 @@ def test_the_number_of_steps_comes_from_the_trainer(settings: dict[str, Any], st
     assert allocation.plan.provenance["total_steps"] == allocation.plan.provenance["steps"] == steps
     start, *_, finish = read_trace(trace)
     assert (start["total_steps"], finish["step"]) == (steps, steps)
-    assert start["schedule"] == {"warmup": int(0.15 * steps), "final": steps - int(0.45 * steps), "interval": 1}
+    warmup, fallen = int(0.15 * steps), steps - int(0.45 * steps)
+    assert start["schedule"] == {"warmup": warmup, "fallen": fallen, "interval": 1}
 
 
 def test_only_the_active_adapter_is_allocated(tmp_path: Path) -> None:
@@ -230,7 +231,12 @@ def check_trace(
         "event": "start",
         "step": 0,
         "total_steps": STEPS,
-        "schedule": {"warmup": LAST_FULL, "final": FIRST_FINAL - 1, "interval": 1},
+        "schedule": {"warmup": LAST_FULL, "fallen": FIRST_FINAL - 1, "interval": 1},
+        "phases": [
+            ["warm-up", 0, LAST_FULL],
+            ["budget falls", LAST_FULL + 1, FIRST_FINAL - 1],
+            ["final ranks", FIRST_FINAL, STEPS - 1],
+        ],
         "unit": unit,
         "start_budget": full,
         "target_budget": full // 2,

@@ -267,7 +267,7 @@ def another_run(difference: str) -> str:
         ({"method": AdaLoRA(Budget(average_rank=3))}, "schedule has target=12 where this run has 18"),
         ({"method": AdaLoRA(Budget(fraction=0.5))}, "schedule has start=24 where this run has 768"),
         ({"method": AdaLoRA(TWO_RANKS, warmup=5)}, "schedule has warmup=3 where this run has 5"),
-        ({"method": AdaLoRA(TWO_RANKS, cooldown=2)}, "schedule has final=14 where this run has 22"),
+        ({"method": AdaLoRA(TWO_RANKS, cooldown=2)}, "schedule has fallen=14 where this run has 22"),
         ({"method": AdaLoRA(TWO_RANKS, interval=2)}, "schedule has interval=1 where this run has 2"),
         ({"max_steps": 48}, "schedule has total_steps=24 where this run has 48"),
         ({"method": AdaLoRA(TWO_RANKS, beta1=0.5)}, "settings has beta1=0.85 where this run has 0.5"),

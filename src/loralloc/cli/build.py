@@ -12,8 +12,6 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -32,15 +30,11 @@ from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, locate
+from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
-
-TASK_TYPES = {"sequence-classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
-
-
-AUTO_MODELS = {"sequence-classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
 
 
 def task_data(recipe: Recipe) -> TaskData:
@@ -121,7 +115,7 @@ def _common(recipe: Recipe) -> dict[str, Any]:
     return {
         "lora_dropout": lora.dropout,
         "modules_to_save": copy(lora.modules_to_save),  # PEFT appends the names of heads to it
-        "task_type": TASK_TYPES[recipe.task],
+        "task_type": TaskType[TASKS[recipe.task].peft_type],
     }
 
 
@@ -173,7 +167,7 @@ def load_for_export(folder: RunFolder, verb: str = "loralloc export") -> tuple[P
     kept = replace(checkpoint, path=str(folder.model), local_only=True)
     tokenizer = load_tokenizer(kept)
     options = {"config": load_config(kept), "ignore_mismatched_sizes": True}
-    base = load_model(AUTO_MODELS[recipe.task], checkpoint, tokenizer, recipe.training.seed, **options)
+    base = load_model(recipe.task, checkpoint, tokenizer, recipe.training.seed, **options)
     return _with_adapter(base, folder), tokenizer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from loralloc import trace
 from loralloc._version import __version__
 from loralloc.cli import search, stage, terminal
 from loralloc.cli.build import add_adapter, method_data, task_data
@@ -208,9 +208,7 @@ def _write_constant_trace(folder: RunFolder, plan: RankPlan, trainer: PlainTrain
     """The trace of a run without allocation."""
     assert trainer.guard is not None
     modules, ranks, steps = plan.modules.values(), list(plan.ranks.values()), plan.provenance["steps"]
-    sizes = {"in": [m.inputs for m in modules], "out": [m.outputs for m in modules]}
-    start = {"event": "start", "step": 0, "total_steps": steps, "sites": list(plan.modules), **sizes, "ranks": ranks}
-    skipped = [{"event": "bad_step", "step": step} for step in trainer.guard.steps]
-    finish = {"event": "finish", "step": steps, "ranks": ranks, "parameters": plan.parameters}
-    text = "".join(json.dumps(event) + "\n" for event in (start, *skipped, finish))
-    folder.trace.write_text(text, encoding="utf-8")
+    start = trace.start_event(list(plan.modules), [(m.inputs, m.outputs) for m in modules], ranks, steps)
+    skipped = [trace.bad_step_event(step) for step in trainer.guard.steps]
+    folder.trace.unlink(missing_ok=True)
+    trace.append(folder.trace, start, *skipped, trace.finish_event(steps, ranks, plan.parameters))

@@ -44,7 +44,7 @@ class Truncate(Method):
 
     def schedule(self, total_steps: int, start: int, target: int) -> ConstantSchedule:
         """Return the start throughout: ranks are chosen when the run ends."""
-        return ConstantSchedule(total_steps, start, target, final=total_steps - 1)
+        return ConstantSchedule(total_steps, start, target, chosen_at_end=True)
 
     # The course of a run.
 

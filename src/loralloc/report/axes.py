@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from loralloc.budget import FINAL, WARM_UP
 from loralloc.report.palette import LIGHT
-from loralloc.report.run_record import RunRecord, Trace
+from loralloc.report.run_record import RunRecord
+from loralloc.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,17 +44,22 @@ def step_axes(run: RunRecord, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+PHASE_COLOURS = {WARM_UP: "phase-1", FINAL: "phase-3"}
+"""What lies between the two is the allocation, whatever it is called."""
+
+
 def shade_phases(axes: Axes, trace: Trace, run: RunRecord, *, named: bool = False) -> None:
-    """Shade warm-up, allocation and the final phase."""
-    if trace.phases is None:
+    """Shade the phases of the schedule; nothing where it has but one."""
+    if len(trace.phases) < 2:
         return
-    edges = [0, *trace.phases, max(run.last_step, trace.phases[1])]
+    ends = [last for _, _, last in trace.phases[:-1]]
+    edges = [0, *ends, max(run.last_step, ends[-1])]
     # The width of a name follows from the type size used here, so that the names can be placed without drawing first.
     steps_per_point = max(edges[-1], 1) / (axes.get_position().width * WIDTH * POINTS_PER_INCH)
     previous_end = 0.0
-    for i, name in enumerate(("warm-up", "allocation", "fixed")):
+    for i, (name, _, _) in enumerate(trace.phases):
         left, right = edges[i], edges[i + 1]
-        axes.axvspan(left, right, color=LIGHT[f"phase-{i + 1}"], linewidth=0, zorder=0)
+        axes.axvspan(left, right, color=LIGHT[PHASE_COLOURS.get(name, "phase-2")], linewidth=0, zorder=0)
         half_width = 2.2 * len(name) * steps_per_point
         centre = max((left + right) / 2, previous_end + half_width + 2 * steps_per_point)
         if named and right - left >= half_width and centre + half_width <= edges[-1]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from loralloc.report import figures
 from loralloc.report.grid import Grid, arrange
-from loralloc.report.run_record import RunRecord, Trace
+from loralloc.report.run_record import RunRecord
+from loralloc.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,17 +60,18 @@ def notes(run: RunRecord) -> list[str]:
 
 
 def _without_allocation(trace: Trace) -> bool:
-    return trace.constant and trace.phases is None
+    return trace.constant and len(trace.phases) < 2
 
 
 def _budget_caption(trace: Trace) -> str:
     start, unit = trace.used(trace.events[0]), trace.unit
-    if trace.phases is None or trace.target is None:
-        return f"From {start:,} to {trace.used(trace.events[-1]):,} {unit}."
-    warmup, final = trace.phases
+    shades = " Every figure over the steps shades the phases of the run." if len(trace.phases) > 1 else ""
+    if trace.falling is None or trace.target is None:
+        return f"From {start:,} to {trace.used(trace.events[-1]):,} {unit}.{shades}"
+    warmup, fallen = trace.falling
     return (
-        f"{start:,} {unit} until step {warmup:,}, {trace.target:,} from step {final:,}. "
-        "The dashed line is the budget. Every figure over the steps shades the three phases."
+        f"{start:,} {unit} until step {warmup:,}, {trace.target:,} from step {fallen:,}. "
+        f"The dashed line is the budget.{shades}"
     )
 
 

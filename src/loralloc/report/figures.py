@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from loralloc.report.axes import EndLabel, end_labels, shade_phases, short_number, step_axes
 from loralloc.report.grid import Grid, short_names
 from loralloc.report.palette import LIGHT, RAMP, RAMP_STEPS, SERIES, TEXT_ON_RAMP, step_of
-from loralloc.report.run_record import RunRecord, Trace
+from loralloc.report.run_record import RunRecord
+from loralloc.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ def budget_figure(run: RunRecord, trace: Trace) -> Figure:
     labels = [EndLabel(used[-1], f"{short_number(used[-1])}, {'the budget' if exact else 'in use'}", "series-1")]
     budget = _budget_points(run, trace)
     if budget and trace.target is not None:
-        style = "default" if trace.phases else "steps-post"  # without phases it falls in one step, if at all
+        style = "default" if trace.falling else "steps-post"  # else it falls in one step, if at all
         axes.plot(*zip(*budget, strict=True), drawstyle=style, color=LIGHT["ink"], linewidth=1, linestyle=(0, (4, 3)))
         labels += [] if exact else [EndLabel(trace.target, f"{short_number(trace.target)}, the budget", "ink")]
     axes.set_ylim(0, max([*used, *(value for _, value in budget)]) * 1.16 or 1)
@@ -44,8 +45,8 @@ def _budget_points(run: RunRecord, trace: Trace) -> list[tuple[int, int]]:
     """The budget wherever it was recorded: it falls also at steps at which no rank changed."""
     points = {event.step: event.budget for event in trace.events if event.budget is not None} | dict(run.budgets)
     start = trace.events[0].budget
-    if trace.phases and start is not None:
-        points.setdefault(trace.phases[0], start)
+    if trace.falling and start is not None:
+        points.setdefault(trace.falling[0], start)
     if run.finished and trace.target is not None:
         points[run.reached] = trace.target
     return sorted(points.items())

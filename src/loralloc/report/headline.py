@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from loralloc.report import wording
 from loralloc.report.run_record import RunRecord, number
-
-LOWER_IS_BETTER = {"perplexity", "loss"}
+from loralloc.tasks.spec import GREATER_IS_BETTER
 
 
 class Bar(NamedTuple):
@@ -74,7 +73,7 @@ def _metric(run: RunRecord) -> Headline:
     data = measured[0]
     references = [f"{_label(key)} {wording.rounded(values[key])}" for key in values if key not in measured]
     note = f"on the {data} data; {', '.join(references) or 'nothing to compare with'}"
-    if run.metrics.get("metric") in LOWER_IS_BETTER:
+    if not GREATER_IS_BETTER.get(str(run.metrics.get("metric")), True):
         note += "; lower is better"
     return Headline(name, wording.rounded(values[data]), note, bars=_bars(values, measured), wide=True)
 

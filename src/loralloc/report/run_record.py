@@ -11,55 +11,9 @@ from typing import Any
 import yaml
 
 from loralloc.errors import UserError
+from loralloc.files import read_jsonl, read_text
 from loralloc.plan import ModuleRank, PlanError, RankPlan
-
-
-@dataclass(frozen=True)
-class RankEvent:
-    """The ranks of all sites after one step, in the order of `Trace.sites`."""
-
-    step: int
-    ranks: tuple[int, ...]
-    budget: int | None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """How the ranks developed.
-
-    Attributes:
-        sites: Full module names, in the model's order.
-        inputs: Input features of each site.
-        outputs: Output features of each site.
-        unit: What the budget counts: "ranks" or "parameters".
-        total_steps: Optimizer steps of the run; 0 when the trace does not say.
-        phases: Last step of the warm-up and last step at which the budget falls; None without a schedule.
-        target: Budget at the end; None without a budget.
-        events: Every change of the ranks, the start first.
-        bad_steps: Steps that were skipped because their gradient was not finite.
-    """
-
-    sites: tuple[str, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    unit: str
-    total_steps: int
-    phases: tuple[int, int] | None
-    target: int | None
-    events: tuple[RankEvent, ...]
-    bad_steps: tuple[int, ...]
-
-    @property
-    def constant(self) -> bool:
-        """Whether no module ever changed its rank."""
-        return all(event.ranks == self.events[0].ranks for event in self.events)
-
-    def used(self, event: RankEvent) -> int:
-        """Return what the ranks of an event cost, in the unit of the budget."""
-        if self.unit == "ranks":
-            return sum(event.ranks)
-        sizes = zip(event.ranks, self.inputs, self.outputs, strict=True)
-        return sum(rank * (inputs + outputs) for rank, inputs, outputs in sizes)
+from loralloc.trace import Trace, read_trace
 
 
 @dataclass(frozen=True)
@@ -139,7 +93,7 @@ def read_run(path: Path) -> RunRecord:
     files = {name: path / name for name in ("ranks.json", "trace.jsonl", "log.jsonl", "metrics.json", "recipe.yaml")}
     absent = []
     searched = path / "search" / "trace.jsonl"
-    trace = _read_trace(files["trace.jsonl"] if files["trace.jsonl"].is_file() else searched)
+    trace = read_trace(files["trace.jsonl"] if files["trace.jsonl"].is_file() else searched)
     finished = files["ranks.json"].is_file()
     if not finished and trace is None:
         raise UserError(
@@ -204,53 +158,12 @@ def _plan_so_far(trace: Trace, recipe: dict[str, Any]) -> RankPlan:
     return RankPlan(str(method.get("name", "")) if isinstance(method, dict) else "", modules)
 
 
-def _read_trace(path: Path) -> Trace | None:
-    rows = _read_rows(path)
-    at = next((i for i, row in enumerate(rows) if row.get("event") == "start"), None)
-    if at is None:
-        return None
-    start = rows[at]
-    try:
-        return _trace(path, start, rows[at:])
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: an event lacks a field or has a wrong one ({error!r}); restore the file") from error
-
-
-def _trace(path: Path, start: dict[str, Any], rows: list[dict[str, Any]]) -> Trace:
-    sites = tuple(map(str, start["sites"]))
-    events = []
-    for row in (start, *(row for row in rows[1:] if "ranks" in row)):
-        ranks = tuple(map(int, row["ranks"]))
-        if len(ranks) != len(sites):
-            raise UserError(
-                f"{path}: {len(ranks)} ranks for {len(sites)} sites at step {row['step']}; restore the file"
-            )
-        budget = row.get("start_budget" if row is start else "budget")
-        events.append(RankEvent(int(row["step"]), ranks, None if budget is None else int(budget)))
-    schedule = start.get("schedule") or {}
-    phases = (int(schedule["warmup"]), int(schedule["final"])) if {"warmup", "final"} <= schedule.keys() else None
-    target = start.get("target_budget")
-    return Trace(
-        sites=sites,
-        inputs=tuple(map(int, start["in"])),
-        outputs=tuple(map(int, start["out"])),
-        unit=str(start.get("unit", "ranks")),
-        total_steps=int(start.get("total_steps") or 0),
-        phases=phases,
-        target=None if target is None else int(target),
-        events=tuple(events),
-        bad_steps=tuple(sorted({row["step"] for row in rows if row.get("event") == "bad_step"})),
-    )
-
-
 Points = tuple[tuple[int, float], ...]
 
 
 def _read_log(path: Path) -> tuple[Points, Points, tuple[tuple[int, int], ...]]:
     """Losses of training, losses of evaluation, budgets."""
-    rows = _read_rows(path)
+    rows = read_jsonl(path)
     train = tuple((int(row["step"]), number(row["loss"])) for row in rows if "loss" in row)
     evaluations = tuple((int(row["step"]), number(row["eval_loss"])) for row in rows if "eval_loss" in row)
     budgets = ((int(row["step"]), number(row.get("budget"))) for row in rows)
@@ -262,39 +175,11 @@ def _later(points: Points, steps: int) -> Points:
     return tuple((step + steps, value) for step, value in points)
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file in order of steps; none when there is no file.
-
-    A run that was killed may leave half a last line, which is skipped; one that was resumed from an earlier checkpoint
-    repeats steps, of which the later ones count.
-    """
-    if not path.is_file():
-        return []
-    lines = _read_text(path).split("\n")
-    rows: list[dict[str, Any]] = []
-    for place, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            step = row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            if place == len(lines):
-                break
-            raise UserError(
-                f"{path}, line {place}: not a JSON object with a step: {line[:80]!r}; restore the file"
-            ) from error
-        if rows and rows[-1]["step"] > step:
-            rows = [earlier for earlier in rows if earlier["step"] < step]
-        rows.append(row)
-    return rows
-
-
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(_read_text(path))
+        data = json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); restore the file, or delete it to report without it") from error
     if not isinstance(data, dict):
@@ -305,20 +190,13 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _read_recipe(path: Path) -> tuple[str | None, dict[str, Any]]:
     if not path.is_file():
         return None, {}
-    text = _read_text(path)
+    text = read_text(path)
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError:
         # The text is shown as it is; only the lines for loading the adapter become less specific.
         data = None
     return text, data if isinstance(data, dict) else {}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); restore the file") from error
 
 
 def number(value: object) -> float:

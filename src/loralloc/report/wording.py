@@ -6,6 +6,7 @@ import json
 import math
 
 from loralloc.report.run_record import RunRecord, number
+from loralloc.tasks.spec import TASKS
 
 METHODS = {
     "adalora": "AdaLoRA",
@@ -18,11 +19,6 @@ METHODS = {
     "truncate": "truncation",
     "lora": "plain LoRA",
 }
-TASKS = {"sequence-classification": "sequence classification", "causal-lm": "causal language modelling"}
-AUTO_CLASSES = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
 
 
 def method_name(run: RunRecord) -> str:
@@ -33,7 +29,7 @@ def method_name(run: RunRecord) -> str:
 def task_name(run: RunRecord) -> str:
     """Return the task in words."""
     task = _task(run)
-    return TASKS.get(task, task.replace("-", " ") or "task unknown")
+    return TASKS[task].label if task in TASKS else (task.replace("-", " ") or "task unknown")
 
 
 def model_name(run: RunRecord) -> str:
@@ -107,7 +103,7 @@ def loading_code(run: RunRecord) -> str:
 
     The names stand in the code as JSON strings, which are Python strings too.
     """
-    auto = AUTO_CLASSES.get(_task(run), "AutoModel")
+    auto = TASKS[_task(run)].model_class if _task(run) in TASKS else "AutoModel"
     base = str(run.plan.provenance.get("base_model") or run.section("model").get("name") or "BASE_MODEL")
     lines = ["from peft import PeftModel", f"from transformers import {auto}", ""]
     if base.startswith("demo:"):
@@ -124,7 +120,7 @@ def adapter_path(run: RunRecord) -> str:
 
 def _labels_argument(run: RunRecord) -> str:
     """The argument that sizes a classification head, from the configuration that the run keeps, or from its recipe."""
-    if _task(run) != "sequence-classification":
+    if _task(run) not in TASKS or not TASKS[_task(run)].labelled:
         return ""
     labels = run.section("data").get("labels")
     config = run.path / "model" / "config.json"

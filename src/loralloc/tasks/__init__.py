@@ -6,17 +6,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 from loralloc.errors import UserError, closest
+from loralloc.tasks.spec import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from loralloc.tasks.base import DataSection, ModelSection, TaskData
-
-TASKS = {
-    "sequence-classification": "loralloc.tasks.sequence_classification",
-    "causal-lm": "loralloc.tasks.causal_lm",
-}
-"""The module of every task. Imported on use: the names are needed where torch must not be."""
+    from loralloc.tasks.base import ModelSection, TaskData
+    from loralloc.tasks.spec import DataSection
 
 
 def prepare(task: str, model: ModelSection, data: DataSection, seed: int) -> TaskData:
@@ -36,7 +32,7 @@ def prepare(task: str, model: ModelSection, data: DataSection, seed: int) -> Tas
     """
     if task not in TASKS:
         raise UserError(f'No task "{task}". Tasks: {", ".join(TASKS)}.{closest(task, TASKS)}')
-    return importlib.import_module(TASKS[task]).prepare(model, data, seed)
+    return importlib.import_module(TASKS[task].module).prepare(model, data, seed)
 
 
 def prepare_evaluation(
@@ -57,4 +53,4 @@ def prepare_evaluation(
     Raises:
         UserError: The data are at fault.
     """
-    return importlib.import_module(TASKS[task]).prepare_evaluation(model, tokenizer, data, source)
+    return importlib.import_module(TASKS[task].module).prepare_evaluation(model, tokenizer, data, source)

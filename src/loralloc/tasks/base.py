@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from loralloc.tasks.locations import Sources
+from loralloc.tasks.spec import GREATER_IS_BETTER
 
 CHUNK = 1000
 """Examples turned into Arrow at a time, so that only so many exist as Python lists."""
@@ -33,50 +33,6 @@ class ModelSection(Protocol):
     @property
     def trust_remote_code(self) -> bool:
         """Whether code that comes with the model may run."""
-        ...
-
-
-class DataSection(Sources, Protocol):
-    """The part of a recipe that names the data and its columns."""
-
-    @property
-    def text(self) -> str | None:
-        """Column of the text."""
-        ...
-
-    @property
-    def text_pair(self) -> str | None:
-        """Column of the second text of a pair."""
-        ...
-
-    @property
-    def label(self) -> str | None:
-        """Column of the label."""
-        ...
-
-    @property
-    def labels(self) -> Sequence[str | int] | str | None:
-        """The labels, or None for those found in the training data, or `regression`."""
-        ...
-
-    @property
-    def prompt(self) -> str | None:
-        """Column of the prompt."""
-        ...
-
-    @property
-    def completion(self) -> str | None:
-        """Column of the completion."""
-        ...
-
-    @property
-    def messages(self) -> str | None:
-        """Column of the chat messages."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Longest example, in tokens."""
         ...
 
 
@@ -106,12 +62,21 @@ class TaskData:
     """Reduces the outputs of a batch to what the metrics need (`preprocess_logits_for_metrics`)."""
     metric: str
     """The metric to report first; one of the names that `compute_metrics` gives."""
-    greater_is_better: bool = True
-    """Whether a greater value of `metric` is a better one."""
     reference: Mapping[str, float] = field(default_factory=dict)
     """Values of `metric` that need no training, on the test split, or the validation split without one."""
     classes: Mapping[str, int] = field(default_factory=dict)
     """Training examples of every class, in the order of the model's outputs; empty where there are no classes."""
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a greater value of `metric` is a better one."""
+        return GREATER_IS_BETTER[self.metric]
+
+
+def evaluation_of(examples: Dataset, **settings: Any) -> TaskData:
+    """Make the data of an evaluation alone: examples to test on, none to train on."""
+    none = examples.select(())
+    return TaskData(train=none, validation=none, test=examples, **settings)
 
 
 def first_output(logits: Logits, labels: torch.Tensor) -> torch.Tensor:

@@ -21,15 +21,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import List, Value
-from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from loralloc.errors import UserError
 from loralloc.tasks import metrics
-from loralloc.tasks.base import CHUNK, DataSection, Logits, ModelSection, TaskData, to_dataset
+from loralloc.tasks.base import CHUNK, Logits, ModelSection, TaskData, evaluation_of, to_dataset
 from loralloc.tasks.chat import Tokens, check_template, read_chats, tokenize_chats
 from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import Rows
+from loralloc.tasks.spec import LanguageModelData
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ IGNORED = -100
 """The label of a token that is not learned; the convention of torch and transformers."""
 
 
-def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
+def prepare(model: ModelSection, data: LanguageModelData, seed: int) -> TaskData:
     """Make everything a Trainer needs for a causal language model.
 
     Args:
@@ -69,7 +70,7 @@ def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
         )
     encoded = [to_dataset(tokenize(tokenizer), List(Value("int32"))) for tokenize in contents]
     return TaskData(
-        model=load_model(AutoModelForCausalLM, checkpoint, tokenizer, seed),
+        model=load_model("causal-lm", checkpoint, tokenizer, seed),
         tokenizer=tokenizer,
         train=encoded[0],
         validation=encoded[1],
@@ -78,43 +79,26 @@ def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
         compute_metrics=language_model_metrics,
         preprocess_logits=token_scores,
         metric="perplexity",
-        greater_is_better=False,
     )
 
 
 def prepare_evaluation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataSection, source: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: LanguageModelData, source: str
 ) -> TaskData:
-    """Make everything a Trainer needs to evaluate a trained causal language model on other data.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        data: The recipe's data section: columns and length. The data that it names are not read.
-        source: The data.
-
-    Returns:
-        Model, data (as `test`; there is nothing to train on) and metrics.
-
-    Raises:
-        UserError: The data are at fault.
-    """
+    """Make everything a Trainer needs to evaluate a trained causal language model; see `tasks.prepare_evaluation`."""
     encoded = to_dataset(_read(read_rows(source), data)(tokenizer), List(Value("int32")))
-    return TaskData(
+    return evaluation_of(
+        encoded,
         model=model,
         tokenizer=tokenizer,
-        train=encoded.select(()),
-        validation=encoded.select(()),
-        test=encoded,
         collator=PaddingCollator(cast(int, tokenizer.pad_token_id)),
         compute_metrics=language_model_metrics,
         preprocess_logits=token_scores,
         metric="perplexity",
-        greater_is_better=False,
     )
 
 
-def _read(rows: Rows, data: DataSection) -> Callable[[PreTrainedTokenizerBase], Iterator[Example]]:
+def _read(rows: Rows, data: LanguageModelData) -> Callable[[PreTrainedTokenizerBase], Iterator[Example]]:
     """Read the columns that the recipe names; what is returned tokenizes them."""
     named = [key for key in ("text", "prompt", "messages") if getattr(data, key) is not None]
     if len(named) != 1 or (data.prompt is None) != (data.completion is None):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from loralloc.tasks.base import ModelSection
 from loralloc.tasks.hub import is_reachable, out_of_reach
 from loralloc.tasks.locations import model_folder
 from loralloc.tasks.rows import shorten
+from loralloc.tasks.spec import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -118,12 +120,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    auto: Any, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int, **options: Any
+    task: str, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int, **options: Any
 ) -> PreTrainedModel:
     """Load a pretrained model.
 
     Args:
-        auto: The class that knows the head, such as `AutoModelForCausalLM`.
+        task: One of `TASKS`; it has the class that knows the head.
         checkpoint: The model.
         tokenizer: Its tokenizer.
         seed: Seed of parameters that the checkpoint does not have, such as a new head. The state of the
@@ -138,7 +140,8 @@ def load_model(
     """
     with _loading("weights", checkpoint), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = auto.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, **checkpoint.options, **options)
+        head = getattr(transformers, TASKS[task].model_class)
+        model = head.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, **checkpoint.options, **options)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(

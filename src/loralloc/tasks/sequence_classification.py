@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 from transformers import (
-    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
@@ -22,17 +21,18 @@ from transformers import (
 
 from loralloc.errors import UserError, closest
 from loralloc.tasks import metrics
-from loralloc.tasks.base import CHUNK, DataSection, ModelSection, TaskData, first_output, to_dataset
+from loralloc.tasks.base import CHUNK, ModelSection, TaskData, evaluation_of, first_output, to_dataset
 from loralloc.tasks.data import Splits, load_splits, read_rows
 from loralloc.tasks.pretrained import Checkpoint, check_length, load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import Rows, quote
+from loralloc.tasks.spec import ClassificationData
 
 logger = logging.getLogger(__name__)
 
 REGRESSION = "regression"
 
 
-def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
+def prepare(model: ModelSection, data: ClassificationData, seed: int) -> TaskData:
     """Make everything a Trainer needs to classify sequences.
 
     Args:
@@ -61,7 +61,7 @@ def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
     check_length(data.max_length, config, model.name)
     tokenizer = load_tokenizer(checkpoint)
     options = {**goal.options, "ignore_mismatched_sizes": _replaces_head(checkpoint, config, goal)}
-    classifier = load_model(AutoModelForSequenceClassification, checkpoint, tokenizer, seed, **options)
+    classifier = load_model("sequence-classification", checkpoint, tokenizer, seed, **options)
     # A classifier's loss is a mean over the batch, but its forward takes any keyword, so a Trainer believes that
     # it divides by the number of items in all accumulated batches and leaves the division out.
     classifier.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
@@ -87,22 +87,9 @@ def prepare(model: ModelSection, data: DataSection, seed: int) -> TaskData:
 
 
 def prepare_evaluation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataSection, source: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ClassificationData, source: str
 ) -> TaskData:
-    """Make everything a Trainer needs to evaluate a trained classifier on other data.
-
-    Args:
-        model: The model; its configuration names the labels.
-        tokenizer: Its tokenizer.
-        data: The recipe's data section: columns and length. The data that it names are not read.
-        source: The data.
-
-    Returns:
-        Model, data (as `test`; there is nothing to train on) and metrics.
-
-    Raises:
-        UserError: The data are at fault.
-    """
+    """Make everything a Trainer needs to evaluate a trained classifier; see `tasks.prepare_evaluation`."""
     rows, column = read_rows(source), str(data.label)
     texts = _read_texts(rows, data)
     targets: list[int] | list[float]
@@ -114,12 +101,10 @@ def prepare_evaluation(
         label_type, compute_metrics, metric = "int64", classification_metrics, "accuracy"
     keys = inspect.signature(model.forward).parameters.keys()
     encoded = to_dataset(_tokenize(tokenizer, texts, targets, data.max_length, keys), Value(label_type))
-    return TaskData(
+    return evaluation_of(
+        encoded,
         model=model,
         tokenizer=tokenizer,
-        train=encoded.select(()),
-        validation=encoded.select(()),
-        test=encoded,
         collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=compute_metrics,
         preprocess_logits=first_output,
@@ -180,7 +165,7 @@ class _Goal:
     """Training rows of every class."""
 
 
-def _read_regression(data: DataSection, column: str, seed: int) -> tuple[Splits, _Goal]:
+def _read_regression(data: ClassificationData, column: str, seed: int) -> tuple[Splits, _Goal]:
     splits = load_splits(data, seed)
     return splits, _Goal(
         targets=[numbers(rows, column) for rows in splits.all()],
@@ -191,7 +176,7 @@ def _read_regression(data: DataSection, column: str, seed: int) -> tuple[Splits,
     )
 
 
-def _read_classes(data: DataSection, column: str, seed: int) -> tuple[Splits, _Goal]:
+def _read_classes(data: ClassificationData, column: str, seed: int) -> tuple[Splits, _Goal]:
     splits = load_splits(data, seed, groups=lambda rows: label_names(rows, column))
     found = [label_names(rows, column) for rows in splits.all()]
     names = _label_set(data, found[0])
@@ -296,7 +281,7 @@ def numbers(rows: Rows, column: str) -> list[float]:
     return result
 
 
-def _label_set(data: DataSection, found: Sequence[str]) -> list[str]:
+def _label_set(data: ClassificationData, found: Sequence[str]) -> list[str]:
     if isinstance(data.labels, str):
         raise UserError(
             f'data.labels must be a list of labels or "{REGRESSION}", found "{data.labels}".'
@@ -324,7 +309,7 @@ def _to_indices(rows: Rows, names: Sequence[str], index: Mapping[str, int], *, g
     return [index[name] for name in names]
 
 
-def _read_texts(rows: Rows, data: DataSection) -> list[list[str]]:
+def _read_texts(rows: Rows, data: ClassificationData) -> list[list[str]]:
     """Read the one or two columns of text."""
     columns = {"data.text": data.text, "data.text_pair": data.text_pair}
     return [rows.strings(column, key) for key, column in columns.items() if column is not None]

@@ -18,13 +18,14 @@ from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, T
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.trainer_callback import CallbackHandler
 
+from loralloc import trace
 from loralloc.errors import UserError
-from loralloc.files import read_jsonl, write_atomically
+from loralloc.files import write_atomically
 from loralloc.methods.base import Method
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
 from loralloc.training.processes import is_main
-from loralloc.training.run import AllocationRun, Event
+from loralloc.training.run import AllocationRun
 from loralloc.training.step_data import CollatedBatches, random_state, set_random_state
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
@@ -127,7 +128,7 @@ class RankAllocation(TrainerCallback):
             data = self.method.validation  # type: ignore[attr-defined]
             run.data.validation = _validation_batches(data, kwargs["train_dataloader"], args)
         _refuse_ignored_accumulation(args, kwargs["model"])
-        _refuse_early_best_model(args, state, run.schedule.final)
+        _refuse_early_best_model(args, state, run.schedule.steps_until_final)
         if state.global_step > 0:
             self._resume(_checkpoint(args, state), kwargs["optimizer"])
         elif self._trace is not None and args.should_save:
@@ -214,17 +215,13 @@ class RankAllocation(TrainerCallback):
             ) from error
         if self._trace is None or not is_main():
             return
-        before = [event for event in read_jsonl(self._trace) if event["step"] < self.run.step]
-        self._trace.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._trace, "".join(json.dumps(event) + "\n" for event in before))
-        if not before:
+        if not trace.rewind(self._trace, self.run.step):
             self.run.emit_start()
 
-    def _append_event(self, event: Event) -> None:
+    def _append_event(self, event: trace.Event) -> None:
         assert self._trace is not None
         if is_main():
-            with self._trace.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+            trace.append(self._trace, event)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
@@ -322,19 +319,19 @@ def _counts_items(model: nn.Module) -> bool:
     return "num_items_in_batch" in inspect.signature(loss).parameters or loss_type == "ForTokenClassification"
 
 
-def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, final: int) -> None:
+def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, steps: int) -> None:
     """Refuse to let a checkpoint win that was evaluated before the ranks were final."""
-    if not args.load_best_model_at_end or final < 0:  # fixed from the start
+    if not args.load_best_model_at_end or steps == 0:  # fixed from the start
         return
     steps_per_unit = 1.0 if args.eval_strategy == "steps" else state.max_steps / max(state.num_train_epochs, 1)
-    if final + 2 > state.max_steps:
+    if steps > state.max_steps:
         raise UserError(
             "load_best_model_at_end would bring back a checkpoint from before the ranks are chosen, which is when the "
             "run ends; set load_best_model_at_end=False"
         )
-    if args.eval_delay * steps_per_unit <= final + 1:
+    if args.eval_delay * steps_per_unit < steps:
         raise UserError(
-            f"load_best_model_at_end could bring back a checkpoint from before step {final + 2}, when the ranks become "
-            f"final; set eval_delay={final + 2} with eval_strategy=save_strategy='steps' (or its equivalent in "
+            f"load_best_model_at_end could bring back a checkpoint from before step {steps}, when the ranks become "
+            f"final; set eval_delay={steps} with eval_strategy=save_strategy='steps' (or its equivalent in "
             "epochs), or load_best_model_at_end=False"
         )

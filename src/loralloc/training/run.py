@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralloc import trace
 from loralloc._version import __version__
 from loralloc.budget import Schedule
 from loralloc.errors import UserError
@@ -41,8 +42,6 @@ from loralloc.training.optimizer import (
 from loralloc.training.processes import check_agreement
 from loralloc.training.resume import check_same_run, gate_checksum
 from loralloc.training.step_data import ObservedData
-
-Event = dict[str, Any]
 
 
 def attach(
@@ -116,7 +115,7 @@ class AllocationRun:
         self.settled = False
         self.max_grad_norm: float | None = None
         self.plan: RankPlan | None = None
-        self.on_event: Callable[[Event], None] | None = None
+        self.on_event: Callable[[trace.Event], None] | None = None
         self.data = ObservedData.of(model, self.sites, method.examples)
         self._ranks = self._start_ranks = open_ranks(self.sites)
         self._peak = sum(self._ranks)
@@ -128,7 +127,7 @@ class AllocationRun:
         self._compaction: Compaction | None = None
         self._gate_watch: GateWatch | None = GateWatch(self.sites)  # until an optimizer is shown
         self._moment_watch = MomentWatch(method, self.sites)
-        self._checks = StepChecks(model, lambda step: self._emit({"event": "bad_step", "step": step}))
+        self._checks = StepChecks(model, lambda step: self._emit(trace.bad_step_event(step)))
         self._sound: Tensor | None = None
 
     @property
@@ -272,7 +271,7 @@ class AllocationRun:
         self._files.close()
         self._forget_example()
         fold_gates(self.sites)
-        self._emit({"event": "finish", "step": self.step, "ranks": self._ranks, "parameters": self.plan.parameters})
+        self._emit(trace.finish_event(self.step, self._ranks, self.plan.parameters))
         return self.plan
 
     def statistics(self) -> dict[str, float]:
@@ -374,45 +373,27 @@ class AllocationRun:
         ranks = ranks_by_site(self.sites, decision.kept)
         if decision.planned:
             self.settled = decision.frozen
-            record = {"ranks": ranks, "parameters": self._parameters(ranks), "settled": self.settled}
-            self._emit({"event": "plan", "step": self.step, **record, **decision.details})
+            cost, details = self._parameters(ranks), decision.details
+            self._emit(trace.plan_event(self.step, ranks, cost, settled=self.settled, details=details))
             return
         self._budget = decision.budget
         if ranks != self._ranks or decision.frozen or decision.details:
             self._ranks = ranks
             self._peak = max(self._peak, sum(ranks))
-            event = "freeze" if decision.frozen else "allocate"
-            self._emit(
-                {
-                    "event": event,
-                    "step": self.step,
-                    "budget": decision.budget,
-                    "ranks": ranks,
-                    "parameters": self._parameters(),
-                    **decision.details,
-                }
+            cost, details = self._parameters(), decision.details
+            event = trace.allocation_event(
+                self.step, decision.budget, ranks, cost, final=decision.frozen, details=details
             )
+            self._emit(event)
 
     def emit_start(self) -> None:
         """Emit the event that opens a trace."""
-        schedule, common = self.schedule, ("total_steps", "start", "target")
-        self._emit(
-            {
-                "event": "start",
-                "step": 0,
-                "total_steps": schedule.total_steps,
-                "schedule": {key: value for key, value in asdict(schedule).items() if key not in common},  # type: ignore[call-overload]
-                "unit": self.unit,
-                "start_budget": schedule.start,
-                "target_budget": None if self.method.budget is None else schedule.target,
-                "sites": [site.name for site in self.sites],
-                "in": [site.inputs for site in self.sites],
-                "out": [site.outputs for site in self.sites],
-                "ranks": self._ranks,
-            }
-        )
+        sizes = [(site.inputs, site.outputs) for site in self.sites]
+        target = None if self.method.budget is None else self.schedule.target
+        start = trace.start_event([site.name for site in self.sites], sizes, self._ranks, self.schedule.total_steps)
+        self._emit(start | trace.schedule_of(self.schedule, self.unit, target))
 
-    def _emit(self, event: Event) -> None:
+    def _emit(self, event: trace.Event) -> None:
         if event["event"] != "bad_step":
             self._checks.settle()  # so that events come in the order of their steps
         if self.on_event is not None:

@@ -204,7 +204,7 @@ class ABLoRA(Method):
             now.data.check_scoring()
         elif self.score == "gate":
             state.to_logits()
-        elif self.score == "sensitivity" and now.step <= now.schedule.final + 1:
+        elif self.score == "sensitivity" and now.step < now.schedule.steps_until_final:
             new = rank_sensitivity(state.sites)
             state.sensitivity = state.sensitivity.to(new.device) + new  # the model may have been moved
 

@@ -136,7 +136,8 @@ class AdaLoRA(Method):
 
     def on_gradients(self, state: AdaLoRAState, now: StepContext) -> None:
         """Add the penalty's gradient; measure importance (order `paper`)."""
-        measure = now.step < now.schedule.final and self.importance != "magnitude"
+        # The averages rest from step T − t_f on, as in the public code.
+        measure = now.step + 2 < now.schedule.steps_until_final and self.importance != "magnitude"
         for stack in state.stacks:
             penalise = self.gamma > 0 and stack.symbol != "gate"
             if not (penalise or (measure and self.order == "paper")):

@@ -1,0 +1,125 @@
+"""What a task is to the rest of the package: a row of `TASKS`. A new task is one file beside this one and one row here.
+
+Imports neither torch nor transformers: recipes are read before these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from loralloc.setting_types import Count, Section, Text, is_text
+
+
+def _check_share_or_path(value: Any) -> Any:
+    if is_text(value) or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError("must be a fraction between 0 and 1, such as 0.1, or a path")
+
+
+def _check_labels(value: Any) -> Any:
+    if value is None or value == "regression":
+        return value
+    named = isinstance(value, list) and all(isinstance(label, str | int) for label in value)
+    if named and len({str(label) for label in value}) == len(value) >= 2:
+        return value
+    raise ValueError("must be a list of at least two different labels, or regression, or null")
+
+
+Labels = Annotated[Literal["regression"] | list[str | int | bool] | None, BeforeValidator(_check_labels)]
+
+
+class DataSection(Section):
+    """The data of a recipe, whatever the task. Relative paths start at the current directory."""
+
+    train: Text = Field(
+        description="a .jsonl, .json, .csv, .tsv, .parquet or .txt file (each also .gz), "
+        "hub:NAME[/CONFIG][@SPLIT], or demo:docstrings[@SPLIT]"
+    )
+    validation: Annotated[float | str, BeforeValidator(_check_share_or_path)] = Field(
+        default=0.1, description="a fraction cut from the training data (by training.seed), or data as in train"
+    )
+    test: Text | None = Field(default=None, description="data as in train, evaluated once at the end")
+    max_length: Count = Field(default=128, description="tokens kept of each example")
+
+
+class ClassificationData(DataSection):
+    """The keys of sequence classification."""
+
+    text: Text | None = Field(default=None, description="column with the text")
+    text_pair: Text | None = Field(default=None, description="column with a second text (sequence-classification)")
+    label: Text | None = Field(default=None, description="column with the label (sequence-classification)")
+    labels: Labels = Field(
+        default=None, description="null: found in the training data; or the list of labels; or regression"
+    )
+
+
+class LanguageModelData(DataSection):
+    """The keys of causal language modelling."""
+
+    text: Text | None = Field(default=None, description="column with the text")
+    prompt: Text | None = Field(default=None, description="column with the prompt (causal-lm)")
+    completion: Text | None = Field(default=None, description="column with the answer, which alone is learned")
+    messages: Text | None = Field(default=None, description="column with a chat (causal-lm)")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        label: What it is called in a report.
+        module: The module that prepares its data, with `prepare` and `prepare_evaluation`.
+        data: Its section of a recipe.
+        forms: Columns that must be named together; where there are several forms, exactly one of them.
+        model_class: The class in transformers that has its head.
+        peft_type: What PEFT calls it.
+        metrics: The metrics that a run may be judged by, and whether more is better.
+        shortest: The least `max_length`, and why.
+        labelled: Whether the size of the head depends on the data.
+    """
+
+    label: str
+    module: str
+    data: type[DataSection]
+    forms: tuple[tuple[str, ...], ...]
+    model_class: str
+    peft_type: str
+    metrics: Mapping[str, bool]
+    shortest: tuple[int, str] = (1, "")
+    labelled: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Its own keys of a recipe's `data` section."""
+        return tuple(name for name in self.data.model_fields if name not in DataSection.model_fields)
+
+
+TASKS: Mapping[str, Task] = {
+    "sequence-classification": Task(
+        label="sequence classification",
+        module="loralloc.tasks.sequence_classification",
+        data=ClassificationData,
+        forms=(("text", "label"),),
+        model_class="AutoModelForSequenceClassification",
+        peft_type="SEQ_CLS",
+        metrics={"accuracy": True, "pearson": True},
+        labelled=True,
+    ),
+    "causal-lm": Task(
+        label="causal language modelling",
+        module="loralloc.tasks.causal_lm",
+        data=LanguageModelData,
+        forms=(("text",), ("prompt", "completion"), ("messages",)),
+        model_class="AutoModelForCausalLM",
+        peft_type="CAUSAL_LM",
+        metrics={"perplexity": False},
+        shortest=(2, "a single token has no next one to predict"),
+    ),
+}
+
+GREATER_IS_BETTER: Mapping[str, bool] = {name: more for task in TASKS.values() for name, more in task.metrics.items()}
+"""The direction of every metric that a run may be judged by."""

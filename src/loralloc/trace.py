@@ -1,0 +1,222 @@
+"""trace.jsonl: how the ranks of a run developed, one event a line. Its keys are written and read here and nowhere else.
+
+| event | when | keys besides `event` and `step` |
+|---|---|---|
+| `start` | first | `total_steps`, `sites`, `in`, `out`, `ranks`, and what `schedule_of` returns |
+| `allocate` | ranks have changed | `budget`, `ranks`, `parameters`, and what the method tells |
+| `freeze` | ranks are final | the same |
+| `plan` | a search has looked at what it would keep | `ranks`, `parameters`, `settled`, and what the method tells |
+| `bad_step` | a step was skipped | |
+| `finish` | last | `ranks`, `parameters` |
+
+Ranks are those of all sites, in their order. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loralloc.budget import FALLS, Schedule
+from loralloc.errors import UserError
+from loralloc.files import read_jsonl, write_atomically
+
+Event = dict[str, Any]
+Span = tuple[str, int, int]
+
+
+# ---- Writing ----
+
+
+def start_event(
+    sites: Sequence[str], sizes: Sequence[tuple[int, int]], ranks: Sequence[int], total_steps: int
+) -> Event:
+    """Return the event that opens a trace.
+
+    Args:
+        sites: Full names of the modules, in the model's order.
+        sizes: Inputs and outputs of each.
+        ranks: Their ranks at the start.
+        total_steps: Optimizer steps of the run.
+    """
+    inputs, outputs = zip(*sizes, strict=True)
+    return {
+        "event": "start",
+        "step": 0,
+        "total_steps": total_steps,
+        "sites": list(sites),
+        "in": list(inputs),
+        "out": list(outputs),
+        "ranks": list(ranks),
+    }
+
+
+def schedule_of(schedule: Schedule, unit: str, target: int | None) -> Event:
+    """Return what a start event says of a schedule.
+
+    Args:
+        schedule: The budget over the run.
+        unit: What it counts.
+        target: The budget at the end; None for a run without one.
+    """
+    common = ("total_steps", "start", "target")
+    own = {key: value for key, value in asdict(schedule).items() if key not in common}  # type: ignore[call-overload]
+    return {
+        "schedule": own,
+        "phases": [list(span) for span in schedule.spans()],
+        "unit": unit,
+        "start_budget": schedule.start,
+        "target_budget": target,
+    }
+
+
+def allocation_event(
+    step: int, budget: int, ranks: Sequence[int], parameters: int, *, final: bool, details: Mapping[str, Any]
+) -> Event:
+    """Return the event of a decision."""
+    name = "freeze" if final else "allocate"
+    return {"event": name, "step": step, "budget": budget, "ranks": ranks, "parameters": parameters, **details}
+
+
+def plan_event(step: int, ranks: Sequence[int], parameters: int, *, settled: bool, details: Mapping[str, Any]) -> Event:
+    """Return the event of a look at what a search would keep."""
+    return {"event": "plan", "step": step, "ranks": ranks, "parameters": parameters, "settled": settled, **details}
+
+
+def bad_step_event(step: int) -> Event:
+    """Return the event of a step that was skipped."""
+    return {"event": "bad_step", "step": step}
+
+
+def finish_event(step: int, ranks: Sequence[int], parameters: int) -> Event:
+    """Return the event that ends a trace."""
+    return {"event": "finish", "step": step, "ranks": ranks, "parameters": parameters}
+
+
+def append(path: Path, *events: Event) -> None:
+    """Write events at the end of a trace."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(event) + "\n" for event in events))
+
+
+def rewind(path: Path, step: int) -> bool:
+    """Drop the events from a step on, for a run that goes on there.
+
+    Returns:
+        Whether any event is left.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    before = [event for event in read_jsonl(path) if event["step"] < step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(event) + "\n" for event in before))
+    return bool(before)
+
+
+# ---- Reading ----
+
+
+@dataclass(frozen=True)
+class RankEvent:
+    """The ranks of all sites after one step, in the order of `Trace.sites`."""
+
+    step: int
+    ranks: tuple[int, ...]
+    budget: int | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How the ranks developed.
+
+    Attributes:
+        sites: Full module names, in the model's order.
+        inputs: Input features of each site.
+        outputs: Output features of each site.
+        unit: What the budget counts: "ranks" or "parameters".
+        total_steps: Optimizer steps of the run; 0 when the trace does not say.
+        phases: (name, first step, last step) of each phase of the schedule; empty without one.
+        target: Budget at the end; None without a budget.
+        events: Every change of the ranks, the start first.
+        bad_steps: Steps that were skipped because their gradient was not finite.
+    """
+
+    sites: tuple[str, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    unit: str
+    total_steps: int
+    phases: tuple[Span, ...]
+    target: int | None
+    events: tuple[RankEvent, ...]
+    bad_steps: tuple[int, ...]
+
+    @property
+    def constant(self) -> bool:
+        """Whether no module ever changed its rank."""
+        return all(event.ranks == self.events[0].ranks for event in self.events)
+
+    @property
+    def falling(self) -> tuple[int, int] | None:
+        """The step after which the budget falls and the one at which it has fallen; None where it does not fall."""
+        return next(((first - 1, last) for name, first, last in self.phases if name == FALLS), None)
+
+    def used(self, event: RankEvent) -> int:
+        """Return what the ranks of an event cost, in the unit of the budget."""
+        if self.unit == "ranks":
+            return sum(event.ranks)
+        sizes = zip(event.ranks, self.inputs, self.outputs, strict=True)
+        return sum(rank * (inputs + outputs) for rank, inputs, outputs in sizes)
+
+
+def read_trace(path: Path) -> Trace | None:
+    """Read a trace.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The trace; None where there is no file, or no start event in it.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    rows = read_jsonl(path)
+    at = next((i for i, row in enumerate(rows) if row.get("event") == "start"), None)
+    if at is None:
+        return None
+    try:
+        return _trace(path, rows[at], rows[at:])
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: an event lacks a field or has a wrong one ({error!r}); restore the file") from error
+
+
+def _trace(path: Path, start: Event, rows: Sequence[Event]) -> Trace:
+    sites = tuple(map(str, start["sites"]))
+    events = []
+    for row in (start, *(row for row in rows[1:] if "ranks" in row)):
+        ranks = tuple(map(int, row["ranks"]))
+        if len(ranks) != len(sites):
+            raise UserError(
+                f"{path}: {len(ranks)} ranks for {len(sites)} sites at step {row['step']}; restore the file"
+            )
+        budget = row.get("start_budget" if row is start else "budget")
+        events.append(RankEvent(int(row["step"]), ranks, None if budget is None else int(budget)))
+    target = start.get("target_budget")
+    return Trace(
+        sites=sites,
+        inputs=tuple(map(int, start["in"])),
+        outputs=tuple(map(int, start["out"])),
+        unit=str(start.get("unit", "ranks")),
+        total_steps=int(start.get("total_steps") or 0),
+        phases=tuple((str(name), int(first), int(last)) for name, first, last in start.get("phases") or ()),
+        target=None if target is None else int(target),
+        events=tuple(events),
+        bad_steps=tuple(sorted({row["step"] for row in rows if row.get("event") == "bad_step"})),
+    )
