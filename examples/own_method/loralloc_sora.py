@@ -68,7 +68,7 @@ class SoRA(Method):
 
     def schedule(self, total_steps: int, start: int, target: int) -> ConstantSchedule:
         """Return all ranks over the run: which of them stay is known when it ends."""
-        return ConstantSchedule(total_steps, start, target, final=total_steps - 1)
+        return ConstantSchedule(total_steps, start, target, chosen_at_end=True)
 
     # The course of a run.
 

@@ -39,11 +39,11 @@ class Hooks:
         method = allocator(method)
         if method.search is not None:
             return "by a search"
-        sites = 6 * 4  # both models have six modules
-        final = method.schedule(STEPS, sites, sites // 2).final
-        if final < 0:
+        ranks = 6 * 4  # both models have six modules
+        steps = method.schedule(STEPS, ranks, ranks // 2).steps_until_final
+        if not steps:
             return "never" if method.budget is None else "at the start"
-        return "at the end" if final >= STEPS - 1 else "while training"
+        return "at the end" if steps > STEPS else "while training"
 
     def least_rank(self, method: Method) -> int:
         """Tell the fewest ranks that a method leaves to a module where no budget says how many stay."""
