@@ -18,10 +18,10 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench lint format clean
+.PHONY: help demo test check bench lint format reference clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.demo ## fine-tune a small pretrained encoder under a rank budget, offline, and write a report
 	$(BIN)/loralloc demo
@@ -44,6 +44,9 @@ lint: .venv/.dev ## ruff and pyright, changing nothing
 format: .venv/.dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: .venv/.demo ## write docs/reference.md and docs/recipe.schema.json anew, from the declarations in the code
+	$(BIN)/python docs/write_reference.py
 
 clean: ## remove .venv, caches and build products; runs/ stays
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ PACKAGE = ROOT / "src" / "loralloc"
 
 LAYERS = (  # top to bottom; the units of one layer are siblings
     ("cli", "testing"),
+    ("recipe",),
     ("config",),
     ("recipe_source",),
     ("report",),
@@ -119,6 +120,24 @@ def own_imports(path: Path) -> Iterator[tuple[str, str]]:
             yield where, rest[0] if rest and rest[0] in DEPTH else "loralloc"
 
 
+def circle(edges: Mapping[str, Iterable[str]]) -> list[str]:
+    """The first way found that leads back to where it began; none in a graph without circles."""
+    done: set[str] = set()
+
+    def walk(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node in done:
+            return []
+        for following in sorted(edges[node]):
+            if found := walk(following, [*way, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next(filter(None, (walk(node, []) for node in sorted(edges))), [])
+
+
 class TestSource:
     def test_every_file_has_a_layer(self) -> None:
         unknown = {unit_of(path) for path in sources()} - set(DEPTH) - {"loralloc"}
@@ -139,6 +158,23 @@ class TestSource:
                 if not allowed:
                     wrong.append(f"{where}: {unit} imports {target}")
         assert not wrong, "\n".join(wrong)
+
+    def test_no_file_imports_itself_through_others(self) -> None:
+        """Also inside folders, and for types alone: what is below never looks up."""
+        named = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in sources()}
+        modules = {name.removesuffix(".__init__"): path for name, path in named.items()}
+        edges: dict[str, set[str]] = {}
+        for module, path in modules.items():
+            edges[module] = set()
+            for _, name in imports(path):
+                parts = name.split(".")
+                targets = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+                edges[module] |= {next((t for t in targets if t in modules), "")} - {"", module}
+        assert sum(map(len, edges.values())) > 300
+        assert circle(edges) == []
+
+    def test_a_circle_is_found(self) -> None:
+        assert circle({"a": {"b", "c"}, "b": {"d"}, "c": set(), "d": {"a"}}) == ["a", "b", "d", "a"]
 
     def test_low_layers_import_only_what_they_need(self) -> None:
         wrong = []

@@ -404,7 +404,7 @@ class TestLayingTheSchedule:
         with pytest.raises(UserError, match=refusal(text)):
             cubic_schedule(100, warmup, cooldown, 1, 10, 5)
 
-    @pytest.mark.parametrize(("warmup", "cooldown"), [(49, 50), (97, 2), (97, 0.01), (97, 0.001), (0, 99), (0.97, 0.02)])
+    @pytest.mark.parametrize(("warmup", "cooldown"), [(49, 50), (97, 2), (97, 0.001), (0, 99), (0.97, 0.02)])
     def test_one_step_to_fall_is_enough(self, warmup: float, cooldown: float) -> None:
         schedule = cubic_schedule(100, warmup, cooldown, 1, 10, 5)
         assert schedule.fallen == schedule.warmup + 1

@@ -8,8 +8,10 @@ import pytest
 from loralloc.config import dump_recipe, load_recipe, recipe_keys
 from loralloc.errors import UserError
 from loralloc.recipes import list_recipes, recipe_text
+from loralloc.tasks.locations import READABLE
+from loralloc.tasks.spec import TASKS
 
-TASKS = ("causal-lm", "sequence-classification")
+COMMENTED_OUT = re.compile(r"^( *)# ( *[a-z_]+:(?: |$))")
 CONTROLS = ("depth_linear", "random", "truncate", "uniform")
 NAMES = sorted(
     f"{folder}/{method}"
@@ -43,10 +45,27 @@ class TestEveryRecipe:
         assert f"#   run         loralloc train {name.partition('/')[2]}.yaml\n" in text
         assert "# Assumes: " in text
 
-    def test_commented_keys_are_keys(self, name: str) -> None:
-        text = recipe_text(name)
-        known = {key.rpartition(".")[2] for key in recipe_keys()}
-        assert set(re.findall(r"^ *# (\w+): ", text, re.M)) - {"Assumes"} <= known
+    def test_what_is_commented_out_can_be_taken_in(self, name: str, tmp_path: Path) -> None:
+        """Each key where it stands, with its value; of columns that exclude each other, one form at a time."""
+        recipe = load_recipe(list_recipes()[name])
+        lines = [COMMENTED_OUT.sub(r"\1\2", line) for line in recipe_text(name).splitlines()]
+        forms = TASKS[recipe.task].forms
+        for form in forms:
+            others = {key for columns in forms for key in columns} - set(form)
+            text = "\n".join(line for line in lines if not re.match(rf"  ({'|'.join(others) or 0}):", line))
+            path = tmp_path / "recipe.yaml"
+            path.write_text(text, encoding="utf-8")
+            assert set(form) <= load_recipe(path).model_dump(include={"data"}, exclude_none=True)["data"].keys()
+
+    def test_comments_say_why_and_what_else_not_what_a_key_is(self, name: str) -> None:
+        """That is in the declarations, and made from them in docs/reference.md."""
+        described = {text.lower().rstrip(".") for text in recipe_keys().values()}
+        comments = re.findall(r"^ *(?:# )?\w+: .*?  # (.+)$", recipe_text(name), re.M)
+        assert not {comment.lower().rstrip(".") for comment in comments} & described
+
+    def test_the_formats_it_names_are_those_there_are(self, name: str) -> None:
+        for listed in re.findall(r"^  train: (.+)# also (.+);", recipe_text(name), re.M):
+            assert set(re.findall(r"\.[a-z]+", "".join(listed))) == {*READABLE, ".gz"}
 
 
 @pytest.mark.parametrize("folder", ["causal-lm", "demo", "sequence-classification"])

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.gating import plain_sites
-from loralloc.peft_layers import bare_base
+from loralloc.peft_layers import bare_base, evaluating
 
 Batch = Mapping[str, Any]
 
@@ -112,21 +112,17 @@ def check_adapter(model: PeftModel, folder: Path, factors: Mapping[str, Factors]
 @contextmanager
 def computing_plainly(model: nn.Module) -> Iterator[None]:
     """Evaluation in the dtype of the weights inside: no dropout, no autocast, no wrapper of accelerate's."""
-    modes = {module: module.training for module in model.modules()}
-    wrapped = [module for module in modes if "_original_forward" in vars(module) and "forward" in vars(module)]
+    wrapped = [m for m in model.modules() if "_original_forward" in vars(m) and "forward" in vars(m)]
     forwards = [module.forward for module in wrapped]
     device = next(model.parameters()).device.type
-    model.eval()
     for module in wrapped:
         module.forward = vars(module)["_original_forward"]
     try:
-        with torch.random.fork_rng(), torch.autocast(device, enabled=False), torch.no_grad():
+        with evaluating(model), torch.random.fork_rng(), torch.autocast(device, enabled=False), torch.no_grad():
             yield
     finally:
         for module, forward in zip(wrapped, forwards, strict=True):
             module.forward = forward
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Names of modules in messages: which ones are meant, said shortly, and in a form that PEFT's matching takes.
+"""Names of modules: which layer they are in, and how messages say which ones are meant.
 
 PEFT matches an entry of `target_modules` or `exclude_modules` with a module of this name and with all whose names end
 in a dot and the entry; a string instead of a list is a pattern for the whole name.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 
 def ends_in(name: str, end: str) -> bool:
@@ -86,3 +87,67 @@ def _pattern(entries: Iterable[str] | str | None) -> str:
     if isinstance(entries, str):
         return entries
     return "|".join(rf"(.*\.)?{re.escape(entry)}" for entry in sorted(entries or ()))
+
+
+class Place(NamedTuple):
+    """Where a module is: the name before its layer's number, the number, and the name after it."""
+
+    stack: str
+    layer: int
+    kind: str
+
+
+def places(names: Iterable[str]) -> list[Place | None]:
+    """Find the layer of every module.
+
+    The layer is the first number in a name that differs over the model: experts, and the parts of a T5 block, have
+    numbers of their own behind it; a wrapper may put a constant one before it. Where none differs, it is the first.
+
+    Args:
+        names: The names of all modules.
+
+    Returns:
+        One place a name; None for a module outside of the layers.
+
+    >>> places(["0.layers.0.q", "0.layers.1.experts.7.up", "head"])
+    [Place(stack='0.layers', layer=0, kind='q'), Place(stack='0.layers', layer=1, kind='experts.7.up'), None]
+    """
+    numbered = [(name, _numbers(name)) for name in names]
+    values: dict[str, set[str]] = {}
+    for name, numbers in numbered:
+        for before, at in numbers:
+            values.setdefault(before, set()).add(name.split(".")[at])
+    found: list[Place | None] = []
+    for name, numbers in numbered:
+        at = next((at for before, at in numbers if len(values[before]) > 1), numbers[0][1] if numbers else None)
+        parts = name.split(".")
+        if at is None:
+            found.append(None)
+        else:
+            found.append(Place(".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :])))
+    return found
+
+
+def _numbers(name: str) -> list[tuple[str, int]]:
+    """The numbers in a name: the name before each, other numbers as `*`, and which part it is.
+
+    >>> _numbers("encoder.block.3.layer.0.q")
+    [('encoder.block', 2), ('encoder.block.*.layer', 4)]
+    """
+    numbers, before = [], []
+    for at, part in enumerate(name.split(".")):
+        # `isdecimal` alone also accepts the digits of other scripts, `isdigit` superscripts.
+        number = part.isascii() and part.isdecimal()
+        if number:
+            numbers.append((".".join(before), at))
+        before.append("*" if number else part)
+    return numbers
+
+
+def kind_of(name: str) -> str:
+    """Return a module's name without the numbers in it.
+
+    >>> kind_of("model.layers.11.mlp.up_proj")
+    'model.layers.mlp.up_proj'
+    """
+    return ".".join(part for part in name.split(".") if not part.isdecimal())

@@ -345,6 +345,18 @@ def _named_layers(model: PeftModel) -> str:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def bare_base(model: PeftModel) -> Iterator[nn.Module]:
     """The base model inside, without any adapter and on the same weights; the adapters are back after it."""
     base: Any = model

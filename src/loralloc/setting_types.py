@@ -53,9 +53,17 @@ Positive = Annotated[Number, Field(gt=0)]
 AtLeastZero = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Between0And1 = Annotated[float, Field(gt=0, lt=1)]
-Phase = Annotated[Number, BeforeValidator(_check_phase)]
-Length = Annotated[Number, BeforeValidator(_check_length)]
-Source = Annotated[float | str, BeforeValidator(_check_source)]
+# Checked by a function, which the schema of a recipe cannot read: it shows the input type.
+Phase = Annotated[Number, BeforeValidator(_check_phase, json_schema_input_type=Whole | Share)]
+Length = Annotated[
+    Number,
+    BeforeValidator(
+        _check_length, json_schema_input_type=Annotated[int, Field(ge=2)] | Annotated[float, Field(gt=0, le=1)]
+    ),
+]
+Source = Annotated[
+    float | str, BeforeValidator(_check_source, json_schema_input_type=Literal["validation"] | Between0And1)
+]
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 """Nothing is coerced: `"12"` is no number and `1.5` no step count."""
@@ -144,7 +152,3 @@ def check_value(name: str, value: Any, type_: TypeAdapter[Any]) -> None:
         type_.validate_python(value)
     except ValidationError as error:
         raise UserError(f"{name} {broken_rule(error.errors()[0])}, got {shown(value)}") from None
-
-
-NONE = Literal["none"]
-"""How a recipe writes None for a setting whose default is something else: null stands for the default."""

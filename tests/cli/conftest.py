@@ -78,4 +78,4 @@ def run(kept_run: Path, here: Path) -> Path:
 @pytest.fixture
 def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figures and no page, which take longer than to train a tiny model."""
-    monkeypatch.setattr("loralloc.cli.pipeline.write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr("loralloc.recipe.run.write_report", lambda folder: folder / "report.html")

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
-from loralloc.cli import terminal
+from loralloc.cli import progress
 
 from .command import TIMING, files, log_rows, read_json
 
@@ -23,14 +23,14 @@ class KilledError(Exception):
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
     """The process ends after an optimizer step, before anything is logged, evaluated or saved."""
-    alive = terminal.Progress.on_step_end
+    alive = progress.Progress.on_step_end
 
     def die(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         if state.global_step == step:
             raise KilledError
         alive(self, args, state, *rest, **kwargs)
 
-    with patch.object(terminal.Progress, "on_step_end", die), pytest.raises(KilledError):
+    with patch.object(progress.Progress, "on_step_end", die), pytest.raises(KilledError):
         yield
 
 

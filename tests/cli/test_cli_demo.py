@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from rich.console import Console
 
-from loralloc.cli import demo, fit, pipeline, stage, terminal
+from loralloc.cli import demo, fit, progress, terminal
 from loralloc.cli.fit import SLACK, Measured, steps_within
 from loralloc.config import load_recipe
+from loralloc.recipe import run as pipeline
+from loralloc.recipe import stages
 from loralloc.recipes import list_recipes
 
 from .command import RECIPE, done, examples, read_json, refused, write_rows
@@ -59,15 +61,17 @@ class Shown(NamedTuple):
 @pytest.fixture(scope="module")
 def shown(cases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Shown:
     """A demo in a narrow terminal: its folder, what it said, and what it evaluated."""
-    folder, evaluated, alive = tmp_path_factory.mktemp("shown"), [], stage.evaluate
+    folder, evaluated, alive = tmp_path_factory.mktemp("shown"), [], stages.evaluate
 
-    def noted(trainer: Any, data: Any, prefix: str, *split: Any) -> Any:
+    def noted(trainer: Any, data: Any, prefix: str, *rest: Any) -> Any:
         evaluated.append(prefix)
-        return alive(trainer, data, prefix, *split)
+        return alive(trainer, data, prefix, *rest)
 
     with prepared(cases) as patch:
-        patch.setattr(stage, "evaluate", noted)
-        patch.setattr(terminal, "console", Console(highlight=False, width=80))
+        patch.setattr(stages, "evaluate", noted)
+        narrow = Console(highlight=False, width=80)
+        for module in (terminal, progress, fit):
+            patch.setattr(module, "console", narrow)
         return Shown(folder, done("demo", "--output", folder), evaluated)
 
 

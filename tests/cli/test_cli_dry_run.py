@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from loralloc import UserError
-from loralloc.cli import pipeline, stage
+from loralloc.recipe import run as pipeline
+from loralloc.recipe import stages
 from loralloc.training import callback, processes
 
 from .command import PLAIN, RECIPE, done, files, loralloc, read_json, refused
@@ -56,13 +57,13 @@ def test_the_run_and_its_rehearsal_refuse_alike(
 
 def test_a_rehearsal_makes_no_step(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    alive = stage.PlainTrainer.training_step
+    alive = stages.PlainTrainer.training_step
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
         steps.append(self.state.global_step)
         return alive(self, *args, **kwargs)
 
-    monkeypatch.setattr(stage.PlainTrainer, "training_step", noted)
+    monkeypatch.setattr(stages.PlainTrainer, "training_step", noted)
     monkeypatch.setattr(pipeline, "write_report", lambda folder: folder / "report.html")
     done("train", write(PLAIN), "--steps", 3, "--dry-run")
     assert steps == []
@@ -101,13 +102,13 @@ class TestARunThatNeverMadeAStep:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(stage.PlainTrainer, "training_step", press)
+            patch.setattr(stages.PlainTrainer, "training_step", press)
             assert loralloc("train", recipe).code == 130
         assert Path("run/recipe.yaml").exists()
         self.starts_anew(recipe)
 
     def test_killed_while_the_untrained_model_was_evaluated(self, recipe: Path) -> None:
-        with killed_in(pipeline.stage, "evaluate"):
+        with killed_in(stages, "evaluate"):
             done("train", recipe)
         self.starts_anew(recipe)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from loralloc.cli import checks, pipeline
+from loralloc.cli import checks
+from loralloc.recipe import run as pipeline
 
 from .command import PLAIN, RECIPE, done, refused
 
@@ -89,10 +90,10 @@ def test_what_only_the_data_tell_is_found_later() -> None:
 def test_several_processes_look_at_the_folder_together(
     recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that refused it before the others would leave them waiting; `pipeline` checks where all are told."""
+    """One that refused it before the others would leave them waiting; `recipe.run` checks where all are told."""
     looked = []
     monkeypatch.setattr(checks, "check_output", lambda *_: looked.append(True))
-    for act in ("run", "show_plan"):
+    for act in ("run", "rehearse"):
         monkeypatch.setattr(pipeline, act, lambda *_, **__: None)
     for size, times in (("2", 0), ("1", 1)):
         monkeypatch.setenv("WORLD_SIZE", size)

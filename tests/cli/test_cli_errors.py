@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from loralloc.cli import pipeline, terminal
+from loralloc.cli import progress
+from loralloc.recipe import run as pipeline
 from loralloc.training import processes
 
 from .command import (
@@ -285,7 +286,7 @@ class TestInterrupt:
         def press(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(terminal.Progress, "on_step_end", press)
+        monkeypatch.setattr(progress.Progress, "on_step_end", press)
         return loralloc("train", recipe)
 
     def test_ends_with_130_and_no_traceback(self, interrupted: Any) -> None:
@@ -301,14 +302,14 @@ class TestInterrupt:
         started: list[bool] = []
 
         def press(*_: object, **__: object) -> None:
-            started.append(terminal._bar.live.is_started)
+            started.append(progress._bar.live.is_started)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(terminal.Progress, "on_step_end", press)
+        monkeypatch.setattr(progress.Progress, "on_step_end", press)
         loralloc("train", recipe)
         assert started == [True]
-        assert not terminal._bar.live.is_started
-        assert not terminal._bar.tasks
+        assert not progress._bar.live.is_started
+        assert not progress._bar.tasks
 
 
 def test_an_error_of_ours_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,11 @@ import transformers
 import yaml
 from transformers import BertConfig
 
-from loralloc.cli import build, pipeline, stage
-from loralloc.cli.build import add_adapter
-from loralloc.cli.folder import HEADER
 from loralloc.config import load_recipe, recipe_keys
+from loralloc.recipe import from_recipe, stages
+from loralloc.recipe import run as pipeline
+from loralloc.recipe.from_recipe import add_adapter
+from loralloc.recipe.run_folder import HEADER
 from loralloc.tasks import sequence_classification
 from loralloc.tasks.base import TaskData
 
@@ -86,7 +87,7 @@ class SeenError(Exception):
 @contextmanager
 def seeing(verb: str, seen: list[Any]) -> Iterator[None]:
     """Note what a verb hands on: to loaders, to PEFT, to the Trainer; and the data it looks at."""
-    peft, load_model, task_data = build.get_peft_model, build.load_model, build.task_data
+    peft, load_model, task_data = from_recipe.get_peft_model, from_recipe.load_model, from_recipe.task_data
 
     def load(name: str) -> Any:
         alive = getattr(transformers, name).from_pretrained
@@ -120,13 +121,13 @@ def seeing(verb: str, seen: list[Any]) -> Iterator[None]:
 
     with ExitStack() as patches:
         for owner, name, note in (
-            (build, "TrainingArguments", arguments),
-            (build, "get_peft_model", adapt),
-            (build, "load_model", model),
+            (from_recipe, "TrainingArguments", arguments),
+            (from_recipe, "get_peft_model", adapt),
+            (from_recipe, "load_model", model),
             (sequence_classification, "load_model", model),
-            (build, "task_data", data),
+            (from_recipe, "task_data", data),
             (pipeline, "task_data", data),
-            (stage, "train", train),
+            (stages.Stage, "train", train),
         ):
             patches.enter_context(patch.object(owner, name, note))
         for name in ("AutoConfig", "AutoTokenizer", "AutoModelForSequenceClassification"):
@@ -273,6 +274,6 @@ def test_an_adapter_leaves_the_recipe_as_it_is(recipe: Path, here: Path, run: Pa
     for words in ([*saved, *lists], [*saved, "--plan", "plan.json"]):
         settings = load_recipe(recipe, words)
         before = settings.model_copy(deep=True)
-        model = add_adapter(build.task_data(settings).model, settings)
+        model = add_adapter(from_recipe.task_data(settings).model, settings)
         assert settings == before
         assert len(model.peft_config["default"].modules_to_save) > 1, "PEFT has added the names of heads"

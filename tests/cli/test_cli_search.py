@@ -13,8 +13,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import BertModel
 
-from loralloc.cli import pipeline, search, stage
 from loralloc.config import load_recipe
+from loralloc.recipe import run as pipeline
+from loralloc.recipe import stages
 
 from .command import LANGUAGE, PLAIN, RECIPE, done, files, log_rows, ranks, read_json, read_rows, refused
 from .deaths import differences, killed_at, killed_in
@@ -69,7 +70,7 @@ class TestRun:
         metrics = read_json(searched / "metrics.json")
         assert metrics["total_steps"] == STEPS
         assert metrics["search"].pop("seconds") >= 0
-        assert metrics["search"] == {"examples": 33, "held_out": 15, "steps": SEARCH_STEPS}  # 30 % of 48 is 14.4
+        assert metrics["search"] == {"examples": 34, "held_out": 14, "steps": SEARCH_STEPS}  # 30 % of 48 is 14.4
         assert metrics["adapter_check"] <= 1e-5
 
     def test_the_search_never_evaluates(self, searched: Path) -> None:
@@ -97,7 +98,7 @@ def test_the_search_sees_disjoint_parts_of_the_training_data_and_nothing_else(
 ) -> None:
     """Spec, 39: an audit of every index that is read while the search goes on."""
     parts: dict[str, Dataset] = {}
-    split = search.method_data
+    split = stages.method_data
 
     def audited(section: Any, loaded: Any, seed: int) -> Any:
         train, held = split(section, loaded, seed)
@@ -111,17 +112,17 @@ def test_the_search_sees_disjoint_parts_of_the_training_data_and_nothing_else(
         read.update(tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True))
         return forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    monkeypatch.setattr(search, "method_data", audited)
+    monkeypatch.setattr(stages, "method_data", audited)
     monkeypatch.setattr(BertModel, "forward", spied)
     evaluated: list[str] = []
-    evaluate = stage.PlainTrainer.evaluate
+    evaluate = stages.PlainTrainer.evaluate
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
         evaluated.append(kwargs["metric_key_prefix"])
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(stage.PlainTrainer, "evaluate", noted)
-    with killed_in(pipeline, "add_adapter"):  # when the search is over
+    monkeypatch.setattr(stages.PlainTrainer, "evaluate", noted)
+    with killed_in(pipeline, "_with_fresh_model"):  # when the search is over
         done("train", write(SEARCH), "--data.test", data / "test.jsonl", "--eval_every", 2)
     assert Path("run/search/ranks.json").is_file()
     assert evaluated == []
@@ -134,7 +135,7 @@ def test_the_search_sees_disjoint_parts_of_the_training_data_and_nothing_else(
         return [str(sorted(row.items())) for row in parts[name]]
 
     train, held, whole = (parts[name] for name in ("train", "held", "whole"))
-    assert (len(train), len(held), len(whole)) == (33, 15, 48)
+    assert (len(train), len(held), len(whole)) == (34, 14, 48)
     assert sorted(rows("train") + rows("held")) == sorted(rows("whole"))
     train_at, held_at = (set(part._indices.column(0).to_pylist()) for part in (train, held))
     assert not train_at & held_at
@@ -188,7 +189,7 @@ def test_a_finished_search_is_kept_also_without_checkpoints(write: Write) -> Non
 )
 def test_length_of_the_search(write: Write, length: list[Any], steps: int) -> None:
     recipe = load_recipe(write(SEARCH), [str(word) for word in length])
-    assert search.steps_of(recipe, 48) == steps
+    assert stages.search_steps(recipe, 48) == steps
 
 
 @pytest.mark.usefixtures("unreported")
@@ -223,7 +224,7 @@ def test_dry_run_shows_both_stages(write: Write, here: Path) -> None:
     path = write(SEARCH)
     said = done("train", path, "--dry-run")
     assert set(files(here)) - set(before) <= {"recipe.yaml"}
-    assert "8 steps on 33 examples; ranks are learned on 15 others" in " ".join(said.split())
+    assert "8 steps on 34 examples; ranks are learned on 14 others" in " ".join(said.split())
     assert "plain LoRA at the ranks found, 16 steps on all 48 examples" in said
 
 

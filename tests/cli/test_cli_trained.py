@@ -11,8 +11,9 @@ from unittest.mock import patch
 import pytest
 from safetensors.torch import load_file
 
-from loralloc.cli import pipeline
-from loralloc.cli.folder import RunFolder
+from loralloc.recipe import run as pipeline
+from loralloc.recipe import stages
+from loralloc.recipe.run_folder import RunFolder
 
 from .command import done, files, read_json, refused
 from .deaths import killed_in
@@ -102,13 +103,13 @@ def test_resume_names_the_command_too(recipe: Path) -> None:
 
 def test_a_loss_that_diverged_is_not_worth_another_export(recipe: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        trained = pipeline.stage.train
+        trained = stages.Stage.train
 
-        def diverge(trainer: Any, *rest: Any) -> None:
-            trained(trainer, *rest)
-            next(weight for weight in trainer.model.parameters() if weight.requires_grad).data.fill_(float("nan"))
+        def diverge(stage: stages.Stage, resume: bool) -> None:
+            trained(stage, resume)
+            next(weight for weight in stage.model.parameters() if weight.requires_grad).data.fill_(float("nan"))
 
-        patched.setattr(pipeline.stage, "train", diverge)
+        patched.setattr(stages.Stage, "train", diverge)
         said = refused("train", recipe)
     assert said.endswith("the loss diverged: lower the learning rate")
     assert "loralloc export" not in said

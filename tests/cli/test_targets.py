@@ -6,9 +6,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loralloc.cli.targets import check_entries, linear_modules
 from loralloc.config import LoraSection
 from loralloc.errors import UserError
+from loralloc.recipe.targets import check_entries, linear_modules
 
 
 class Layer(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from loralloc.cli import terminal
-from loralloc.cli.terminal import Pace, Progress
+from loralloc.cli import progress
+from loralloc.cli.progress import Pace, Progress
 
 from .command import RECIPE, done
 
@@ -33,7 +33,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(terminal, "clock", made)
+    monkeypatch.setattr(progress, "clock", made)
     return made
 
 
@@ -106,7 +106,7 @@ class TestLines:
     def test_one_comes_after_the_first_step_and_for_each_tenth(
         self, training: Training, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        with terminal.progress_bar():
+        with progress.progress_bar():
             training.tell("train_begin")
             training.step()
             assert capsys.readouterr().out == "  step 1/20  58 s a step, 18:22 left\n"
@@ -116,7 +116,7 @@ class TestLines:
         assert steps == [f"{step}/20" for step in range(2, 21, 2)]
 
     def test_they_hold_the_newest_loss_and_ranks(self, training: Training, capsys: pytest.CaptureFixture[str]) -> None:
-        with terminal.progress_bar():
+        with progress.progress_bar():
             training.tell("train_begin")
             for step in range(1, 5):
                 training.step(log=step == 2)
@@ -127,7 +127,7 @@ class TestLines:
         ]
 
     def test_what_an_evaluation_found_is_shown(self, training: Training, capsys: pytest.CaptureFixture[str]) -> None:
-        with terminal.progress_bar():
+        with progress.progress_bar():
             training.tell("train_begin")
             training.step(evaluate=True)
             capsys.readouterr()
@@ -157,10 +157,10 @@ def in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestBar:
     @staticmethod
     def fields() -> list[tuple[str, float, float | None, str]]:
-        return [(t.description, t.completed, t.total, t.fields["pace"]) for t in terminal._bar.tasks]
+        return [(t.description, t.completed, t.total, t.fields["pace"]) for t in progress._bar.tasks]
 
     def test_tells_times_while_a_training_and_an_evaluation_in_it_go_on(self, training: Training) -> None:
-        with terminal.progress_bar():
+        with progress.progress_bar():
             training.tell("train_begin")
             training.step(evaluate=True)
             assert self.fields() == [
@@ -171,16 +171,16 @@ class TestBar:
             assert self.fields()[1] == ("evaluating", 1, 4, "2 s a batch, 0:06 left")
             training.tell("evaluate", metrics={})
             assert [name for name, *_ in self.fields()] == ["training"]
-        assert not terminal._bar.tasks
-        assert not terminal._bar.live.is_started
+        assert not progress._bar.tasks
+        assert not progress._bar.live.is_started
 
     def test_is_up_from_the_beginning_of_an_evaluation_to_its_end(self, training: Training) -> None:
         with suppress(KeyboardInterrupt), training.progress.evaluating("the untrained model"):
-            assert terminal._bar.live.is_started
+            assert progress._bar.live.is_started
             assert self.fields() == [("evaluating the untrained model", 0, None, "")]
             raise KeyboardInterrupt
-        assert not terminal._bar.live.is_started
-        assert not terminal._bar.tasks
+        assert not progress._bar.live.is_started
+        assert not progress._bar.tasks
 
 
 @pytest.mark.usefixtures("unreported")

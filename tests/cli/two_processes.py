@@ -19,9 +19,9 @@ from unittest.mock import patch
 
 import torch
 
-from loralloc.cli import pipeline
-from loralloc.cli.folder import RunFolder
 from loralloc.errors import UserError
+from loralloc.recipe import run as pipeline
+from loralloc.recipe.run_folder import RunFolder
 from loralloc.training.trainer import PlainTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `cli` is the folder of tests, as it is in pytest

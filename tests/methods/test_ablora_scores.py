@@ -26,7 +26,7 @@ from loralloc.methods.ablora.scores import (
     two_point_importance,
 )
 from loralloc.methods.ablora.settle import lowest, settle
-from loralloc.methods.ablora.state import block_of, type_of
+from loralloc.naming import kind_of, places
 from loralloc.plan import ModuleRank, RankPlan
 
 R = 6
@@ -244,9 +244,9 @@ def test_parameters_are_never_exceeded_and_no_further_rank_fits():
 
 def test_blocks_and_types_of_modules():
     names = [f"h.{layer}.{part}" for layer in range(12) for part in ("attn.q", "mlp.up")]
-    assert len({block_of(name) for name in names}) == 12
-    assert {type_of(name) for name in names} == {"h.attn.q", "h.mlp.up"}
-    assert block_of("layer1.conv2") == "layer1.conv2"
+    assert {(place.stack, place.layer) for place in places(names) if place} == {("h", layer) for layer in range(12)}
+    assert {kind_of(name) for name in names} == {"h.attn.q", "h.mlp.up"}
+    assert places(["layer1.conv2"]) == [None]
 
 
 # ---- Counts (property 14) ----

@@ -56,6 +56,9 @@ def wanted(at: int, count: int) -> float:
     return at / count + 0.35 * ((at * 7919) % 13) / 13
 
 
+LABELS = {"adalora": "AdaLoRA", "autolora": "AutoLoRA", "lora": "plain LoRA"}
+
+
 @dataclass
 class Fabricated:
     """One made-up AdaLoRA run; change any field before `write`."""
@@ -100,6 +103,7 @@ class Fabricated:
         }
         provenance = {
             "loralloc": "0.1.0",
+            "label": LABELS.get(self.method, self.method),
             "base_model": self.model,
             "total_steps": self.steps,
             "bad_steps": len(self.bad_steps),

@@ -46,9 +46,11 @@ def test_encoder_and_decoder_are_two_stacks() -> None:
     assert grid.column("layer.0.SelfAttention.q") == names
 
 
-def test_experts_are_columns_when_layers_are_more() -> None:
-    names = [f"model.layers.{layer}.experts.{expert}.w1" for layer in range(4) for expert in range(2)]
-    assert arrange(names).types == ("experts.0.w1", "experts.1.w1")
+@pytest.mark.parametrize("layers", [4, 2])
+def test_experts_are_columns_however_many_there_are(layers: int) -> None:
+    names = [f"model.layers.{layer}.experts.{expert}.w1" for layer in range(layers) for expert in range(3)]
+    assert arrange(names).types == ("experts.0.w1", "experts.1.w1", "experts.2.w1")
+    assert len(arrange(names).rows) == layers
 
 
 def test_a_wrapper_with_one_index_is_not_a_layer() -> None:

@@ -36,8 +36,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
-from loralloc.cli import pipeline
 from loralloc.files import read_jsonl
+from loralloc.recipe import run as pipeline
 from loralloc.training import checkpoint as checkpoints
 from loralloc.training.trainer import PlainTrainer
 

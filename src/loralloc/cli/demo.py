@@ -24,8 +24,8 @@ def demo(
     the Python that runs this; the encoder comes with the extra `demo`. A few steps are measured first, and as many are
     trained as fit into three minutes, at most those of the recipes.
     """
-    from loralloc.cli.folder import RunFolder
     from loralloc.config import load_recipe, peek_recipe
+    from loralloc.recipe.run_folder import RunFolder
     from loralloc.recipes import list_recipes
 
     paths = {method: list_recipes()[f"demo/{method}"] for method in METHODS}
@@ -33,7 +33,8 @@ def demo(
     for outline in filter(None, (peek_recipe(paths[method], words[method]) for method in METHODS)):
         RunFolder.for_new_run(outline, replace=True)
     recipes = {method: load_recipe(paths[method], words[method]) for method in METHODS}
-    from loralloc.cli import fit, pipeline, terminal
+    from loralloc.cli import fit, terminal
+    from loralloc.recipe import run
 
     terminal.quiet_libraries()
     fit.show_measuring()
@@ -44,5 +45,5 @@ def demo(
     outcomes = {}
     for method in METHODS:
         recipe = load_recipe(paths[method], [*words[method], "--training.steps", str(steps)])
-        outcomes[method] = pipeline.run(recipe, start_over=True, untrained=measured.untrained)
+        outcomes[method] = run.run(recipe, start_over=True, untrained=measured.untrained, screen=terminal.Terminal())
     terminal.show_comparison(outcomes)

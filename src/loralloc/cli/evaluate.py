@@ -17,7 +17,7 @@ def evaluate(
 ) -> None:
     """Load the exported adapter with stock PEFT and evaluate it on the validation and test data, or on other data."""
     from loralloc.cli.checks import check_inputs
-    from loralloc.cli.folder import RunFolder
+    from loralloc.recipe.run_folder import RunFolder
     from loralloc.tasks.locations import check_source, model_folder
 
     folder = RunFolder.finished(run)
@@ -27,16 +27,18 @@ def evaluate(
     else:
         check_source(data)
         model_folder(recipe.model.name)
-    from loralloc.cli import stage, terminal
-    from loralloc.cli.build import load_adapted, load_with_data
+    from loralloc.cli import terminal
+    from loralloc.recipe import stages
+    from loralloc.recipe.from_recipe import load_adapted, load_with_data
 
     terminal.quiet_libraries()
     model, loaded = load_adapted(folder, recipe) if data is None else load_with_data(folder, recipe, data)
     with TemporaryDirectory(prefix="loralloc-") as scratch:
-        trainer = stage.make_evaluator(recipe, loaded, model, Path(scratch))
+        screen = terminal.Terminal()
+        trainer = stages.make_evaluator(recipe, loaded, model, Path(scratch), screen)
         results = {}
         if data is None:
-            results["validation"] = stage.evaluate(trainer, loaded, "eval", loaded.validation)
+            results["validation"] = stages.evaluate(trainer, loaded, "eval", screen, loaded.validation)
         if loaded.test is not None:
-            results["test" if data is None else data] = stage.evaluate(trainer, loaded, "test", loaded.test)
+            results["test" if data is None else data] = stages.evaluate(trainer, loaded, "test", screen, loaded.test)
     terminal.show_metrics(results)

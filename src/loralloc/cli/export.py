@@ -32,7 +32,7 @@ def export(
 ) -> None:
     """Write the adapter for its consumer, reload it with stock PEFT and compare the logits."""
     from loralloc._folders import check_target
-    from loralloc.cli.folder import RunFolder
+    from loralloc.recipe.run_folder import RunFolder
     from loralloc.tasks.locations import model_folder
 
     folder = RunFolder.finished(run)
@@ -42,8 +42,8 @@ def export(
     check_target(target)
     model_folder(folder.peek_recipe().model.name)
     from loralloc.cli import terminal
-    from loralloc.cli.build import load_for_export
     from loralloc.export import export_adapter
+    from loralloc.recipe.from_recipe import load_for_export
 
     terminal.quiet_libraries()
     model, tokenizer = load_for_export(folder)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from loralloc.cli import stage, terminal
-from loralloc.cli.build import add_adapter, method_data, task_data
-from loralloc.cli.folder import RunFolder
+from loralloc.cli import terminal
+from loralloc.cli.progress import clock, console, progress_of
 from loralloc.config import Recipe
-from loralloc.methods.registry import make_method
+from loralloc.recipe import stages
+from loralloc.recipe.from_recipe import task_data
+from loralloc.recipe.run_folder import RunFolder
 
 FIRST, TIMED = 2, 5
 """Steps that warm up, and those that count."""
@@ -44,17 +45,15 @@ def measure(recipe: Recipe) -> Measured:
     training = recipe.training.model_copy(update={"steps": FIRST + TIMED, "epochs": None})
     short = recipe.model_copy(update={"training": training})
     data = task_data(short)
-    train, held = method_data(short.method, data, training.seed)
-    model = add_adapter(data.model, short)
     with TemporaryDirectory(prefix="loralloc-") as scratch, terminal.silence():
-        folder, method = RunFolder(Path(scratch)), make_method(short.method, held)
-        trainer, _ = stage.make_trainer(short, replace(data, train=train), model, folder, method)
-        begun = terminal.clock()
-        untrained = stage.evaluate(trainer, data, "untrained")[data.metric]
-        seconds = terminal.clock() - begun
-        stage.train(trainer, folder.checkpoints, FIRST + TIMED, resume=False)
+        screen, folder = terminal.Terminal(), RunFolder(Path(scratch))
+        stage = stages.prepare_training(short, data, folder, screen, after_search=False)
+        begun = clock()
+        untrained = stage.evaluate("untrained")[data.metric]
+        seconds = clock() - begun
+        stage.train(resume=False)
     evaluated = 1 if data.test is None else 1 + len(data.validation) / len(data.test)
-    return Measured(median(list(stage.pace(trainer).recent)[FIRST:]), seconds * evaluated, untrained)
+    return Measured(median(list(progress_of(stage.trainer).pace.recent)[FIRST:]), seconds * evaluated, untrained)
 
 
 def steps_within(seconds: float, measured: Measured, runs: int, least: int, most: int) -> int:
@@ -75,7 +74,7 @@ def steps_within(seconds: float, measured: Measured, runs: int, least: int, most
 
 def show_measuring() -> None:
     """Say why nothing is shown for a while."""
-    terminal.console.print("[bold]demo[/]      measuring an evaluation and a few steps on this machine")
+    console.print("[bold]demo[/]      measuring an evaluation and a few steps on this machine")
 
 
 def show_steps(steps: int, seconds: float, measured: Measured, runs: int, most: int) -> None:
@@ -96,7 +95,5 @@ def show_steps(steps: int, seconds: float, measured: Measured, runs: int, most: 
         why = "as in the recipes"
     together = training + runs * measured.evaluations
     step, evaluations = f"{measured.step:.2g} s a step", f"{measured.evaluations:.2g} s for the evaluations of a run"
-    terminal.console.print(f"  measured  {step}, {evaluations}")
-    terminal.console.print(
-        f"  steps     {steps} for each of {runs} runs, {why}; with evaluations about {together:.0f} s\n"
-    )
+    console.print(f"  measured  {step}, {evaluations}")
+    console.print(f"  steps     {steps} for each of {runs} runs, {why}; with evaluations about {together:.0f} s\n")

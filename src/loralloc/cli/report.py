@@ -10,7 +10,7 @@ import typer
 
 def report(run: Annotated[Path, typer.Argument(help="The run folder.")]) -> None:
     """Write RUN/report.html and the figures beside it."""
-    from loralloc.cli.folder import RunFolder
+    from loralloc.recipe.run_folder import RunFolder
 
     folder = RunFolder.existing(run)
     from loralloc.report import write_report

@@ -32,7 +32,9 @@ def train(
         check_inputs(outline)
         check_output(outline, resume, replace)
     settings = load_recipe(recipe, context.args)
-    from loralloc.cli import pipeline
+    from loralloc.cli import terminal
+    from loralloc.recipe import run
 
-    act = pipeline.show_plan if dry_run else pipeline.run
-    act(settings, resume=resume, start_over=replace)
+    terminal.quiet_libraries()
+    act = run.rehearse if dry_run else run.run
+    act(settings, resume=resume, start_over=replace, screen=terminal.Terminal())

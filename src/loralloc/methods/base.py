@@ -157,9 +157,10 @@ class Search:
 class Method(ABC):
     """The interface of a method: a frozen dataclass of settings that is derived from this class.
 
-    Nine things may happen in a run, in this order: `schedule`, `prepare`, `calibrate`; in every step `on_gradients`
-    and `on_step`; `resized` where closed ranks leave memory; `finish`; and for checkpoints `state_dict` and
-    `load_state_dict`. Four must be written, the others have defaults. They stand in this order in every method's file.
+    Nine things may happen in a run, in this order: `schedule`, `prepare`, `calibrate`; in every step `on_gradients` and
+    `on_step`; `resized` where closed ranks leave memory; `finish`; and for checkpoints `state_dict` and
+    `load_state_dict`. Three must be written: `schedule`, `prepare` and `finish`; the others have defaults. In a
+    method's file they stand in the order that they have here.
 
     Attributes:
         id: What recipes and plans call it.
@@ -338,5 +339,5 @@ def rank_plan(
         modules=modules,
         budget={} if method.budget is None else method.budget.to_dict(),
         peak=peak,
-        provenance={**provenance, "settings": method.settings()},
+        provenance={**provenance, "label": method.label, "settings": method.settings()},
     )

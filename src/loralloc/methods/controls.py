@@ -16,7 +16,6 @@ allocation.) Ranks above a module's own are closed before the first step, for go
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from loralloc.budget import Budget, ConstantSchedule
 from loralloc.gating import Site
 from loralloc.methods.base import Method
 from loralloc.methods.guards import check_fresh
+from loralloc.naming import places
 from loralloc.setting_types import Seed
 
 Direction = Literal["increasing", "decreasing"]
@@ -174,13 +174,13 @@ def depth_scores(depths: Sequence[int], ranks: Sequence[int], direction: Directi
 def depths_of(names: Sequence[str]) -> list[int]:
     """Number the layers in the model's order.
 
-    Modules whose names agree up to and including the first number are one layer; a module whose name has none is a
-    layer by itself.
+    A module outside of the layers is one by itself.
 
     >>> depths_of(["embed", "layers.0.q", "layers.0.v", "layers.1.q", "head"])
     [0, 1, 1, 2, 3]
     """
-    numbered = [re.match(r"(?:\D[^.]*\.)*\d+(?=\.|$)", name) for name in names]
-    layers = [name if match is None else match[0] for name, match in zip(names, numbered, strict=True)]
+    layers = [
+        name if place is None else (place.stack, place.layer) for name, place in zip(names, places(names), strict=True)
+    ]
     order = {layer: depth for depth, layer in enumerate(dict.fromkeys(layers))}
     return [order[layer] for layer in layers]

@@ -5,7 +5,7 @@ A package brings methods with an entry point, `NAME = "MODULE:CLASS"` under `[pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -71,9 +71,13 @@ def _source(entry: EntryPoint) -> str:
 @cache
 def sections() -> Mapping[str, type[MethodSection]]:
     """Return the class of a recipe's `method` section for every method, and for plain LoRA."""
-    allocators = [kind.id for kind in methods().values() if _needs_budget(kind)]
-    made = {name: recipe_section(kind, allocators) for name, kind in methods().items()}
-    return made | {PLAIN_LORA: PlainLoRASection}
+    return sections_of(methods().values())
+
+
+def sections_of(kinds: Collection[type[Method]]) -> Mapping[str, type[MethodSection]]:
+    """Return the class of a recipe's `method` section for some methods, and for plain LoRA."""
+    allocators = [kind.id for kind in kinds if _needs_budget(kind)]
+    return {kind.id: recipe_section(kind, allocators) for kind in kinds} | {PLAIN_LORA: PlainLoRASection}
 
 
 def _needs_budget(kind: type[Method]) -> bool:

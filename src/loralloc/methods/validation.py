@@ -15,7 +15,7 @@ from torch import Tensor
 from loralloc.errors import UserError
 
 IGNORED = -100
-"""Label of a position that has none."""
+"""The label of a position that is not learned; the convention of torch and transformers."""
 
 NO_LABELS = "the validation batch has no labels (all are -100); give examples with something to learn"
 

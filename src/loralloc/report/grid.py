@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from loralloc.naming import places
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -36,31 +38,16 @@ class Grid:
 def arrange(names: Iterable[str]) -> Grid:
     """Split names at their layer index.
 
-    The layer index is the integer that takes most values over the model, the last one on a tie: nearly all models have
-    a single one; T5 (`encoder.block.3.layer.0.SelfAttention.q`) and mixtures of experts have more.
-
     >>> grid = arrange(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head"])
     >>> grid.rows, grid.types, grid.others
     ((('model.layers', 0), ('model.layers', 1)), ('mlp.up_proj',), ('lm_head',))
     """
     names = list(names)
-    values: dict[str, set[str]] = {}
-    for name in names:
-        for place, index in _indices(name):
-            values.setdefault(place, set()).add(index)
     cells: dict[tuple[str, int, str], str] = {}
     others = []
-    for name in names:
-        places = _indices(name)
-        if not places:
-            others.append(name)
-            continue
-        at = max(range(len(places)), key=lambda i: (len(values[places[i][0]]), i))
-        depth = places[at][0].count(".")
-        parts = name.split(".")
-        key = ".".join(parts[:depth]), int(parts[depth]), ".".join(parts[depth + 1 :])
-        if key[2] and key not in cells:
-            cells[key] = name
+    for name, place in zip(names, places(names), strict=True):
+        if place is not None and place.kind and place not in cells:
+            cells[place] = name
         else:
             others.append(name)
     stacks = list(dict.fromkeys(stack for stack, _, _ in cells))
@@ -86,20 +73,3 @@ def short_names(types: Sequence[str]) -> dict[str, str]:
         )
         short[name] = next((run for run in runs if not any(f".{run}." in other for other in others)), name)
     return short
-
-
-def _indices(name: str) -> list[tuple[str, str]]:
-    """Integers in a name, each with its place: the name up to it, other integers as `*`.
-
-    >>> _indices("encoder.block.3.layer.0.q")
-    [('encoder.block.*', '3'), ('encoder.block.*.layer.*', '0')]
-    """
-    indices = []
-    place: list[str] = []
-    for part in name.split("."):
-        # `isdecimal` alone also accepts the digits of other scripts, `isdigit` superscripts.
-        integer = part.isascii() and part.isdecimal()
-        place.append("*" if integer else part)
-        if integer:
-            indices.append((".".join(place), part))
-    return indices

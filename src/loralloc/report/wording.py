@@ -8,22 +8,10 @@ import math
 from loralloc.report.run_record import RunRecord, number
 from loralloc.tasks.spec import TASKS
 
-METHODS = {
-    "adalora": "AdaLoRA",
-    "ablora": "AB-LoRA",
-    "autolora": "AutoLoRA",
-    "allora": "ALLoRA",
-    "uniform": "uniform ranks",
-    "random": "random ranks",
-    "depth_linear": "ranks by depth",
-    "truncate": "truncation",
-    "lora": "plain LoRA",
-}
-
 
 def method_name(run: RunRecord) -> str:
     """Return the method as its paper writes it."""
-    return METHODS.get(run.plan.method, run.plan.method or "LoRA")
+    return str(run.plan.provenance.get("label") or run.plan.method or "LoRA")
 
 
 def task_name(run: RunRecord) -> str:

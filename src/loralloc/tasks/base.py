@@ -66,6 +66,8 @@ class TaskData:
     """Values of `metric` that need no training, on the test split, or the validation split without one."""
     classes: Mapping[str, int] = field(default_factory=dict)
     """Training examples of every class, in the order of the model's outputs; empty where there are no classes."""
+    again: Callable[[], PreTrainedModel] | None = None
+    """Loads the model once more, as it was; None where it was not loaded here."""
 
     @property
     def greater_is_better(self) -> bool:

@@ -24,6 +24,7 @@ from datasets import List, Value
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from loralloc.errors import UserError
+from loralloc.methods.validation import IGNORED
 from loralloc.tasks import metrics
 from loralloc.tasks.base import CHUNK, Logits, ModelSection, TaskData, evaluation_of, to_dataset
 from loralloc.tasks.chat import Tokens, check_template, read_chats, tokenize_chats
@@ -35,9 +36,6 @@ from loralloc.tasks.spec import LanguageModelData
 logger = logging.getLogger(__name__)
 
 Example = dict[str, list[int]]
-
-IGNORED = -100
-"""The label of a token that is not learned; the convention of torch and transformers."""
 
 
 def prepare(model: ModelSection, data: LanguageModelData, seed: int) -> TaskData:
@@ -69,8 +67,13 @@ def prepare(model: ModelSection, data: LanguageModelData, seed: int) -> TaskData
             "Set eos_token in its tokenizer_config.json."
         )
     encoded = [to_dataset(tokenize(tokenizer), List(Value("int32"))) for tokenize in contents]
+
+    def load() -> PreTrainedModel:
+        return load_model("causal-lm", checkpoint, tokenizer, seed)
+
     return TaskData(
-        model=load_model("causal-lm", checkpoint, tokenizer, seed),
+        model=load(),
+        again=load,
         tokenizer=tokenizer,
         train=encoded[0],
         validation=encoded[1],

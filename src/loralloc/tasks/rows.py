@@ -137,22 +137,40 @@ def split(rows: Rows, fraction: float, seed: int, stratify_by: Sequence[Hashable
     Raises:
         UserError: There are too few rows to leave at least one on either side.
     """
-    groups: dict[Hashable, list[int]] = {}
-    for index, group in enumerate(stratify_by or [None] * len(rows)):
-        groups.setdefault(group, []).append(index)
-
-    generator = random.Random(seed)
-    chosen: set[int] = set()
-    for members, share in zip(groups.values(), _shares(groups, fraction, len(rows)), strict=True):
-        chosen.update(generator.sample(members, share))
+    chosen = cut(len(rows), fraction, seed, stratify_by)
     if not chosen:
-        kinds = f" with {len(groups)} different labels" if stratify_by is not None else ""
+        kinds = f" with {len(set(stratify_by))} different labels" if stratify_by is not None else ""
         raise UserError(
             f"{rows.source}: {len(rows)} rows{kinds} are too few to cut {fraction:g} of them off for validation. "
             "Give more rows, or name a file in data.validation."
         )
-    kept = [index for index in range(len(rows)) if index not in chosen]
-    return rows.select(kept), rows.select(sorted(chosen))
+    kept = sorted(set(range(len(rows))) - set(chosen))
+    return rows.select(kept), rows.select(chosen)
+
+
+def cut(count: int, fraction: float, seed: int, stratify_by: Sequence[Hashable] | None = None) -> list[int]:
+    """Choose a share of some rows, at random but always the same for a seed.
+
+    Args:
+        count: How many rows there are.
+        fraction: Share to choose, between 0 and 1.
+        seed: Seed of the choice.
+        stratify_by: One group per row: every group gives its share (largest remainders), none its last row.
+
+    Returns:
+        The places of the rows chosen, in their order; none where there are too few.
+
+    >>> len(cut(10, 0.3, 0)), cut(2, 0.5, 0, ["a", "b"])
+    (3, [])
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(stratify_by or [None] * count):
+        groups.setdefault(group, []).append(index)
+    generator = random.Random(seed)
+    chosen: list[int] = []
+    for members, share in zip(groups.values(), _shares(groups, fraction, count), strict=True):
+        chosen += generator.sample(members, share)
+    return sorted(chosen)
 
 
 def _shares(groups: Mapping[Hashable, Sequence[int]], fraction: float, count: int) -> list[int]:

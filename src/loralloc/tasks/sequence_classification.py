@@ -61,11 +61,15 @@ def prepare(model: ModelSection, data: ClassificationData, seed: int) -> TaskDat
     check_length(data.max_length, config, model.name)
     tokenizer = load_tokenizer(checkpoint)
     options = {**goal.options, "ignore_mismatched_sizes": _replaces_head(checkpoint, config, goal)}
-    classifier = load_model("sequence-classification", checkpoint, tokenizer, seed, **options)
-    # A classifier's loss is a mean over the batch, but its forward takes any keyword, so a Trainer believes that
-    # it divides by the number of items in all accumulated batches and leaves the division out.
-    classifier.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
 
+    def load() -> PreTrainedModel:
+        classifier = load_model("sequence-classification", checkpoint, tokenizer, seed, **options)
+        # A classifier's loss is a mean over the batch, but its forward takes any keyword, so a Trainer believes that
+        # it divides by the number of items in all accumulated batches and leaves the division out.
+        classifier.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
+        return classifier
+
+    classifier = load()
     keys = inspect.signature(classifier.forward).parameters.keys()
     encoded = [
         to_dataset(_tokenize(tokenizer, columns, targets, data.max_length, keys), goal.label_type)
@@ -73,6 +77,7 @@ def prepare(model: ModelSection, data: ClassificationData, seed: int) -> TaskDat
     ]
     return TaskData(
         model=classifier,
+        again=load,
         tokenizer=tokenizer,
         train=encoded[0],
         validation=encoded[1],

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loralloc.setting_types import Count, Section, Text, is_text
+from loralloc.setting_types import Between0And1, Count, Section, Text, is_text
 
 
 def _check_share_or_path(value: Any) -> Any:
@@ -29,7 +29,11 @@ def _check_labels(value: Any) -> Any:
     raise ValueError("must be a list of at least two different labels, or regression, or null")
 
 
-Labels = Annotated[Literal["regression"] | list[str | int | bool] | None, BeforeValidator(_check_labels)]
+Classes = Annotated[list[str | int | bool], Field(min_length=2)]
+Labels = Annotated[
+    Literal["regression"] | list[str | int | bool] | None,
+    BeforeValidator(_check_labels, json_schema_input_type=Literal["regression"] | Classes | None),
+]
 
 
 class DataSection(Section):
@@ -39,9 +43,9 @@ class DataSection(Section):
         description="a .jsonl, .json, .csv, .tsv, .parquet or .txt file (each also .gz), "
         "hub:NAME[/CONFIG][@SPLIT], or demo:docstrings[@SPLIT]"
     )
-    validation: Annotated[float | str, BeforeValidator(_check_share_or_path)] = Field(
-        default=0.1, description="a fraction cut from the training data (by training.seed), or data as in train"
-    )
+    validation: Annotated[
+        float | str, BeforeValidator(_check_share_or_path, json_schema_input_type=Between0And1 | Text)
+    ] = Field(default=0.1, description="a fraction cut from the training data (by training.seed), or data as in train")
     test: Text | None = Field(default=None, description="data as in train, evaluated once at the end")
     max_length: Count = Field(default=128, description="tokens kept of each example")
 

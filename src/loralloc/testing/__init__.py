@@ -2,14 +2,13 @@
 
 It needs pytest, which nothing else in the package does: `pip install "loralloc[testing]"`.
 
-    from loralloc import Budget
     from loralloc.testing import MethodContract
 
-    class TestSoRA(MethodContract):
-        methods = {"sora": lambda budget: SoRA(penalty=6.0), "sora-budget": lambda budget: SoRA(1.0, budget)}
+    class TestMine(MethodContract):
+        methods = {"mine": Mine, "mine-faster": lambda budget: Mine(budget, faster=True)}
 
 The tests run every row of the table on a tiny causal language model and on a tiny classifier, for 18 steps. What the
-class may say about its methods beside the table is in `loralloc.testing.hooks`.
+class may say about its methods beside the table is in `loralloc.testing.hooks`; examples/own_method has one that does.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from loralloc.errors import UserError
 from loralloc.gating import Site, gates_replaced
 from loralloc.methods.validation import NO_LABELS, check_loss, loss_of
+from loralloc.peft_layers import evaluating
 from loralloc.training.losses import SampleLoss
-from loralloc.training.prefix_reuse import States, Watcher, computing, evaluating, find_blocks, frozen, skipped
+from loralloc.training.prefix_reuse import States, Watcher, computing, find_blocks, frozen, skipped
 
 TOKENS = 16_384
 """Tokens in one forward pass: enough copies to fill a GPU, few enough for activations to fit."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from loralloc.errors import UserError
+from loralloc.peft_layers import evaluating
 from loralloc.training.step_data import on_device, random_state, set_random_state
 
 
@@ -49,17 +50,14 @@ def batches_of(model: nn.Module, batches: Iterable[Any], device: torch.device) -
 @contextmanager
 def without_a_trace(model: nn.Module) -> Iterator[None]:
     """Compute in evaluation mode inside; modes, gradients and random states are the same before and after."""
-    modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     random = random_state()
-    model.eval()
     for parameter, _ in gradients:
         parameter.grad = None  # so that a backward pass inside adds to none of them
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, gradient in gradients:
             parameter.grad = gradient
         set_random_state(random)

@@ -44,12 +44,13 @@ from loralloc.budget import Budget, RoundSchedule, round_schedule
 from loralloc.errors import UserError
 from loralloc.files import finite
 from loralloc.gating import Site
-from loralloc.methods.ablora.moves import Move, deal, reallocate
+from loralloc.methods.ablora.moves import deal
 from loralloc.methods.ablora.scores import Mode, score_ranks
-from loralloc.methods.ablora.state import ABLoRAState, block_of, rank_sensitivity, type_of
-from loralloc.methods.base import Decision, Method, StepContext, agree, open_ranks, ranks_by_site
+from loralloc.methods.ablora.state import ABLoRAState, check_groups, check_room, rank_sensitivity
+from loralloc.methods.base import Decision, Method, StepContext, agree, ranks_by_site
 from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.validation import check_validation
+from loralloc.naming import kind_of, places
 from loralloc.setting_types import Count, Examples, Phase, Whole, is_number
 
 Score = Literal["ablation", "gate", "sensitivity"]
@@ -165,34 +166,18 @@ class ABLoRA(Method):
         Raises:
             UserError: An adapter has been trained already, or the budget leaves no capacity to grow into.
         """
-        if not self._groups(sites):
-            raise UserError(
-                'no rank could move: one module is adapted; adapt more of them (target_modules="all-linear")'
-                if len(sites) == 1
-                else 'with scope="block" no rank could move: each block has one adapted module; adapt more of them '
-                '(target_modules="all-linear"), or use scope="global"'
-            )
+        check_groups(sites, self._groups(sites))
         room = [min(site.rank, site.inputs, site.outputs) for site in sites]
         costs = self._costs(sites)
         limit = self.budget.resolve([site.rank for site in sites], [site.cost for site in sites])
+        # The budget is met from the start, by R_target / N_mod ranks in every module.
         start = deal(range(len(sites)), room, costs, limit)
         check_fresh(sites, "ABLoRA would close a part of it", FROM_THE_START)
-        if start == room:
-            wider = any(site.rank < min(site.inputs, site.outputs) for site in sites)
-            cure = (
-                f"LoraConfig.r is the most a module may get: raise it to {2 * max(start)}, with lora_alpha in "
-                "proportion or not (the scale is lora_alpha over the average starting rank)"
-                if wider
-                else f"no layer has dimensions for more: lower the budget, below {sum(start)} ranks"
-            )
-            raise UserError(
-                f"the budget fills the whole capacity ({sum(start)} ranks in {len(sites)} modules), so no rank could "
-                f"move; {cure}"
-            )
+        check_room(sites, start, room)
         counts = torch.tensor(start).repeat_interleave(torch.tensor([site.rank for site in sites]))
         place = torch.cat([torch.arange(site.rank) for site in sites])
         state = ABLoRAState(sites, room, sum(start) / len(sites), place < counts, torch.full_like(place, -1), limit)
-        state.apply()
+        state.apply()  # eq. 3: gates of 1 and 0, which are not trained
         for site in sites if self.score != "gate" else ():
             site.freeze_gate()
         return state
@@ -202,7 +187,7 @@ class ABLoRA(Method):
         if self.score == "ablation" and now.step == 0:
             assert now.data is not None
             now.data.check_scoring()
-        elif self.score == "gate":
+        elif self.score == "gate":  # eq. 5, ALoRA-DNAS: the optimizer trains a', the model computes with 2σ(a')
             state.to_logits()
         elif self.score == "sensitivity" and now.step < now.schedule.steps_until_final:
             new = rank_sensitivity(state.sites)
@@ -218,16 +203,22 @@ class ABLoRA(Method):
         if self.score == "gate":
             state.from_logits()
         assert isinstance(now.schedule, RoundSchedule)
+        # Algorithm 1: after K₁ steps, every K₂ steps, N_A times.
         number = now.schedule.round_after(now.step)
         if number is None:
             return None
+        # Eq. 6: IS(r) of every open rank, on one batch of validation data.
         scores, measured = self._scores(state, now, number)
-        moved = self._move(state, scores, number)
-        state.limit -= moved.lost
+        # The n_A lowest are pruned, and as many grow in modules that lost none, those with the best average first.
+        candidates, groups = self._candidates(state, number), self._groups(state.sites)
+        moved = state.choose_move(
+            scores, candidates, groups, self._costs(state.sites), self._count(state.sites), self.keep_budget
+        )
+        state.limit -= moved.lost  # footnote 4: where no module is left to receive
         fresh = int((state.born[moved.pruned] >= 0).sum())
         closed = torch.zeros_like(state.open)
         closed[moved.pruned] = True
-        opened = state.apply_move(moved, number)
+        opened = state.apply_move(moved, number)  # by new rows of A and columns of B, with B = 0
         details = {
             "round": number,
             "pruned": ranks_by_site(state.sites, closed),
@@ -272,14 +263,16 @@ class ABLoRA(Method):
 
     def _groups(self, sites: Sequence[Site]) -> list[list[int]]:
         """Modules among which ranks move."""
-        blocks: dict[str, list[int]] = {}
-        for index, site in enumerate(sites):
-            blocks.setdefault(block_of(site.name) if self.scope == "block" else "", []).append(index)
-        return [group for group in blocks.values() if len(group) > 1]
+        names = [site.name for site in sites]
+        groups: dict[object, list[int]] = {}
+        for index, (name, place) in enumerate(zip(names, places(names), strict=True)):
+            block = name if place is None else (place.stack, place.layer)
+            groups.setdefault(block if self.scope == "block" else "", []).append(index)
+        return [group for group in groups.values() if len(group) > 1]
 
     def _count(self, sites: Sequence[Site]) -> int:
         """n_A."""
-        return self.n_prune or len({type_of(site.name) for site in sites})
+        return self.n_prune or len({kind_of(site.name) for site in sites})
 
     def _candidates(self, state: ABLoRAState, number: int) -> Tensor:
         """Open ranks that are old enough to be pruned, boolean [R]."""
@@ -294,7 +287,7 @@ class ABLoRA(Method):
         elif self.score == "sensitivity":
             scores = state.sensitivity.clone()
             state.sensitivity.zero_()
-        else:
+        else:  # AB-LoRA
             scores, measured = self._ablation_scores(state, now, number)
         scores = agree(scores.to(state.sites[0].gate.device)).double().cpu()
         return scores.masked_fill(~state.open, torch.nan), dict(finite(measured))
@@ -308,28 +301,3 @@ class ABLoRA(Method):
         ablations = now.data.scoring(samples, number if self.resample else 0)
         gates = state.open.to(state.sites[0].gate)
         return score_ranks(self.mode, ablations, gates, counts, state.generator(number))
-
-    def _move(self, state: ABLoRAState, scores: Tensor, number: int) -> Move:
-        """What leaves and what comes, in positions of all ranks and for all modules."""
-        candidates, ranks = self._candidates(state, number), open_ranks(state.sites)
-        costs, spare = self._costs(state.sites), state.spare(self._costs(state.sites))
-        pruned: list[int] = []
-        grown, lost = [0] * len(state.sites), 0
-        count = self._count(state.sites)
-        for group in self._groups(state.sites):
-            members = (state.members(group) & state.open).nonzero()[:, 0]
-            module = [index for index, site in enumerate(group) for _ in range(ranks[site])]
-            room, price = [state.room[site] - ranks[site] for site in group], [costs[site] for site in group]
-            own, old_enough = scores[members], candidates[members]
-            moved = reallocate(own, module, old_enough, count, room, price, spare, self.keep_budget)
-            pruned += members[list(moved.pruned)].tolist()
-            for site, new in zip(group, moved.grown, strict=True):
-                grown[site] = new
-            freed = sum(costs[group[module[rank]]] for rank in moved.pruned) - moved.lost
-            spare += freed - sum(costs[site] * grown[site] for site in group)
-            lost += moved.lost
-            for rank in moved.pruned:
-                ranks[group[module[rank]]] -= 1
-        room = [most - have - new for most, have, new in zip(state.room, ranks, grown, strict=True)]
-        extra = deal(range(len(room)), room, costs, spare)
-        return Move(pruned, [a + b for a, b in zip(grown, extra, strict=True)], lost)

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from loralloc.errors import UserError
 from loralloc.gating import Site
-from loralloc.methods.ablora.moves import Move
+from loralloc.methods.ablora.moves import Move, deal, reallocate
 from loralloc.methods.adalora.importance import sensitivity
-from loralloc.methods.base import agree, ranks_by_site
-
-
-def block_of(name: str) -> str:
-    """The part of a module's name up to its first number; all of it where there is none.
-
-    >>> block_of("model.layers.11.mlp.up_proj"), block_of("classifier")
-    ('model.layers.11', 'classifier')
-    """
-    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
-    return name if found is None else found[0]
-
-
-def type_of(name: str) -> str:
-    """A module's name without the numbers in it.
-
-    >>> type_of("model.layers.11.mlp.up_proj")
-    'model.layers.mlp.up_proj'
-    """
-    return ".".join(part for part in name.split(".") if not part.isdigit())
+from loralloc.methods.base import agree, open_ranks, ranks_by_site
 
 
 @dataclass(eq=False)
@@ -84,6 +65,49 @@ class ABLoRAState:
         for site, part in zip(self.sites, self.open.split([site.rank for site in self.sites]), strict=True):
             site.set_scale(part.to(site.gate.device), factor=site.scaling_at(self.start) / site.scaling)
 
+    def choose_move(
+        self,
+        scores: Tensor,
+        candidates: Tensor,
+        groups: Sequence[Sequence[int]],
+        costs: Sequence[int],
+        count: int,
+        keep_budget: bool,
+    ) -> Move:
+        """Choose what leaves and what comes in a round.
+
+        Args:
+            scores: [R], NaN for closed ranks.
+            candidates: Boolean [R], open ranks that may be pruned.
+            groups: The modules among which ranks move.
+            costs: What one rank of each module costs, in the unit of the budget.
+            count: n_A, ranks to prune in each group.
+            keep_budget: Whether fewer are pruned where no module would be left to receive.
+
+        Returns:
+            The move, in positions of all ranks and for all modules.
+        """
+        ranks, spare = open_ranks(self.sites), self.spare(costs)
+        pruned: list[int] = []
+        grown, lost = [0] * len(self.sites), 0
+        for group in groups:  # the whole model, or each block by itself
+            members = (self.members(group) & self.open).nonzero()[:, 0]
+            module = [index for index, site in enumerate(group) for _ in range(ranks[site])]
+            room, price = [self.room[site] - ranks[site] for site in group], [costs[site] for site in group]
+            own, old_enough = scores[members], candidates[members]
+            moved = reallocate(own, module, old_enough, count, room, price, spare, keep_budget)
+            pruned += members[list(moved.pruned)].tolist()
+            for site, new in zip(group, moved.grown, strict=True):
+                grown[site] = new
+            freed = sum(costs[group[module[rank]]] for rank in moved.pruned) - moved.lost
+            spare += freed - sum(costs[site] * grown[site] for site in group)
+            lost += moved.lost
+            for rank in moved.pruned:
+                ranks[group[module[rank]]] -= 1
+        room = [most - have - new for most, have, new in zip(self.room, ranks, grown, strict=True)]
+        extra = deal(range(len(room)), room, costs, spare)
+        return Move(pruned, [a + b for a, b in zip(grown, extra, strict=True)], lost)
+
     @torch.no_grad()
     def apply_move(self, moved: Move, number: int) -> Tensor:
         """Close and open ranks; return those that opened, boolean [R]. Slots closed just now are used last."""
@@ -135,3 +159,45 @@ def rank_sensitivity(sites: Sequence[Site]) -> Tensor:
         ]
         parts.append(sum(terms, torch.zeros(site.rank, device=site.A.device)).to(sites[0].gate.device))
     return torch.cat(parts)
+
+
+def check_groups(sites: Sequence[Site], groups: Sequence[Sequence[int]]) -> None:
+    """Refuse modules among which no rank could move.
+
+    Raises:
+        UserError: There is one module, or one in every block.
+    """
+    if groups:
+        return
+    raise UserError(
+        'no rank could move: one module is adapted; adapt more of them (target_modules="all-linear")'
+        if len(sites) == 1
+        else 'with scope="block" no rank could move: each block has one adapted module; adapt more of them '
+        '(target_modules="all-linear"), or use scope="global"'
+    )
+
+
+def check_room(sites: Sequence[Site], start: Sequence[int], room: Sequence[int]) -> None:
+    """Refuse a budget that leaves no capacity to grow into.
+
+    Args:
+        sites: The gated layers.
+        start: Ranks that are open at first, one a layer.
+        room: Most ranks of each.
+
+    Raises:
+        UserError: All are open.
+    """
+    if start != room:
+        return
+    wider = any(site.rank < min(site.inputs, site.outputs) for site in sites)
+    cure = (
+        f"LoraConfig.r is the most a module may get: raise it to {2 * max(start)}, with lora_alpha in "
+        "proportion or not (the scale is lora_alpha over the average starting rank)"
+        if wider
+        else f"no layer has dimensions for more: lower the budget, below {sum(start)} ranks"
+    )
+    raise UserError(
+        f"the budget fills the whole capacity ({sum(start)} ranks in {len(sites)} modules), so no rank could "
+        f"move; {cure}"
+    )

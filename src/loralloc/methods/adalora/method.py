@@ -130,6 +130,7 @@ class AdaLoRA(Method):
         """
         check_fresh(sites, "AdaLoRA would draw it anew", FROM_THE_START)
         check_capacity(sites, "more rows than that cannot be orthonormal")
+        # ΔW = P Λ Q, with ΔW = 0 at first.
         for site in sites:
             initialise(site, self.parity)
         return AdaLoRAState(sites, stacks_of(sites))
@@ -144,10 +145,12 @@ class AdaLoRA(Method):
                 continue
             weights = stack.weights()
             if penalise:
+                # Eq. 4: C + γ Σ R(P, Q). Its gradient, added when the loss's own is complete and clipped.
                 matrices, resolution = 2 * len(state.sites), stack.resolution()
                 gradient = penalty_gradient(weights, stack.rank_dim, stack.open, self.penalty, matrices, resolution)
                 stack.add_to_gradients(gradient, self.gamma)
             if measure and self.order == "paper":
+                # Algorithm 1: importance from this step's weights and gradients.
                 self._measure(stack, weights, stack.gradients(), now.sound)
         state.measure_after_step = measure and self.order == "reference"
 
@@ -155,20 +158,22 @@ class AdaLoRA(Method):
         """Close the least important triplets when the schedule says so."""
         schedule, step = now.schedule, now.step
         assert isinstance(schedule, BudgetSchedule)
-        if state.measure_after_step:
+        if state.measure_after_step:  # the public code multiplies the gradient with the weight after its update
             for stack in state.stacks:
                 self._measure(stack, stack.weights(), stack.gradients(), now.sound)
             state.measure_after_step = False
+        # Algorithm 1: ranks are closed every ΔT steps.
         if not schedule.closes(step):
             return None
         if state.final is not None:
             if self.order == "reference":
                 state.zero_gates(state.final)
             return None
+        # Eq. 14: the budget b(t). Eq. 8: λ stays for the b(t) most important triplets of all matrices, else it is 0.
         budget, final = schedule.budget(step), schedule.phase(step) == "final"
         keep = self._select(state, budget)
         state.zero_gates(keep)
-        if final:
+        if final:  # the final phase: what is closed now stays closed
             state.final = keep
             if self.order == "paper":
                 self._close_for_good(state, keep)
@@ -206,12 +211,14 @@ class AdaLoRA(Method):
 
     def _measure(self, stack: Stack, weights: Tensor, gradients: Tensor, sound: Tensor | None) -> None:
         """Update the importance of a stack's entries from one step's weights and gradients, if the step is sound."""
+        # Eq. 10: I(w) = |w · ∂L/∂w|.
         current, beta1, beta2 = sensitivity(weights, gradients), self.beta1, self.beta2
-        if sound is not None:
+        if sound is not None:  # not known to the host yet: a bad step leaves the averages, by smoothing of 1
             sound = sound.to(current.device)
             current = torch.where(sound, current, 0.0 if self.importance == "smoothed" else stack.mean)
             beta1, beta2 = (torch.where(sound, beta, 1.0).to(current.dtype) for beta in (beta1, beta2))
         if self.importance == "smoothed":
+            # Eq. 11 and 12: running averages of the sensitivity and of its uncertainty.
             smooth_(stack.mean, stack.uncertainty, current, beta1, beta2)
         else:
             stack.mean.copy_(current)
@@ -222,6 +229,7 @@ class AdaLoRA(Method):
         if self.importance == "magnitude":
             return state.flat_gates().abs()
         for stack in state.stacks:
+            # Eq. 13: s(w) = Ī · Ū; eq. 9 averages it over the entries of a triplet's P and Q.
             elements = stack.mean * stack.uncertainty if self.importance == "smoothed" else stack.mean
             positions = stack.positions.flatten().to(scores.device)
             scores.index_add_(0, positions, per_rank(elements, stack.rank_dim).flatten())

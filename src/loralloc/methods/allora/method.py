@@ -31,10 +31,9 @@ Where we deviate, and why:
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -45,8 +44,8 @@ from loralloc.budget import Budget, ConstantSchedule, Schedule
 from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.allora.rows import row_norms, row_scales
+from loralloc.methods.allora.state import ALLoRAState, check_dropout, check_scales, groups_of
 from loralloc.methods.base import Decision, Method, StepContext
-from loralloc.naming import common_ends, named
 from loralloc.setting_types import is_number
 
 Mode = Literal["paper", "hybrid", "post"]
@@ -157,15 +156,16 @@ class ALLoRA(Method):
         Raises:
             UserError: The adapter has dropout or a scale other than 1.
         """
-        _check_dropout(sites)
+        # No dropout, no scaling factor.
+        check_dropout(sites)
         inner = None
         if self.allocate is None:
             for site in sites:
                 site.freeze_gate()
         else:
             inner = self.allocate.prepare(sites)
-        _check_scales(sites)
-        state = ALLoRAState(sites, _groups(sites), inner)
+        check_scales(sites)
+        state = ALLoRAState(sites, groups_of(sites), inner)
         self._scale_rows(state)
         return state
 
@@ -207,7 +207,7 @@ class ALLoRA(Method):
         """Group the factors anew by their shapes."""
         if self.allocate is not None:
             self.allocate.resized(state.inner)
-        state.groups = _groups(state.sites)
+        state.groups = groups_of(state.sites)
         self._scale_rows(state)
 
     @torch.no_grad()
@@ -217,6 +217,7 @@ class ALLoRA(Method):
         for sites in state.groups:
             gates = torch.stack([site.gate.detach() * site.scale for site in sites])
             A, B = (torch.stack([getattr(site, symbol).detach() for site in sites]) for symbol in "AB")
+            # s_i = 1 / √(‖(BA)_i‖ + 1/η²), a constant to autograd.
             s = row_scales(row_norms(A, gates, B), self.eta)
             if self.mode == "post":
                 B = B.to(s.dtype) * torch.stack([site.scale != 0 for site in sites])[:, None]  # closed ranks are gone
@@ -225,6 +226,7 @@ class ALLoRA(Method):
                 for mean_of_site, s_of_site in zip(mean, s, strict=True):
                     state.stretch += [mean_of_site - 1, s_of_site[:, None] - 1]
                 continue
+            # The kernel multiplies the weights' gradients of row i by it; what flows to lower layers is not scaled.
             for site, scale in zip(sites, (s / self.eta if self.mode == "hybrid" else s).unbind(), strict=True):
                 site.set_row_scale(scale)
 
@@ -233,7 +235,7 @@ class ALLoRA(Method):
         """Multiply the step that the optimizer has just made; with a factor of 1 it stays as it is, bit for bit."""
         factors = state.factors()
         steps = torch._foreach_sub(factors, before)
-        if self.mode == "hybrid":
+        if self.mode == "hybrid":  # gradients were scaled by s/η: the step makes up for 1/η
             torch._foreach_add_(factors, steps, alpha=self.eta - 1)
         else:
             torch._foreach_mul_(steps, [extra.to(step) for extra, step in zip(state.stretch, steps, strict=True)])
@@ -250,77 +252,3 @@ class ALLoRA(Method):
                 'use mode="hybrid" or mode="post", or SGD',
                 stacklevel=2,
             )
-
-
-@dataclass(eq=False)
-class ALLoRAState:
-    """What changes during a run.
-
-    Attributes:
-        sites: The gated layers.
-        groups: The same, by shape and device.
-        inner: State of the allocating method; None without one.
-        before: The factors as they were before the optimizer's step (`hybrid`, `post`).
-        stretch: What to multiply the next step with, less 1: s̄ for each A, s for the rows of each B (`post`).
-        optimizer_seen: Whether the optimizer's name is known, and the warning given where it is due.
-    """
-
-    sites: Sequence[Site]
-    groups: Sequence[Sequence[Site]]
-    inner: Any = None
-    before: list[Tensor] | None = None
-    stretch: list[Tensor] = field(default_factory=list)
-    optimizer_seen: bool = False
-
-    def factors(self) -> list[Tensor]:
-        """A and B of every site in turn, one group after the other."""
-        return [factor for sites in self.groups for site in sites for factor in (site.A, site.B)]
-
-
-def _groups(sites: Sequence[Site]) -> list[list[Site]]:
-    """Sites whose factors can be stacked; those that have lost all ranks have nothing to scale."""
-    groups: dict[tuple[int, int, int, torch.device], list[Site]] = {}
-    for site in (site for site in sites if site.rank):
-        groups.setdefault((site.rank, site.inputs, site.outputs, site.A.device), []).append(site)
-    return list(groups.values())
-
-
-def _check_dropout(sites: Sequence[Site]) -> None:
-    found = [site for site in sites if site.dropout]
-    if found:
-        where = named([site.name for site in found], [site.name for site in sites if not site.dropout])
-        raise UserError(
-            f"{where}: lora_dropout is {found[0].dropout:g}, but ALLoRA trains without dropout: its gradients take "
-            "over what dropout is for; set LoraConfig(lora_dropout=0.0)"
-        )
-
-
-def _check_scales(sites: Sequence[Site]) -> None:
-    """The scale is PEFT's times the allocating method's own (`ablora` has one), which a plan keeps."""
-    wrong = [site for site in sites if not math.isclose(site.plan_scale, 1.0, rel_tol=1e-5)]
-    if not wrong:
-        return
-    names: dict[str, list[str]] = {}
-    for site in sites:
-        names.setdefault(f"{_unscaled_alpha(site):g}", []).append(site.name)
-    usual = max(names, key=lambda alpha: len(names[alpha]))
-    pattern = {
-        end: alpha
-        for alpha, members in names.items()
-        if alpha != usual
-        for end in common_ends(members, [name for other in names if other != alpha for name in names[other]])
-    }
-    # PEFT takes the first entry that fits: longer ones first.
-    entries = ", ".join(f'"{end}": {pattern[end]}' for end in sorted(pattern, key=len, reverse=True))
-    where = named([site.name for site in wrong], [site.name for site in sites if site not in wrong])
-    raise UserError(
-        f"{where}: the adapter is scaled by {wrong[0].plan_scale:g}, but ALLoRA has no scaling factor; set "
-        f"LoraConfig(lora_alpha={usual}, use_rslora=False, alpha_pattern={{{entries}}}) (eta and the learning rate "
-        "take its place)"
-    )
-
-
-def _unscaled_alpha(site: Site) -> float:
-    """The lora_alpha with which a site would have the scale 1: its rank, or what the allocating method divides by."""
-    share = site.scaling / site.plan_scale  # of its rank; of the root of it with rsLoRA
-    return site.rank * (share**2 if site.layer.use_rslora.get(site.adapter, False) else share)

@@ -143,6 +143,7 @@ class AutoLoRA(Method):
         for site in sites:
             gain = site.rank if self.parity else 1
             site.set_scale(torch.ones_like(site.gate, dtype=torch.bool), gain=gain)
+        # ΔW = Σ αⱼ Bⱼ Aⱼ with α = softmax(β), and β = 0 at first: equal shares of 1/k.
         state = AutoLoRAState(sites, pad_rows([torch.zeros_like(site.gate.detach()) for site in sites]))
         state.write_gates()
         state.watch()
@@ -164,10 +165,11 @@ class AutoLoRA(Method):
             used = step_gradient if self.mode == "fast" else None
             if not check_replay(data, state.gates(), used, self.mode, now.max_grad_norm):
                 state.steps -= 1
+        # α is learned before W. `fast` waits for the optimizer's own step instead of a virtual one.
         if self.mode == "fast":
             state.before = Before(rate, copies(data.weights()), step_gradient)
         elif self._learn(state, self._gradient_before_step(state, data, rate)):
-            repeat_gradient(data, now.max_grad_norm)
+            repeat_gradient(data, now.max_grad_norm)  # the step of W is taken with the new α
 
     def on_step(self, state: AutoLoRAState, now: StepContext) -> Decision | None:
         """Learn the logits after the step, in the modes that do; look at the plan now and then."""
@@ -211,10 +213,13 @@ class AutoLoRA(Method):
         weights, gates = data.weights(), state.gates()
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         with restored(weights) as start:
+            # One step ahead, W′ = W − η ∇_W L_tr(W, α).
             torch._foreach_add_(weights, gradients, alpha=-rate)
+            # The first part of the gradient, ∂L_val(W′, α)/∂α, and v = ∂L_val/∂W′ for the second.
             direct, v = validation_gradients(data, gates, weights, check=state.updates == 0)
             if self.mode != "reference":
                 torch._foreach_copy_(weights, start)
+            # The second part: η ∂²L_tr/∂α∂W · v, as a difference of gradients at W ± εv, or exactly.
             if self.mode == "exact":
                 second = mixed_derivative(data, gates, weights, v, check=state.updates == 0)
             else:
@@ -234,11 +239,13 @@ class AutoLoRA(Method):
     def _learn(self, state: AutoLoRAState, gate_gradients: list[Tensor]) -> bool:
         """One step of Adam on the logits; a gradient that is not finite moves nothing. Returns whether it was."""
         average_(gate_gradients)
+        # Through the softmax: ∂/∂β = (diag(α) − ααᵀ) ∂/∂α.
         gradient = softmax_gradient(state.shares(), state.pad(gate_gradients))
         if any_process(~torch.isfinite(gradient).all()):
             state.skipped += 1
             return False
         state.updates += 1
+        # Adam on β, with its correction for the first steps.
         state.mean.lerp_(gradient, 1 - self.beta1)
         state.square.lerp_(gradient.square(), 1 - self.beta2)
         mean = state.mean / (1 - self.beta1**state.updates)
@@ -263,6 +270,7 @@ class AutoLoRA(Method):
         """The ranks that stay, boolean [R]."""
         shares = state.shares().masked_fill(~state.real, -1)
         if self.budget is None:
+            # The threshold: the ranks with αⱼ ≥ 1/k are kept.
             return agree(keep_uniform_share(shares)[state.real])
         scores = (shares * state.real.sum(1, keepdim=True))[state.real]  # relative to 1/k, which differs with k
         costs = [site.cost for site in state.sites for _ in range(site.rank)]

@@ -18,18 +18,19 @@ from transformers import (
     set_seed,
 )
 
-from loralloc.cli.folder import RunFolder
-from loralloc.cli.targets import check_entries, linear_modules
 from loralloc.config import Recipe, TrainingConfig
 from loralloc.errors import UserError
 from loralloc.from_plan import lora_config
 from loralloc.gating import plain_sites
 from loralloc.naming import named
 from loralloc.plan import RankPlan
+from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.targets import check_entries, linear_modules
 from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, locate
+from loralloc.tasks.rows import cut
 from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
 
@@ -46,15 +47,20 @@ def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Data
     """Return (the examples to train on, those that the method looks at, None where it looks at none).
 
     A method's section says where they come from with its key `validation`: a share is cut from the training data by
-    the seed, `validation` are the recipe's validation data.
+    the seed, of every class alike, `validation` are the recipe's validation data.
     """
     source = getattr(section, "validation", None)
     if source is None:
         return data.train, None
     if source == "validation":
         return data.train, data.validation
-    parts = data.train.train_test_split(test_size=source, seed=seed)
-    return parts["train"], parts["test"]
+    labels = data.train["labels"] if data.classes else None
+    held_out = cut(len(data.train), source, seed, labels)
+    if not held_out:
+        raise UserError(
+            f"{len(data.train)} training examples are too few to hold {source:g} of them out for method.validation"
+        )
+    return data.train.select(sorted(set(range(len(data.train))) - set(held_out))), data.train.select(held_out)
 
 
 def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:

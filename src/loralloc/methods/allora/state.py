@@ -1,0 +1,90 @@
+"""What an ALLoRA run remembers, and what it asks of an adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralloc.errors import UserError
+from loralloc.gating import Site
+from loralloc.naming import common_ends, named
+
+
+@dataclass(eq=False)
+class ALLoRAState:
+    """What changes during a run.
+
+    Attributes:
+        sites: The gated layers.
+        groups: The same, by shape and device.
+        inner: State of the allocating method; None without one.
+        before: The factors as they were before the optimizer's step (`hybrid`, `post`).
+        stretch: What to multiply the next step with, less 1: s̄ for each A, s for the rows of each B (`post`).
+        optimizer_seen: Whether the optimizer's name is known, and the warning given where it is due.
+    """
+
+    sites: Sequence[Site]
+    groups: Sequence[Sequence[Site]]
+    inner: Any = None
+    before: list[Tensor] | None = None
+    stretch: list[Tensor] = field(default_factory=list)
+    optimizer_seen: bool = False
+
+    def factors(self) -> list[Tensor]:
+        """A and B of every site in turn, one group after the other."""
+        return [factor for sites in self.groups for site in sites for factor in (site.A, site.B)]
+
+
+def groups_of(sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites whose factors can be stacked; those that have lost all ranks have nothing to scale."""
+    groups: dict[tuple[int, int, int, torch.device], list[Site]] = {}
+    for site in (site for site in sites if site.rank):
+        groups.setdefault((site.rank, site.inputs, site.outputs, site.A.device), []).append(site)
+    return list(groups.values())
+
+
+def check_dropout(sites: Sequence[Site]) -> None:
+    """Refuse dropout: ALLoRA trains without."""
+    found = [site for site in sites if site.dropout]
+    if found:
+        where = named([site.name for site in found], [site.name for site in sites if not site.dropout])
+        raise UserError(
+            f"{where}: lora_dropout is {found[0].dropout:g}, but ALLoRA trains without dropout: its gradients take "
+            "over what dropout is for; set LoraConfig(lora_dropout=0.0)"
+        )
+
+
+def check_scales(sites: Sequence[Site]) -> None:
+    """The scale is PEFT's times the allocating method's own (`ablora` has one), which a plan keeps."""
+    wrong = [site for site in sites if not math.isclose(site.plan_scale, 1.0, rel_tol=1e-5)]
+    if not wrong:
+        return
+    names: dict[str, list[str]] = {}
+    for site in sites:
+        names.setdefault(f"{_unscaled_alpha(site):g}", []).append(site.name)
+    usual = max(names, key=lambda alpha: len(names[alpha]))
+    pattern = {
+        end: alpha
+        for alpha, members in names.items()
+        if alpha != usual
+        for end in common_ends(members, [name for other in names if other != alpha for name in names[other]])
+    }
+    # PEFT takes the first entry that fits: longer ones first.
+    entries = ", ".join(f'"{end}": {pattern[end]}' for end in sorted(pattern, key=len, reverse=True))
+    where = named([site.name for site in wrong], [site.name for site in sites if site not in wrong])
+    raise UserError(
+        f"{where}: the adapter is scaled by {wrong[0].plan_scale:g}, but ALLoRA has no scaling factor; set "
+        f"LoraConfig(lora_alpha={usual}, use_rslora=False, alpha_pattern={{{entries}}}) (eta and the learning rate "
+        "take its place)"
+    )
+
+
+def _unscaled_alpha(site: Site) -> float:
+    """The lora_alpha with which a site would have the scale 1: its rank, or what the allocating method divides by."""
+    share = site.scaling / site.plan_scale  # of its rank; of the root of it with rsLoRA
+    return site.rank * (share**2 if site.layer.use_rslora.get(site.adapter, False) else share)

@@ -1,0 +1,229 @@
+"""What a run does, from a recipe to an exported adapter and a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from loralloc import trace
+from loralloc._version import __version__
+from loralloc.config import Recipe
+from loralloc.errors import UserError
+from loralloc.export import Export, export_adapter, write_card
+from loralloc.gating import plain_sites
+from loralloc.plan import ModuleRank, RankPlan
+from loralloc.recipe import stages
+from loralloc.recipe.card import card_facts
+from loralloc.recipe.from_recipe import task_data
+from loralloc.recipe.outcome import Outcome
+from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.screen import Screen
+from loralloc.recipe.stages import Stage
+from loralloc.report import write_report
+from loralloc.tasks.base import TaskData
+from loralloc.training import processes
+from loralloc.training.trainer import PlainTrainer
+
+
+def run(
+    recipe: Recipe,
+    resume: bool = False,
+    start_over: bool = False,
+    untrained: float | None = None,
+    screen: Screen | None = None,
+) -> Outcome:
+    """Train, allocate, export, evaluate and report one recipe.
+
+    Everything is loaded and checked before anything is written or an earlier run is replaced. A method that searches
+    first (AutoLoRA) does so in RUN/search; what is trained afterwards is plain LoRA at the ranks that were found.
+    Where a launcher has started several processes, all of them train, and the first one writes.
+
+    Args:
+        recipe: The recipe.
+        resume: Continue from the newest complete checkpoint.
+        start_over: Replace an earlier run.
+        untrained: The metric before training, where it is known.
+        screen: What it is told to; None for nothing.
+    """
+    with processes.one_voice():
+        return _run(recipe, resume, start_over, untrained, screen or Screen())
+
+
+def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None, screen: Screen) -> Outcome:
+    with processes.together():
+        folder = _open_folder(recipe, resume, start_over)
+        data = task_data(recipe)
+    found = _search(recipe, data, folder, resume, screen) if stages.searches(recipe) else None
+    with processes.together():
+        if found is not None:
+            data = _with_fresh_model(data)
+        trained = recipe if found is None else stages.retraining(recipe, folder)
+        stage = stages.prepare_training(trained, data, folder, screen, after_search=found is not None)
+    if not resume and found is None:
+        processes.on_main(folder.create, recipe)
+    if untrained is None:
+        untrained = stage.evaluate("untrained")[data.metric]
+    stage.train(resume)
+    seconds, plan = stage.trainer.train_seconds, _plan(stage)
+    if found is not None:
+        plan = _combined(found, plan)
+        processes.on_main(shutil.copyfile, folder.search.trace, folder.trace)
+    elif stage.allocation is None:
+        processes.on_main(_write_constant_trace, folder, plan, stage.trainer)
+    export = processes.on_main(_write_adapter, folder, plan, stage)
+    metrics = _final_metrics(stage, plan, untrained, seconds)
+    if export is not None:
+        metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
+        if found is not None:
+            metrics["search"] = json.loads(folder.search.metrics.read_text(encoding="utf-8"))
+        write_card(stage.model, export, folder.adapter, card_facts(recipe, data, plan, metrics))
+        folder.write_json(folder.metrics, metrics)
+        write_report(folder.root)
+    outcome = Outcome(folder, plan, metrics, export)
+    screen.outcome(outcome)
+    return outcome
+
+
+def rehearse(recipe: Recipe, resume: bool = False, start_over: bool = False, screen: Screen | None = None) -> None:
+    """Do all that a run does before its first step; train nothing, write nothing.
+
+    Raises:
+        UserError: The run would be refused.
+    """
+    screen = screen or Screen()
+    with processes.one_voice(), TemporaryDirectory(prefix="loralloc-") as scratch:
+        _open_folder(recipe, resume, start_over)
+        folder, data = RunFolder(Path(scratch)), task_data(recipe)
+        if stages.searches(recipe):
+            stages.prepare_search(recipe, data, folder, screen).rehearse()
+            examples = len(data.train)
+            screen.retraining(stages.total_steps(recipe, examples), examples)
+        else:
+            stages.prepare_training(recipe, data, folder, screen, after_search=False).rehearse()
+
+
+def _open_folder(recipe: Recipe, resume: bool, start_over: bool) -> RunFolder:
+    return RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
+
+
+def _search(recipe: Recipe, data: TaskData, folder: RunFolder, resume: bool, screen: Screen) -> RankPlan:
+    """Search for the ranks, or read what an earlier process has found."""
+    with processes.together():
+        if resume and folder.search.plan.is_file():
+            return RankPlan.load(folder.search.plan)
+    with processes.together():
+        stage = stages.prepare_search(recipe, data, folder, screen)
+    if not resume:
+        processes.on_main(folder.create, recipe)
+    processes.on_main(folder.search.root.mkdir, exist_ok=True)
+    stage.train(resume)
+    plan = _plan(stage)
+    if (failure := stage.check_outcome(plan)) is not None:
+        raise UserError(failure)
+    record = {"examples": len(stage.data.train), "held_out": len(stage.data.validation)}
+    record |= {"steps": plan.provenance["steps"], "seconds": round(stage.trainer.train_seconds, 1)}
+    processes.on_main(_write_search, folder.search, record, plan)
+    return plan
+
+
+def _write_search(folder: RunFolder, record: dict[str, Any], plan: RankPlan) -> None:
+    folder.write_json(folder.metrics, record)
+    plan.save(folder.plan)  # last: it says that the search is over
+
+
+def _with_fresh_model(data: TaskData) -> TaskData:
+    """The same examples and the model as it was before a search; the old one leaves memory first."""
+    assert data.again is not None
+    data.model.to("meta")  # type: ignore[arg-type]  # transformers' own signature is narrower than torch's
+    return replace(data, model=data.again())
+
+
+def _combined(found: RankPlan, trained: RankPlan) -> RankPlan:
+    """The plan of a run with a search: its ranks and settings, the steps of both stages."""
+    steps = {key: found.provenance[key] for key in ("total_steps", "steps", "bad_steps")}
+    settings = found.provenance["settings"]
+    return replace(found, provenance={**trained.provenance, "settings": settings, "search": steps})
+
+
+def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
+    """Write plan and adapter, and what else it takes to load it.
+
+    Raises:
+        UserError: The training or the export failed; what was trained is kept, and the message says what to do.
+    """
+    data, model = stage.data, stage.model
+    plan.save(folder.plan)
+    data.model.config.save_pretrained(folder.model)
+    data.tokenizer.save_pretrained(folder.model)
+    folder.keep_trained(model.save_pretrained)
+    if (failure := stage.check_outcome(plan)) is not None:
+        raise UserError(f"{failure}; what was trained is kept in {folder.trained}")
+    try:
+        rows = [data.validation[index] for index in range(min(2, len(data.validation)))]
+        export = export_adapter(model, folder.adapter, batch=data.collator(rows), tokenizer=data.tokenizer)
+    except (RuntimeError, ValueError, OSError) as error:
+        if all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
+            cure = f"what was trained is kept in {folder.trained}: loralloc export {folder.root} writes it from there"
+        else:
+            cure = "the loss diverged: lower the learning rate"
+        raise UserError(f"the run ended without an adapter: {error}; {cure}") from error
+    folder.drop_trained()
+    return export
+
+
+def _final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: float) -> dict[str, Any]:
+    data = stage.data
+    return {
+        "task": stage.recipe.task,
+        "metric": data.metric,
+        "greater_is_better": data.greater_is_better,
+        "validation": stage.evaluate("eval", data.validation),
+        "test": None if data.test is None else stage.evaluate("test", data.test),
+        "reference": {**data.reference, "untrained": untrained},
+        "classes": dict(data.classes),
+        "train_seconds": round(seconds, 1),
+        "processes": processes.world_size(),
+        "total_steps": stage.trainer.state.max_steps,
+        "bad_steps": plan.provenance["bad_steps"],
+        "final_ranks": plan.total_rank,
+        "final_parameters": plan.parameters,
+    }
+
+
+def _plan(stage: Stage) -> RankPlan:
+    """The plan of a trained stage; without an allocation every rank is as it started."""
+    if stage.allocation is not None:
+        assert stage.allocation.plan is not None
+        return stage.allocation.plan
+    recipe, trainer = stage.recipe, stage.trainer
+    modules = {}
+    for name, layer, adapter in plain_sites(stage.model):
+        rank, inputs = layer.lora_A[adapter].weight.shape
+        outputs = layer.lora_B[adapter].weight.shape[0]
+        modules[name] = ModuleRank(rank, rank, inputs, outputs, float(layer.scaling[adapter]))
+    steps = trainer.state.global_step
+    assert trainer.guard is not None
+    provenance = {
+        "loralloc": __version__,
+        "label": "plain LoRA",
+        "base_model": stage.data.model.name_or_path,
+        "seed": recipe.training.seed,
+        "total_steps": steps,
+        "steps": steps,
+        "bad_steps": len(trainer.guard.steps),
+    }
+    return RankPlan(recipe.method.name, modules, provenance=provenance)
+
+
+def _write_constant_trace(folder: RunFolder, plan: RankPlan, trainer: PlainTrainer) -> None:
+    """The trace of a run without allocation."""
+    assert trainer.guard is not None
+    modules, ranks, steps = plan.modules.values(), list(plan.ranks.values()), plan.provenance["steps"]
+    start = trace.start_event(list(plan.modules), [(m.inputs, m.outputs) for m in modules], ranks, steps)
+    skipped = [trace.bad_step_event(step) for step in trainer.guard.steps]
+    folder.trace.unlink(missing_ok=True)
+    trace.append(folder.trace, start, *skipped, trace.finish_event(steps, ranks, plan.parameters))

@@ -1,0 +1,49 @@
+"""What a run tells while it goes on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from transformers import Trainer, TrainerCallback
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from loralloc.config import Recipe
+    from loralloc.recipe.outcome import Outcome
+    from loralloc.tasks.base import TaskData
+    from loralloc.training.callback import RankAllocation
+
+
+class Screen:
+    """Shows nothing; the command line has one that does (`loralloc.cli.terminal`)."""
+
+    def start(self, recipe: Recipe, data: TaskData, model: PeftModel) -> None:
+        """A run begins."""
+
+    def search(self, steps: int, examples: int, held_out: int) -> None:
+        """Its ranks are searched for first."""
+
+    def retraining(self, steps: int, examples: int) -> None:
+        """What follows the search."""
+
+    def warning(self, sentence: str) -> None:
+        """A sentence that must not be overlooked."""
+
+    def progress(self, allocation: RankAllocation | None) -> TrainerCallback:
+        """Return a callback that shows how far a training is."""
+        del allocation
+        return TrainerCallback()
+
+    def training(self) -> AbstractContextManager[None]:
+        """Surround a training, however it ends."""
+        return nullcontext()
+
+    def evaluating(self, trainer: Trainer, what: str) -> AbstractContextManager[None]:
+        """Surround an evaluation that is no part of a training."""
+        del trainer, what
+        return nullcontext()
+
+    def outcome(self, outcome: Outcome) -> None:
+        """A run has ended."""
