@@ -1,66 +1,34 @@
 """Tiny models with fixed weights, and their adapters: every test builds its models here.
 
-The architectures are those whose layers differ: Llama (Linear without bias, long module names), BERT for
-classification (a head that is saved, and names that end alike: `output.dense` and `attention.output.dense`) and GPT-2
-(transformers' Conv1D, whose weight is transposed). Nothing is downloaded: weights come from the config and a seed.
+Llama and BERT are the ones that methods are held to their contract on (`loralloc.testing.models`). GPT-2 comes to them
+for transformers' Conv1D, whose weight is transposed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from loralloc.gating import Site, attach_gates
+from loralloc.testing import models as shared
+from loralloc.testing.models import (
+    HIDDEN,
+    LABELS,
+    VOCABULARY,
+    labelled_batch,
+    logits,
+    tiny_bert,
+    tiny_llama,
+    token_batch,
+)
 
-VOCABULARY = 64
-HIDDEN = 16
-LABELS = 3
-
-
-def tiny_llama(seed: int = 0, *, layers: int = 2, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A causal language model; its projections have no bias, key and value are narrower than query."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    return _seeded(LlamaForCausalLM, config, seed).to(dtype)
-
-
-def tiny_bert(seed: int = 0, *, layers: int = 2, dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
-    """A classifier: `output.dense` and `attention.output.dense` collide in their ends, the head is saved whole."""
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        num_labels=LABELS,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return _seeded(BertForSequenceClassification, config, seed).to(dtype)
+__all__ = ["HIDDEN", "LABELS", "VOCABULARY", "labelled_batch", "logits", "tiny_bert", "tiny_llama", "token_batch"]
 
 
 def tiny_gpt2(seed: int = 0, *, layers: int = 2, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
@@ -78,43 +46,20 @@ def tiny_gpt2(seed: int = 0, *, layers: int = 2, dtype: torch.dtype = torch.floa
         bos_token_id=0,
         eos_token_id=0,
     )
-    return _seeded(GPT2LMHeadModel, config, seed).to(dtype)
+    return shared.seeded(GPT2LMHeadModel, config, seed).to(dtype)
 
 
-def _seeded(model: type[PreTrainedModel], config: Any, seed: int) -> Any:
-    """Build with weights that depend on the seed alone; larger than usual, so that logits are of order one."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        built = model(config)
-        for parameter in built.parameters():
-            if parameter.dim() > 1:
-                parameter.data.normal_(std=0.2)
-    return built.eval()
-
-
-BUILDERS: Mapping[str, Callable[..., Any]] = {"llama": tiny_llama, "bert": tiny_bert, "gpt2": tiny_gpt2}
-
-TARGETS: Mapping[str, list[str]] = {
-    "llama": ["q_proj", "v_proj", "down_proj"],
-    "bert": ["query", "attention.output.dense", "output.dense"],
-    "gpt2": ["c_attn", "c_proj"],
+TINY: Mapping[str, shared.Tiny] = {
+    **shared.TINY,
+    "gpt2": shared.Tiny(tiny_gpt2, ["c_attn", "c_proj"], "CAUSAL_LM", fan_in_fan_out=True),
 }
-"""Layer types to adapt: of several shapes, and in BERT one whose name ends like another's."""
-
-TASKS: Mapping[str, str | None] = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "gpt2": "CAUSAL_LM"}
+BUILDERS: Mapping[str, Callable[..., Any]] = {name: tiny.build for name, tiny in TINY.items()}
+TARGETS: Mapping[str, list[str]] = {name: tiny.targets for name, tiny in TINY.items()}
 
 
 def lora_config(name: str, **settings: Any) -> LoraConfig:
-    """The LoraConfig for a tiny model: r = 4 and lora_alpha = 6, so that the scaling 1.5 is neither 1 nor 2."""
-    defaults: dict[str, Any] = {
-        "r": 4,
-        "lora_alpha": 6,
-        "lora_dropout": 0.0,
-        "target_modules": list(TARGETS[name]),
-        "task_type": TASKS[name],
-        "fan_in_fan_out": name == "gpt2",
-    }
-    return LoraConfig(**{**defaults, **settings})
+    """The LoraConfig for a tiny model, see `loralloc.testing.models`."""
+    return shared.lora_config(TINY[name], **settings)
 
 
 def tiny_peft(
@@ -129,20 +74,10 @@ def tiny_peft(
         trained: Whether B (and a saved head) holds numbers other than those of a fresh adapter.
         settings: Fields of LoraConfig that differ from `lora_config`.
     """
-    key = repr((name, seed, dtype, trained, sorted(settings.items())))
-    if key not in _built:
-        base = BUILDERS[name](seed, dtype=dtype)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + 1)
-            model = get_peft_model(base, lora_config(name, **settings))
-        if trained:
-            train_adapter(model, seed + 2)
-        _built[key] = model.eval()
-    return deepcopy(_built[key])
-
-
-_built: dict[str, PeftModel] = {}
-"""Models that a test has asked for: a copy takes a quarter of the time."""
+    model = shared.adapted(TINY[name], seed=seed, dtype=dtype, **settings)
+    if trained:
+        train_adapter(model, seed + 2)
+    return model
 
 
 def on_layer(model: nn.Module, target: str, **settings: Any) -> PeftModel:
@@ -179,25 +114,6 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = "defaul
         closed = order[: len(A) - ranks[name]]
         A[closed] = 0
         B[:, closed] = 0
-
-
-def token_batch(seed: int = 0, *, samples: int = 3, length: int = 7) -> dict[str, Tensor]:
-    """Token ids without the padding id 0."""
-    ids = torch.randint(1, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def labelled_batch(name: str, seed: int = 0) -> dict[str, Tensor]:
-    """A batch from which the model computes a loss."""
-    batch = token_batch(seed)
-    ids = batch["input_ids"]
-    return {**batch, "labels": ids[:, 0] % LABELS if name == "bert" else ids}
-
-
-@torch.no_grad()
-def logits(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> Tensor:
-    """The logits of a batch, the model left in the mode it is in."""
-    return model(**(token_batch() if batch is None else batch)).logits
 
 
 # ---- Gated models, and the formula they are held against ----

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "loralloc"
 
 LAYERS = (  # top to bottom; the units of one layer are siblings
-    ("cli",),
+    ("cli", "testing"),
     ("recipe",),
     ("config",),
     ("recipe_source",),
@@ -232,12 +232,21 @@ class TestSource:
         assert not {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE}
 
 
+def inherited(tree: ast.AST, name: str) -> list[ast.AST]:
+    """Tests of this name that a class has from the contract of methods."""
+    if not isinstance(tree, ast.ClassDef) or "MethodContract" not in map(ast.unparse, tree.bases):
+        return []
+    nodes = ast.walk(syntax(PACKAGE / "testing" / "contract.py"))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name]
+
+
 def test_tests_with_few_fast_variants_are_there() -> None:
     for name in FAST:
         path, *inner = name.split("::")
         tree: ast.AST = syntax(ROOT / "tests" / path)
         for part in inner:
             found = [node for node in ast.iter_child_nodes(tree) if getattr(node, "name", None) == part]
+            found = found or inherited(tree, part)
             assert len(found) == 1, name
             (tree,) = found
 

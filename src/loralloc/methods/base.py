@@ -7,7 +7,7 @@ method sees sites, a step number and its schedule; never a Trainer, a data loade
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Protocol
@@ -79,6 +79,19 @@ class Ablations(Protocol):
         ...
 
 
+class TrainingBatch(Protocol):
+    """A batch of training data before the first step."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What the model takes, on its device."""
+        ...
+
+    def forward(self) -> Any:
+        """Run the model on it in evaluation mode and return its output; hooks on the layers see the pass."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepContext:
     """Where a run stands when a verb is called.
@@ -144,10 +157,10 @@ class Search:
 class Method(ABC):
     """The interface of a method: a frozen dataclass of settings that is derived from this class.
 
-    Eight things may happen in a run, in this order: `schedule`, `prepare`; in every step `on_gradients` and `on_step`;
-    `resized` where closed ranks leave memory; `finish`; and for checkpoints `state_dict` and `load_state_dict`. Three
-    must be written: `schedule`, `prepare` and `finish`; the others have defaults. In a method's file they stand in the
-    order that they have here.
+    Nine things may happen in a run, in this order: `schedule`, `prepare`, `calibrate`; in every step `on_gradients` and
+    `on_step`; `resized` where closed ranks leave memory; `finish`; and for checkpoints `state_dict` and
+    `load_state_dict`. Three must be written: `schedule`, `prepare` and `finish`; the others have defaults. In a
+    method's file they stand in the order that they have here.
 
     Attributes:
         id: What recipes and plans call it.
@@ -219,6 +232,19 @@ class Method(ABC):
     @abstractmethod
     def prepare(self, sites: Sequence[Site]) -> Any:
         """Initialise the adapter and return the method's state. Runs before the optimizer exists."""
+
+    def calibrate(self, state: Any, batches: Iterable[TrainingBatch]) -> None:
+        """Look at training data for a start that depends on them; called once before the first step, if at all.
+
+        Factors, gates and scales may change, as in `prepare`. No gradients are kept: where there is need of them, take
+        them with `torch.autograd.grad` under `torch.enable_grad`. Every process has batches of its own, so what is made
+        of them is one for all only by `average_` or `agree`.
+
+        Args:
+            state: The method's state.
+            batches: Training batches, to go through once.
+        """
+        del state, batches
 
     def on_gradients(self, state: Any, now: StepContext) -> None:
         """Gradients are complete (and clipped), weights still old."""

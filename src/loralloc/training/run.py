@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +26,7 @@ from loralloc.methods.base import (
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
+from loralloc.training.calibration import batches_of, without_a_trace
 from loralloc.training.compaction import Compaction, check_compact
 from loralloc.training.example import keep_example
 from loralloc.training.fresh_ranks import FreshRanks, clear_moments
@@ -129,6 +130,7 @@ class AllocationRun:
         self._moment_watch = MomentWatch(method, self.sites)
         self._checks = StepChecks(model, lambda step: self._emit(trace.bad_step_event(step)))
         self._sound: Tensor | None = None
+        self._calibrated = False
 
     @property
     def schedule(self) -> Schedule:
@@ -144,6 +146,40 @@ class AllocationRun:
             UserError: The phases do not fit into this many steps.
         """
         self._schedule = self.method.schedule(total_steps, self.start, self.target)
+
+    def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Let the method look at training batches before the first step; a loop of one's own calls it after `attach`.
+
+            run = attach(model, method, total_steps=1000)
+            run.calibrate(islice(batches, 8))
+
+        The model's modes, its gradients and the random states are the same before and after. Methods whose start does
+        not depend on data leave the batches alone.
+
+        Args:
+            batches: Batches as the model's forward takes them.
+
+        Raises:
+            UserError: Steps have been made, or it has been called before, or a batch is no mapping.
+        """
+        if self.step or self.plan is not None:
+            where = "finished" if self.plan is not None else f"at step {self.step}"
+            raise UserError(
+                f"calibrate() is for the start of a run, and this one is {where}; call it right after attach(), "
+                "and not in a run that is resumed"
+            )
+        if self._calibrated:
+            raise UserError("the run has been calibrated already; give calibrate() all batches in one call")
+        self._calibrated = True
+        with torch.no_grad(), without_a_trace(self.model):
+            self.method.calibrate(self.state, batches_of(self.model, batches, self.sites[0].A.device))
+        if self.data is not None:
+            self.data.forget()  # these were no passes of a step
+        self._ranks = self._start_ranks = open_ranks(self.sites)
+        self._peak = sum(self._ranks)
+        self.unit, self.start, self.target = site_budget(self.sites, self.method.budget)
+        if self._schedule is not None:
+            self.begin(self._schedule.total_steps)
 
     @property
     def checks(self) -> StepChecks:
