@@ -91,7 +91,7 @@ def test_recipes_and_loops_take_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert unknown.startswith('unknown.yaml:22: missing "penalty" in "method"')
     assert instead == 'unknown.yaml:24: unknown key "penalti" in "method". Did you mean "penalty"?'
     assert below == "range.yaml:24: method.penalty must be above 0, got 0"
-    assert missing.startswith('missing.yaml:22: missing "penalty" in "method"')
+    assert missing.startswith('missing.yaml:22: missing "penalty" in "method": λ, the weight of the gates')
     assert trained == "sora {'penalty': 5.7} True"
 
 

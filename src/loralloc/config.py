@@ -282,6 +282,16 @@ def method_names() -> Sequence[str]:
     return list(sections())
 
 
+def _description(key: Key, tree: Mapping[str, Any]) -> str:
+    """What a key is; of one that several methods have, what it is to the recipe's."""
+    from loralloc.methods.registry import sections
+
+    section = sections().get(_get(tree, "method", "name"))
+    if section is not None and len(key) == 2 and key[0] == "method" and key[1] in section.model_fields:
+        return section.model_fields[str(key[1])].description or ""
+    return recipe_keys()[dotted(key)]
+
+
 def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
     kind = error["type"]
     key: Key = tuple(error["loc"])
@@ -292,7 +302,7 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
     if kind == "union_tag_not_found":
         key = (*key, "name")
     if kind in ("missing", "union_tag_not_found"):
-        return key, f'missing "{key[-1]}"{_in_section(key)}: {recipe_keys()[dotted(key)]}'
+        return key, f'missing "{key[-1]}"{_in_section(key)}: {_description(key, tree)}'
     value, hint = error["input"], ""
     if kind == "union_tag_invalid":
         key, value = (*key, "name"), error.get("ctx", {})["tag"]
