@@ -37,13 +37,13 @@ class Budget:
     fraction: Annotated[Number | None, Field(gt=0, le=1, description="fraction of the starting parameters")] = None
 
     def __post_init__(self) -> None:
-        given = self.to_dict()
-        if len(given) != 1:
+        chosen = self.to_dict()
+        if len(chosen) != 1:
             raise UserError(
                 "a budget is exactly one of average_rank, total_rank, parameters, fraction; "
-                f"got {', '.join(given) or 'none'}"
+                f"got {', '.join(chosen) or 'none'}"
             )
-        ((name, value),) = given.items()
+        ((name, value),) = chosen.items()
         if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real
             raise UserError(f"the budget must be a number, such as Budget(average_rank=8), got {name}={value!r}")
         if not value > 0:

@@ -184,11 +184,11 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     for section, members in _EXCLUSIVE.items():
         values = _get(tree, *map(str, section))
         if isinstance(values, Mapping):
-            given = [name for name in members if values.get(name) is not None]
-            if len(given) != 1:
-                found = " and ".join(given) or "none of them"
-                key = (*section, given[-1]) if given else section
-                yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {found}"
+            chosen = [name for name in members if values.get(name) is not None]
+            if len(chosen) != 1:
+                listed_keys = " and ".join(chosen) or "none of them"
+                key = (*section, chosen[-1]) if chosen else section
+                yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {listed_keys}"
     yield from _broken_columns(tree)
     capacity, target = _value_of(tree, {})("lora", "r"), _get(tree, "method", "budget", "average_rank")
     if is_number(capacity) and is_number(target) and target > capacity:
@@ -228,8 +228,8 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         if set_keys & set(form):
             for key in form:
                 if key not in set_keys:
-                    given = next(other for other in form if other in set_keys)
-                    yield ("data", given), f"data.{given} needs data.{key} as well"
+                    partner = next(other for other in form if other in set_keys)
+                    yield ("data", partner), f"data.{partner} needs data.{key} as well"
 
 
 def _broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:

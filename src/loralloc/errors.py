@@ -46,6 +46,6 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
     >>> check_choice("mode", "fast", ("fast", "exact"))
     """
-    known = list(choices)
-    if value not in known:
-        raise UserError(f'{name} must be one of {", ".join(known)}; got "{value}".{closest(str(value), known)}')
+    options = list(choices)
+    if value not in options:
+        raise UserError(f'{name} must be one of {", ".join(options)}; got "{value}".{closest(str(value), options)}')

@@ -175,8 +175,8 @@ def lora_adapter(model: PeftModel, adapter: str | None) -> str:
             )
         adapter = active[0]
     if adapter not in model.peft_config:
-        known = list(model.peft_config)
-        raise UserError(f'no adapter "{adapter}" in the model, it has {known}.{closest(adapter, known)}')
+        adapters = list(model.peft_config)
+        raise UserError(f'no adapter "{adapter}" in the model, it has {adapters}.{closest(adapter, adapters)}')
     peft_type = str(getattr(model.peft_config[adapter].peft_type, "value", model.peft_config[adapter].peft_type))
     if peft_type != "LORA":
         raise UserError(f'adapter "{adapter}" is of type {peft_type}; ranks are allocated for LoRA: use LoraConfig')

@@ -295,9 +295,9 @@ def apply_overrides(
         else:
             _set(source, key, flags[key], place)
     for section, members in groups.items():
-        given = [member for member in members if flags.get((*section, member)) is not None]
+        chosen = [member for member in members if flags.get((*section, member)) is not None]
         for member in members:
-            if given and member not in given:
+            if chosen and member not in chosen:
                 _drop(source, (*section, member))
 
 
@@ -346,8 +346,8 @@ def _drop(source: Source, key: Key) -> None:
         section = section.get(part) if isinstance(section, dict) else None
     if isinstance(section, dict):
         section.pop(key[-1], None)
-    for known in [known for known in source.places if known[: len(key)] == key]:
-        del source.places[known]
+    for placed in [placed for placed in source.places if placed[: len(key)] == key]:
+        del source.places[placed]
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:

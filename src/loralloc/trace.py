@@ -141,7 +141,7 @@ class Trace:
         total_steps: Optimizer steps of the run; 0 when the trace does not say.
         phases: (name, first step, last step) of each phase of the schedule; empty without one.
         target: Budget at the end; None without a budget.
-        events: Every change of the ranks, the start first.
+        events: Every event that has ranks, the start first; of a search also what it would keep at each look.
         bad_steps: Steps that were skipped because their gradient was not finite.
     """
 

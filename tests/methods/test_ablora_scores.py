@@ -289,7 +289,7 @@ def settled(estimates: Tensor, scores: Tensor, count: int, groups: int = 1, seed
 
     counts = [(torch.arange(g, len(scores), groups), count) for g in range(groups)]
     found = settle(estimates, torch.ones_like(estimates), counts, look_up, torch.Generator().manual_seed(seed))
-    assert len(asked) == len(set(asked)) == int(found.known.sum())  # nothing is asked twice
+    assert len(asked) == len(set(asked)) == int(found.ablated.sum())  # nothing is asked twice
     for positions, n in counts:
         assert set(lowest(found.scores[positions], n).tolist()) == set(lowest(scores[positions], n).tolist())
     return found
@@ -301,7 +301,7 @@ def test_good_estimates_are_rarely_looked_up(groups):
     scores = torch.randn(400, generator=generator, dtype=torch.float64)
     estimates = scores + 1e-4 * torch.randn(400, generator=generator, dtype=torch.float64) + 5.0  # a bias
     found = settled(estimates, scores, 7, groups)
-    assert int(found.known.sum()) <= 16
+    assert int(found.ablated.sum()) <= 16
     assert found.corrected == pytest.approx(-5.0, abs=1e-3)
 
 
@@ -310,20 +310,20 @@ def test_noise_as_estimates_makes_it_look_nearly_everything_up(seed):
     generator = torch.Generator().manual_seed(seed)
     scores, noise = torch.randn(2, 168, generator=generator, dtype=torch.float64).unbind()
     found = settled(noise, scores, 7, seed=seed)
-    assert int(found.known.sum()) > 0.9 * 168
+    assert int(found.ablated.sum()) > 0.9 * 168
 
 
 def test_estimates_that_are_no_numbers_are_not_believed():
     scores = torch.arange(20.0, dtype=torch.float64)
     estimates = scores.clone()
     estimates[3] = float("nan")
-    assert settled(estimates, scores, 3).known.all()
+    assert settled(estimates, scores, 3).ablated.all()
 
 
 def test_nothing_is_looked_up_for_a_boundary_that_does_not_exist():
     scores = torch.arange(20.0, dtype=torch.float64)
     for count in (0, 20, 99):
-        assert int(settled(scores, scores, min(count, 20)).known.sum()) <= 8
+        assert int(settled(scores, scores, min(count, 20)).ablated.sum()) <= 8
 
 
 @pytest.mark.parametrize("mode", ["exact", "taylor", "fast"])

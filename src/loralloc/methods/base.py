@@ -94,7 +94,7 @@ class TrainingBatch(Protocol):
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where a run stands when a verb is called.
+    """Where a run stands when one of a method's functions is called.
 
     Attributes:
         step: 0-based optimizer step.
@@ -102,8 +102,8 @@ class StepContext:
         learning_rate: The optimizer's current learning rate for the adapter; None where no optimizer was shown.
         data: The data, for methods that look at them; None where there are none.
         optimizer: Name of the optimizer's class, for example `AdamW`; None where no optimizer was shown.
-        sound: Whether the step's gradients are finite: a boolean on the device, for methods with `masks_bad_steps`
-            where the host does not know yet; None where they are (other steps are not shown to a method).
+        sound: None where the step's gradients are known to be finite. Else a boolean on the device, which the host has
+            not read yet; only methods with `masks_bad_steps` meet it.
         max_grad_norm: The norm to which gradients are clipped, for methods that compute them anew; None for no
             clipping.
     """
@@ -159,8 +159,8 @@ class Method(ABC):
 
     Nine things may happen in a run, in this order: `schedule`, `prepare`, `calibrate`; in every step `on_gradients` and
     `on_step`; `resized` where closed ranks leave memory; `finish`; and for checkpoints `state_dict` and
-    `load_state_dict`. Three must be written: `schedule`, `prepare` and `finish`; the others have defaults. In a
-    method's file they stand in the order that they have here.
+    `load_state_dict`. Three must be written: `schedule`, `prepare` and `finish`; the others have defaults. Every
+    method's file has them in the order of this class.
 
     Attributes:
         id: What recipes and plans call it.

@@ -143,8 +143,8 @@ def uniform_scores(ranks: Sequence[int]) -> Tensor:
     [-0.0, -1.0, -0.5, -0.25, -1.25]
     """
     turns = [int(f"{module:b}"[::-1], 2) / (1 << module.bit_length()) for module in range(len(ranks))]
-    given = [level + turn for turn, r in zip(turns, ranks, strict=True) for level in range(r)]
-    return -torch.tensor(given, dtype=torch.float64)
+    order = [level + turn for turn, r in zip(turns, ranks, strict=True) for level in range(r)]
+    return -torch.tensor(order, dtype=torch.float64)
 
 
 def depth_scores(depths: Sequence[int], ranks: Sequence[int], direction: Direction) -> Tensor:

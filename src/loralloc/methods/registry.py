@@ -44,13 +44,13 @@ def methods() -> Mapping[str, type[Method]]:
     Raises:
         UserError: A package's method cannot be imported, is no method, or has the id of another one.
     """
-    found = {kind.id: kind for kind in BUILT_IN}
+    by_id = {kind.id: kind for kind in BUILT_IN}
     for entry in entry_points(group=GROUP):
         kind = _load(entry)
-        if kind.id in (*found, PLAIN_LORA):
+        if kind.id in (*by_id, PLAIN_LORA):
             raise UserError(f'{_source(entry)}: there is a method "{kind.id}" already; give this one another id')
-        found[kind.id] = kind
-    return found
+        by_id[kind.id] = kind
+    return by_id
 
 
 def _load(entry: EntryPoint) -> type[Method]:

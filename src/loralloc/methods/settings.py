@@ -30,7 +30,7 @@ from loralloc.setting_types import (
 )
 
 NONE = "none"
-"""How a recipe writes None for a word whose default is another one: null stands for the default there."""
+"""How a recipe writes None where the default is a word: in `parity: null` null would be the default, `adam`."""
 
 BUDGET = "one of average_rank, total_rank, parameters, fraction"
 
@@ -132,7 +132,7 @@ def recipe_section(kind: Any, allocators: Iterable[str]) -> type[MethodSection]:
 
     Args:
         kind: The method's class.
-        allocators: The methods that one which takes another may take, by id.
+        allocators: Ids of the methods that may stand in a setting that is a method, such as `allocate`.
     """
     keys: dict[str, Any] = {"name": (Literal[kind.id], Field(description="the method"))}  # type: ignore[valid-type]
     if kind.search is not None:

@@ -46,8 +46,8 @@ def run(
         recipe: The recipe.
         resume: Continue from the newest complete checkpoint.
         start_over: Replace an earlier run.
-        untrained: The metric before training, where it is known.
-        screen: What it is told to; None for nothing.
+        untrained: The value of the metric before training, where it is known; else it is measured.
+        screen: Shows what happens; None shows nothing.
     """
     with processes.one_voice():
         return _run(recipe, resume, start_over, untrained, screen or Screen())
@@ -57,20 +57,20 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
     with processes.together():
         folder = _open_folder(recipe, resume, start_over)
         data = task_data(recipe)
-    found = _search(recipe, data, folder, resume, screen) if stages.searches(recipe) else None
+    search_plan = _search(recipe, data, folder, resume, screen) if stages.searches(recipe) else None
     with processes.together():
-        if found is not None:
+        if search_plan is not None:
             data = _with_fresh_model(data)
-        trained = recipe if found is None else stages.retraining(recipe, folder)
-        stage = stages.prepare_training(trained, data, folder, screen, after_search=found is not None)
-    if not resume and found is None:
+        trained_recipe = recipe if search_plan is None else stages.retraining_recipe(recipe, folder)
+        stage = stages.prepare_training(trained_recipe, data, folder, screen, after_search=search_plan is not None)
+    if not resume and search_plan is None:
         processes.on_main(folder.create, recipe)
     if untrained is None:
         untrained = stage.evaluate("untrained")[data.metric]
     stage.train(resume)
     seconds, plan = stage.trainer.train_seconds, _plan(stage)
-    if found is not None:
-        plan = _combined(found, plan)
+    if search_plan is not None:
+        plan = _combined(search_plan, plan)
         processes.on_main(shutil.copyfile, folder.search.trace, folder.trace)
     elif stage.allocation is None:
         processes.on_main(_write_constant_trace, folder, plan, stage.trainer)
@@ -78,7 +78,7 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
     metrics = _final_metrics(stage, plan, untrained, seconds)
     if export is not None:
         metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
-        if found is not None:
+        if search_plan is not None:
             metrics["search"] = json.loads(folder.search.metrics.read_text(encoding="utf-8"))
         write_card(stage.model, export, folder.adapter, card_facts(recipe, data, plan, metrics))
         folder.write_json(folder.metrics, metrics)
@@ -122,7 +122,7 @@ def _search(recipe: Recipe, data: TaskData, folder: RunFolder, resume: bool, scr
     processes.on_main(folder.search.root.mkdir, exist_ok=True)
     stage.train(resume)
     plan = _plan(stage)
-    if (failure := stage.check_outcome(plan)) is not None:
+    if (failure := stage.failure(plan)) is not None:
         raise UserError(failure)
     record = {"examples": len(stage.data.train), "held_out": len(stage.data.validation)}
     record |= {"steps": plan.provenance["steps"], "seconds": round(stage.trainer.train_seconds, 1)}
@@ -142,11 +142,11 @@ def _with_fresh_model(data: TaskData) -> TaskData:
     return replace(data, model=data.again())
 
 
-def _combined(found: RankPlan, trained: RankPlan) -> RankPlan:
+def _combined(searched: RankPlan, trained: RankPlan) -> RankPlan:
     """The plan of a run with a search: its ranks and settings, the steps of both stages."""
-    steps = {key: found.provenance[key] for key in ("total_steps", "steps", "bad_steps")}
-    settings = found.provenance["settings"]
-    return replace(found, provenance={**trained.provenance, "settings": settings, "search": steps})
+    steps = {key: searched.provenance[key] for key in ("total_steps", "steps", "bad_steps")}
+    settings = searched.provenance["settings"]
+    return replace(searched, provenance={**trained.provenance, "settings": settings, "search": steps})
 
 
 def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
@@ -160,7 +160,7 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
     data.model.config.save_pretrained(folder.model)
     data.tokenizer.save_pretrained(folder.model)
     folder.keep_trained(model.save_pretrained)
-    if (failure := stage.check_outcome(plan)) is not None:
+    if (failure := stage.failure(plan)) is not None:
         raise UserError(f"{failure}; what was trained is kept in {folder.trained}")
     try:
         rows = [data.validation[index] for index in range(min(2, len(data.validation)))]

@@ -42,7 +42,7 @@ class Stage:
         trainer: The trainer, with everything in it.
         allocation: The allocation of ranks; None for plain LoRA.
         steps: Optimizer steps.
-        screen: What it is told to.
+        screen: Shows what happens.
     """
 
     recipe: Recipe
@@ -64,15 +64,15 @@ class Stage:
 
     def rehearse(self) -> None:
         """Do everything that a training does before its first step, refusals included, and end there."""
-        self.trainer.add_callback(_Curtain())
-        with self.screen.training(), suppress(_ReadyError):
+        self.trainer.add_callback(_StopBeforeFirstStep())
+        with self.screen.training(), suppress(_ReadyToTrainError):
             self.trainer.train()
 
     def evaluate(self, prefix: str, split: Dataset | None = None) -> dict[str, float]:
         """Evaluate on a split, by default the test data or, without them, the validation data."""
         return evaluate(self.trainer, self.data, prefix, self.screen, split)
 
-    def check_outcome(self, plan: RankPlan) -> str | None:
+    def failure(self, plan: RankPlan) -> str | None:
         """Say why the training has failed, and what to do, where more than half of its steps were skipped."""
         bad, steps = plan.provenance["bad_steps"], plan.provenance["steps"]
         if 2 * bad <= steps:
@@ -84,13 +84,13 @@ class Stage:
         )
 
 
-class _ReadyError(Exception):
-    """Nothing speaks against the first step."""
+class _ReadyToTrainError(Exception):
+    """Ends a rehearsal: nothing speaks against the first step."""
 
 
-class _Curtain(TrainerCallback):
+class _StopBeforeFirstStep(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        raise _ReadyError
+        raise _ReadyToTrainError
 
 
 def searches(recipe: Recipe) -> bool:
@@ -105,32 +105,32 @@ def prepare_search(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Sc
     It trains on one part of the training data and learns the ranks on the other. Neither the validation nor the test
     data of the recipe are looked at.
     """
-    seen, held_out = method_data(recipe.method, data, recipe.training.seed)
+    train, held_out = method_data(recipe.method, data, recipe.training.seed)
     assert held_out is not None
     steps = search_steps(recipe, len(data.train))
     settings = {"steps": steps, "epochs": None, "eval_every": None}
     searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
-    parts = replace(data, train=seen, validation=held_out, test=None)
+    parts = replace(data, train=train, validation=held_out, test=None)
     stage = _prepare(searching, parts, folder.search, screen, make_method(recipe.method, held_out), steps)
     screen.start(recipe, data, stage.model)
-    screen.search(steps, len(seen), len(held_out))
+    screen.search(steps, len(train), len(held_out))
     return stage
 
 
 def prepare_training(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Screen, after_search: bool) -> Stage:
     """Load and check everything that the training of what is exported needs, and show it."""
-    seen, held_out = method_data(recipe.method, data, recipe.training.seed)
-    steps = total_steps(recipe, len(seen))
-    stage = _prepare(recipe, replace(data, train=seen), folder, screen, make_method(recipe.method, held_out), steps)
+    train, held_out = method_data(recipe.method, data, recipe.training.seed)
+    steps = total_steps(recipe, len(train))
+    stage = _prepare(recipe, replace(data, train=train), folder, screen, make_method(recipe.method, held_out), steps)
     if after_search:
-        screen.retraining(steps, len(seen))
+        screen.retraining(steps, len(train))
     else:
         screen.start(recipe, data, stage.model)
     return stage
 
 
-def retraining(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """Return what follows a search: plain LoRA at the ranks that it has found, on all training data."""
+def retraining_recipe(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """Return the recipe of what follows a search: plain LoRA at the ranks that it has found, on all training data."""
     plain = sections()[PLAIN_LORA](name=PLAIN_LORA)
     return recipe.model_copy(update={"method": plain, "plan": str(folder.search.plan.resolve())})
 
@@ -183,7 +183,7 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
         data: The data.
         model: The model.
         scratch: A folder for what a trainer writes before it does anything.
-        screen: What it is told to.
+        screen: Shows what happens.
     """
     return _trainer(recipe, data, model, RunFolder(scratch), callbacks=[screen.progress(None)])
 
@@ -212,8 +212,8 @@ def evaluate(
     if split is None:
         split = data.validation if data.test is None else data.test
     with screen.evaluating(trainer, EVALUATED[prefix]):
-        found = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
-    return without_times(found, prefix)
+        metrics = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
+    return without_times(metrics, prefix)
 
 
 def without_times(metrics: dict[str, float], prefix: str) -> dict[str, float]:

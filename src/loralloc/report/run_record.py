@@ -56,9 +56,9 @@ class RunRecord:
     @property
     def reached(self) -> int:
         """The last step anything is known of."""
-        known = [step for step, _ in (*self.train, *self.evaluations)]
-        known += [event.step for event in self.trace.events] if self.trace else []
-        return max(known, default=0)
+        steps = [step for step, _ in (*self.train, *self.evaluations)]
+        steps += [event.step for event in self.trace.events] if self.trace else []
+        return max(steps, default=0)
 
     @property
     def bad_steps(self) -> int:

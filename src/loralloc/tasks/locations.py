@@ -201,8 +201,8 @@ def model_folder(name: str) -> Path | None:
 def _demo_folder(name: str) -> Path:
     key = name.removeprefix("demo:")
     if key not in DEMO_MODELS:
-        known = [f"demo:{model}" for model in DEMO_MODELS]
-        raise UserError(f"No demo model {name}. There is {', '.join(known)}.{closest(name, known)}")
+        offered = [f"demo:{model}" for model in DEMO_MODELS]
+        raise UserError(f"No demo model {name}. There is {', '.join(offered)}.{closest(name, offered)}")
     # Found without importing it: the package imports all of sentence-transformers.
     spec = importlib.util.find_spec(DEMO_MODELS[key])
     if spec is None or not spec.submodule_search_locations:

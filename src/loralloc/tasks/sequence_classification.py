@@ -102,7 +102,7 @@ def prepare_evaluation(
         targets, label_type, compute_metrics, metric = numbers(rows, column), "float32", regression_metrics, "pearson"
     else:
         index = {str(name): int(i) for i, name in sorted((model.config.id2label or {}).items())}
-        targets = _to_indices(rows, label_names(rows, column), index, given=False)
+        targets = _to_indices(rows, label_names(rows, column), index, listed=False)
         label_type, compute_metrics, metric = "int64", classification_metrics, "accuracy"
     keys = inspect.signature(model.forward).parameters.keys()
     encoded = to_dataset(_tokenize(tokenizer, texts, targets, data.max_length, keys), Value(label_type))
@@ -187,7 +187,7 @@ def _read_classes(data: ClassificationData, column: str, seed: int) -> tuple[Spl
     names = _label_set(data, found[0])
     index = {name: i for i, name in enumerate(names)}
     targets = [
-        _to_indices(rows, labels, index, given=data.labels is not None)
+        _to_indices(rows, labels, index, listed=data.labels is not None)
         for rows, labels in zip(splits.all(), found, strict=True)
     ]
     counts = Counter(targets[0])
@@ -303,10 +303,10 @@ def _label_set(data: ClassificationData, found: Sequence[str]) -> list[str]:
     return names
 
 
-def _to_indices(rows: Rows, names: Sequence[str], index: Mapping[str, int], *, given: bool) -> list[int]:
+def _to_indices(rows: Rows, names: Sequence[str], index: Mapping[str, int], *, listed: bool) -> list[int]:
     for i, name in enumerate(names):
         if name not in index:
-            owner = "data.labels" if given else "the labels of the training data"
+            owner = "data.labels" if listed else "the labels of the training data"
             raise UserError(
                 f'{rows.place(i)}: label "{name}" is not among {owner} ({quote(list(index))[1:-1]}).'
                 f"{closest(name, index)}"

@@ -307,8 +307,10 @@ class AblationScorer:
                 hidden = plan.hidden.repeat(len(rows), *[1] * (plan.hidden.dim() - 1))
                 stack.enter_context(skipped(self._blocks[: plan.start], hidden, like))
             for site, product in plan.products.items():
-                known = product.repeat(len(rows), *[1] * (product.dim() - 1))
-                stack.enter_context(computing(self._sites[site].layer.base_layer, lambda *_, known=known, **__: known))
+                output = product.repeat(len(rows), *[1] * (product.dim() - 1))
+                stack.enter_context(
+                    computing(self._sites[site].layer.base_layer, lambda *_, output=output, **__: output)
+                )
             losses = self._losses(part.repeated(len(rows)), rows.repeat_interleave(part.samples, 0))
         self.block_samples += len(losses) * (self._depth - plan.start)
         return losses.view(len(rows), -1).sum(1)
@@ -339,7 +341,7 @@ class AblationScorer:
 def _pass(rows: Tensor, site: int, reference: States) -> _Pass:
     """Rows whose gates differ from the reference's first in this site."""
     start = reference.block(site)
-    products = {known: reference.products[known] for known in reference.known(site)} if reference.products else {}
+    products = {other: reference.products[other] for other in reference.unchanged(site)} if reference.products else {}
     return _Pass(rows, start, reference.hidden[start - 1] if start else None, products)
 
 

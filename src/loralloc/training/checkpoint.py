@@ -2,6 +2,16 @@
 
 Each checkpoint folder ends with `complete.json`, written last; a run resumes from the newest folder that has it, so a
 process killed in the middle of a save loses that save and nothing else.
+
+| file | holds | written in |
+|---|---|---|
+| `adapter_model.safetensors` | what is trained, as plain LoRA | `gated_files` |
+| `gated_factors.safetensors` | the factors and gates behind it | `gated_files` |
+| `loralloc.safetensors`, `loralloc.json` | the method's state, counts, settings | `callback`, from `run.state_dict` |
+| `optimizer.safetensors`, `optimizer.json` | optimizer and learning-rate schedule | here |
+| `random-PROCESS.json` | the generators of a process | here |
+| `window.json`, `bad_steps.json` | what the log averages, steps that plain LoRA has skipped | `trainer` |
+| `complete.json` | the step | here |
 """
 
 from __future__ import annotations

@@ -51,12 +51,12 @@ class GatedFiles:
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, with the gates folded; the gated factors beside it."""
         stock = type(self._model).save_pretrained
-        given = inspect.signature(stock).bind(self._model, str(save_directory), *args, **kwargs).arguments
-        given.update(given.pop("kwargs", {}))
-        tensors = given.get("state_dict") or self._model.state_dict()
+        arguments = inspect.signature(stock).bind(self._model, str(save_directory), *args, **kwargs).arguments
+        arguments.update(arguments.pop("kwargs", {}))
+        tensors = arguments.get("state_dict") or self._model.state_dict()
         adapter = self._sites[0].adapter
-        stock(**{**given, "state_dict": self._folded(tensors)})  # type: ignore[arg-type]
-        if given.get("is_main_process", True) and adapter in (given.get("selected_adapters") or [adapter]):
+        stock(**{**arguments, "state_dict": self._folded(tensors)})  # type: ignore[arg-type]
+        if arguments.get("is_main_process", True) and adapter in (arguments.get("selected_adapters") or [adapter]):
             gated = {key: tensors[key].contiguous().cpu() for site in self._sites for key in _keys(site)}
             save_file(gated, self._place(save_directory) / FILE)
 

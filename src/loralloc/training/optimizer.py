@@ -70,8 +70,8 @@ def check_holds_gates(optimizer: torch.optim.Optimizer, sites: Sequence[Site]) -
     Raises:
         UserError: It was built before the allocation was attached.
     """
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [site.name for site in sites if site.gate_is_trained and id(site.gate) not in known]
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [site.name for site in sites if site.gate_is_trained and id(site.gate) not in held]
     if missing:
         raise UserError(
             f"the optimizer does not hold the gates of {len(missing)} modules ({missing[0]}, ...): {WITHOUT_GATES}"

@@ -47,7 +47,7 @@ class States:
         """The first block to be computed where this site is the first whose gates differ."""
         return max(0, self.places[site])
 
-    def known(self, site: int) -> list[int]:
+    def unchanged(self, site: int) -> list[int]:
         """Sites outside of earlier blocks whose frozen layers return the same where this one is the first to differ."""
         if self.products is None:
             return []
@@ -161,8 +161,8 @@ def skipped(blocks: Sequence[nn.Module], hidden: Tensor, like: States) -> Iterat
     """
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            known = hidden if index == len(blocks) - 1 else None
-            stack.enter_context(computing(block, _passing_on(known, like.in_tuples, like.widths[index])))
+            passed = hidden if index == len(blocks) - 1 else None
+            stack.enter_context(computing(block, _passing_on(passed, like.in_tuples, like.widths[index])))
         yield
 
 
@@ -180,9 +180,9 @@ def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = earlier
 
 
-def _passing_on(known: Tensor | None, in_tuple: bool, width: int) -> Callable[..., Any]:
+def _passing_on(passed: Tensor | None, in_tuple: bool, width: int) -> Callable[..., Any]:
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        value = hidden if known is None else known
+        value = hidden if passed is None else passed
         return (value, *([None] * (width - 1))) if in_tuple else value
 
     return forward

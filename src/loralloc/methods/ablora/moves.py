@@ -27,15 +27,15 @@ def deal(order: Sequence[int], room: Sequence[int], costs: Sequence[int], limit:
     >>> deal(order=[2, 0, 1], room=[9, 9, 9], costs=[1, 1, 1], limit=8)
     [3, 2, 3]
     """
-    given, open_handed = [0] * len(room), True
+    dealt, open_handed = [0] * len(room), True
     while open_handed:
         open_handed = False
         for module in order:
-            if given[module] < room[module] and costs[module] <= limit:
-                given[module] += 1
+            if dealt[module] < room[module] and costs[module] <= limit:
+                dealt[module] += 1
                 limit -= costs[module]
                 open_handed = True
-    return given
+    return dealt
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,10 @@ def _settled(
         return ablation_importance(ablations.ablate(settings)).double().cpu()
 
     settled = settle(estimates, spread, groups, exact, generator)
-    known = settled.known
+    ablated = settled.ablated
     return settled.scores, {
-        "ablated": int(known.sum()),
-        "correlation": rank_correlation(estimates[known], settled.scores[known]),
+        "ablated": int(ablated.sum()),
+        "correlation": rank_correlation(estimates[ablated], settled.scores[ablated]),
         "error_allowed": float((settled.error * spread).median()),
         "score_spread": float(settled.scores.std(correction=0)),
     }

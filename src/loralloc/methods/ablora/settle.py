@@ -22,13 +22,13 @@ class Settled:
 
     Attributes:
         scores: [R], exact where looked up, else the estimate, corrected by the mean error.
-        known: Boolean [R]: which were looked up.
+        ablated: Boolean [R]: which were measured.
         error: Largest error that was allowed for, in units of `spread`.
         corrected: Mean error, which was taken out.
     """
 
     scores: Tensor
-    known: Tensor
+    ablated: Tensor
     error: float
     corrected: float
 
@@ -54,11 +54,11 @@ def settle(
         exact: Returns the exact scores of ranks, given by position.
         generator: For the audit.
     """
-    known = ~estimates.isfinite()
+    ablated = ~estimates.isfinite()
     scores = estimates.clone()
-    if known.any():  # nothing to go by
-        known[:] = True
-        return Settled(exact(torch.arange(len(scores))).to(scores), known, 0.0, 0.0)
+    if ablated.any():  # nothing to go by
+        ablated[:] = True
+        return Settled(exact(torch.arange(len(scores))).to(scores), ablated, 0.0, 0.0)
     looks = max(FIRST_LOOKS, len(scores) // 64)
     members = torch.cat([positions for positions, _ in counts])
     near = members[_distance(estimates, counts)[members].argsort(stable=True)[:looks]]
@@ -66,17 +66,17 @@ def settle(
     asked = torch.cat([near, others[torch.randperm(len(others), generator=generator)[:looks]]])
     while True:
         scores[asked] = torch.nan_to_num(exact(asked).to(scores), nan=-torch.inf, neginf=-torch.inf)
-        known[asked] = True
-        errors = (scores - estimates)[known]
-        errors, scale = errors[errors.isfinite()], spread[known][errors.isfinite()]
+        ablated[asked] = True
+        errors = (scores - estimates)[ablated]
+        errors, scale = errors[errors.isfinite()], spread[ablated][errors.isfinite()]
         corrected = float(errors.mean()) if len(errors) else 0.0
         error = SAFETY * float(((errors - corrected).abs() / scale).max()) if len(errors) else 0.0
-        scores = torch.where(known, scores, estimates + corrected)
-        unsure = _unsure(scores, torch.where(known, 0.0, error * spread), counts) & ~known
+        scores = torch.where(ablated, scores, estimates + corrected)
+        unsure = _unsure(scores, torch.where(ablated, 0.0, error * spread), counts) & ~ablated
         if not unsure.any():
-            return Settled(scores, known, error, corrected)
+            return Settled(scores, ablated, error, corrected)
         asked = unsure.nonzero()[:, 0]
-        asked = asked[_distance(scores, counts)[asked].argsort(stable=True)[: int(known.sum())]]
+        asked = asked[_distance(scores, counts)[asked].argsort(stable=True)[: int(ablated.sum())]]
 
 
 def _distance(scores: Tensor, counts: Sequence[tuple[Tensor, int]]) -> Tensor:

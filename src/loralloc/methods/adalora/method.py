@@ -137,7 +137,7 @@ class AdaLoRA(Method):
 
     def on_gradients(self, state: AdaLoRAState, now: StepContext) -> None:
         """Add the penalty's gradient; measure importance (order `paper`)."""
-        # The averages rest from step T − t_f on, as in the public code.
+        # The averages rest from step T − t_f on, as in the public code: two steps before the ranks are final.
         measure = now.step + 2 < now.schedule.steps_until_final and self.importance != "magnitude"
         for stack in state.stacks:
             penalise = self.gamma > 0 and stack.symbol != "gate"
