@@ -45,9 +45,10 @@ def watched(found: dict[str, Any]) -> Iterator[None]:
     """Note what this process holds at the end of a run: its own plan and weights, and how its model is wrapped."""
     final_metrics = pipeline._final_metrics
 
-    def note(recipe: Any, data: Any, trainer: Any, plan: Any, *rest: Any) -> Any:
-        found.update(ranks=plan.ranks, checksum=checksum(trainer.model), wrapper=type(trainer.model_wrapped).__name__)
-        return final_metrics(recipe, data, trainer, plan, *rest)
+    def note(stage: Any, plan: Any, *rest: Any) -> Any:
+        wrapper = type(stage.trainer.model_wrapped).__name__
+        found.update(ranks=plan.ranks, checksum=checksum(stage.trainer.model), wrapper=wrapper)
+        return final_metrics(stage, plan, *rest)
 
     with patch.object(pipeline, "_final_metrics", note):
         yield
