@@ -115,8 +115,9 @@ def seeing(verb: str, seen: list[Any]) -> Iterator[None]:
         seen.append([split and split[:] for split in (found.train, found.validation, found.test)])
         return found
 
-    def train(trainer: Any, *rest: Any) -> None:
-        seen.append([getattr(callback, "_compact", None) for callback in trainer.callback_handler.callbacks])
+    def train(stage: Any, *rest: Any) -> None:
+        callbacks = stage.trainer.callback_handler.callbacks
+        seen.append([getattr(callback, "_compact", None) for callback in callbacks])
         raise SeenError
 
     with ExitStack() as patches:

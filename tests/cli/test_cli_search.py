@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_in_the_stage_it_was_in(write: Write, where: str) -
     done("train", *words, "--output", "whole")
     deaths = {
         "search": lambda: killed_at(6),
-        "between": lambda: killed_in(pipeline, "add_adapter"),
+        "between": lambda: killed_in(pipeline, "_with_fresh_model"),
         "training": lambda: killed_at(14),  # the search has no such step
         "end": lambda: killed_in(pipeline, "export_adapter"),
     }

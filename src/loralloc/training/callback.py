@@ -125,7 +125,7 @@ class RankAllocation(TrainerCallback):
         run.max_grad_norm = args.max_grad_norm or None
         run.check_optimizer(kwargs["optimizer"])
         if run.data is not None:
-            data = self.method.validation  # type: ignore[attr-defined]
+            data = self.method.examples
             run.data.validation = _validation_batches(data, kwargs["train_dataloader"], args)
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.steps_until_final)
