@@ -244,6 +244,15 @@ class TestErrors:
             *("recipe.yaml:15:", "--learning-rate:", "--colour:"),
         ]
 
+    @pytest.mark.parametrize(
+        ("value", "rule"), [("eight", 'a number, got "eight"'), ("true", "a number"), (".nan", "a finite number")]
+    )
+    def test_a_number_of_either_kind_is_refused_once(self, write: Write, value: str, rule: str) -> None:
+        with pytest.raises(UserError) as refusal:
+            load_recipe(write(edit("average_rank: 8", f"average_rank: {value}")))
+        (line,) = str(refusal.value).splitlines()
+        assert f"recipe.yaml:11: method.budget.average_rank must be {rule}" in line
+
     def test_long_values_are_cut(self, write: Write) -> None:
         (line,) = problems(write(edit("steps: 300", f"steps: {'x' * 500}")))
         assert line.startswith('recipe.yaml:13: training.steps must be an integer, got "xxx')

@@ -7,6 +7,7 @@ stays fast.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +25,14 @@ def is_number(value: Any) -> bool:
 def is_text(value: Any) -> bool:
     """Whether a value is text that is not empty."""
     return isinstance(value, str) and bool(value)
+
+
+def _check_number(value: Any) -> Any:
+    if not is_number(value):
+        raise ValueError("must be a number")
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
 
 
 def _check_phase(value: Any) -> Any:
@@ -45,7 +54,9 @@ def _check_source(value: Any) -> Any:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Number = int | float  # keeps 8 apart from 8.0, so that a resolved recipe reads as it was written
+# Keeps 8 apart from 8.0, so that a resolved recipe reads as it was written; checked before pydantic tries both types,
+# which would report both.
+Number = Annotated[int | float, BeforeValidator(_check_number, json_schema_input_type=int | float)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
