@@ -132,7 +132,7 @@ def test_a_peft_model_is_found_where_it_is() -> None:
         assert peft_model(model) is inner
         assert len(list(plain_sites(model))) == 6
     sites = attach_gates(sentences(inner))
-    assert [site.name for site in sites] == [name for name, _, _ in plain_sites(inner)]
+    assert [site.name for site in sites] == [site.name for site in plain_sites(inner)]
     assert is_gated(inner, "default")
 
 

@@ -102,7 +102,7 @@ def test_files_without_an_effect_on_the_base_are_refused(tmp_path: Path, monkeyp
 
     def loaded_but_disabled(*args: Any, **kwargs: Any) -> PeftModel:
         found = stock(*args, **kwargs)
-        for _, layer, _ in plain_sites(found):
+        for layer in (site.layer for site in plain_sites(found)):
             layer.enable_adapters(False)
         return found
 

@@ -234,11 +234,11 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 
 def _broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     """The rules of the recipe's method."""
-    from loralloc.methods.registry import methods, sections
+    from loralloc.methods.registry import broken_rules, sections
 
     name = _get(tree, "method", "name")
-    if isinstance(name, str) and name in methods():
-        yield from methods()[name].broken_rules(_value_of(tree, sections()[name].model_fields))
+    if isinstance(name, str) and name in sections():
+        yield from broken_rules(name, _value_of(tree, sections()[name].model_fields))
 
 
 def _value_of(tree: Mapping[str, Any], method: Mapping[str, FieldInfo]) -> Callable[..., Any]:

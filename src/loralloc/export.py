@@ -84,7 +84,7 @@ def export_adapter(
         raise UserError(
             "the rank allocation is not finished: its gates are not folded; call finish() or end train() first"
         )
-    layers = [(name, layer) for name, layer, _ in sites]
+    layers = [(site.name, site.layer) for site in sites]
     check_plain(model, adapter, layers)
     check_active(layers)
     if profile == "merged":

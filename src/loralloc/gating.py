@@ -39,34 +39,14 @@ from loralloc.peft_layers import (
     lora_adapter,
     peft_model,
 )
-from loralloc.plain_lora import check_plain
+from loralloc.plain_lora import PlainSite, check_plain
 
 _LINEAR_FORWARD = nn.Linear.forward  # as it was when this was imported: some tools replace it for all layers
 
 
 @dataclass(frozen=True)
-class Site:
-    """One gated layer, as a method sees it: A [r, in], B [out, r], gate [r], scale [r].
-
-    Attributes:
-        name: Full module name in the base model, for example `model.layers.0.self_attn.q_proj`.
-        layer: PEFT's layer.
-        adapter: Name of the adapter.
-    """
-
-    name: str
-    layer: Any
-    adapter: str
-
-    @property
-    def A(self) -> nn.Parameter:  # noqa: N802 - the papers' symbol
-        """Down projection, [r, in]."""
-        return self.layer.lora_A[self.adapter].weight
-
-    @property
-    def B(self) -> nn.Parameter:  # noqa: N802 - the papers' symbol
-        """Up projection, [out, r]."""
-        return self.layer.lora_B[self.adapter].weight
+class Site(PlainSite):
+    """One gated layer, as a method sees it: A [r, in], B [out, r], gate [r], scale [r]."""
 
     @property
     def gate(self) -> nn.Parameter:
@@ -97,11 +77,6 @@ class Site:
     def cost(self) -> int:
         """Parameters of one rank: in + out."""
         return self.inputs + self.outputs
-
-    @property
-    def scaling(self) -> float:
-        """PEFT's scaling of this adapter: lora_alpha / r, or lora_alpha / √r with rsLoRA."""
-        return float(self.layer.scaling[self.adapter])
 
     def scaling_at(self, rank: float) -> float:
         """What PEFT's scaling would be if the adapter had this rank."""

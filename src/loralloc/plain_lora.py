@@ -7,8 +7,8 @@ an allocation is attached, and again when an adapter is exported or truncated, b
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -140,11 +140,12 @@ def stored_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
 
 
-class PlainSite(NamedTuple):
+@dataclass(frozen=True)
+class PlainSite:
     """A LoRA layer of an adapter, gated or not.
 
     Attributes:
-        name: Full module name.
+        name: Full module name in the base model, for example `model.layers.0.self_attn.q_proj`.
         layer: PEFT's layer.
         adapter: Name of the adapter.
     """
@@ -154,18 +155,18 @@ class PlainSite(NamedTuple):
     adapter: str
 
     @property
-    def A(self) -> Tensor:  # noqa: N802 - the papers' symbol
-        """[r, in]."""
+    def A(self) -> nn.Parameter:  # noqa: N802 - the papers' symbol
+        """Down projection, [r, in]."""
         return self.layer.lora_A[self.adapter].weight
 
     @property
-    def B(self) -> Tensor:  # noqa: N802
-        """[out, r]."""
+    def B(self) -> nn.Parameter:  # noqa: N802 - the papers' symbol
+        """Up projection, [out, r]."""
         return self.layer.lora_B[self.adapter].weight
 
     @property
     def scaling(self) -> float:
-        """s, the factor of B A."""
+        """PEFT's scaling of this adapter: lora_alpha / r, or lora_alpha / √r with rsLoRA."""
         return float(self.layer.scaling[self.adapter])
 
 

@@ -2,7 +2,7 @@
 
 | event | when | keys besides `event` and `step` |
 |---|---|---|
-| `start` | first | `total_steps`, `sites`, `in`, `out`, `ranks`, and what `schedule_of` returns |
+| `start` | first | `label`, `total_steps`, `sites`, `in`, `out`, `ranks`, and what `schedule_of` returns |
 | `allocate` | ranks have changed | `budget`, `ranks`, `parameters`, and what the method tells |
 | `freeze` | ranks are final | the same |
 | `plan` | a search has looked at what it would keep | `ranks`, `parameters`, `settled`, and what the method tells |
@@ -32,11 +32,12 @@ Span = tuple[str, int, int]
 
 
 def start_event(
-    sites: Sequence[str], sizes: Sequence[tuple[int, int]], ranks: Sequence[int], total_steps: int
+    label: str, sites: Sequence[str], sizes: Sequence[tuple[int, int]], ranks: Sequence[int], total_steps: int
 ) -> Event:
     """Return the event that opens a trace.
 
     Args:
+        label: What the method is called.
         sites: Full names of the modules, in the model's order.
         sizes: Inputs and outputs of each.
         ranks: Their ranks at the start.
@@ -46,6 +47,7 @@ def start_event(
     return {
         "event": "start",
         "step": 0,
+        "label": label,
         "total_steps": total_steps,
         "sites": list(sites),
         "in": list(inputs),
@@ -134,6 +136,7 @@ class Trace:
     """How the ranks developed.
 
     Attributes:
+        label: What the method is called; empty when the trace does not say.
         sites: Full module names, in the model's order.
         inputs: Input features of each site.
         outputs: Output features of each site.
@@ -145,6 +148,7 @@ class Trace:
         bad_steps: Steps that were skipped because their gradient was not finite.
     """
 
+    label: str
     sites: tuple[str, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -210,6 +214,7 @@ def _trace(path: Path, start: Event, rows: Sequence[Event]) -> Trace:
         events.append(RankEvent(int(row["step"]), ranks, None if budget is None else int(budget)))
     target = start.get("target_budget")
     return Trace(
+        label=str(start.get("label", "")),
         sites=sites,
         inputs=tuple(map(int, start["in"])),
         outputs=tuple(map(int, start["out"])),

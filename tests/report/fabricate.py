@@ -123,6 +123,7 @@ class Fabricated:
         start = [self.start] * len(self.modules)
         shapes = list(self.modules.values())
         opening: dict[str, Any] = {"event": "start", "step": 0, "total_steps": self.steps, "sites": list(self.modules)}
+        opening |= {"label": LABELS.get(self.method, self.method)}
         opening |= {"in": [a for a, _ in shapes], "out": [b for _, b in shapes], "ranks": start}
         rows = [opening]
         if self.method != "lora":

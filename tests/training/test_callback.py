@@ -230,6 +230,7 @@ def check_trace(
     assert start == {
         "event": "start",
         "step": 0,
+        "label": "AdaLoRA",
         "total_steps": STEPS,
         "schedule": {"warmup": LAST_FULL, "fallen": FIRST_FINAL - 1, "interval": 1},
         "phases": [

@@ -5,7 +5,7 @@ A package brings methods with an entry point, `NAME = "MODULE:CLASS"` under `[pr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -76,12 +76,53 @@ def sections() -> Mapping[str, type[MethodSection]]:
 
 def sections_of(kinds: Collection[type[Method]]) -> Mapping[str, type[MethodSection]]:
     """Return the class of a recipe's `method` section for some methods, and for plain LoRA."""
-    allocators = [kind.id for kind in kinds if _needs_budget(kind)]
+    allocators = [kind.id for kind in kinds if _takes_only_a_budget(kind)]
     return {kind.id: recipe_section(kind, allocators) for kind in kinds} | {PLAIN_LORA: PlainLoRASection}
 
 
-def _needs_budget(kind: type[Method]) -> bool:
-    return any(setting.name == "budget" and setting.default is MISSING for setting in settings(kind))
+def _takes_only_a_budget(kind: type[Method]) -> bool:
+    """Whether a method can be made of a budget, and examples: only such a one can stand in another's setting."""
+    return [setting.name for setting in settings(kind) if setting.default is MISSING] == ["budget"]
+
+
+def _looks_at_examples(kind: type[Method]) -> bool:
+    return any(setting.examples is not None for setting in settings(kind))
+
+
+def broken_rules(name: str, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Check in a recipe what no single setting of its method can: the method's own rules, and those of composing.
+
+    Args:
+        name: The method's id; plain LoRA and unknown ones have no rules.
+        value: Looks a key up, see `Method.broken_rules`.
+
+    Yields:
+        The key that a rule is about, and what is wrong with it.
+    """
+    kind = methods().get(name)
+    if kind is None:
+        return
+    yield from kind.broken_rules(value)
+    for setting in settings(kind):
+        if setting.allocator:
+            yield from _broken_composition(setting.name, value)
+
+
+def _broken_composition(key: str, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A budget and examples are for the method that allocates, which needs them."""
+    chosen, budget, validation = (value("method", name) for name in (key, "budget", "validation"))
+    kind = methods().get(chosen) if isinstance(chosen, str) else None
+    looking = [name for name, other in methods().items() if _takes_only_a_budget(other) and _looks_at_examples(other)]
+    if chosen is not None and budget is None:
+        yield ("method", key), f"method.{key}: {chosen} needs a budget: add method.budget"
+    if chosen is None and budget is not None:
+        yield ("method", "budget"), f"method.budget has no effect without method.{key}, such as adalora"
+    looks = kind is not None and _looks_at_examples(kind)
+    if looks and validation is None:
+        told = f"method.{key}: {chosen} scores ranks on validation data: add method.validation, as validation or 0.1"
+        yield ("method", key), told
+    if not looks and validation is not None:
+        yield ("method", "validation"), f"method.validation has no effect without method.{key}: {' or '.join(looking)}"
 
 
 def make_method(section: MethodSection, examples: Any = None) -> Method | None:
@@ -103,7 +144,7 @@ def make_method(section: MethodSection, examples: Any = None) -> Method | None:
             value = _allocator(methods()[value], section, examples)
         elif Budget in setting.kinds:
             value = _budget(value)
-        chosen[setting.name] = None if value == NONE else value
+        chosen[setting.name] = None if setting.choices and value == NONE else value
     return kind(**chosen)
 
 

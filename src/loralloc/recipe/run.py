@@ -49,6 +49,7 @@ def run(
         untrained: The value of the metric before training, where it is known; else it is measured.
         screen: Shows what happens; None shows nothing.
     """
+    processes.join()
     with processes.one_voice():
         return _run(recipe, resume, start_over, untrained, screen or Screen())
 
@@ -57,10 +58,10 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
     with processes.together():
         folder = _open_folder(recipe, resume, start_over)
         data = task_data(recipe)
-    search_plan = _search(recipe, data, folder, resume, screen) if stages.searches(recipe) else None
+    search_plan = None
+    if stages.searches(recipe):
+        search_plan, data = _search(recipe, data, folder, resume, screen)
     with processes.together():
-        if search_plan is not None:
-            data = _with_fresh_model(data)
         trained_recipe = recipe if search_plan is None else stages.retraining_recipe(recipe, folder)
         stage = stages.prepare_training(trained_recipe, data, folder, screen, after_search=search_plan is not None)
     if not resume and search_plan is None:
@@ -95,6 +96,7 @@ def rehearse(recipe: Recipe, resume: bool = False, start_over: bool = False, scr
         UserError: The run would be refused.
     """
     screen = screen or Screen()
+    processes.join()
     with processes.one_voice(), TemporaryDirectory(prefix="loralloc-") as scratch:
         _open_folder(recipe, resume, start_over)
         folder, data = RunFolder(Path(scratch)), task_data(recipe)
@@ -110,11 +112,13 @@ def _open_folder(recipe: Recipe, resume: bool, start_over: bool) -> RunFolder:
     return RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
 
 
-def _search(recipe: Recipe, data: TaskData, folder: RunFolder, resume: bool, screen: Screen) -> RankPlan:
-    """Search for the ranks, or read what an earlier process has found."""
+def _search(
+    recipe: Recipe, data: TaskData, folder: RunFolder, resume: bool, screen: Screen
+) -> tuple[RankPlan, TaskData]:
+    """Search for the ranks, or read what an earlier process has found; return them and data whose model is fresh."""
     with processes.together():
         if resume and folder.search.plan.is_file():
-            return RankPlan.load(folder.search.plan)
+            return RankPlan.load(folder.search.plan), data
     with processes.together():
         stage = stages.prepare_search(recipe, data, folder, screen)
     if not resume:
@@ -127,7 +131,8 @@ def _search(recipe: Recipe, data: TaskData, folder: RunFolder, resume: bool, scr
     record = {"examples": len(stage.data.train), "held_out": len(stage.data.validation)}
     record |= {"steps": plan.provenance["steps"], "seconds": round(stage.trainer.train_seconds, 1)}
     processes.on_main(_write_search, folder.search, record, plan)
-    return plan
+    with processes.together():
+        return plan, _with_fresh_model(data)
 
 
 def _write_search(folder: RunFolder, record: dict[str, Any], plan: RankPlan) -> None:
@@ -222,7 +227,8 @@ def _write_constant_trace(folder: RunFolder, plan: RankPlan, trainer: PlainTrain
     """The trace of a run without allocation."""
     assert trainer.guard is not None
     modules, ranks, steps = plan.modules.values(), list(plan.ranks.values()), plan.provenance["steps"]
-    start = trace.start_event(list(plan.modules), [(m.inputs, m.outputs) for m in modules], ranks, steps)
+    sizes = [(module.inputs, module.outputs) for module in modules]
+    start = trace.start_event(plan.provenance["label"], list(plan.modules), sizes, ranks, steps)
     skipped = [trace.bad_step_event(step) for step in trainer.guard.steps]
     folder.trace.unlink(missing_ok=True)
     trace.append(folder.trace, start, *skipped, trace.finish_event(steps, ranks, plan.parameters))

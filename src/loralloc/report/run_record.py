@@ -155,7 +155,8 @@ def _plan_so_far(trace: Trace, recipe: dict[str, Any]) -> RankPlan:
         for name, rank, start, inputs, outputs in rows
     }
     method = recipe.get("method")
-    return RankPlan(str(method.get("name", "")) if isinstance(method, dict) else "", modules)
+    name = str(method.get("name", "")) if isinstance(method, dict) else ""
+    return RankPlan(name, modules, provenance={"label": trace.label})
 
 
 Points = tuple[tuple[int, float], ...]

@@ -426,7 +426,9 @@ class AllocationRun:
         """Emit the event that opens a trace."""
         sizes = [(site.inputs, site.outputs) for site in self.sites]
         target = None if self.method.budget is None else self.schedule.target
-        start = trace.start_event([site.name for site in self.sites], sizes, self._ranks, self.schedule.total_steps)
+        start = trace.start_event(
+            self.method.label, [site.name for site in self.sites], sizes, self._ranks, self.schedule.total_steps
+        )
         self._emit(start | trace.schedule_of(self.schedule, self.unit, target))
 
     def _emit(self, event: trace.Event) -> None:

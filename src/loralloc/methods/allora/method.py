@@ -120,19 +120,8 @@ class ALLoRA(Method):
 
     @classmethod
     def broken_rules(cls, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-        """There is neither scale nor dropout; a budget and validation data are for the method that allocates."""
-        allocate, budget, validation = (value("method", key) for key in ("allocate", "budget", "validation"))
-        if allocate is not None and budget is None:
-            yield ("method", "allocate"), f"method.allocate: {allocate} needs a budget: add method.budget"
-        if allocate is None and budget is not None:
-            yield ("method", "budget"), "method.budget has no effect without method.allocate, such as adalora"
-        if allocate == "ablora" and validation is None:
-            yield (
-                ("method", "allocate"),
-                "method.allocate: ablora scores ranks on validation data: add method.validation, as validation or 0.1",
-            )
-        if allocate != "ablora" and validation is not None:
-            yield ("method", "validation"), "method.validation has no effect without method.allocate: ablora"
+        """There is neither scale nor dropout."""
+        allocate = value("method", "allocate")
         r, alpha, dropout = (value("lora", key) for key in ("r", "alpha", "dropout"))
         average = value("method", "budget", "average_rank")
         unit, name = (average, "the average rank") if allocate == "ablora" else (r, "lora.r")
