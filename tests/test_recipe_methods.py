@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import pytest
+from pydantic import Field
 
+from loralloc import Uniform
 from loralloc.config import load_recipe
 from loralloc.errors import UserError
+from loralloc.methods import registry
+from loralloc.setting_types import Examples
 
 ALLORA = """\
 task: sequence-classification
@@ -71,3 +77,35 @@ def test_allora_has_neither_scale_nor_dropout_and_a_budget_only_for_another_meth
 ) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
         load_recipe(written(tmp_path, method, lora))
+
+
+@dataclass(frozen=True)
+class Looking(Uniform):
+    """A method of somebody else's that allocates by examples."""
+
+    id: ClassVar[str] = "looking"
+
+    seen: Annotated[Any, Examples("what it looks at", default="validation")] = None
+    weights: Annotated[list[int], Field(description="a list of numbers")] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("method", "broken"),
+    [
+        ({"allocate": "looking", "budget": {}, "validation": "validation"}, []),
+        ({"allocate": "looking", "budget": {}}, ["method.allocate: looking scores ranks on validation data: add"]),
+        (
+            {"allocate": "uniform", "budget": {}, "validation": 0.1},
+            ["method.validation has no effect without method.allocate: ablora or looking"],
+        ),
+    ],
+)
+def test_composing_is_for_methods_of_others_too(
+    method: dict[str, Any], broken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {**registry.methods(), "looking": Looking}
+    monkeypatch.setattr(registry, "methods", lambda: known)
+    assert "looking" in str(registry.sections_of(known.values())["allora"].model_fields["allocate"].annotation)
+    told = [text for _, text in registry.broken_rules("allora", lambda section, key, *_: method.get(key))]
+    assert len(told) == len(broken)
+    assert all(text.startswith(start) for text, start in zip(told, broken, strict=True))

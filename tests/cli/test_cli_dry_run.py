@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from loralloc import UserError
+from loralloc.config import load_recipe
 from loralloc.recipe import run as pipeline
 from loralloc.recipe import stages
 from loralloc.training import callback, processes
@@ -80,6 +81,22 @@ def test_an_earlier_run_is_left_to_the_flags_that_decide_over_it(run: Path, reci
 
 
 @pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("act", [pipeline.run, pipeline.rehearse])
+def test_a_python_caller_under_a_launcher_joins_the_other_processes(
+    act: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it each process would train an adapter of its own."""
+
+    class JoinedError(Exception): ...
+
+    def join() -> None:
+        raise JoinedError
+
+    monkeypatch.setattr(pipeline.processes, "join", join)
+    with pytest.raises(JoinedError):
+        act(load_recipe(recipe))
+
+
 class TestARunThatNeverMadeAStep:
     """It is none: the folder may be used again."""
 

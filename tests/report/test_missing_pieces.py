@@ -57,6 +57,7 @@ class TestMissingPieces:
         (run / "log.jsonl").write_text(lines(made.log()[:20]))
         page = report(run)
         assert "Training has not finished" in words(page.one("header"))
+        assert words(page.one("h1")).startswith("AdaLoRA on")
         assert "budget: 48 ranks" in tile(page, "Ranks so far")
 
     def test_no_evaluation(self, tmp_path: Path) -> None:

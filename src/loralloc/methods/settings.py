@@ -79,7 +79,11 @@ class Setting(NamedTuple):
 def settings(kind: type) -> tuple[Setting, ...]:
     """Return what a method's dataclass declares, in its order."""
     hints = get_type_hints(kind, include_extras=True)
-    return tuple(Setting(field.name, hints[field.name], field.default) for field in fields(kind))
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(kind)
+    }
+    return tuple(Setting(name, hints[name], default) for name, default in defaults.items())
 
 
 def check_settings(method: Any) -> None:
