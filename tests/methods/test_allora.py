@@ -55,7 +55,7 @@ def plain(optimizer=sgd, steps: int = 1) -> list[Tensor]:
 class _Inert:
     """A method that does nothing."""
 
-    budget = None
+    label, budget = "", None
 
     def on_gradients(self, state, now) -> None: ...
 
