@@ -15,10 +15,10 @@ from typing import Any, Union
 
 from pydantic import BaseModel, Field, create_model
 
-from loralloc.config import LoraSection, ModelConfig, Recipe, TrainingConfig, listed
 from loralloc.methods.base import Method
 from loralloc.methods.registry import BUILT_IN, PLAIN_LORA, sections_of
 from loralloc.methods.settings import BudgetSection
+from loralloc.recipe.schema import LoraSection, ModelConfig, Recipe, TrainingConfig, listed
 from loralloc.tasks.spec import TASKS, DataSection, Task
 
 FOLDER = Path(__file__).resolve().parent
@@ -48,7 +48,7 @@ It knows the methods of this package and checks one key at a time; `loralloc tra
 over several keys too. A schema with the methods of all installed packages is written by
 
 ```sh
-python -c "import json; from loralloc.config import complete_recipe as r; print(json.dumps(r().model_json_schema()))"
+python -c "import json, loralloc.recipe.schema as s; print(json.dumps(s.complete_recipe().model_json_schema()))"
 ```
 """
 

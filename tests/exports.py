@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from loralloc import export as export_module
 from loralloc import export_adapter
-from loralloc.export import RECORD, Export, Profile
+from loralloc.adapter import export as export_module
+from loralloc.adapter.export import RECORD, Export, Profile
 
 MODELS = list(BUILDERS)
 ADAPTER_PROFILES: tuple[Profile, ...] = ("ragged", "uniform")

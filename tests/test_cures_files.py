@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loralloc import AdaLoRA, Budget, RankPlan, UserError, attach, export_adapter
 from loralloc import lora_config as planned_config
+from loralloc.adapter.model_card import Profile
+from loralloc.adapter.truncation import truncate_adapter
 from loralloc.gating import attach_gates
-from loralloc.model_card import Profile
 from loralloc.plain_lora import stored_apart
-from loralloc.truncation import truncate_adapter
 
 
 def refusal(words: str, attempt: Callable[[], Any]) -> str:

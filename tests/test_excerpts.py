@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from loralloc.config import load_recipe
+from loralloc.recipe.schema import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^(?:<!-- (?P<origin>\S+) -->\n)?```(?P<language>python|yaml)\n(?P<code>.*?)^```", re.M | re.S)

@@ -54,7 +54,7 @@ from pathlib import Path
 import torch
 
 from loralloc import UserError, attach
-from loralloc.config import load_recipe
+from loralloc.recipe.schema import load_recipe
 from loralloc.methods.registry import make_method, methods
 from loralloc.testing.models import TINY, adapted, labelled_batch
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from loralloc.methods.registry import BUILT_IN, PLAIN_LORA
-from loralloc.recipe_source import read_recipe_file
+from loralloc.recipe.source import read_recipe_file
 from loralloc.recipes import list_recipes
 from loralloc.tasks.spec import TASKS
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from loralloc._version import __version__
 
 if TYPE_CHECKING:
+    from loralloc.adapter.export import export_adapter
+    from loralloc.adapter.from_plan import lora_config
+    from loralloc.adapter.truncation import truncate_adapter
     from loralloc.budget import Budget
     from loralloc.errors import UserError
-    from loralloc.export import export_adapter
-    from loralloc.from_plan import lora_config
     from loralloc.methods.ablora import ABLoRA
     from loralloc.methods.adalora import AdaLoRA
     from loralloc.methods.allora import ALLoRA
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from loralloc.plan import RankPlan
     from loralloc.training.callback import RankAllocation
     from loralloc.training.run import attach
-    from loralloc.truncation import truncate_adapter
 
 __all__ = [
     "ABLoRA",
@@ -62,9 +62,9 @@ _HOME = {
     "Uniform": "loralloc.methods.controls",
     "UserError": "loralloc.errors",
     "attach": "loralloc.training.run",
-    "export_adapter": "loralloc.export",
-    "lora_config": "loralloc.from_plan",
-    "truncate_adapter": "loralloc.truncation",
+    "export_adapter": "loralloc.adapter.export",
+    "lora_config": "loralloc.adapter.from_plan",
+    "truncate_adapter": "loralloc.adapter.truncation",
 }
 
 

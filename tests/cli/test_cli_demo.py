@@ -16,9 +16,9 @@ from rich.console import Console
 
 from loralloc.cli import demo, fit, progress, terminal
 from loralloc.cli.fit import SLACK, Measured, steps_within
-from loralloc.config import load_recipe
 from loralloc.recipe import run as pipeline
 from loralloc.recipe import stages
+from loralloc.recipe.schema import load_recipe
 from loralloc.recipes import list_recipes
 
 from .command import RECIPE, done, examples, read_json, refused, write_rows

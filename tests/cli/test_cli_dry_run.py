@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from loralloc import UserError
-from loralloc.config import load_recipe
 from loralloc.recipe import run as pipeline
 from loralloc.recipe import stages
+from loralloc.recipe.schema import load_recipe
 from loralloc.training import callback, processes
 
 from .command import PLAIN, RECIPE, done, files, loralloc, read_json, refused

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from loralloc.config import load_recipe
+from loralloc.recipe.schema import load_recipe
 from loralloc.recipes import list_recipes
 
 from .command import done, ranks

@@ -13,9 +13,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import BertModel
 
-from loralloc.config import load_recipe
 from loralloc.recipe import run as pipeline
 from loralloc.recipe import stages
+from loralloc.recipe.schema import load_recipe
 
 from .command import LANGUAGE, PLAIN, RECIPE, done, files, log_rows, ranks, read_json, read_rows, refused
 from .deaths import differences, killed_at, killed_in

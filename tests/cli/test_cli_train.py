@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from loralloc.config import load_recipe
+from loralloc.recipe.schema import load_recipe
 
 from .command import (
     LANGUAGE,

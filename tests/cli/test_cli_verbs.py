@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loralloc import __version__
-from loralloc.config import load_recipe
+from loralloc.recipe.schema import load_recipe
 from loralloc.recipes import list_recipes, recipe_text
 
 from .command import done, examples, files, loralloc, ranks, read_json, refused, write_rows

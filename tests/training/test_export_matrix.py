@@ -34,7 +34,7 @@ from loralloc import (
     attach,
     export_adapter,
 )
-from loralloc.export import PROFILES
+from loralloc.adapter.export import PROFILES
 from loralloc.methods.base import Method
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:ALLoRA.*AdamW")]

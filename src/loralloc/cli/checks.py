@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.plan import RankPlan
 from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import Recipe
 from loralloc.tasks.locations import check_source, model_folder, named_sources
 
 

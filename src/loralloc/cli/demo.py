@@ -24,8 +24,8 @@ def demo(
     the Python that runs this; the encoder comes with the extra `demo`. A few steps are measured first, and as many are
     trained as fit into three minutes, at most those of the recipes.
     """
-    from loralloc.config import load_recipe, peek_recipe
     from loralloc.recipe.run_folder import RunFolder
+    from loralloc.recipe.schema import load_recipe, peek_recipe
     from loralloc.recipes import list_recipes
 
     paths = {method: list_recipes()[f"demo/{method}"] for method in METHODS}

@@ -12,7 +12,7 @@ from loralloc.errors import UserError
 
 
 class Profile(StrEnum):
-    """The profiles of loralloc.export, spelled out so that --help imports no torch."""
+    """The profiles of loralloc.adapter.export, spelled out so that --help imports no torch."""
 
     ragged = "ragged"
     uniform = "uniform"
@@ -31,7 +31,7 @@ def export(
     to: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/PROFILE.")] = None,
 ) -> None:
     """Write the adapter for its consumer, reload it with stock PEFT and compare the logits."""
-    from loralloc._folders import check_target
+    from loralloc.adapter.folders import check_target
     from loralloc.recipe.run_folder import RunFolder
     from loralloc.tasks.locations import model_folder
 
@@ -41,8 +41,8 @@ def export(
     target = (to or folder.exported(profile.value)).resolve()
     check_target(target)
     model_folder(folder.peek_recipe().model.name)
+    from loralloc.adapter.export import export_adapter
     from loralloc.cli import terminal
-    from loralloc.export import export_adapter
     from loralloc.recipe.from_recipe import load_for_export
 
     terminal.quiet_libraries()

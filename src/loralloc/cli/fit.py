@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 
 from loralloc.cli import terminal
 from loralloc.cli.progress import clock, console, progress_of
-from loralloc.config import Recipe
 from loralloc.recipe import stages
 from loralloc.recipe.from_recipe import task_data
 from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import Recipe
 
 FIRST, TIMED = 2, 5
 """Steps that warm up, and those that count."""

@@ -15,10 +15,10 @@ from rich.table import Table
 from transformers import Trainer
 
 from loralloc.cli.progress import Progress, console, figure, progress_bar, progress_of
-from loralloc.config import Recipe
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.outcome import Outcome
+from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.report.grid import arrange, short_names
 from loralloc.tasks import labels

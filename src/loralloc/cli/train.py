@@ -25,7 +25,7 @@ def train(
     if resume and replace:
         raise UserError("--resume continues a run and --replace starts it over: give one of them")
     from loralloc.cli.checks import check_inputs, check_output, is_alone
-    from loralloc.config import load_recipe, peek_recipe
+    from loralloc.recipe.schema import load_recipe, peek_recipe
 
     outline = peek_recipe(recipe, context.args) if is_alone() else None  # several check in `pipeline`: one ends all
     if outline is not None:

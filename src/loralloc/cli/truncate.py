@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loralloc._folders import check_adapter_folder, check_target
+from loralloc.adapter.folders import check_adapter_folder, check_target
 
 
 def truncate(
@@ -23,9 +23,9 @@ def truncate(
     """Keep the largest singular values of all updates; give one budget. Needs neither the base model nor data."""
     check_adapter_folder(adapter)
     check_target(output)
+    from loralloc.adapter.truncation import truncate_adapter
     from loralloc.budget import Budget
     from loralloc.cli import terminal
-    from loralloc.truncation import truncate_adapter
 
     terminal.quiet_libraries()
     budget = Budget(average_rank, total_rank, parameters, fraction)

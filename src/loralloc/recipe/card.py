@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loralloc.config import Recipe
 from loralloc.plan import RankPlan
+from loralloc.recipe.schema import Recipe
 from loralloc.tasks.base import TaskData
 
 

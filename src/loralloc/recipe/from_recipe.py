@@ -18,13 +18,13 @@ from transformers import (
     set_seed,
 )
 
-from loralloc.config import Recipe, TrainingConfig
+from loralloc.adapter.from_plan import lora_config
 from loralloc.errors import UserError
-from loralloc.from_plan import lora_config
 from loralloc.naming import named
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import Recipe, TrainingConfig
 from loralloc.recipe.targets import check_entries, linear_modules
 from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation

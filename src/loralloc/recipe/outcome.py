@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loralloc.export import Export
+from loralloc.adapter.export import Export
 from loralloc.plan import RankPlan
 from loralloc.recipe.run_folder import RunFolder
 

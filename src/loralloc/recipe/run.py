@@ -11,9 +11,8 @@ from typing import Any
 
 from loralloc import trace
 from loralloc._version import __version__
-from loralloc.config import Recipe
+from loralloc.adapter.export import Export, export_adapter, write_card
 from loralloc.errors import UserError
-from loralloc.export import Export, export_adapter, write_card
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.recipe import stages
@@ -21,6 +20,7 @@ from loralloc.recipe.card import card_facts
 from loralloc.recipe.from_recipe import task_data
 from loralloc.recipe.outcome import Outcome
 from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.recipe.stages import Stage
 from loralloc.report import write_report

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loralloc.config import Recipe, dump_recipe, load_recipe, peek_recipe
 from loralloc.errors import UserError
 from loralloc.files import finite, write_atomically
+from loralloc.recipe.schema import Recipe, dump_recipe, load_recipe, peek_recipe
 
 HEADER = "# The resolved recipe of this run, written by loralloc."
 

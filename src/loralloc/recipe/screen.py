@@ -10,8 +10,8 @@ from transformers import Trainer, TrainerCallback
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from loralloc.config import Recipe
     from loralloc.recipe.outcome import Outcome
+    from loralloc.recipe.schema import Recipe
     from loralloc.tasks.base import TaskData
     from loralloc.training.callback import RankAllocation
 

@@ -12,13 +12,13 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from loralloc.config import Recipe
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
 from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
 from loralloc.plan import RankPlan
 from loralloc.recipe.from_recipe import add_adapter, method_data, training_arguments
 from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.tasks.base import TaskData
 from loralloc.training import processes

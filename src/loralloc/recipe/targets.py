@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from loralloc.config import LoraSection, listed
 from loralloc.errors import UserError, closest
+from loralloc.recipe.schema import LoraSection, listed
 
 _NOT_TAKEN_APART = re.compile(r"\(\?(?!:)|\\[1-9]")
 """What makes parts of a pattern depend on each other: flags, assertions, references."""

@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from loralloc.adapter.export import export_adapter
 from loralloc.budget import Budget
 from loralloc.errors import UserError
-from loralloc.export import export_adapter
 from loralloc.gating import is_gated
 from loralloc.plan import RankPlan
 from loralloc.testing.hooks import Hooks, Make

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralloc.export_check import remember_example
+from loralloc.adapter.check import remember_example
 from loralloc.training.step_data import samples_of
 
 SAMPLES = 2

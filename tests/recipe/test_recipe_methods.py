@@ -11,9 +11,9 @@ import pytest
 from pydantic import Field
 
 from loralloc import Uniform
-from loralloc.config import load_recipe
 from loralloc.errors import UserError
 from loralloc.methods import registry
+from loralloc.recipe.schema import load_recipe
 from loralloc.setting_types import Examples
 
 ALLORA = """\

@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from loralloc.errors import closest
 from loralloc.methods.settings import BudgetSection
-from loralloc.recipe_source import Key, apply_overrides, dotted, dump_yaml, read_recipe_file, suggest
+from loralloc.recipe.source import Key, apply_overrides, dotted, dump_yaml, read_recipe_file, suggest
 from loralloc.setting_types import (
     AtLeastZero,
     Count,

@@ -27,10 +27,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from loralloc._folders import RECORD, check_target
 from loralloc._version import __version__
-from loralloc.errors import UserError, check_choice
-from loralloc.export_check import (
+from loralloc.adapter.check import (
     Checked,
     Factors,
     check_adapter,
@@ -40,8 +38,10 @@ from loralloc.export_check import (
     computing_plainly,
     logits,
 )
+from loralloc.adapter.folders import RECORD, check_target
+from loralloc.adapter.model_card import Export, Profile, model_card
+from loralloc.errors import UserError, check_choice
 from loralloc.gating import is_gated
-from loralloc.model_card import Export, Profile, model_card
 from loralloc.peft_layers import PREFIX, peft_model
 from loralloc.plain_lora import PlainSite, check_active, check_mergeable, check_plain, plain_sites, stored_apart
 

@@ -9,9 +9,9 @@ from typing import Literal
 import pytest
 from pydantic import ValidationError
 
-from loralloc.config import complete_recipe, listed, load_recipe, recipe_keys
 from loralloc.errors import UserError, closest
 from loralloc.methods.registry import sections
+from loralloc.recipe.schema import complete_recipe, listed, load_recipe, recipe_keys
 
 CLASSIFICATION = """\
 task: sequence-classification
@@ -424,7 +424,7 @@ class TestModels:
 
     def test_imports_no_torch(self) -> None:
         code = (
-            "import sys, loralloc.config, loralloc.recipes\n"
+            "import sys, loralloc.recipe.schema, loralloc.recipes\n"
             "assert not {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -43,7 +43,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loralloc import AdaLoRA, Budget, attach, export_adapter
-from loralloc.export import PROFILES, RECORD, Factors, Profile, ragged, uniform
+from loralloc.adapter.export import PROFILES, RECORD, Factors, Profile, ragged, uniform
 
 # ---- Reload by stock PEFT ----
 

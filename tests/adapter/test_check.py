@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from loralloc import AdaLoRA, Budget, UserError, attach, export_adapter
-from loralloc import export as export_module
-from loralloc.export_check import computing_plainly
+from loralloc.adapter import export as export_module
+from loralloc.adapter.check import computing_plainly
 from loralloc.peft_layers import bare_base
 from loralloc.plain_lora import plain_sites
 

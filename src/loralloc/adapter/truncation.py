@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loralloc._folders import ADAPTER_CONFIG as CONFIG
-from loralloc._folders import ADAPTER_WEIGHTS as WEIGHTS
-from loralloc._folders import RECORD, check_adapter_folder, check_target
 from loralloc._version import __version__
+from loralloc.adapter.export import Factors, move_into_place, plain_config, ragged
+from loralloc.adapter.folders import ADAPTER_CONFIG as CONFIG
+from loralloc.adapter.folders import ADAPTER_WEIGHTS as WEIGHTS
+from loralloc.adapter.folders import RECORD, check_adapter_folder, check_target
 from loralloc.budget import Budget
 from loralloc.errors import UserError
-from loralloc.export import Factors, move_into_place, plain_config, ragged
 from loralloc.methods.truncate import Truncate, balanced, decompose, keep_largest
 from loralloc.peft_layers import PREFIX
 from loralloc.plain_lora import check_plain_config

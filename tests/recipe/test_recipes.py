@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loralloc.config import dump_recipe, load_recipe, recipe_keys
 from loralloc.errors import UserError
+from loralloc.recipe.schema import dump_recipe, load_recipe, recipe_keys
 from loralloc.recipes import list_recipes, recipe_text
 from loralloc.tasks.locations import READABLE
 from loralloc.tasks.spec import TASKS
@@ -126,7 +126,7 @@ def test_an_unknown_name_meets_the_nearest_and_the_list() -> None:
     )
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)

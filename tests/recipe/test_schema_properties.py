@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralloc.config import complete_recipe, dump_recipe, load_recipe, recipe_keys
 from loralloc.errors import UserError
-from loralloc.recipe_source import dump_yaml
+from loralloc.recipe.schema import complete_recipe, dump_recipe, load_recipe, recipe_keys
+from loralloc.recipe.source import dump_yaml
 from loralloc.recipes import list_recipes
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12) | st.sampled_from(

@@ -6,8 +6,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loralloc.config import LoraSection
 from loralloc.errors import UserError
+from loralloc.recipe.schema import LoraSection
 from loralloc.recipe.targets import check_entries, linear_modules
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loralloc import UserError, export_adapter
-from loralloc import export as export_module
-from loralloc.export import PROFILES, Profile
+from loralloc.adapter import export as export_module
+from loralloc.adapter.export import PROFILES, Profile
 
 # ---- The model stays as it was ----
 

@@ -1,0 +1,1 @@
+"""Plain adapters of PEFT: written, checked, made smaller, started from a plan."""
