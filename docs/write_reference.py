@@ -19,7 +19,7 @@ from loralloc.methods.base import Method
 from loralloc.methods.registry import BUILT_IN, PLAIN_LORA, sections_of
 from loralloc.methods.settings import BudgetSection
 from loralloc.recipe.schema import LoraSection, ModelConfig, Recipe, TrainingConfig, listed
-from loralloc.tasks.spec import TASKS, DataSection, Task
+from loralloc.tasks.spec import TASKS, DataSection, Task, WeightedSource
 
 FOLDER = Path(__file__).resolve().parent
 PAGE, SCHEMA = FOLDER / "reference.md", FOLDER / "recipe.schema.json"
@@ -96,6 +96,7 @@ def _sections() -> Iterator[str]:
     yield _section("## The whole", "The keys of a recipe.", Recipe)
     yield _section("## `model`", _summary(ModelConfig), ModelConfig)
     yield _section("## `data`", f"{_summary(DataSection)} These keys are the same for every task.", DataSection)
+    yield _section("### `train`", "One of several sources of training data, with its weight.", WeightedSource)
     for name, task in TASKS.items():
         yield _section(f"### `{name}`", _of_task(task), task.data, task.keys)
     titles = {kind.id: f"{kind.label[0].upper()}{kind.label[1:]}: `{kind.id}`" for kind in BUILT_IN}

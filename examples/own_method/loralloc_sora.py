@@ -76,27 +76,22 @@ class SoRA(Method):
         """Leave the adapter as it is, and its gates at 1."""
         return SoRAState(sites)
 
-    def on_gradients(self, state: SoRAState, now: StepContext) -> None:
-        """Note η: the optimizer is about to make its step, g − η ∇_g L."""
+    def on_step(self, state: SoRAState, now: StepContext) -> Decision | None:
+        """Make the proximal step after the optimizer's, g − η ∇_g L, and tell which gates are not 0.
+
+        Raises:
+            UserError: η is not known, or all gates are 0.
+        """
+        if now.skipped:
+            return None
         if now.learning_rate is None:
             raise UserError(
                 "SoRA needs the learning rate of the step, and the optimizer that holds the adapter was not shown to "
-                "it: call run.before_step(optimizer)"
+                "it: call run.after_step(optimizer)"
             )
-        state.rate = now.learning_rate
-
-    def on_step(self, state: SoRAState, now: StepContext) -> Decision | None:
-        """Make the proximal step, and tell which gates are not 0.
-
-        Raises:
-            UserError: All of them are.
-        """
-        rate, state.rate = state.rate, None
-        if rate is None:  # the step was a bad one: no gradients were shown, and nothing has moved
-            return None
         # g ← T_ηλ(g)
         for site in state.sites:
-            site.gate.copy_(soft_threshold(site.gate, rate * self.penalty))
+            site.gate.copy_(soft_threshold(site.gate, now.learning_rate * self.penalty))
         # A rank takes part while its gate is not 0.
         kept = state.sizes() > 0
         if not kept.any():
@@ -125,11 +120,9 @@ class SoRAState:
 
     Attributes:
         sites: The gated layers.
-        rate: η of the step that is under way; None between steps, and in a bad one.
     """
 
     sites: Sequence[Site]
-    rate: float | None = None
 
     def sizes(self) -> Tensor:
         """|g| of all ranks, [R], on the device of the first site."""

@@ -121,5 +121,5 @@ def test_a_budget_keeps_the_largest_gates_of_all_modules() -> None:
 
 def test_the_optimizer_must_be_shown() -> None:
     run = attach(adapted(TINY["llama"]), SoRA(penalty=1.0), 10)
-    with pytest.raises(UserError, match=r"needs the learning rate of the step, .*: call run.before_step\(optimizer\)"):
-        run.before_step()
+    with pytest.raises(UserError, match=r"needs the learning rate of the step, .*: call run.after_step\(optimizer\)"):
+        run.after_step()

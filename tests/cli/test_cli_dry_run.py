@@ -13,6 +13,7 @@ from loralloc.recipe import run as pipeline
 from loralloc.recipe import stages
 from loralloc.recipe.schema import load_recipe
 from loralloc.training import callback, processes
+from loralloc.training.trainer import PlainTrainer
 
 from .command import PLAIN, RECIPE, done, files, loralloc, read_json, refused
 from .deaths import killed_at, killed_in
@@ -58,13 +59,13 @@ def test_the_run_and_its_rehearsal_refuse_alike(
 
 def test_a_rehearsal_makes_no_step(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    alive = stages.PlainTrainer.training_step
+    alive = PlainTrainer.training_step
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
         steps.append(self.state.global_step)
         return alive(self, *args, **kwargs)
 
-    monkeypatch.setattr(stages.PlainTrainer, "training_step", noted)
+    monkeypatch.setattr(PlainTrainer, "training_step", noted)
     monkeypatch.setattr(pipeline, "write_report", lambda folder: folder / "report.html")
     done("train", write(PLAIN), "--steps", 3, "--dry-run")
     assert steps == []
@@ -119,7 +120,7 @@ class TestARunThatNeverMadeAStep:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(stages.PlainTrainer, "training_step", press)
+            patch.setattr(PlainTrainer, "training_step", press)
             assert loralloc("train", recipe).code == 130
         assert Path("run/recipe.yaml").exists()
         self.starts_anew(recipe)

@@ -24,6 +24,7 @@ from loralloc.recipe.run_folder import HEADER
 from loralloc.recipe.schema import load_recipe, recipe_keys
 from loralloc.tasks import sequence_classification
 from loralloc.tasks.base import TaskData
+from loralloc.tasks.spec import TASKS, ClassificationData
 
 from .command import RECIPE, done, examples, read_json, refused, save_encoder, write_rows
 from .deaths import killed_at
@@ -37,6 +38,7 @@ CHANGED: dict[str, Any] = {
     "data.test": "more.jsonl",
     "data.text": "second",
     "data.text_pair": "second",
+    "data.also": {"more": "more.jsonl"},
     "data.label": "flipped",
     "data.labels": ["good", "bad"],
     "data.max_length": 4,
@@ -65,7 +67,10 @@ CHANGED: dict[str, Any] = {
 }
 """Another value of each option; `training.epochs` takes the place of `training.steps`."""
 
-ELSEWHERE = {"task", "training.epochs", "output", "data.prompt", "data.completion", "data.messages"}
+OTHER_TASKS = {
+    f"data.{key}" for task in TASKS.values() for key in task.keys if key not in ClassificationData.model_fields
+}
+ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS}
 """The task and what has a meaning for another one, and the folder, which a verb is given."""
 
 TRAINS = set(CHANGED)
@@ -112,7 +117,7 @@ def seeing(verb: str, seen: list[Any]) -> Iterator[None]:
 
     def data(recipe: Any) -> TaskData:
         found = task_data(recipe)
-        seen.append([split and split[:] for split in (found.train, found.validation, found.test)])
+        seen.append([split and split[:] for split in (found.train, found.validation, found.test, *found.also.values())])
         return found
 
     def train(stage: Any, *rest: Any) -> None:

@@ -16,6 +16,7 @@ from transformers import BertModel
 from loralloc.recipe import run as pipeline
 from loralloc.recipe import stages
 from loralloc.recipe.schema import load_recipe
+from loralloc.training.trainer import PlainTrainer
 
 from .command import LANGUAGE, PLAIN, RECIPE, done, files, log_rows, ranks, read_json, read_rows, refused
 from .deaths import differences, killed_at, killed_in
@@ -115,13 +116,13 @@ def test_the_search_sees_disjoint_parts_of_the_training_data_and_nothing_else(
     monkeypatch.setattr(stages, "method_data", audited)
     monkeypatch.setattr(BertModel, "forward", spied)
     evaluated: list[str] = []
-    evaluate = stages.PlainTrainer.evaluate
+    evaluate = PlainTrainer.evaluate
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
         evaluated.append(kwargs["metric_key_prefix"])
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(stages.PlainTrainer, "evaluate", noted)
+    monkeypatch.setattr(PlainTrainer, "evaluate", noted)
     with killed_in(pipeline, "_with_fresh_model"):  # when the search is over
         done("train", write(SEARCH), "--data.test", data / "test.jsonl", "--eval_every", 2)
     assert Path("run/search/ranks.json").is_file()

@@ -61,6 +61,7 @@ class TestRunFolder:
             "trace.jsonl",
             "log.jsonl",
             "metrics.json",
+            "losses.json",
             "report.html",
             "adapter/adapter_config.json",
             "adapter/adapter_model.safetensors",

@@ -205,9 +205,9 @@ class TestErrors:
             ("  label: label\n", "", 'recipe.yaml:4: missing "label" in "data": column with the label '
              "(sequence-classification)"),
             ("label: label", "label: label\n  prompt: q",
-             "recipe.yaml:8: data.prompt is for task causal-lm, but the task is sequence-classification"),
+             "recipe.yaml:8: data.prompt is for task causal-lm or preference, but the task is sequence-classification"),
             ("task: sequence-classification", "task: classification",
-             'recipe.yaml:1: task must be sequence-classification or causal-lm, got "classification"'),
+             'recipe.yaml:1: task must be sequence-classification, causal-lm or preference, got "classification"'),
             ("steps: 300", "steps: 300\n  steps: 400",
              'recipe.yaml:14: "steps" is set twice, first at recipe.yaml:13. Keep one of the two'),
             ("steps: 300", "steps: 300\n  [a, b]: 1", "recipe.yaml:14: a key must be a single word"),
@@ -224,9 +224,6 @@ class TestErrors:
             ("text: text\n  messages: chat",
              "recipe.yaml:6: data needs exactly one of text, prompt with completion, messages for task causal-lm; "
              "got text and messages"),
-            ("max_length: 5",
-             "recipe.yaml:3: data needs exactly one of text, prompt with completion, messages for task causal-lm; "
-             "got none of them"),
             ("prompt: q", "recipe.yaml:5: data.prompt needs data.completion as well"),
             ("completion: q", "recipe.yaml:5: data.completion needs data.prompt as well"),
         ],

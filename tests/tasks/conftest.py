@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tiny_models import build_tokenizer, save_decoder, save_encoder
 
+from loralloc.recipe.schema import DataConfig
+
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -48,10 +50,8 @@ def data_section() -> Callable[..., Any]:
     """Makes a recipe's data section."""
 
     def make(train: str | Path, **given: Any) -> Any:
-        keys = ("test", "text", "text_pair", "label", "labels", "prompt", "completion", "messages")
-        return SimpleNamespace(
-            **{**dict.fromkeys(keys), "validation": 0.25, "max_length": 16, **given, "train": str(train)}
-        )
+        keys = {key: field.get_default() for key, field in DataConfig.model_fields.items()}
+        return SimpleNamespace(**{**keys, "validation": 0.25, "max_length": 16, **given, "train": str(train)})
 
     return make
 

@@ -10,26 +10,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build_tokenizer, save_decoder
-from transformers import EvalPrediction, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from loralloc.errors import UserError
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.causal_lm import (
     IGNORED,
-    PaddingCollator,
-    blocks,
+    Encoder,
+    example_losses,
     fit,
     language_model_metrics,
-    leading_tokens,
     prepare,
-    token_scores,
-    tokenize_completions,
+    tokenize_pairs,
+    tokenize_texts,
 )
+from loralloc.tasks.forms import read_form
 from loralloc.tasks.rows import Rows
+from loralloc.tasks.spec import LanguageModelData
 
 Section = Callable[..., Any]
 Write = Callable[..., str]
@@ -58,37 +58,39 @@ def words(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "lead"), [(BEGINS_AND_ENDS, ["<s>"]), (PLAIN, []), (ONE_MARK, ["<s>"])], ids=["both", "none", "one"]
-)
-def test_leading_tokens(tokenizer: PreTrainedTokenizerFast, lead: list[str]) -> None:
-    assert tokenizer.convert_ids_to_tokens(leading_tokens(tokenizer)) == lead
-
-
-@pytest.mark.parametrize(
     ("tokenizer", "expected"),
-    [
-        (BEGINS_AND_ENDS, ["<s> a b </s>", "<s> c d e", "</s>"]),
-        (PLAIN, ["a b </s> c", "d e </s>"]),
-        (ONE_MARK, ["<s> a b <s>", "c d e"]),
-    ],
+    [(BEGINS_AND_ENDS, "<s> a b </s>"), (PLAIN, "a b </s>"), (ONE_MARK, "<s> a b <s>")],
     ids=["both", "none", "one"],
 )
-def test_documents_are_joined_and_cut(tokenizer: PreTrainedTokenizerFast, expected: list[str]) -> None:
-    made = list(blocks(tokenizer, ["a b", " ", "c d e"], max_length=4))
-    expected = [block for block in expected if " " in block]  # a block of one token predicts nothing
-    assert [words(tokenizer, block["input_ids"]) for block in made] == expected
-    assert all(block["labels"] == block["input_ids"] for block in made)
+def test_a_text_ends_once(tokenizer: PreTrainedTokenizerFast, expected: str) -> None:
+    for texts in (["a b", " "], [f"a b {tokenizer.eos_token}"]):
+        [(ids, learn)] = tokenize_texts(tokenizer, texts)
+        if texts == ["a b", " "] or tokenizer is not BEGINS_AND_ENDS:
+            assert words(tokenizer, ids) == expected
+        assert all(learn)
+
+
+def encoded(rows: list[dict[str, Any]], data: Any, tokenizer: PreTrainedTokenizerFast = PLAIN) -> list[list[int]]:
+    """The ids of what an encoder makes of rows."""
+    read = Rows("train.jsonl", tuple(rows[0]), rows, range(1, len(rows) + 1))
+    return Encoder(tokenizer, data, "tiny").dataset(read, read_form(read, data))["input_ids"]
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(2, 12))
-def test_no_token_is_lost_but_a_last_one(lengths: list[int], max_length: int) -> None:
+def test_no_token_of_joined_texts_is_lost_but_a_last_one(lengths: list[int], max_length: int) -> None:
     documents = [" ".join("abcde"[i % 5] for i in range(length)) for length in lengths]
-    made = [block["input_ids"] for block in blocks(PLAIN, documents, max_length)]
+    data = LanguageModelData(train="train.jsonl", text="text", max_length=max_length)
+    made = encoded([{"text": document} for document in documents], data)
     whole = PLAIN(" </s> ".join(documents) + " </s>")["input_ids"]
     joined = [token for block in made for token in block]
     assert joined == whole[: len(joined)]
     assert len(whole) - len(joined) == (1 if len(whole) % max_length == 1 else 0)
     assert all(len(block) == max_length for block in made[:-1])
+
+
+def test_texts_need_not_be_joined() -> None:
+    data = LanguageModelData(train="train.jsonl", packing="none", max_length=3)
+    assert [words(PLAIN, ids) for ids in encoded([{"text": "a b"}, {"text": "c d e"}], data)] == ["a b </s>", "c d e"]
 
 
 @pytest.mark.parametrize(
@@ -103,9 +105,26 @@ def test_no_token_is_lost_but_a_last_one(lengths: list[int], max_length: int) ->
 def test_only_the_completion_and_its_end_are_learned(
     tokenizer: PreTrainedTokenizerFast, expected: str, kept: str
 ) -> None:
-    [(ids, learn)] = tokenize_completions(tokenizer, ["a b"], ["c d"])
+    [(ids, learn)] = tokenize_pairs(tokenizer, ["a b "], ["c d"])
     assert words(tokenizer, ids) == expected
     assert words(tokenizer, [i for i, keep in zip(ids, learn, strict=True) if keep]) == kept
+
+
+@pytest.mark.parametrize(("chat", "expected"), [(None, "user : a </s>"), (True, "user : a </s>"), (False, "a b </s>")])
+def test_pairs_become_turns_where_the_model_has_a_template(chat: bool | None, expected: str) -> None:
+    tokenizer = build_tokenizer("$A", None, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant : {% endif %}"
+    data = LanguageModelData(train="train.jsonl", chat=chat)
+    [ids] = encoded([{"prompt": "a ", "completion": "b"}], data, tokenizer)
+    assert words(tokenizer, ids).startswith(expected)
+
+
+def test_turns_need_a_template() -> None:
+    data = LanguageModelData(train="train.jsonl", chat=True)
+    with pytest.raises(UserError, match=r'The tokenizer of model "tiny" has no chat template'):
+        encoded([{"prompt": "a", "completion": "b"}], data)
+    assert encoded([{"prompt": "a ", "completion": "b"}], LanguageModelData(train="train.jsonl"))
 
 
 def test_a_long_row_loses_its_end_and_one_without_anything_to_learn_is_dropped(
@@ -136,82 +155,12 @@ def test_nothing_left_to_learn() -> None:
         list(fit([([1], [True])], rows_of(1), max_length=2))
 
 
-def test_padding_is_told_by_the_mask_and_not_by_the_token() -> None:
-    pad = 7
-    long = {"input_ids": [7, 1, 7], "attention_mask": [1, 1, 1], "labels": [7, 1, 7]}
-    short = {"input_ids": [7], "attention_mask": [1], "labels": [7]}
-    batch = PaddingCollator(pad)([long, short])
-    assert batch["input_ids"].tolist() == [[7, 1, 7], [7, 7, 7]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[7, 1, 7], [7, IGNORED, IGNORED]]
-
-
-def naive_scores(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Perplexity and accuracy, one token after the other."""
-    losses, hits = [], []
-    for row, targets in zip(logits, labels, strict=True):
-        for t in range(1, len(targets)):
-            if targets[t] != IGNORED:
-                losses.append(-torch.log_softmax(row[t - 1], dim=-1)[targets[t]].item())
-                hits.append(row[t - 1].argmax().item() == targets[t].item())
-    return math.exp(sum(losses) / len(losses)), sum(hits) / len(hits)
-
-
 def test_metrics_count_every_learned_token_once() -> None:
-    logits = torch.randn(3, 6, 5)
-    labels = torch.randint(0, 5, (3, 6))
-    labels[0, :4], labels[1, 5:] = IGNORED, IGNORED
-    losses, hits = token_scores((logits, torch.zeros(1)), labels)
-    assert losses.shape == hits.shape == (3, 5)
-    metrics = language_model_metrics(EvalPrediction((losses.numpy(), hits.numpy()), labels.numpy()))
-    perplexity, accuracy = naive_scores(logits, labels)
-    assert metrics == pytest.approx({"perplexity": perplexity, "token_accuracy": accuracy}, rel=1e-5)
-
-
-@pytest.mark.parametrize("shape", ["text", "completion", "chat"])
-def test_a_trainer_takes_every_shape(
-    shape: str, tmp_path: Path, model_section: Section, data_section: Section, write: Write
-) -> None:
-    tokenizer = build_tokenizer("<s> $A", None, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
-    tokenizer.chat_template += "{% if add_generation_prompt %}assistant : {% endif %}"
-    folder = save_decoder(tmp_path / "decoder", tokenizer)
-    messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "yes"}]
-    rows = [{"text": "a b c d e", "prompt": "a b" + " c" * (i % 3), "reply": "yes", "chat": messages} for i in range(8)]
-    columns = {"text": {"text": "text"}, "completion": {"prompt": "prompt", "completion": "reply"}}
-    data = data_section(write(rows), **columns.get(shape, {"messages": "chat"}), test=write(rows, "test.jsonl"))
-    prepared = prepare(model_section(folder), data, 0)
-    assert set(prepared.train.column_names) == {"input_ids", "attention_mask", "labels"}
-    assert (prepared.metric, prepared.greater_is_better) == ("perplexity", False)
-
-    arguments = TrainingArguments(
-        str(tmp_path / "out"),
-        max_steps=2,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        per_device_eval_batch_size=3,
-    )
-    trainer = Trainer(
-        model=prepared.model,
-        args=arguments,
-        train_dataset=prepared.train,
-        eval_dataset=prepared.test,
-        data_collator=prepared.collator,
-        compute_metrics=prepared.compute_metrics,
-        preprocess_logits_for_metrics=prepared.preprocess_logits,
-    )
-    trainer.train()
-    metrics = trainer.evaluate()
-    assert prepared.test is not None
-    batch = prepared.collator([prepared.test[i] for i in range(len(prepared.test))])
-    with torch.no_grad():
-        perplexity, accuracy = naive_scores(prepared.model.eval()(**batch).logits, batch["labels"])
-    assert metrics["eval_perplexity"] == pytest.approx(perplexity, rel=1e-4)
-    assert metrics["eval_token_accuracy"] == pytest.approx(accuracy)
+    """Loss, tokens and hits of two examples: the mean is over tokens, not over examples."""
+    sums = np.array([[6.0, 3, 1], [2.0, 1, 1]])
+    prediction: Any = EvalPrediction(sums, sums[:, 1])
+    assert language_model_metrics(prediction) == pytest.approx({"perplexity": math.exp(2), "token_accuracy": 0.5})
+    assert example_losses(prediction).tolist() == [2, 2]
 
 
 def test_the_split_is_seeded(task: Callable[..., TaskData]) -> None:
@@ -219,26 +168,6 @@ def test_the_split_is_seeded(task: Callable[..., TaskData]) -> None:
     first, second = task(rows, text="text"), task(rows, text="text")
     assert first.train[:] == second.train[:]
     assert first.validation[:] == second.validation[:]
-
-
-def test_padding_does_not_change_the_loss(task: Callable[..., TaskData]) -> None:
-    rows = [{"p": "a" + " b" * i, "c": "film is good"} for i in range(8)]
-    prepared = task(rows, prompt="p", completion="c")
-    examples = [prepared.train[i] for i in range(4)]
-    with torch.no_grad():
-        alone = [prepared.model(**prepared.collator([example])).loss for example in examples]
-        together = prepared.model(**prepared.collator(examples)).loss  # as many learned tokens in every row
-    torch.testing.assert_close(together, torch.stack(alone).mean(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [{}, {"text": "t", "messages": "m"}, {"prompt": "p"}, {"completion": "c"}, {"text": "t", "completion": "c"}],
-)
-def test_columns_must_say_one_shape(task: Callable[..., TaskData], columns: dict[str, str]) -> None:
-    message = r"exactly one of data.text, data.prompt with data.completion, or data.messages"
-    with pytest.raises(UserError, match=message):
-        task([{"t": "a"}] * 4, **columns)
 
 
 def test_texts_that_are_all_empty(task: Callable[..., TaskData]) -> None:
@@ -272,6 +201,5 @@ def test_chats_need_a_template(task: Callable[..., TaskData]) -> None:
 
 
 def test_metrics_of_a_diverged_model_are_infinite_and_not_an_error() -> None:
-    labels = np.zeros((1, 3), dtype=int)
-    prediction: Any = EvalPrediction((np.full((1, 2), 1e5), np.zeros((1, 2))), labels)
+    prediction: Any = EvalPrediction(np.array([[1e6, 2, 0]]), np.array([2]))
     assert language_model_metrics(prediction)["perplexity"] == math.inf

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+import trl
 from tiny_models import build_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from loralloc.errors import UserError
-from loralloc.tasks.chat import check_template, read_chats, tokenize_chats
+from loralloc.tasks.chat import check_template, tokenize_chats
+from loralloc.tasks.conversations import Chat
 from loralloc.tasks.rows import Rows
 
 PLAIN = (
@@ -45,30 +47,53 @@ def tokenizer_of(template: str | None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def learned(template: str, chat: list[dict[str, str]]) -> tuple[list[str], list[str]]:
+def learned(template: str, chat: list[dict[str, Any]], learn: Any = "all", **given: Any) -> tuple[list[str], list[str]]:
     """All tokens of a chat, and those that are learned."""
     tokenizer = tokenizer_of(template)
-    [(ids, learn)] = tokenize_chats(tokenizer, [chat], rows_of([chat]))
+    [(ids, keep)] = tokenize_chats(tokenizer, [Chat(chat, **given)], rows_of([chat]), learn)
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    return tokens, [token for token, keep in zip(tokens, learn, strict=True) if keep]
+    return tokens, [token for token, kept in zip(tokens, keep, strict=True) if kept]
 
 
-def test_the_last_turn_is_learned_without_marks() -> None:
-    tokens, kept = learned(PLAIN, CHAT)
-    assert " ".join(tokens) == "user : a b </s> assistant : yes </s> user : c </s> assistant : no no </s>"
-    assert kept == ["no", "no", "</s>"]
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+class TestWhatIsLearned:
+    def test_every_turn_of_the_assistant(self, template: str) -> None:
+        tokens, kept = learned(template, CHAT)
+        assert " ".join(tokens) == "user : a b </s> assistant : yes </s> user : c </s> assistant : no no </s>"
+        assert kept == ["yes", "</s>", "no", "no", "</s>"]
 
+    def test_the_last_turn(self, template: str) -> None:
+        assert learned(template, CHAT, "last")[1] == ["no", "no", "</s>"]
 
-def test_all_turns_are_learned_with_marks() -> None:
-    tokens, kept = learned(MARKED, CHAT)
-    assert tokens == learned(PLAIN, CHAT)[0]
-    assert kept == ["yes", "</s>", "no", "no", "</s>"]
+    def test_only_what_follows_the_prompt(self, template: str) -> None:
+        assert learned(template, CHAT, start=2)[1] == ["no", "no", "</s>"]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
-    message = r"train.jsonl:1: the chat template refuses this chat \(it renders earlier messages differently once .*"
-    with pytest.raises(UserError, match=message + re.escape("mark the assistant's turns in it with {% generation %}")):
+    message = (
+        r"train.jsonl:1: the chat template refuses this chat \(it renders what comes before message 2 differently "
+    )
+    cure = "mark the assistant's turns in it with {% generation %}, or set data.learn: last"
+    with pytest.raises(UserError, match=message + "once the answer is there; " + re.escape(cure)):
         learned(FORGETFUL, CHAT)
+    with pytest.raises(UserError, match=r"message 4 differently once the answer is there; mark the .* %}\)"):
+        learned(FORGETFUL, CHAT, "last")
+
+
+def test_a_template_that_writes_a_turn_differently_once_more_follows() -> None:
+    template = PLAIN.replace("</s>", "{% if loop.last or m.role == 'user' %}</s>{% else %}good{% endif %}")
+    with pytest.raises(UserError, match=r"\(it renders message 2 differently once more follows\)"):
+        learned(template, CHAT)
+    assert learned(template, CHAT, "last")[1] == ["no", "no", "</s>"]
+
+
+def test_trls_copies_mark_the_templates_of_common_models() -> None:
+    """Qwen 3 leaves the thoughts of earlier turns out, so that no part of a chat begins as the whole does."""
+    (folder,) = [Path(part) for part in trl.__path__]
+    template = (folder / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    kept = learned(template, CHAT)[1]
+    assert [kept.count(word) for word in ("yes", "no")] == [1, 2]
+    assert not {"user", "a", "b", "c"} & set(kept)
 
 
 def test_what_the_template_refuses_is_reported_with_its_reason() -> None:
@@ -77,29 +102,39 @@ def test_what_the_template_refuses_is_reported_with_its_reason() -> None:
         learned(STRICT, CHAT[1:])
 
 
-def test_chats_are_read_from_lists_and_from_arrow() -> None:
-    # Arrow gives the first message the key of the second.
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}]
-    table = Dataset.from_list([{"chat": chat}])
-    for rows in (rows_of([chat]), Rows("train.parquet", ("chat",), table, [1], unit="row")):
-        assert read_chats(rows, "chat") == [chat]
+TOOL = {"type": "function", "function": {"name": "yes", "parameters": {"type": "object", "properties": {}}}}
+CALLING = [
+    CHAT[0],
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "yes", "arguments": {}}}]},
+]
+WITH_TOOLS = (
+    "{% if tools %}{% for t in tools %}{{ t.function.name }} {% endfor %}{% endif %}"
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }}"
+    "{% for call in m.tool_calls or [] %} {{ call.function.name }}{% endfor %} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
 
 
-@pytest.mark.parametrize("value", ["hello", [{"content": "a"}], ["hello"], {"role": "user", "content": "a"}])
-def test_values_that_are_no_chat(value: Any) -> None:
-    message = r'train.jsonl:2: column "chat" \(data.messages\) must hold a list of messages {"role": ..., "content"'
+def test_tools_reach_the_model() -> None:
+    tokens, kept = learned(WITH_TOOLS, CALLING, tools=[TOOL])
+    assert (tokens[0], kept) == ("yes", ["yes", "</s>"])
+
+
+def test_tools_that_the_template_ignores() -> None:
+    message = r"train.jsonl:1: the chat template of this model ignores tools, .*; take the column out \(data.tools\)"
     with pytest.raises(UserError, match=message):
-        read_chats(rows_of([CHAT, value]), "chat")
-
-
-@pytest.mark.parametrize("chat", [[], CHAT[:1], CHAT[:3]])
-def test_chats_without_an_answer(chat: Any) -> None:
-    with pytest.raises(UserError, match=r"train.jsonl:2: the last message must be the assistant's"):
-        read_chats(rows_of([CHAT, chat]), "chat")
+        learned(PLAIN, CHAT, tools=[TOOL])
+    with pytest.raises(
+        UserError, match=r"train.jsonl:1: the chat template of this model leaves out calls of tools, such as"
+    ):
+        learned(PLAIN, CALLING)
 
 
 def test_a_tokenizer_without_a_template() -> None:
-    with pytest.raises(UserError, match=r'model "tiny" has no chat template. .* use data.prompt and data.completion'):
+    with pytest.raises(
+        UserError,
+        match=r'model "tiny" has no chat template. .* use data.prompt and data.completion with data.chat: false',
+    ):
         check_template(tokenizer_of(None), "tiny")
     check_template(tokenizer_of(PLAIN), "tiny")
 

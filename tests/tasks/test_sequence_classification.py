@@ -95,7 +95,7 @@ def test_long_texts_are_cut(task: Callable[..., TaskData]) -> None:
 
 def test_a_batch_is_padded_to_its_longest(task: Callable[..., TaskData]) -> None:
     prepared = task(ROWS)
-    batch = prepared.collator([prepared.train[i] for i in range(4)])
+    batch = prepared.options["data_collator"]([prepared.train[i] for i in range(4)])
     lengths = [len(prepared.train[i]["input_ids"]) for i in range(4)]
     assert batch["input_ids"].shape == (4, max(lengths))
     assert batch["attention_mask"].sum(dim=1).tolist() == lengths
@@ -109,7 +109,7 @@ def test_only_what_the_model_takes_is_kept(
     folder = save_decoder(tmp_path / "decoder", build_tokenizer("$A", None, unk_token="<unk>", eos_token="</s>"))
     prepared = prepare(model_section(folder), data_section(write(ROWS), text="text", label="label"), 0)
     assert set(prepared.train.column_names) == {"input_ids", "attention_mask", "labels"}
-    batch = prepared.collator([prepared.train[i] for i in range(4)])
+    batch = prepared.options["data_collator"]([prepared.train[i] for i in range(4)])
     assert prepared.model(**batch).logits.shape == (4, 2)
 
 
@@ -131,7 +131,7 @@ def test_regression(task: Callable[..., TaskData]) -> None:
     assert (prepared.model.config.num_labels, prepared.model.config.problem_type) == (1, "regression")
     assert (prepared.metric, prepared.greater_is_better, prepared.reference) == ("pearson", True, {})
     assert set(prepared.train["labels"]) == {1.5, 2.0}
-    batch = prepared.collator([prepared.train[0], prepared.train[1]])
+    batch = prepared.options["data_collator"]([prepared.train[0], prepared.train[1]])
     assert batch["labels"].dtype == torch.float32
 
 
@@ -152,9 +152,7 @@ def train(prepared: TaskData, folder: Path, **options: Any) -> Trainer:
         args=arguments,
         train_dataset=prepared.train,
         eval_dataset=prepared.validation,
-        data_collator=prepared.collator,
-        compute_metrics=prepared.compute_metrics,
-        preprocess_logits_for_metrics=prepared.preprocess_logits,
+        **prepared.options,
     )
     trainer.train()
     return trainer

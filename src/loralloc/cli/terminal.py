@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import datasets
@@ -12,6 +12,7 @@ import transformers.utils.logging
 from peft import PeftModel
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from transformers import Trainer
 
 from loralloc.cli.progress import Progress, console, figure, progress_bar, progress_of
@@ -22,7 +23,8 @@ from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.report.grid import arrange, short_names
 from loralloc.tasks import labels
-from loralloc.tasks.base import TaskData
+from loralloc.tasks.base import TaskData, length_of
+from loralloc.tasks.preview import Part
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 
@@ -50,7 +52,9 @@ class Terminal(Screen):
         trainable, total = model.get_nb_trainable_parameters()
         test = "" if data.test is None else f", {len(data.test):,} test"
         console.print(f"[bold]{escape(recipe.method.name)}[/] on {escape(recipe.model.name)} ({total:,} parameters)")
-        console.print(f"  data      {len(data.train):,} train, {len(data.validation):,} validation{test} examples")
+        count = length_of(data.train)
+        train = "streamed" if count is None else f"{count:,}"
+        console.print(f"  data      {train} train, {len(data.validation):,} validation{test} examples")
         if data.classes:
             counted = f"  classes   {len(data.classes):,} in the training data: {labels.class_words(data.classes)}"
             console.print(escape(counted), soft_wrap=True)
@@ -67,7 +71,7 @@ class Terminal(Screen):
             f"[bold]search[/]    {steps:,} steps on {examples:,} examples; ranks are learned on {held_out:,} others"
         )
 
-    def retraining(self, steps: int, examples: int) -> None:
+    def retraining(self, steps: int, examples: int | None) -> None:
         """Say what follows the search."""
         console.print(f"[bold]then[/]      plain LoRA at the ranks found, {steps:,} steps on all {examples:,} examples")
 
@@ -87,13 +91,21 @@ class Terminal(Screen):
         """Show a bar."""
         return progress_of(trainer).evaluating(what)
 
+    def preview(self, examples: Sequence[Sequence[Part]]) -> None:
+        """Show the first examples, with what is learned in green."""
+        for number, parts in enumerate(examples, 1):
+            console.print(f"[bold]example {number}[/] as the model sees it; [green]green[/] is learned")
+            for text, kind in parts:
+                console.print(Text(_middle_out(text), style=STYLES[kind]), soft_wrap=True, end="")
+            console.print()
+
     def outcome(self, outcome: Outcome) -> None:
         """Show metrics, ranks, and where things are."""
         folder, plan, metrics, export = outcome.folder, outcome.plan, outcome.metrics, outcome.export
         if export is None:  # a process that writes nothing
             return
         console.print(_rank_table(plan))
-        splits = {name: metrics[name] for name in ("validation", "test") if metrics[name]}
+        splits = {name: metrics[name] for name in ("validation", "test") if metrics[name]} | metrics["also"]
         show_metrics(splits, metrics["reference"], metrics["metric"])
         share = plan.parameters / plan.start_parameters
         budget = ", ".join(f"{name} {value:g}" for name, value in plan.budget.items())
@@ -113,6 +125,18 @@ class Terminal(Screen):
         console.print(f"  report    {escape(str(folder.root / 'report.html'))}")
         for line in export.serving:
             console.print(f"  serve     {escape(line)}", soft_wrap=True)
+
+
+STYLES = {"context": "", "learned": "green", "rejected": "strike red"}
+"""How the parts of an example look."""
+MOST_SHOWN = 1500
+"""Characters shown of one part of an example."""
+
+
+def _middle_out(text: str) -> str:
+    """Leave the middle of a long text out."""
+    half = MOST_SHOWN // 2
+    return text if len(text) <= MOST_SHOWN else f"{text[:half]} [{len(text) - 2 * half:,} characters] {text[-half:]}"
 
 
 def show_metrics(

@@ -106,6 +106,8 @@ class StepContext:
             not read yet; only methods with `masks_bad_steps` meet it.
         max_grad_norm: The norm to which gradients are clipped, for methods that compute them anew; None for no
             clipping.
+        skipped: Whether the step was a bad one, as far as the host knows: `on_gradients` has not seen it, and no weight
+            has moved. `on_step` is called all the same, for what depends on the number of the step.
     """
 
     step: int
@@ -115,6 +117,7 @@ class StepContext:
     optimizer: str | None = None
     sound: Tensor | None = None
     max_grad_norm: float | None = None
+    skipped: bool = False
 
 
 @dataclass(frozen=True)

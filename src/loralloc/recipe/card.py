@@ -8,7 +8,8 @@ from typing import Any
 
 from loralloc.plan import RankPlan
 from loralloc.recipe.schema import Recipe
-from loralloc.tasks.base import TaskData
+from loralloc.tasks.base import TaskData, length_of
+from loralloc.tasks.locations import train_sources
 
 
 def card_facts(recipe: Recipe, data: TaskData, plan: RankPlan, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -21,11 +22,12 @@ def card_facts(recipe: Recipe, data: TaskData, plan: RankPlan, metrics: Mapping[
         metrics: The content of metrics.json.
     """
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    sizes = {name: f"{len(split):,} examples" for name, split in splits.items() if split is not None}
+    counts = {name: length_of(split) for name, split in splits.items() if split is not None}
+    sizes = {name: "streamed" if count is None else f"{count:,} examples" for name, count in counts.items()}
     held_out = "test" if metrics["test"] else "validation"
     training = recipe.training
     return {
-        "Data": {"task": recipe.task, "source": _name(recipe.data.train), **sizes},
+        "Data": {"task": recipe.task, "source": ", ".join(map(_name, train_sources(recipe.data))), **sizes},
         f"Results ({held_out})": {
             **metrics[held_out],
             **{f"{k} (reference)": v for k, v in metrics["reference"].items()},

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+import trl
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -24,7 +26,7 @@ from loralloc.naming import named
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.run_folder import RunFolder
-from loralloc.recipe.schema import Recipe, TrainingConfig
+from loralloc.recipe.schema import Recipe
 from loralloc.recipe.targets import check_entries, linear_modules
 from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation
@@ -33,6 +35,7 @@ from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, l
 from loralloc.tasks.rows import cut
 from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
+from loralloc.training.trainer import PlainTrainer, RunTrainer
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
@@ -40,10 +43,15 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 
 def task_data(recipe: Recipe) -> TaskData:
     """Load the model and the data of a recipe."""
-    return prepare(recipe.task, recipe.model, recipe.data, recipe.training.seed)
+    data = prepare(recipe.task, recipe.model, recipe.data, recipe.training.seed)
+    also = {
+        name: prepare_evaluation(recipe.task, data.model, data.tokenizer, recipe.data, source).test
+        for name, source in (recipe.data.also or {}).items()
+    }
+    return replace(data, also=also)
 
 
-def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Dataset, Dataset | None]:
+def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Return (the examples to train on, those that the method looks at, None where it looks at none).
 
     A method's section says where they come from with its key `validation`: a share is cut from the training data by
@@ -54,6 +62,7 @@ def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Data
         return data.train, None
     if source == "validation":
         return data.train, data.validation
+    assert isinstance(data.train, Dataset)
     labels = data.train["labels"] if data.classes else None
     held_out = cut(len(data.train), source, seed, labels)
     if not held_out:
@@ -125,11 +134,36 @@ def _common(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArguments:
-    """Translate a recipe's `training` section for the Trainer; checkpoints go to `folder`."""
+def trainer_class(recipe: Recipe) -> type[RunTrainer]:
+    """Return the class that trains a recipe's task."""
+    name = TASKS[recipe.task].trainer
+    if name == "Trainer":
+        return PlainTrainer
+    from loralloc.training import trl_trainers  # takes seconds, which only tasks that need it should cost
+
+    return {"SFTTrainer": trl_trainers.RunSFTTrainer, "DPOTrainer": trl_trainers.RunDPOTrainer}[name]
+
+
+ARGUMENTS = {"SFTTrainer": "SFTConfig", "DPOTrainer": "DPOConfig"}
+"""TRL's classes of arguments, by the trainer that takes them."""
+
+
+def training_arguments(recipe: Recipe, folder: Path, more: Mapping[str, Any] | None = None) -> TrainingArguments:
+    """Translate a recipe's `training` section for the Trainer.
+
+    Args:
+        recipe: The recipe.
+        folder: Where checkpoints go.
+        more: What the task sets of the arguments' class.
+
+    Raises:
+        UserError: The class refuses a value.
+    """
+    settings, trainer = recipe.training, TASKS[recipe.task].trainer
+    kind: type[TrainingArguments] = getattr(trl, ARGUMENTS[trainer]) if trainer in ARGUMENTS else TrainingArguments
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
     try:
-        return TrainingArguments(
+        return kind(
             output_dir=str(folder),
             per_device_train_batch_size=settings.batch_size,
             per_device_eval_batch_size=2 * settings.batch_size,
@@ -155,6 +189,7 @@ def training_arguments(settings: TrainingConfig, folder: Path) -> TrainingArgume
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],
             **length,  # type: ignore[arg-type]
+            **(more or {}),
         )
     except ValueError as error:  # bf16 on a device without it, for example
         raise UserError(f"training: {str(error).splitlines()[0]}") from error

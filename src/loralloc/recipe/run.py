@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
+
+from datasets import Dataset
 
 from loralloc import trace
 from loralloc._version import __version__
@@ -24,9 +27,9 @@ from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.recipe.stages import Stage
 from loralloc.report import write_report
-from loralloc.tasks.base import TaskData
+from loralloc.tasks.base import TaskData, length_of
 from loralloc.training import processes
-from loralloc.training.trainer import PlainTrainer
+from loralloc.training.trainer import RunTrainer
 
 
 def run(
@@ -102,8 +105,8 @@ def rehearse(recipe: Recipe, resume: bool = False, start_over: bool = False, scr
         folder, data = RunFolder(Path(scratch)), task_data(recipe)
         if stages.searches(recipe):
             stages.prepare_search(recipe, data, folder, screen).rehearse()
-            examples = len(data.train)
-            screen.retraining(stages.total_steps(recipe, examples), examples)
+            assert isinstance(data.train, Dataset)
+            screen.retraining(stages.total_steps(recipe, data.packed(data.train)), len(data.train))
         else:
             stages.prepare_training(recipe, data, folder, screen, after_search=False).rehearse()
 
@@ -128,7 +131,7 @@ def _search(
     plan = _plan(stage)
     if (failure := stage.failure(plan)) is not None:
         raise UserError(failure)
-    record = {"examples": len(stage.data.train), "held_out": len(stage.data.validation)}
+    record = {"examples": length_of(stage.data.train), "held_out": len(stage.data.validation)}
     record |= {"steps": plan.provenance["steps"], "seconds": round(stage.trainer.train_seconds, 1)}
     processes.on_main(_write_search, folder.search, record, plan)
     with processes.together():
@@ -168,8 +171,7 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
     if (failure := stage.failure(plan)) is not None:
         raise UserError(f"{failure}; what was trained is kept in {folder.trained}")
     try:
-        rows = [data.validation[index] for index in range(min(2, len(data.validation)))]
-        export = export_adapter(model, folder.adapter, batch=data.collator(rows), tokenizer=data.tokenizer)
+        export = export_adapter(model, folder.adapter, batch=_sample(stage), tokenizer=data.tokenizer)
     except (RuntimeError, ValueError, OSError) as error:
         if all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
             cure = f"what was trained is kept in {folder.trained}: loralloc export {folder.root} writes it from there"
@@ -180,14 +182,27 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
     return export
 
 
+def _sample(stage: Stage) -> dict[str, Any]:
+    """A batch of two validation examples, as far as it goes into the model."""
+    trainer, rows = stage.trainer, cast(Dataset, stage.trainer.eval_dataset)
+    batch = trainer.data_collator([rows[index] for index in range(min(2, len(rows)))])
+    taken = inspect.signature(stage.model.get_base_model().forward).parameters
+    return {key: value for key, value in batch.items() if key in taken}
+
+
 def _final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: float) -> dict[str, Any]:
     data = stage.data
+    also = {name: stage.evaluate("also", examples) for name, examples in data.also.items()}
+    validation = stage.evaluate("eval", data.validation)
+    test = None if data.test is None else stage.evaluate("test", data.test)
+    _write_losses(stage)  # of the last evaluation: the test data or, without them, the validation data
     return {
         "task": stage.recipe.task,
         "metric": data.metric,
         "greater_is_better": data.greater_is_better,
-        "validation": stage.evaluate("eval", data.validation),
-        "test": None if data.test is None else stage.evaluate("test", data.test),
+        "validation": validation,
+        "test": test,
+        "also": also,
         "reference": {**data.reference, "untrained": untrained},
         "classes": dict(data.classes),
         "train_seconds": round(seconds, 1),
@@ -197,6 +212,15 @@ def _final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: floa
         "final_ranks": plan.total_rank,
         "final_parameters": plan.parameters,
     }
+
+
+def _write_losses(stage: Stage) -> None:
+    """Write the loss of every example of the last evaluation, where the task has one."""
+    data, evaluated = stage.data, stage.trainer.evaluated
+    if data.example_losses is None or evaluated is None:
+        return
+    record = {"split": "validation" if data.test is None else "test", "losses": data.example_losses(evaluated).tolist()}
+    processes.on_main(stage.folder.write_json, stage.folder.losses, record)
 
 
 def _plan(stage: Stage) -> RankPlan:
@@ -223,7 +247,7 @@ def _plan(stage: Stage) -> RankPlan:
     return RankPlan(recipe.method.name, modules, provenance=provenance)
 
 
-def _write_constant_trace(folder: RunFolder, plan: RankPlan, trainer: PlainTrainer) -> None:
+def _write_constant_trace(folder: RunFolder, plan: RankPlan, trainer: RunTrainer) -> None:
     """The trace of a run without allocation."""
     assert trainer.guard is not None
     modules, ranks, steps = plan.modules.values(), list(plan.ranks.values()), plan.provenance["steps"]

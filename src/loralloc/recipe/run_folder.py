@@ -34,6 +34,7 @@ class RunFolder:
         "trace.jsonl",
         "log.jsonl",
         "metrics.json",
+        "losses.json",
         "checkpoints",
         "search",
         "report.html",
@@ -91,6 +92,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """Final figures."""
         return self.root / "metrics.json"
+
+    @property
+    def losses(self) -> Path:
+        """The loss of every held-out example, to compare runs by."""
+        return self.root / "losses.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -205,14 +205,18 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     if not isinstance(name, str) or name not in TASKS or not isinstance(data, Mapping):
         return
     task, set_keys = TASKS[name], {key for key, value in data.items() if value is not None}
-    for other, its in TASKS.items():
-        for key in its.keys:
-            if key in set_keys and key not in task.keys:
-                yield ("data", key), f"data.{key} is for task {other}, but the task is {name}"
+    keys = dict.fromkeys(key for other in TASKS.values() for key in other.keys)
+    for key in keys:
+        if data.get(key) not in (None, DataConfig.model_fields[key].default) and key not in task.keys:
+            others = listed(other for other, its in TASKS.items() if key in its.keys)
+            yield ("data", key), f"data.{key} is for task {others}, but the task is {name}"
     least, reason = task.shortest
     length = data.get("max_length")
     if isinstance(length, int) and 1 <= length < least:
         yield ("data", "max_length"), f"data.max_length must be at least {least}: {reason}"
+    yield from _broken_stream(tree, data)
+    if task.recognised and not any(set_keys & set(form) for form in task.forms):
+        return
     if len(task.forms) == 1:
         for key in task.forms[0]:
             if key not in set_keys:
@@ -232,13 +236,42 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                     yield ("data", partner), f"data.{partner} needs data.{key} as well"
 
 
+def _broken_stream(tree: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """What streamed data cannot do: nobody knows how many there are, and nothing can be cut off them."""
+    if data.get("streaming") is not True:
+        return
+    reason = "data.streaming reads the training data while training"
+    if _get(tree, "training", "steps") is None:
+        yield ("data", "streaming"), f"{reason}, so their number is not known; set training.steps"
+    if not is_text(data.get("validation")):
+        yield ("data", "streaming"), f"{reason}, so nothing can be cut off; name a file in data.validation"
+    if isinstance(data.get("train"), list) and not all(map(is_text, data["train"])):
+        yield ("data", "streaming"), f"{reason}, one source after the other; take the weights out of data.train"
+
+
 def _broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     """The rules of the recipe's method."""
     from loralloc.methods.registry import broken_rules, sections
 
     name = _get(tree, "method", "name")
-    if isinstance(name, str) and name in sections():
-        yield from broken_rules(name, _value_of(tree, sections()[name].model_fields))
+    if not isinstance(name, str) or name not in sections():
+        return
+    value = _value_of(tree, sections()[name].model_fields)
+    yield from broken_rules(name, value)
+    looks_at = value("method", "validation")
+    task = TASKS.get(str(tree.get("task")))
+    if looks_at is not None and task is not None and not task.own_loss:
+        yield (
+            ("method", "name"),
+            f"{name} learns ranks from the loss of a batch, which task {tree.get('task')} does not have: its loss "
+            "compares two answers; use adalora or allora",
+        )
+    if looks_at not in (None, "validation") and _get(tree, "data", "streaming") is True:
+        yield (
+            ("method", "validation"),
+            f"method.validation is {looks_at}, but nothing can be cut off data that are streamed; set it to "
+            "validation, or take data.streaming out",
+        )
 
 
 def _value_of(tree: Mapping[str, Any], method: Mapping[str, FieldInfo]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from loralloc.recipe.outcome import Outcome
     from loralloc.recipe.schema import Recipe
     from loralloc.tasks.base import TaskData
+    from loralloc.tasks.preview import Part
     from loralloc.training.callback import RankAllocation
 
 
@@ -25,7 +27,7 @@ class Screen:
     def search(self, steps: int, examples: int, held_out: int) -> None:
         """Its ranks are searched for first."""
 
-    def retraining(self, steps: int, examples: int) -> None:
+    def retraining(self, steps: int, examples: int | None) -> None:
         """What follows the search."""
 
     def warning(self, sentence: str) -> None:
@@ -44,6 +46,9 @@ class Screen:
         """Surround an evaluation that is no part of a training."""
         del trainer, what
         return nullcontext()
+
+    def preview(self, examples: Sequence[Sequence[Part]]) -> None:
+        """The first examples as the model will see them."""
 
     def outcome(self, outcome: Outcome) -> None:
         """A run has ended."""

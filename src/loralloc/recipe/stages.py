@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from peft import PeftModel
@@ -16,18 +17,22 @@ from loralloc.errors import UserError
 from loralloc.methods.base import Method
 from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
 from loralloc.plan import RankPlan
-from loralloc.recipe.from_recipe import add_adapter, method_data, training_arguments
+from loralloc.recipe.from_recipe import add_adapter, method_data, trainer_class, training_arguments
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
-from loralloc.tasks.base import TaskData
+from loralloc.tasks.base import TaskData, length_of
+from loralloc.tasks.preview import parts_of
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 from loralloc.training.checkpoint import check_processes, newest_complete
-from loralloc.training.trainer import Agreement, PlainTrainer, SkipBadSteps
+from loralloc.training.trainer import Agreement, RunTrainer, SkipBadSteps
 
-EVALUATED = {"untrained": "the untrained model", "eval": "validation data", "test": "test data"}
+EVALUATED = {"untrained": "the untrained model", "eval": "validation data", "test": "test data", "also": "more data"}
 """What an evaluation is about, by the prefix of its figures in the log."""
+
+PREVIEWED = 2
+"""Examples that a rehearsal shows."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Stage:
     folder: RunFolder
     data: TaskData
     model: PeftModel
-    trainer: PlainTrainer
+    trainer: RunTrainer
     allocation: RankAllocation | None
     steps: int
     screen: Screen
@@ -67,6 +72,8 @@ class Stage:
         self.trainer.add_callback(_StopBeforeFirstStep())
         with self.screen.training(), suppress(_ReadyToTrainError):
             self.trainer.train()
+        first: Any = islice(iter(cast(Any, self.trainer.train_dataset)), PREVIEWED)
+        self.screen.preview([parts_of(self.data.tokenizer, example) for example in first])
 
     def evaluate(self, prefix: str, split: Dataset | None = None) -> dict[str, float]:
         """Evaluate on a split, by default the test data or, without them, the validation data."""
@@ -107,23 +114,24 @@ def prepare_search(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Sc
     """
     train, held_out = method_data(recipe.method, data, recipe.training.seed)
     assert held_out is not None
-    steps = search_steps(recipe, len(data.train))
+    assert isinstance(data.train, Dataset)
+    steps = search_steps(recipe, data.packed(data.train))
     settings = {"steps": steps, "epochs": None, "eval_every": None}
     searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
     parts = replace(data, train=train, validation=held_out, test=None)
     stage = _prepare(searching, parts, folder.search, screen, make_method(recipe.method, held_out), steps)
     screen.start(recipe, data, stage.model)
-    screen.search(steps, len(train), len(held_out))
+    screen.search(steps, len(cast(Dataset, train)), len(held_out))
     return stage
 
 
 def prepare_training(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Screen, after_search: bool) -> Stage:
     """Load and check everything that the training of what is exported needs, and show it."""
     train, held_out = method_data(recipe.method, data, recipe.training.seed)
-    steps = total_steps(recipe, len(train))
+    steps = total_steps(recipe, data.packed(train) if isinstance(train, Dataset) else None)
     stage = _prepare(recipe, replace(data, train=train), folder, screen, make_method(recipe.method, held_out), steps)
     if after_search:
-        screen.retraining(steps, len(train))
+        screen.retraining(steps, length_of(train))
     else:
         screen.start(recipe, data, stage.model)
     return stage
@@ -135,10 +143,16 @@ def retraining_recipe(recipe: Recipe, folder: RunFolder) -> Recipe:
     return recipe.model_copy(update={"method": plain, "plan": str(folder.search.plan.resolve())})
 
 
-def total_steps(recipe: Recipe, examples: int) -> int:
-    """Optimizer steps of a run, counted as the Trainer does: every process takes its share of the batches."""
+def total_steps(recipe: Recipe, examples: int | None) -> int:
+    """Optimizer steps of a run, counted as the Trainer does: every process takes its share of the batches.
+
+    Args:
+        recipe: The recipe.
+        examples: Rows to train on; None where they are streamed, and the recipe says how many steps there are.
+    """
     if recipe.training.steps is not None:
         return recipe.training.steps
+    assert examples is not None
     batches = math.ceil(math.ceil(examples / recipe.training.batch_size) / processes.world_size())
     return math.ceil((recipe.training.epochs or 1) * max(1, math.ceil(batches / recipe.training.accumulation)))
 
@@ -168,6 +182,7 @@ def _prepare(
     guard = SkipBadSteps() if allocation is None else None
     callbacks = [Agreement() if allocation is None else allocation, screen.progress(allocation)]
     trainer = _trainer(recipe, data, model, folder, train_dataset=data.train, guard=guard, callbacks=callbacks)
+    model = cast(PeftModel, trainer.model)
     checks = guard.checks if allocation is None else allocation.run.checks  # type: ignore[union-attr]
     checks.say, checks.say_every = screen.warning, recipe.training.log_every
     if allocation is not None:
@@ -175,7 +190,7 @@ def _prepare(
     return Stage(recipe, folder, data, model, trainer, allocation, steps, screen)
 
 
-def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Path, screen: Screen) -> PlainTrainer:
+def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Path, screen: Screen) -> RunTrainer:
     """Build a trainer that only evaluates: what the recipe says about training does not matter.
 
     Args:
@@ -185,24 +200,23 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
         scratch: A folder for what a trainer writes before it does anything.
         screen: Shows what happens.
     """
-    return _trainer(recipe, data, model, RunFolder(scratch), callbacks=[screen.progress(None)])
+    shown = data.test if data.test is not None else data.validation  # TRL looks at the first example
+    return _trainer(recipe, data, model, RunFolder(scratch), train_dataset=shown, callbacks=[screen.progress(None)])
 
 
-def _trainer(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, **options: Any) -> PlainTrainer:
-    return PlainTrainer(
+def _trainer(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, **options: Any) -> RunTrainer:
+    return trainer_class(recipe)(
         model=model,
-        args=training_arguments(recipe.training, folder.checkpoints),
-        eval_dataset=data.validation,
-        data_collator=data.collator,
-        compute_metrics=data.compute_metrics,
-        preprocess_logits_for_metrics=data.preprocess_logits,
+        args=training_arguments(recipe, folder.checkpoints, data.arguments),
+        eval_dataset=data.validation if len(data.validation) else None,
         log=folder.log,
+        **data.options,
         **options,
     )
 
 
 def evaluate(
-    trainer: PlainTrainer, data: TaskData, prefix: str, screen: Screen, split: Dataset | None = None
+    trainer: RunTrainer, data: TaskData, prefix: str, screen: Screen, split: Dataset | None = None
 ) -> dict[str, float]:
     """Evaluate on a split, by default the test data or, without them, the validation data.
 

@@ -104,6 +104,8 @@ def metric_table(run: RunRecord) -> Table | None:
     results: dict[str, dict[str, Any]] = {
         data: values for data in ("validation", "test") if isinstance(values := run.metrics.get(data), dict) and values
     }
+    also = run.metrics.get("also")
+    results |= {name: values for name, values in (also if isinstance(also, dict) else {}).items() if values}
     if not results:
         return None
     names = dict.fromkeys(name for values in results.values() for name in values)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from numpy.typing import NDArray
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from loralloc.tasks.spec import GREATER_IS_BETTER
@@ -36,7 +38,6 @@ class ModelSection(Protocol):
         ...
 
 
-Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 Logits = torch.Tensor | tuple[torch.Tensor, ...]
 
 
@@ -48,20 +49,24 @@ class TaskData:
     """The pretrained model, with a head for the task and without an adapter."""
     tokenizer: PreTrainedTokenizerBase
     """Its tokenizer, with a padding token."""
-    train: Dataset
-    """Tokenized training examples; only columns that the model takes."""
+    train: Dataset | IterableDataset
+    """Training examples as the trainer takes them; without a length where they are streamed."""
     validation: Dataset
-    """Tokenized validation examples."""
+    """Validation examples."""
     test: Dataset | None
-    """Tokenized test examples, if the recipe names any."""
-    collator: Collator
-    """Pads a batch (`data_collator`)."""
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
-    """Metrics of an evaluation (`compute_metrics`)."""
-    preprocess_logits: Callable[[Logits, torch.Tensor], Logits]
-    """Reduces the outputs of a batch to what the metrics need (`preprocess_logits_for_metrics`)."""
+    """Test examples, if the recipe names any."""
     metric: str
-    """The metric to report first; one of the names that `compute_metrics` gives."""
+    """The metric to report first; one of those that an evaluation gives."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the trainer's constructor is given: how batches are made, and metrics."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the class of the trainer's arguments is given beyond what every task's is."""
+    example_losses: Callable[[EvalPrediction], NDArray[np.floating]] | None = None
+    """The loss of every example of an evaluation, by which two runs can be told apart; None where there is none."""
+    also: Mapping[str, Dataset] = field(default_factory=dict)
+    """More examples to evaluate on at the end, by name."""
+    packed: Callable[[Dataset], int] = len
+    """How many rows the trainer makes of some examples."""
     reference: Mapping[str, float] = field(default_factory=dict)
     """Values of `metric` that need no training, on the test split, or the validation split without one."""
     classes: Mapping[str, int] = field(default_factory=dict)
@@ -79,6 +84,11 @@ def evaluation_of(examples: Dataset, **settings: Any) -> TaskData:
     """Make the data of an evaluation alone: examples to test on, none to train on."""
     none = examples.select(())
     return TaskData(train=none, validation=none, test=examples, **settings)
+
+
+def length_of(examples: Dataset | IterableDataset) -> int | None:
+    """How many examples there are; None of a stream."""
+    return len(examples) if isinstance(examples, Dataset) else None
 
 
 def first_output(logits: Logits, labels: torch.Tensor) -> torch.Tensor:

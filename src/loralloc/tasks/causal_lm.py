@@ -1,34 +1,34 @@
-"""Causal language modelling on plain texts, on prompts with completions, or on chats.
+"""Causal language modelling on plain texts, on prompts with answers, or on chats, with TRL's SFTTrainer.
 
-- **Text**: documents are joined, an end-of-sequence token after each, and cut into blocks of `max_length`
-  tokens; the last block may be shorter. Every token is learned.
-- **Prompt and completion**: joined with nothing between them, so a separator belongs into the data. Each is
-  tokenized by itself, which gives the prompt the same tokens as at inference. Only the completion and the
-  end-of-sequence token after it are learned.
-- **Chat**: see `chat`.
+- **Text**: every token is learned, and an end-of-sequence token after each text.
+- **Prompt and completion**: only the completion and the end-of-sequence token after it are learned. Where the model has
+  a chat template, they are turns of a chat (`data.chat`).
+- **Chat**: the assistant's turns are learned; see `chat`.
 
-A row longer than `max_length` loses its end, so a cut completion is not taught to stop there. Where nothing to
-learn is left, the row is dropped and counted in a warning.
+What is learned is decided here; packing, padding and the loss are TRL's. A row longer than `max_length` loses its end,
+so a cut completion is not taught to stop there. Where nothing to learn is left, the row is dropped and counted in a
+warning.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
-import torch
-from datasets import List, Value
+from datasets import Dataset, IterableDataset, List, Value
+from numpy.typing import NDArray
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import common_prefix_length, pack_dataset
 
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
 from loralloc.tasks import metrics
-from loralloc.tasks.base import CHUNK, Logits, ModelSection, TaskData, evaluation_of, to_dataset
-from loralloc.tasks.chat import Tokens, check_template, read_chats, tokenize_chats
-from loralloc.tasks.data import load_splits, read_rows
+from loralloc.tasks.base import ModelSection, TaskData, evaluation_of, to_dataset
+from loralloc.tasks.chat import Tokens, check_template, tokenize_chats
+from loralloc.tasks.data import load_splits, read_rows, stream_rows
+from loralloc.tasks.forms import Chats, Form, Pairs, Texts, read_form
 from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import Rows
 from loralloc.tasks.spec import LanguageModelData
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 Example = dict[str, list[int]]
 
+SHUFFLED = 1000
+"""Streamed examples among which the next one is drawn."""
+
 
 def prepare(model: ModelSection, data: LanguageModelData, seed: int) -> TaskData:
     """Make everything a Trainer needs for a causal language model.
@@ -44,7 +47,7 @@ def prepare(model: ModelSection, data: LanguageModelData, seed: int) -> TaskData
     Args:
         model: The recipe's model section.
         data: The recipe's data section.
-        seed: Seed of the validation cut.
+        seed: Seed of the validation cut, and of the order of streamed examples.
 
     Returns:
         Model, data and metrics. The metric is the perplexity.
@@ -54,19 +57,14 @@ def prepare(model: ModelSection, data: LanguageModelData, seed: int) -> TaskData
     """
     # All data are read and checked before the model is loaded: a mistake should show in a second.
     splits = load_splits(data, seed)
-    contents = [_read(rows, data) for rows in splits.all()]
+    forms = [(rows, read_form(rows, data)) for rows in splits.all()]
 
     checkpoint = locate(model)
     check_length(data.max_length, load_config(checkpoint), model.name)
     tokenizer = load_tokenizer(checkpoint)
-    if data.messages is not None:
-        check_template(tokenizer, model.name)
-    elif tokenizer.eos_token_id is None:
-        raise UserError(
-            f'The tokenizer of model "{model.name}" has no end-of-sequence token to end a text with. '
-            "Set eos_token in its tokenizer_config.json."
-        )
-    encoded = [to_dataset(tokenize(tokenizer), List(Value("int32"))) for tokenize in contents]
+    encoder = Encoder(tokenizer, data, model.name)
+    encoded = [encoder.dataset(rows, form) for rows, form in forms]
+    train = encoder.stream(seed) if data.streaming else encoded.pop(0)
 
     def load() -> PreTrainedModel:
         return load_model("causal-lm", checkpoint, tokenizer, seed)
@@ -75,13 +73,11 @@ def prepare(model: ModelSection, data: LanguageModelData, seed: int) -> TaskData
         model=load(),
         again=load,
         tokenizer=tokenizer,
-        train=encoded[0],
-        validation=encoded[1],
-        test=encoded[2] if splits.test is not None else None,
-        collator=PaddingCollator(cast(int, tokenizer.pad_token_id)),
-        compute_metrics=language_model_metrics,
-        preprocess_logits=token_scores,
-        metric="perplexity",
+        train=train,
+        validation=encoded[0],
+        test=encoded[1] if splits.test is not None else None,
+        packed=encoder.packed,
+        **encoder.trained_with(),
     )
 
 
@@ -89,88 +85,135 @@ def prepare_evaluation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: LanguageModelData, source: str
 ) -> TaskData:
     """Make everything a Trainer needs to evaluate a trained causal language model; see `tasks.prepare_evaluation`."""
-    encoded = to_dataset(_read(read_rows(source), data)(tokenizer), List(Value("int32")))
-    return evaluation_of(
-        encoded,
-        model=model,
-        tokenizer=tokenizer,
-        collator=PaddingCollator(cast(int, tokenizer.pad_token_id)),
-        compute_metrics=language_model_metrics,
-        preprocess_logits=token_scores,
-        metric="perplexity",
-    )
+    rows, encoder = read_rows(source), Encoder(tokenizer, data, str(model.name_or_path))
+    encoded = encoder.dataset(rows, read_form(rows, data))
+    return evaluation_of(encoded, model=model, tokenizer=tokenizer, **encoder.trained_with())
 
 
-def _read(rows: Rows, data: LanguageModelData) -> Callable[[PreTrainedTokenizerBase], Iterator[Example]]:
-    """Read the columns that the recipe names; what is returned tokenizes them."""
-    named = [key for key in ("text", "prompt", "messages") if getattr(data, key) is not None]
-    if len(named) != 1 or (data.prompt is None) != (data.completion is None):
-        raise UserError(
-            "A causal language model needs exactly one of data.text, data.prompt with data.completion, "
-            "or data.messages."
-        )
-    length = data.max_length
-    if data.messages is not None:
-        chats = read_chats(rows, data.messages)
-        return lambda tokenizer: fit(tokenize_chats(tokenizer, chats, rows), rows, length)
-    if data.prompt is not None and data.completion is not None:
-        prompts = rows.strings(data.prompt, "data.prompt")
-        completions = rows.strings(data.completion, "data.completion")
-        return lambda tokenizer: fit(tokenize_completions(tokenizer, prompts, completions), rows, length)
-    documents = rows.strings(str(data.text), "data.text", blank=True)
-    if not any(document.strip() for document in documents):
-        raise UserError(f'{rows.source} has no text: column "{data.text}" (data.text) is empty in every row.')
-    return lambda tokenizer: blocks(tokenizer, documents, length)
-
-
-def blocks(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], max_length: int) -> Iterator[Example]:
-    """Join documents and cut them into blocks.
+class Encoder:
+    """Rows to examples of `input_ids` and `labels`, as a recipe says.
 
     Args:
-        tokenizer: The tokenizer.
-        documents: Plain texts; those without any text are left out.
-        max_length: Length of a block, in tokens.
-
-    Yields:
-        Blocks in which every token is learned.
+        tokenizer: The model's tokenizer.
+        data: The recipe's data section.
+        name: Name of the model, for messages.
     """
-    lead = leading_tokens(tokenizer)
-    # Some models begin every text with the token that ends it: one of them between two texts is enough.
-    end = _end(tokenizer) if lead[-1:] != _end(tokenizer) else []
-    pending: list[int] = []
-    for start in range(0, len(documents), CHUNK):
-        texts = [text for text in documents[start : start + CHUNK] if text.strip()]
-        for ids in _plain_ids(tokenizer, texts):
-            pending += lead + ids + end
-        whole = len(pending) - len(pending) % max_length
-        for at in range(0, whole, max_length):
-            yield _example(pending[at : at + max_length])
-        pending = pending[whole:]
-    if len(pending) > 1:  # one token alone predicts nothing
-        yield _example(pending)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: LanguageModelData, name: str) -> None:
+        self._tokenizer, self._data, self._name = tokenizer, data, name
+
+    def dataset(self, rows: Rows, form: Form) -> Dataset:
+        """Tokenize rows.
+
+        Raises:
+            UserError: The tokenizer does not fit them, or nothing to learn is left.
+        """
+        tokens = self._tokens(rows, form)
+        if self._packing(form) == "wrapped":
+            joined = to_dataset(map(_example, tokens), List(Value("int32")))
+            blocks = pack_dataset(joined, self._data.max_length, "wrapped")
+            return blocks.filter(lambda block: len(block["input_ids"]) > 1)  # one token alone predicts nothing
+        return to_dataset(fit(tokens, rows, self._data.max_length), List(Value("int32")))
+
+    def stream(self, seed: int) -> IterableDataset:
+        """Tokenize the training rows while they are read, over and over.
+
+        Without an end, because a Trainer that resumes skips batches of one pass only.
+        """
+
+        def examples() -> Iterator[Example]:
+            for rows in stream_rows(self._data):
+                form = read_form(rows, self._data)
+                wrapped = self._packing(form) == "wrapped"
+                for ids, learn in self._tokens(rows, form):
+                    length = None if wrapped else self._data.max_length
+                    if any(learn[1:length]):
+                        yield _example((ids[:length], learn[:length]))
+
+        stream: Any = IterableDataset.from_generator(examples).repeat(None).shuffle(seed, buffer_size=SHUFFLED)
+        packing = self._packing(read_form(next(stream_rows(self._data)), self._data))
+        return pack_dataset(stream, self._data.max_length, "wrapped") if packing == "wrapped" else stream
+
+    @property
+    def _bins(self) -> str | None:
+        """The strategy by which TRL packs whole examples; None where it packs nothing."""
+        return self._data.packing if self._data.packing in ("bfd", "bfd_split") else None
+
+    def packed(self, examples: Dataset) -> int:
+        """How many rows the trainer makes of some examples."""
+        if self._bins is None:
+            return len(examples)
+        return len(pack_dataset(examples.select_columns(["input_ids", "labels"]), self._data.max_length, self._bins))
+
+    def trained_with(self) -> dict[str, Any]:
+        """What the trainer is given."""
+        if self._bins is None:
+            arguments: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        else:
+            arguments = {"packing": True, "packing_strategy": self._bins, "eval_packing": False}
+            arguments["max_length"] = self._data.max_length
+        return {
+            "arguments": arguments,
+            "options": {"processing_class": self._tokenizer, "compute_metrics": language_model_metrics},
+            "metric": "perplexity",
+            "example_losses": example_losses,
+        }
+
+    def _packing(self, form: Form) -> str:
+        return self._data.packing or ("wrapped" if isinstance(form, Texts) else "none")
+
+    def _tokens(self, rows: Rows, form: Form) -> Iterator[Tokens]:
+        tokenizer, data = self._tokenizer, self._data
+        if isinstance(form, Pairs) and data.chat is not False and (data.chat or tokenizer.chat_template is not None):
+            form = Chats(form.chats())
+        if isinstance(form, Chats):
+            check_template(tokenizer, self._name)
+            return tokenize_chats(tokenizer, form.chats, rows, data.learn)
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f'The tokenizer of model "{self._name}" has no end-of-sequence token to end a text with. '
+                "Set eos_token in its tokenizer_config.json."
+            )
+        if isinstance(form, Pairs):
+            return tokenize_pairs(tokenizer, form.prompts, form.completions)
+        if not any(text.strip() for text in form.texts):
+            raise UserError(
+                f'{rows.source} has no text: column "{data.text or "text"}" (data.text) is empty in every row.'
+            )
+        return tokenize_texts(tokenizer, form.texts)
 
 
-def tokenize_completions(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[Tokens]:
+    """Tokenize texts, of which everything is learned; those without any are left out."""
+    ids_of = _with_end(tokenizer)
+    for text in texts:
+        if text.strip():
+            ids = ids_of(text)
+            yield ids, [True] * len(ids)
+
+
+def tokenize_pairs(
+    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], completions: Iterable[str]
 ) -> Iterator[Tokens]:
-    """Tokenize prompts and completions, each by itself.
+    """Tokenize prompts with their completions, which are learned, as TRL does.
 
-    Args:
-        tokenizer: The tokenizer.
-        prompts: Not learned; each begins as the tokenizer begins a text.
-        completions: Learned, with the end-of-sequence token added.
-
-    Yields:
-        The tokens of each pair.
+    The completion begins with the first token that the prompt alone does not have: where the two have grown together,
+    the token that holds the end of the prompt is learned too.
     """
-    lead, end = leading_tokens(tokenizer), _end(tokenizer)
-    for start in range(0, len(prompts), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        pairs = zip(_plain_ids(tokenizer, prompts[chunk]), _plain_ids(tokenizer, completions[chunk]), strict=True)
-        for prompt, completion in pairs:
-            ids = lead + prompt + completion + end
-            learned = len(completion) + 1
-            yield ids, [False] * (len(ids) - learned) + [True] * learned
+    ids_of = _with_end(tokenizer)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = ids_of(prompt + completion)
+        before = common_prefix_length(tokenizer(prompt, verbose=False)["input_ids"], ids)
+        yield ids, [False] * before + [True] * (len(ids) - before)
+
+
+def _with_end(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """A function that tokenizes a text and the end-of-sequence token after it, which some tokenizers add themselves."""
+    adds_end = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    end = "" if adds_end else str(tokenizer.eos_token)
+
+    # Not verbose: texts longer than the model are expected here, and cut later.
+    return lambda text: tokenizer(text if text.endswith(end) else text + end, verbose=False)["input_ids"]
 
 
 def fit(tokenized: Iterable[Tokens], rows: Rows, max_length: int) -> Iterator[Example]:
@@ -193,7 +236,7 @@ def fit(tokenized: Iterable[Tokens], rows: Rows, max_length: int) -> Iterator[Ex
         # The first token of all has no context to be predicted from.
         if any(learn[1:max_length]):
             kept += 1
-            yield _example(ids[:max_length], learn[:max_length])
+            yield _example((ids[:max_length], learn[:max_length]))
     dropped = len(rows) - kept
     if not kept:
         raise UserError(
@@ -212,76 +255,9 @@ def fit(tokenized: Iterable[Tokens], rows: Rows, max_length: int) -> Iterator[Ex
         )
 
 
-def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Find the special tokens that a tokenizer puts before a text, such as a beginning-of-sequence token.
-
-    Args:
-        tokenizer: The tokenizer.
-
-    Returns:
-        Their ids; what it puts after a text is not among them.
-    """
-    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    starts = range(len(full) - len(plain) + 1)
-    return full[: next(at for at in starts if full[at : at + len(plain)] == plain)]
-
-
-def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [cast(int, tokenizer.eos_token_id)]
-
-
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    # Not verbose: texts longer than the model are expected here, and cut later.
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-
-
-def _example(ids: list[int], learn: list[bool] | None = None) -> Example:
-    labels = ids if learn is None else [i if keep else IGNORED for i, keep in zip(ids, learn, strict=True)]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-
-@dataclass(frozen=True)
-class PaddingCollator:
-    """Pads examples on the right to the longest of a batch.
-
-    The attention mask tells padding from text: the padding token may be one that texts use.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """Make a batch.
-
-        Args:
-            examples: Mappings with `input_ids`, `attention_mask` and `labels`.
-
-        Returns:
-            The same keys, each `[len(examples), longest]`.
-        """
-        fillers = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-        longest = max(len(example["input_ids"]) for example in examples)
-        return {
-            key: torch.tensor([[*row[key], *[filler] * (longest - len(row[key]))] for row in examples])
-            for key, filler in fillers.items()
-        }
-
-
-def token_scores(logits: Logits, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reduce logits to two numbers a token, so that an evaluation never holds them all.
-
-    Args:
-        logits: `[n, length, vocabulary]`, or a tuple that begins with it.
-        labels: `[n, length]`.
-
-    Returns:
-        Loss of every token after the first, and whether it was the likeliest; `[n, length - 1]` each.
-    """
-    scores = logits[0] if isinstance(logits, tuple) else logits
-    scores, targets = scores[:, :-1], labels[:, 1:]
-    losses = torch.nn.functional.cross_entropy(
-        scores.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
-    return losses, (scores.argmax(dim=-1) == targets).long()
+def _example(tokens: Tokens) -> Example:
+    ids, learn = tokens
+    return {"input_ids": ids, "labels": [i if keep else IGNORED for i, keep in zip(ids, learn, strict=True)]}
 
 
 def language_model_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -290,14 +266,16 @@ def language_model_metrics(prediction: EvalPrediction) -> dict[str, float]:
     Every token counts the same, unlike in a Trainer's `eval_loss`, which averages over batches.
 
     Args:
-        prediction: What `token_scores` gave, and the labels.
+        prediction: Sums of every example: loss, learned tokens, and those that were the likeliest, `[n, 3]`.
 
     Returns:
         `perplexity` and `token_accuracy`.
     """
-    losses, hits = cast(tuple[Any, Any], prediction.predictions)
-    learned = np.asarray(prediction.label_ids)[:, 1:] != IGNORED
-    return {
-        "perplexity": metrics.perplexity(losses[learned]),
-        "token_accuracy": float(np.mean(hits[learned])),
-    }
+    losses, tokens, hits = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    return {"perplexity": metrics.perplexity(losses / tokens), "token_accuracy": float(hits / tokens)}
+
+
+def example_losses(prediction: EvalPrediction) -> NDArray[np.floating]:
+    """The mean loss of every example's learned tokens, [n]; see `language_model_metrics`."""
+    sums = np.asarray(prediction.predictions, dtype=np.float64)
+    return sums[:, 0] / sums[:, 1]

@@ -1,54 +1,32 @@
-"""Chat messages to tokens, through the tokenizer's own template."""
+"""Chats to tokens, through the tokenizer's own template, and which of them the assistant writes.
+
+Where the assistant's turns are, a template says itself with `{% generation %}`; for the templates of common models TRL
+has copies that do. Of any other, the text before a turn is rendered alone: where that is how the whole chat begins,
+the turn begins behind it. A template for which it is not is refused, with the turn.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import get_training_chat_template
 
 from loralloc.errors import UserError
-from loralloc.tasks.rows import Rows, quote
+from loralloc.tasks.conversations import Chat
+from loralloc.tasks.rows import Rows
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The mark of a template that says itself which of its text the assistant writes."""
 
-Message = dict[str, Any]
 Tokens = tuple[list[int], list[bool]]
 """Ids, and for each whether to learn it."""
-
-
-def read_chats(rows: Rows, column: str) -> list[list[Message]]:
-    """Read a column of chats that end with a turn of the assistant.
-
-    Args:
-        rows: The rows.
-        column: Name of the column: lists of messages with `role` and `content`.
-
-    Returns:
-        One chat per row.
-
-    Raises:
-        UserError: No such column, or a row that is not such a chat.
-    """
-    chats = []
-    for i, value in enumerate(rows.values(column, "data.messages")):
-        if not isinstance(value, list) or not all(isinstance(m, dict) and m.get("role") for m in value):
-            raise UserError(
-                f'{rows.place(i)}: column "{column}" (data.messages) must hold a list of messages '
-                f'{{"role": ..., "content": ...}}, found {quote(value)}'
-            )
-        if not value or value[-1]["role"] != "assistant":
-            raise UserError(
-                f"{rows.place(i)}: the last message must be the assistant's: there is nothing else to learn. "
-                f"Found {quote(value)}"
-            )
-        # Arrow gives every message the keys of all messages, with None for those it did not have.
-        chats.append([{k: v for k, v in message.items() if v is not None} for message in value])
-    return chats
+Turns = list[tuple[int, int]]
+"""Where the assistant's turns begin and end in a text."""
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -64,67 +42,116 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if tokenizer.chat_template is None:
         raise UserError(
             f'The tokenizer of model "{name}" has no chat template. Name an instruction-tuned model, add a '
-            "chat_template.jinja to the model's folder, or use data.prompt and data.completion."
+            "chat_template.jinja to the model's folder, or use data.prompt and data.completion with data.chat: false."
         )
     if not tokenizer.is_fast:
         raise UserError(f'Chats need a fast tokenizer; model "{name}" has a {type(tokenizer).__name__}.')
 
 
-def tokenize_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Message]], rows: Rows) -> Iterator[Tokens]:
+def tokenize_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], rows: Rows, learn: Literal["all", "last"] = "all"
+) -> Iterator[Tokens]:
     """Render and tokenize chats.
-
-    The assistant's turns are learned: all of them where the template marks them with `{% generation %}`,
-    otherwise the last one, which is what follows the prompt rendered from the messages before it.
 
     Args:
         tokenizer: A tokenizer that passed `check_template`.
-        chats: What `read_chats` gave for `rows`.
-        rows: Where the chats came from, for messages.
+        chats: The chats of `rows`.
+        rows: Where they came from, for messages.
+        learn: Which of the assistant's turns are learned: all behind a chat's prompt, or the last one.
 
     Yields:
         The tokens of each chat.
 
     Raises:
-        UserError: The template refuses a chat, or its text gives no way to find the last turn.
+        UserError: The template refuses a chat, ignores its tools, or its text gives no way to find the turns.
     """
-    template = tokenizer.get_chat_template()
-    find = _all_turns if GENERATION.search(template) else _last_turn
+    render, turns_of = _renderer(tokenizer)
+    checked: set[str] = set()
     for i, chat in enumerate(chats):
+        answers = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant" and n >= chat.start]
         try:
-            text, turns = find(tokenizer, template, chat)
+            text, turns = turns_of(chat, answers[-1:] if learn == "last" else answers)
+            _check_tools(render, chat, text, rows.place(i), checked)
         except (TemplateError, _PrefixError) as error:
             raise UserError(f"{rows.place(i)}: the chat template refuses this chat ({error}).") from error
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         # A token may straddle the place where a turn begins: it belongs to the turn, which needs it.
-        learn = [any(begin < end and start < stop for begin, stop in turns) for start, end in encoded["offset_mapping"]]
-        yield encoded["input_ids"], learn
+        keep = [any(begin < end and start < stop for begin, stop in turns) for start, end in encoded["offset_mapping"]]
+        yield encoded["input_ids"], keep
 
 
-Turns = list[tuple[int, int]]
-"""Where the turns to learn begin and end in a text."""
+Render = Callable[..., str]
 
 
 class _PrefixError(Exception):
-    """The prompt is not the beginning of the whole chat."""
+    """What comes before a turn is not how the whole chat begins."""
 
 
-def _all_turns(tokenizer: PreTrainedTokenizerBase, template: str, chat: list[Message]) -> tuple[str, Turns]:
-    # Not the mask of `apply_chat_template`: where a turn ends with white space that no token holds, it learns all
-    # that follows, the user's turns too.
+def _renderer(tokenizer: PreTrainedTokenizerBase) -> tuple[Render, Callable[[Chat, list[int]], tuple[str, Turns]]]:
+    """A function that renders messages, and one that renders a chat and finds some of its last answers in it."""
+    template = _marked_template(tokenizer) or tokenizer.get_chat_template()
     special: dict[str, Any] = {**tokenizer.special_tokens_map}
-    rendered: Any = render_jinja_template([chat], chat_template=template, return_assistant_tokens_mask=True, **special)
-    texts, turns = rendered
-    return texts[0], turns[0]
 
-
-def _last_turn(tokenizer: PreTrainedTokenizerBase, template: str, chat: list[Message]) -> tuple[str, Turns]:
-    whole: Any = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
-    prompt: Any = tokenizer.apply_chat_template(
-        chat[:-1], chat_template=template, tokenize=False, add_generation_prompt=True
-    )
-    if not whole.startswith(prompt):
-        raise _PrefixError(
-            "it renders earlier messages differently once the answer is there; "
-            "mark the assistant's turns in it with {% generation %}"
+    def render(messages: Sequence[Any], tools: Any = None, *, answering: bool = False) -> str:
+        text: Any = tokenizer.apply_chat_template(
+            list(messages), tools=tools, chat_template=template, tokenize=False, add_generation_prompt=answering
         )
-    return whole, [(len(prompt), len(whole))]
+        return text
+
+    def marked(chat: Chat, answers: list[int]) -> tuple[str, Turns]:
+        # Not the mask of `apply_chat_template`: where a turn ends with white space that no token holds, it learns all
+        # that follows, the user's turns too.
+        tools: Any = chat.tools
+        rendered: Any = render_jinja_template(
+            [chat.messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **special
+        )
+        texts, turns = rendered
+        return texts[0], turns[0][-len(answers) :]
+
+    def unmarked(chat: Chat, answers: list[int]) -> tuple[str, Turns]:
+        whole = render(chat.messages, chat.tools)
+        return whole, [_turn(render, chat, whole, index) for index in answers]
+
+    return render, marked if GENERATION.search(template) else unmarked
+
+
+def _marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """TRL's copy of the tokenizer's template, with marks; None where it has none, or none is needed."""
+    try:
+        return get_training_chat_template(tokenizer)
+    except (ValueError, TemplateError):
+        return None
+
+
+def _turn(render: Render, chat: Chat, whole: str, index: int) -> tuple[int, int]:
+    """Where one turn of the assistant stands in the text of the whole chat."""
+    before = render(chat.messages[:index], chat.tools, answering=True)
+    if not whole.startswith(before):
+        earlier = index < len(chat.messages) - 1
+        raise _PrefixError(
+            f"it renders what comes before message {index + 1} differently once the answer is there; mark the "
+            f"assistant's turns in it with {{% generation %}}{', or set data.learn: last' if earlier else ''}"
+        )
+    through = render(chat.messages[: index + 1], chat.tools).rstrip()
+    if not whole.startswith(through):
+        raise _PrefixError(f"it renders message {index + 1} differently once more follows")
+    return len(before), len(through)
+
+
+def _check_tools(render: Render, chat: Chat, text: str, place: str, checked: set[str]) -> None:
+    """Refuse tools, or calls of them, that the template leaves out; the first chat with any tells."""
+    if chat.tools and "tools" not in checked:
+        checked.add("tools")
+        if render(chat.messages) == render(chat.messages, chat.tools):
+            raise UserError(
+                f"{place}: the chat template of this model ignores tools, so the model would never see them; take the "
+                "column out (data.tools), or use a model that calls tools"
+            )
+    calls = [call["function"]["name"] for message in chat.messages for call in message.get("tool_calls", ())]
+    if calls and "calls" not in checked:
+        checked.add("calls")
+        if not all(name in text for name in calls):
+            raise UserError(
+                f"{place}: the chat template of this model leaves out calls of tools, such as {calls[0]}; use a model "
+                "that calls tools"
+            )

@@ -9,14 +9,20 @@
 | `hub:NAME[/CONFIG][@SPLIT]` | a data set of the Hugging Face Hub |
 | `demo:docstrings[@SPLIT]` | docstrings of Python's standard library: `train`, `validation` or `test` |
 
+Training data may come from several sources, one after the other or mixed by weights; and they may be streamed: read
+while the model trains, for data larger than the memory.
+
 Every file may be packed with gzip (`.jsonl.gz`). Text is UTF-8. SPLIT is `train` unless given. The NAME of a
 Hub data set may be OWNER/NAME, so a CONFIG is read only from three parts: `hub:nyu-mll/glue/qnli@train`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
@@ -25,21 +31,33 @@ from huggingface_hub import is_offline_mode
 from loralloc.errors import UserError
 from loralloc.tasks.formats import read_file, rows_of_dataset
 from loralloc.tasks.hub import is_reachable, out_of_reach
-from loralloc.tasks.locations import Sources, demo_split, hub_data
-from loralloc.tasks.rows import Rows, shorten, split
+from loralloc.tasks.locations import Sources, data_file, demo_split, extension, hub_data, train_sources
+from loralloc.tasks.rows import Rows, mix, shorten, split
+
+PIECE = 1000
+"""Streamed rows that are read at a time."""
+STREAMED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+"""Files that can be streamed: what `datasets` calls their format, and its options."""
 
 
 @dataclass(frozen=True)
 class Splits:
     """The rows of a run."""
 
-    train: Rows
+    train: Rows | None
+    """None where they are streamed."""
     validation: Rows
     test: Rows | None
 
     def all(self) -> Iterator[Rows]:
         """Go through the splits there are."""
-        yield self.train
+        if self.train is not None:
+            yield self.train
         yield self.validation
         if self.test is not None:
             yield self.test
@@ -59,12 +77,64 @@ def load_splits(sources: Sources, seed: int, groups: Callable[[Rows], Sequence[H
     Raises:
         UserError: A source cannot be read, is empty, or is too small to cut.
     """
-    train = read_rows(sources.train)
+    test = read_rows(sources.test) if sources.test else None
+    if getattr(sources, "streaming", False):
+        return Splits(None, read_rows(str(sources.validation)), test)
+    train = _read_train(sources, seed)
     if isinstance(sources.validation, str):
-        validation = read_rows(sources.validation)
-    else:
-        train, validation = split(train, sources.validation, seed, groups(train) if groups else None)
-    return Splits(train, validation, read_rows(sources.test) if sources.test else None)
+        return Splits(train, read_rows(sources.validation), test)
+    kept, validation = split(train, sources.validation, seed, groups(train) if groups else None)
+    return Splits(kept, validation, test)
+
+
+def _read_train(sources: Sources, seed: int) -> Rows:
+    weights = None if isinstance(sources.train, str) else [getattr(one, "weight", None) for one in sources.train]
+    weighted = [weight for weight in weights or () if weight is not None]
+    return mix([read_rows(source) for source in train_sources(sources)], weighted or None, seed)
+
+
+def stream_rows(sources: Sources) -> Iterator[Rows]:
+    """Read training rows a piece at a time.
+
+    Args:
+        sources: The recipe's data section.
+
+    Yields:
+        Rows of one source, `PIECE` at most; one source after the other.
+
+    Raises:
+        UserError: A source cannot be found or read.
+    """
+    for source in train_sources(sources):
+        rows = iter(_open_stream(source))
+        first = 1
+        while records := list(_explained(source, islice(rows, PIECE))):
+            columns = tuple(dict.fromkeys(key for record in records for key in record))
+            yield Rows(source, columns, records, range(first, first + len(records)), unit="row")
+            first += len(records)
+
+
+def _open_stream(source: str) -> Iterable[Any]:
+    if source.startswith("demo:"):
+        raise UserError(f"{source} cannot be streamed; take data.streaming out, its rows are few")
+    if source.startswith("hub:"):
+        repository, config, part = hub_data(source)
+        with _loading(source, config):
+            return load_dataset(repository, config, split=part, streaming=True)
+    path = data_file(source)
+    if extension(path) not in STREAMED:
+        raise UserError(
+            f"{source}: files of this format cannot be streamed; {', '.join(STREAMED)} can, each also with .gz"
+        )
+    form, options = STREAMED[extension(path)]
+    with _loading(source, None):
+        return load_dataset(form, data_files=str(path), split="train", streaming=True, **options)
+
+
+def _explained(source: str, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Go through rows; what `datasets` says of one that is damaged becomes one sentence."""
+    with _loading(source, None):
+        yield from rows
 
 
 def read_rows(source: str) -> Rows:
@@ -103,8 +173,14 @@ def _read_hub(source: str) -> Rows:
     if not is_offline_mode() and not is_reachable(repository, "dataset"):
         # Without the variable, `datasets` would try for long before it looks into its cache.
         raise UserError(f"{source}: {out_of_reach()} HF_HUB_OFFLINE=1 uses what was downloaded before.")
-    try:
+    with _loading(source, config):
         return rows_of_dataset(source, load_dataset(repository, config, split=part))
+
+
+@contextmanager
+def _loading(source: str, config: str | None) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(f"{source} cannot be loaded: {_why(error)}.{_cure(source, config, error)}") from error
 

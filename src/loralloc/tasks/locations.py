@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -27,12 +27,26 @@ _HUB_ADDRESS = re.compile(
 """Other ways to write that a name is the Hub's."""
 
 
+class Weighted(Protocol):
+    """One of several sources of training rows."""
+
+    @property
+    def source(self) -> str:
+        """Where they are."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Its share, relative to the other weights."""
+        ...
+
+
 class Sources(Protocol):
     """The part of a recipe's data section that names the data."""
 
     @property
-    def train(self) -> str:
-        """Source of the training rows."""
+    def train(self) -> str | Sequence[str] | Sequence[Weighted]:
+        """Sources of the training rows."""
         ...
 
     @property
@@ -43,6 +57,11 @@ class Sources(Protocol):
     @property
     def test(self) -> str | None:
         """Source of the test rows."""
+        ...
+
+    @property
+    def also(self) -> Mapping[str, str] | None:
+        """More sources to evaluate on."""
         ...
 
 
@@ -56,9 +75,17 @@ class HubData(NamedTuple):
 
 def named_sources(sources: Sources) -> Iterator[str]:
     """Go through the sources that a recipe names."""
-    for source in (sources.train, sources.validation, sources.test):
+    yield from train_sources(sources)
+    for source in (sources.validation, sources.test, *(sources.also or {}).values()):
         if isinstance(source, str):
             yield source
+
+
+def train_sources(sources: Sources) -> list[str]:
+    """Return the sources of the training rows, one or several."""
+    if isinstance(sources.train, str):
+        return [sources.train]
+    return [one if isinstance(one, str) else one.source for one in sources.train]
 
 
 def check_source(source: str) -> None:

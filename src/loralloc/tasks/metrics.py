@@ -6,6 +6,8 @@ A value that is not finite makes a regression metric not a number.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,6 +77,32 @@ def spearman(predicted: Floats, target: Floats) -> float:
 def mean_squared_error(predicted: Floats, target: Floats) -> float:
     """Mean of the squared differences."""
     return float(np.mean((predicted.astype(np.float64) - target.astype(np.float64)) ** 2))
+
+
+def cross_entropy(logits: Floats, target: Ints) -> Floats:
+    """Cross-entropy of every row of logits, [n, classes], with its class, [n]."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return np.log(np.exp(shifted).sum(axis=-1)) - np.take_along_axis(shifted, target[:, None], axis=-1)[:, 0]
+
+
+def paired_difference(first: Floats, second: Floats) -> tuple[float, float, float]:
+    """Mean difference of two runs' losses of the same examples, with its 95 % interval.
+
+    What makes an example hard for both runs cancels, so that far smaller differences show than between two means.
+
+    Args:
+        first: Losses of one run, [n], n at least 2.
+        second: Losses of the other run, of the same examples in the same order.
+
+    Returns:
+        Mean of first - second, and the ends of its interval (normal approximation: ± 1.96 standard errors).
+
+    >>> paired_difference(np.array([1.0, 2.0, 3.0]), np.array([0.5, 1.5, 2.5]))
+    (0.5, 0.5, 0.5)
+    """
+    differences = first.astype(np.float64) - second
+    mean, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return mean, mean - 1.96 * error, mean + 1.96 * error
 
 
 def perplexity(losses: Floats) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets, interleave_datasets
 
 from loralloc.errors import UserError, closest
 
@@ -45,12 +45,16 @@ class Rows:
     """What `numbers` counts: lines of a text file, or rows."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Columns that are there but cannot be read, each with the reason and the cure."""
+    places: Sequence[str] | None = None
+    """Where each row stands, where they come from several sources; None where `source` and `numbers` tell."""
 
     def __len__(self) -> int:
         return len(self.records)
 
     def place(self, index: int) -> str:
         """Say where a row stands: `train.jsonl:17`, or `train.parquet, row 17`."""
+        if self.places is not None:
+            return self.places[index]
         number = self.numbers[index]
         return f"{self.source}:{number}" if self.unit == "line" else f"{self.source}, row {number}"
 
@@ -64,7 +68,8 @@ class Rows:
             records = self.records.select(indices)
         else:
             records = [self.records[i] for i in indices]
-        return replace(self, records=records, numbers=[self.numbers[i] for i in indices])
+        places = None if self.places is None else [self.places[i] for i in indices]
+        return replace(self, records=records, numbers=[self.numbers[i] for i in indices], places=places)
 
     def values(self, column: str, key: str) -> list[Any]:
         """Read a column in which every row must have a value.
@@ -79,6 +84,22 @@ class Rows:
         Raises:
             UserError: There is no such column, it cannot be read, or a row has no value in it.
         """
+        values = self.column(column, key)
+        for index, value in enumerate(values):
+            if value is None:
+                raise UserError(f'{self.place(index)}: no value in column "{column}" ({key}): {self.quoted(index)}')
+        return values
+
+    def column(self, column: str, key: str) -> list[Any]:
+        """Read a column as it is: None where a row has no value.
+
+        Args:
+            column: Name of the column.
+            key: The recipe key that named the column, for the message.
+
+        Raises:
+            UserError: There is no such column, or it cannot be read.
+        """
         if column in self.unreadable:
             raise UserError(f'{self.source}: column "{column}" ({key}) {self.unreadable[column]}.')
         if column not in self.columns:
@@ -88,13 +109,8 @@ class Rows:
                 f"{closest(column, self.columns)}"
             )
         if isinstance(self.records, Dataset):
-            values = list(self.records[column])
-        else:
-            values = [row.get(column) for row in self.records]
-        for index, value in enumerate(values):
-            if value is None:
-                raise UserError(f'{self.place(index)}: no value in column "{column}" ({key}): {self.quoted(index)}')
-        return values
+            return list(self.records[column])
+        return [row.get(column) for row in self.records]
 
     def strings(self, column: str, key: str, *, blank: bool = False) -> list[str]:
         """Read a column of texts.
@@ -146,6 +162,37 @@ def split(rows: Rows, fraction: float, seed: int, stratify_by: Sequence[Hashable
         )
     kept = sorted(set(range(len(rows))) - set(chosen))
     return rows.select(kept), rows.select(chosen)
+
+
+def mix(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Rows:
+    """Join the rows of several sources.
+
+    Args:
+        parts: The sources; at least one.
+        weights: The share of each, relative to the others: rows are drawn from the sources by chance, each source's in
+            its order, until one of them is used up. None: all rows, one source after the other.
+        seed: Seed of the draws.
+
+    Returns:
+        The rows, with the columns that any of them has.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    numbered = [Dataset.from_dict({"part": [n] * len(part), "row": range(len(part))}) for n, part in enumerate(parts)]
+    if weights is None:
+        order = concatenate_datasets(numbered)
+    else:
+        shares = [weight / sum(weights) for weight in weights]
+        order = interleave_datasets(numbered, shares, seed=seed, stopping_strategy="first_exhausted")
+    chosen = list(zip(order["part"], order["row"], strict=True))
+    return Rows(
+        source=" and ".join(part.source for part in parts),
+        columns=tuple(dict.fromkeys(column for part in parts for column in part.columns)),
+        records=[dict(parts[part].records[row]) for part, row in chosen],
+        numbers=range(1, len(chosen) + 1),
+        unreadable={name: reason for part in parts for name, reason in part.unreadable.items()},
+        places=[parts[part].place(row) for part, row in chosen],
+    )
 
 
 def cut(count: int, fraction: float, seed: int, stratify_by: Sequence[Hashable] | None = None) -> list[int]:

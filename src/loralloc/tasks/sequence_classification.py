@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
+from numpy.typing import NDArray
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
@@ -82,9 +83,8 @@ def prepare(model: ModelSection, data: ClassificationData, seed: int) -> TaskDat
         train=encoded[0],
         validation=encoded[1],
         test=encoded[2] if splits.test is not None else None,
-        collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=goal.compute_metrics,
-        preprocess_logits=first_output,
+        options=_trained_with(tokenizer, goal.compute_metrics),
+        example_losses=example_losses,
         metric=goal.metric,
         reference=goal.reference,
         classes=goal.classes,
@@ -110,11 +110,17 @@ def prepare_evaluation(
         encoded,
         model=model,
         tokenizer=tokenizer,
-        collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics,
-        preprocess_logits=first_output,
+        options=_trained_with(tokenizer, compute_metrics),
+        example_losses=example_losses,
         metric=metric,
     )
+
+
+def _trained_with(tokenizer: PreTrainedTokenizerBase, compute_metrics: Callable[..., Any]) -> dict[str, Any]:
+    """What the trainer is given."""
+    collator = DataCollatorWithPadding(tokenizer)
+    options = {"data_collator": collator, "preprocess_logits_for_metrics": first_output}
+    return {**options, "compute_metrics": compute_metrics}
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -134,6 +140,14 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "macro_f1": metrics.macro_f1(predicted, target),
         "matthews": metrics.matthews(predicted, target),
     }
+
+
+def example_losses(prediction: EvalPrediction) -> NDArray[np.floating]:
+    """The loss of every example, [n]: cross-entropy, or the squared error of a regression."""
+    outputs, target = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    if np.issubdtype(target.dtype, np.floating):
+        return (outputs.reshape(target.shape).astype(np.float64) - target) ** 2
+    return metrics.cross_entropy(outputs, target)
 
 
 def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:

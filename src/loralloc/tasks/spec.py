@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loralloc.setting_types import Between0And1, Count, Section, Text, is_text
+from loralloc.setting_types import Between0And1, Count, Positive, Section, Text, is_text
 
 
 def _check_share_or_path(value: Any) -> Any:
@@ -36,17 +36,42 @@ Labels = Annotated[
 ]
 
 
+class WeightedSource(Section):
+    """One of several sources of training data."""
+
+    source: Text = Field(description="data as in train")
+    weight: Positive = Field(description="its share of the examples, relative to the other weights")
+
+
+def _check_sources(value: Any) -> Any:
+    weighted = [isinstance(one, Mapping) for one in value] if isinstance(value, list) else []
+    plain = is_text(value) or (bool(weighted) and all(map(is_text, value)))
+    if plain or (weighted and all(weighted)):
+        return value
+    raise ValueError("must be a path or hub:NAME, a list of them, or a list of {source: ..., weight: ...}")
+
+
+Sources = Annotated[
+    str | list[str] | list[WeightedSource],
+    BeforeValidator(_check_sources, json_schema_input_type=Text | list[Text] | list[WeightedSource]),
+]
+
+
 class DataSection(Section):
     """The data of a recipe, whatever the task. Relative paths start at the current directory."""
 
-    train: Text = Field(
+    train: Sources = Field(
         description="a .jsonl, .json, .csv, .tsv, .parquet or .txt file (each also .gz), "
-        "hub:NAME[/CONFIG][@SPLIT], or demo:docstrings[@SPLIT]"
+        "hub:NAME[/CONFIG][@SPLIT], or demo:docstrings[@SPLIT]; a list: one after the other, or mixed by weights "
+        "until one of them is used up"
     )
     validation: Annotated[
         float | str, BeforeValidator(_check_share_or_path, json_schema_input_type=Between0And1 | Text)
     ] = Field(default=0.1, description="a fraction cut from the training data (by training.seed), or data as in train")
     test: Text | None = Field(default=None, description="data as in train, evaluated once at the end")
+    also: dict[str, Text] | None = Field(
+        default=None, description="more data to evaluate on at the end, by a name of yours: data as in train"
+    )
     max_length: Count = Field(default=128, description="tokens kept of each example")
 
 
@@ -61,13 +86,47 @@ class ClassificationData(DataSection):
     )
 
 
-class LanguageModelData(DataSection):
-    """The keys of causal language modelling."""
+COLUMNS = '; or a template of columns, such as "{instruction}\\n\\n{input}"'
+
+
+class ChatData(DataSection):
+    """The keys of tasks that render chats."""
+
+    prompt: Text | None = Field(default=None, description=f"column with the prompt, a text or a chat{COLUMNS}")
+    chat: bool | None = Field(
+        default=None,
+        description="whether prompts and answers become turns of the model's chat template; null: where it has one",
+    )
+
+
+class LanguageModelData(ChatData):
+    """The keys of causal language modelling. Without any column named, it is recognised which ones there are."""
 
     text: Text | None = Field(default=None, description="column with the text")
-    prompt: Text | None = Field(default=None, description="column with the prompt (causal-lm)")
-    completion: Text | None = Field(default=None, description="column with the answer, which alone is learned")
-    messages: Text | None = Field(default=None, description="column with a chat (causal-lm)")
+    completion: Text | None = Field(
+        default=None, description=f"column with the answer, which alone is learned{COLUMNS}"
+    )
+    messages: Text | None = Field(
+        default=None, description="column with a chat: messages with role and content, or ShareGPT's from and value"
+    )
+    tools: Text | None = Field(
+        default=None, description="column with the tools of a chat (JSON schemas); null: tools, where there is one"
+    )
+    learn: Literal["all", "last"] = Field(default="all", description="turns of the assistant that are learned")
+    packing: Literal["none", "wrapped", "bfd", "bfd_split"] | None = Field(
+        default=None,
+        description="how examples share a row of max_length tokens: wrapped (joined and cut), bfd (whole examples, "
+        "which do not see each other), bfd_split (the same, long ones cut into several); null: wrapped for text, "
+        "else none",
+    )
+    streaming: bool = Field(default=False, description="read the training data while training, not before")
+
+
+class PreferenceData(ChatData):
+    """The keys of preference learning. Without any column named, it is recognised which ones there are."""
+
+    chosen: Text | None = Field(default=None, description=f"column with the better answer, a text or a chat{COLUMNS}")
+    rejected: Text | None = Field(default=None, description=f"column with the worse answer{COLUMNS}")
 
 
 @dataclass(frozen=True)
@@ -84,6 +143,10 @@ class Task:
         metrics: The metrics that a run may be judged by, and whether more is better.
         shortest: The least `max_length`, and why.
         labelled: Whether the size of the head depends on the data.
+        recognised: Whether the columns need not be named where their names are common ones.
+        trainer: The class of transformers or TRL that trains it.
+        own_loss: Whether its loss is the one that the model returns for a batch with labels, which methods that look
+            at data compute.
     """
 
     label: str
@@ -95,6 +158,9 @@ class Task:
     metrics: Mapping[str, bool]
     shortest: tuple[int, str] = (1, "")
     labelled: bool = False
+    recognised: bool = False
+    trainer: Literal["Trainer", "SFTTrainer", "DPOTrainer"] = "Trainer"
+    own_loss: bool = True
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -122,6 +188,21 @@ TASKS: Mapping[str, Task] = {
         peft_type="CAUSAL_LM",
         metrics={"perplexity": False},
         shortest=(2, "a single token has no next one to predict"),
+        recognised=True,
+        trainer="SFTTrainer",
+    ),
+    "preference": Task(
+        label="preference learning",
+        module="loralloc.tasks.preference",
+        data=PreferenceData,
+        forms=(("chosen", "rejected"),),
+        model_class="AutoModelForCausalLM",
+        peft_type="CAUSAL_LM",
+        metrics={"loss": False},
+        shortest=(2, "a single token has no next one to predict"),
+        recognised=True,
+        trainer="DPOTrainer",
+        own_loss=False,
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,10 @@ def _validation_batches(data: Any, training: Any, args: TrainingArguments) -> Co
         UserError: The data are not in the form of the Trainer's training data.
     """
     columns = getattr(training.dataset, "column_names", None)  # the Trainer has removed what forward() does not take
-    batches = CollatedBatches(data, training.collate_fn, args.per_device_eval_batch_size, args.seed, columns)
+    collate = training.collate_fn
+    if getattr(collate, "padding_free", False):  # TRL's, which joins examples: methods look at one a row
+        collate = replace(collate, padding_free=False)
+    batches = CollatedBatches(data, collate, args.per_device_eval_batch_size, args.seed, columns)
     try:
         batches[0]
     except Exception as error:

@@ -130,6 +130,7 @@ class AllocationRun:
         self._moment_watch = MomentWatch(method, self.sites)
         self._checks = StepChecks(model, lambda step: self._emit(trace.bad_step_event(step)))
         self._sound: Tensor | None = None
+        self._skipped = False
         self._calibrated = False
 
     @property
@@ -232,6 +233,7 @@ class AllocationRun:
         if not wait and can_skip(optimizer, self.method, self.sites[0].gate.device):
             self._sound = self._checks.skip_if_bad(self.step, optimizer)
         elif not self._checks.is_sound(self.step):
+            self._skipped = True
             return False
         with torch.no_grad():
             self.method.on_gradients(self.state, self._now(optimizer))
@@ -255,6 +257,7 @@ class AllocationRun:
         with torch.no_grad():
             self._fresh.after_step(optimizer)
             decision = self.method.on_step(self.state, self._now(optimizer))
+        self._skipped = False
         if decision is not None:
             self._record(decision)
             if optimizer is not None and (decision.closed is not None or decision.opened is not None):
@@ -397,8 +400,16 @@ class AllocationRun:
 
     def _now(self, optimizer: torch.optim.Optimizer | None) -> StepContext:
         """What a method is told besides its state."""
-        rate, name = learning_rate(optimizer, self.sites), optimizer_name(optimizer)
-        return StepContext(self.step, self.schedule, rate, self.data, name, self._sound, self.max_grad_norm)
+        return StepContext(
+            step=self.step,
+            schedule=self.schedule,
+            learning_rate=learning_rate(optimizer, self.sites),
+            data=self.data,
+            optimizer=optimizer_name(optimizer),
+            sound=self._sound,
+            max_grad_norm=self.max_grad_norm,
+            skipped=self._skipped,
+        )
 
     def _parameters(self, ranks: Sequence[int] | None = None) -> int:
         """Parameters of these ranks, by default of those that are open."""

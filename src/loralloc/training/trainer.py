@@ -1,4 +1,4 @@
-"""The trainer behind `loralloc train`: transformers' Trainer, with checkpoints that hold no pickle, and a run's log."""
+"""What `loralloc train` adds to a Trainer: checkpoints that hold no pickle and are complete or not there, and a log."""
 
 from __future__ import annotations
 
@@ -7,27 +7,45 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput
 
 from loralloc.files import finite, read_jsonl, write_atomically
 from loralloc.training import checkpoint as saved
 from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
 
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
 
-class PlainTrainer(Trainer):
-    """A Trainer whose checkpoints are safetensors and JSON, and complete or not there.
+
+class RunTrainer(Base):
+    """What a run adds to any Trainer: checkpoints that are safetensors and JSON, and complete or not there; a log.
+
+    To be named before the Trainer among the bases of a class.
 
     Attributes:
         begun: When training began, on `time.perf_counter`'s clock; a resumed run counts what went before.
         guard: Skips bad steps, and counts them; None where an allocation does.
+        evaluated: Predictions and targets of the last evaluation; None before the first.
     """
 
     begun: float = 0.0
+    evaluated: EvalPrediction | None = None
 
     def __init__(
         self,
@@ -43,6 +61,9 @@ class PlainTrainer(Trainer):
         super().__init__(*args, callbacks=[*first, *callbacks, _RunLog(log), _Completion(self)], **kwargs)
         self.remove_callback(PrinterCallback)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: the card of a run tells of the adapter that is exported."""
+
     @property
     def train_seconds(self) -> float:
         """Seconds since training began."""
@@ -52,6 +73,13 @@ class PlainTrainer(Trainer):
         """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
         with self._left_as_it_is():
             return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate, and keep what was predicted."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if output.predictions is not None and output.label_ids is not None:
+            self.evaluated = EvalPrediction(output.predictions, output.label_ids)
+        return output
 
     @contextmanager
     def _left_as_it_is(self) -> Iterator[None]:
@@ -95,6 +123,10 @@ class PlainTrainer(Trainer):
 
     def _random_state(self, folder: str) -> Path:
         return Path(folder) / f"random-{self.args.process_index}.json"
+
+
+class PlainTrainer(RunTrainer, Trainer):
+    """transformers' own."""
 
 
 class SkipBadSteps(TrainerCallback):
@@ -162,7 +194,7 @@ class _Completion(TrainerCallback):
 
     FILE = "window.json"
 
-    def __init__(self, trainer: PlainTrainer) -> None:
+    def __init__(self, trainer: RunTrainer) -> None:
         self._trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

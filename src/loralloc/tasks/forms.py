@@ -1,0 +1,142 @@
+"""Which columns a source has, and what they make: texts, pairs of a prompt and an answer, or chats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from loralloc.errors import UserError
+from loralloc.tasks.conversations import Chat, read_chats, read_messages, read_tools
+from loralloc.tasks.rows import Rows
+from loralloc.tasks.templates import is_template, render
+
+ALPACA = "{instruction}\n\n{input}"
+CHOICES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Plain texts, of which everything is learned."""
+
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Prompts, and answers that are learned."""
+
+    prompts: list[str]
+    completions: list[str]
+
+    def chats(self) -> list[Chat]:
+        """The same as chats of two turns."""
+        pairs = zip(self.prompts, self.completions, strict=True)
+        return [Chat(turn("user", prompt) + turn("assistant", answer), start=1) for prompt, answer in pairs]
+
+
+@dataclass(frozen=True)
+class Chats:
+    """Chats, of which the assistant's turns are learned."""
+
+    chats: list[Chat]
+
+
+Form = Texts | Pairs | Chats
+
+
+class Columns(Protocol):
+    """The part of a recipe's data section that names the columns."""
+
+    @property
+    def prompt(self) -> str | None: ...  # noqa: D102
+    @property
+    def tools(self) -> str | None: ...  # noqa: D102
+    @property
+    def text(self) -> str | None: ...  # noqa: D102
+    @property
+    def completion(self) -> str | None: ...  # noqa: D102
+    @property
+    def messages(self) -> str | None: ...  # noqa: D102
+
+
+def turn(role: str, content: str) -> list[dict[str, Any]]:
+    """A chat of one message."""
+    return [{"role": role, "content": content}]
+
+
+def read_form(rows: Rows, columns: Columns) -> Form:
+    """Read what a language model learns from.
+
+    Args:
+        rows: The rows.
+        columns: The recipe's data section. Where it names no column, common names are looked for: messages,
+            conversations (ShareGPT), prompt and completion, instruction, input and output (Alpaca), text.
+
+    Raises:
+        UserError: No such column, none that is known, or a row that cannot be read.
+    """
+    named = {key: getattr(columns, key) for key in ("text", "prompt", "completion", "messages")}
+    if not any(named.values()):
+        named |= _recognised(rows)
+    if named["messages"]:
+        return Chats(read_chats(rows, named["messages"], _tools_column(rows, columns.tools)))
+    if named["prompt"]:
+        return _read_pairs(rows, named["prompt"], named["completion"], columns.tools)
+    text: str = named["text"]
+    return Texts(render(rows, text, "data.text") if is_template(text) else rows.strings(text, "data.text", blank=True))
+
+
+def _recognised(rows: Rows) -> dict[str, str]:
+    """The keys of a recipe that fit the columns there are."""
+    has = set(rows.columns).issuperset
+    for name in ("messages", "conversations"):
+        if has({name}):
+            return {"messages": name}
+    if has({"prompt", "completion"}):
+        return {"prompt": "prompt", "completion": "completion"}
+    if has({"instruction", "output"}):
+        return {"prompt": ALPACA if has({"input"}) else "instruction", "completion": "output"}
+    if has({"text"}):
+        return {"text": "text"}
+    raise UserError(
+        f"{rows.source}: what to learn is not known. Its columns are {', '.join(rows.columns) or 'without names'}; "
+        "name data.text, data.prompt with data.completion (a column each, or a template such as "
+        '"{question}\\n{options}"), or data.messages.'
+    )
+
+
+def _tools_column(rows: Rows, named: str | None) -> str | None:
+    return named or ("tools" if "tools" in rows.columns else None)
+
+
+def _read_pairs(rows: Rows, prompt: str, completion: str, tools: str | None) -> Pairs | Chats:
+    if _holds_chats(rows, prompt):
+        prompts, answers = _messages(rows, prompt, "data.prompt"), _messages(rows, completion, "data.completion")
+        offered = read_tools(rows, _tools_column(rows, tools))
+        joined = zip(prompts, answers, offered, strict=True)
+        return Chats([Chat(before + after, given, start=len(before)) for before, after, given in joined])
+    return Pairs(read_texts(rows, prompt, "data.prompt"), read_texts(rows, completion, "data.completion"))
+
+
+def _holds_chats(rows: Rows, column: str) -> bool:
+    values = [] if is_template(column) else rows.values(column, "data.prompt")
+    return bool(values) and isinstance(values[0], list)
+
+
+def _messages(rows: Rows, column: str, key: str) -> list[list[dict[str, Any]]]:
+    """A column of chats; a text is one message of the assistant."""
+    values = rows.values(column, key)
+    where = [f'{rows.place(i)}: column "{column}" ({key})' for i in range(len(rows))]
+    return [
+        read_messages(turn("assistant", value) if isinstance(value, str) else value, place)
+        for value, place in zip(values, where, strict=True)
+    ]
+
+
+def read_texts(rows: Rows, words: str, key: str) -> list[str]:
+    """Read a column of texts, or fill a template.
+
+    Raises:
+        UserError: No such column, or a text that is missing or blank.
+    """
+    return render(rows, words, key) if is_template(words) else rows.strings(words, key)

@@ -1,0 +1,148 @@
+"""Preference learning (DPO, arXiv 2305.18290): of two answers to a prompt the better one, with TRL's DPOTrainer.
+
+Prompts and answers are texts or chats; where the model has a chat template, texts become turns of a chat
+(`data.chat`). Without a prompt, what both answers begin with is the prompt. The reference model is the base model:
+the adapter is switched off for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loralloc.errors import UserError
+from loralloc.tasks.base import ModelSection, TaskData, evaluation_of
+from loralloc.tasks.chat import check_template
+from loralloc.tasks.conversations import Message, read_messages
+from loralloc.tasks.data import load_splits, read_rows
+from loralloc.tasks.forms import read_texts, turn
+from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate
+from loralloc.tasks.rows import Rows
+from loralloc.tasks.spec import PreferenceData
+from loralloc.tasks.templates import is_template
+
+logger = logging.getLogger(__name__)
+
+Side = list[str] | list[list[Message]]
+"""The prompts, or the answers, of all rows."""
+
+
+def prepare(model: ModelSection, data: PreferenceData, seed: int) -> TaskData:
+    """Make everything a Trainer needs to learn preferences.
+
+    Args:
+        model: The recipe's model section.
+        data: The recipe's data section.
+        seed: Seed of the validation cut.
+
+    Returns:
+        Model, data and metrics. The metric is the loss, which is ln 2 before training.
+
+    Raises:
+        UserError: The recipe, the data or the model is at fault.
+    """
+    splits = load_splits(data, seed)
+    read = [read_pairs(rows, data) for rows in splits.all()]
+
+    checkpoint = locate(model)
+    check_length(data.max_length, load_config(checkpoint), model.name)
+    tokenizer = load_tokenizer(checkpoint)
+    train, validation, *test = [_examples(pairs, data, tokenizer, model.name) for pairs in read]
+
+    def load() -> PreTrainedModel:
+        return load_model("preference", checkpoint, tokenizer, seed)
+
+    trained_with = _trained_with(tokenizer, data)
+    return TaskData(
+        model=load(),
+        again=load,
+        tokenizer=tokenizer,
+        train=train,
+        validation=validation,
+        test=test[0] if test else None,
+        **trained_with,
+    )
+
+
+def prepare_evaluation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: PreferenceData, source: str
+) -> TaskData:
+    """Make everything a Trainer needs to evaluate preferences; see `tasks.prepare_evaluation`."""
+    examples = _examples(read_pairs(read_rows(source), data), data, tokenizer, str(model.name_or_path))
+    return evaluation_of(examples, model=model, tokenizer=tokenizer, **_trained_with(tokenizer, data))
+
+
+def _trained_with(tokenizer: PreTrainedTokenizerBase, data: PreferenceData) -> dict[str, Any]:
+    """What the trainer is given."""
+    options = {"processing_class": tokenizer}
+    return {"metric": "loss", "options": options, "arguments": {"max_length": data.max_length}}
+
+
+def read_pairs(rows: Rows, data: PreferenceData) -> dict[str, Side]:
+    """Read prompts and answers; rows whose answers are equal are left out, counted in a warning.
+
+    Args:
+        rows: The rows.
+        data: The recipe's data section. Where it names no columns, they are prompt (if there is one), chosen, rejected.
+
+    Returns:
+        `chosen`, `rejected` and, where there are prompts, `prompt`: all texts, or all chats.
+
+    Raises:
+        UserError: A column is missing, or a row cannot be read.
+    """
+    named = {"prompt": data.prompt, "chosen": data.chosen, "rejected": data.rejected}
+    if not data.chosen and not data.rejected:
+        named |= {"chosen": "chosen", "rejected": "rejected"}
+        named["prompt"] = data.prompt or ("prompt" if "prompt" in rows.columns else None)
+    sides = {key: _read_side(rows, words, key) for key, words in named.items() if words is not None}
+    if any(isinstance(side[0], list) for side in sides.values()):
+        role = {"prompt": "user"}
+        sides = {key: [_as_chat(value, role.get(key, "assistant")) for value in side] for key, side in sides.items()}
+    kept = [i for i, (a, b) in enumerate(zip(sides["chosen"], sides["rejected"], strict=True)) if a != b]
+    if not kept:
+        raise UserError(f"{rows.source}: in every row both answers are the same: there is nothing to prefer")
+    if len(kept) < len(rows):
+        logger.warning(
+            "%s: of %d rows, %d are dropped because both answers are the same.",
+            rows.source,
+            len(rows),
+            len(rows) - len(kept),
+        )
+    return {key: [side[i] for i in kept] for key, side in sides.items()}  # type: ignore[return-value]
+
+
+def _read_side(rows: Rows, words: str, key: str) -> Side:
+    if is_template(words) or not isinstance(rows.values(words, f"data.{key}")[0], list):
+        return read_texts(rows, words, f"data.{key}")
+    chats = []
+    for i, value in enumerate(rows.values(words, f"data.{key}")):
+        where = f'{rows.place(i)}: column "{words}" (data.{key})'
+        chats.append(read_messages(value, where))
+        if any("tool_calls" in message for message in chats[-1]):
+            raise UserError(f"{where}: calls of tools cannot be learned by preference here; task causal-lm learns them")
+    return chats
+
+
+def _as_chat(value: Any, role: str) -> list[Message]:
+    return turn(role, value) if isinstance(value, str) else value
+
+
+def _examples(pairs: dict[str, Side], data: PreferenceData, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:
+    """What the trainer takes: texts, or chats where the model's template renders them."""
+    texts = isinstance(pairs["chosen"][0], str)
+    if texts and data.chat is not False and (data.chat or tokenizer.chat_template is not None):
+        if "prompt" not in pairs:
+            raise UserError(
+                "data.prompt: answers become turns of a chat, which begins with a prompt; name its column, or set "
+                "data.chat: false"
+            )
+        role = {"prompt": "user"}
+        pairs = {key: [turn(role.get(key, "assistant"), str(value)) for value in side] for key, side in pairs.items()}
+        texts = False
+    if not texts:
+        check_template(tokenizer, name)
+    return Dataset.from_dict({**pairs})

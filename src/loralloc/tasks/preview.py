@@ -1,0 +1,53 @@
+"""What a model will see of an example, as text, and which of it is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from loralloc.methods.validation import IGNORED
+
+Part = tuple[str, Literal["context", "learned", "rejected"]]
+"""A piece of text, and what it is: context, learned, or the answer that a preference is learned against."""
+
+
+def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> list[Part]:
+    """Turn an example as a trainer has it back into text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        example: Ids with labels, one label for all of them, or a prompt with two answers.
+
+    Returns:
+        Its pieces, in their order.
+    """
+    if "chosen_ids" in example:
+        prompt = list(example["prompt_ids"])
+        context, chosen = _pieces(tokenizer, [prompt, example["chosen_ids"]])
+        _, rejected = _pieces(tokenizer, [prompt, example["rejected_ids"]])
+        return [(context, "context"), (chosen, "learned"), (rejected, "rejected")]
+    ids, labels = example["input_ids"], example["labels"]
+    if not isinstance(labels, Sequence):
+        return [*zip(_pieces(tokenizer, [ids]), ["context"], strict=True), (f" → {labels}", "learned")]
+    runs = [
+        (keep, [token for token, _ in run]) for keep, run in groupby(zip(ids, labels, strict=True), key=_is_learned)
+    ]
+    texts = _pieces(tokenizer, [tokens for _, tokens in runs])
+    return [(text, "learned" if keep else "context") for text, (keep, _) in zip(texts, runs, strict=True)]
+
+
+def _is_learned(token: tuple[int, int]) -> bool:
+    return token[1] != IGNORED
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, parts: Iterable[Sequence[int]]) -> list[str]:
+    """The text of consecutive ids, each with what comes before: alone, many tokens lose the space they begin with."""
+    ids: list[int] = []
+    texts = [""]
+    for part in parts:
+        ids += part
+        texts.append(str(tokenizer.decode(ids)))
+    return [text[len(before) :] for before, text in pairwise(texts)]

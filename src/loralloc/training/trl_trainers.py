@@ -1,0 +1,71 @@
+"""TRL's SFTTrainer and DPOTrainer behind `loralloc train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from trl import DPOTrainer, SFTTrainer
+
+from loralloc.training.trainer import RunTrainer
+
+
+class RunSFTTrainer(RunTrainer, SFTTrainer):
+    """An SFTTrainer that evaluates every example by itself, whatever shares a row with it.
+
+    Predictions are sums of every example, [n, 3]: the loss of its learned tokens, their number, and how many of them
+    were the likeliest. Nothing is padded to the vocabulary's size.
+    """
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Evaluate a batch; see the class."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs, fused_lm_head=True)
+        sums = sums_of_examples(output, inputs.get("position_ids"))
+        loss = sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1)
+        return (loss, None, None) if prediction_loss_only else (loss, sums, sums[:, 1])
+
+
+def sums_of_examples(output: Any, positions: Tensor | None) -> Tensor:
+    """Add up what TRL's fused head tells of tokens.
+
+    Args:
+        output: Its `log_probs`, `label_mask` and `is_top1`, [n, length - 1] each.
+        positions: Positions of the tokens, [1, length], where examples share one row: each begins at 0. None where
+            every row is an example.
+
+    Returns:
+        Loss, learned tokens and hits of every example, [examples, 3].
+    """
+    values = torch.stack([-output.log_probs, output.label_mask, output.is_top1], dim=-1).double()
+    if positions is None:
+        return values.sum(dim=1)
+    example = (positions[0] == 0).cumsum(0) - 1
+    sums = values.new_zeros(int(example[-1]) + 1, 3)
+    return sums.index_add_(0, example[1:], values[0])
+
+
+class RunDPOTrainer(RunTrainer, DPOTrainer):
+    """A DPOTrainer whose reference is the base model, and whose evaluation says what can be compared."""
+
+    KEPT: Mapping[str, str] = {"rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
+    """What an evaluation tells beside the loss, of TRL's figures."""
+
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        # TRL keeps a copy of the adapter as its reference, and would save it too. Without one it switches the adapter
+        # off, which is the same for a fresh adapter, and what an evaluation of a trained one should compare with.
+        cast(PeftModel, self.model).delete_adapter("ref")
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, and keep what can be compared: loss, and how often and by how much the better answer wins."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics = super().evaluate(*args, **kwargs)
+        kept = {f"{prefix}_{name}": metrics[f"eval_{key}"] for key, name in self.KEPT.items()}  # whatever the prefix
+        return {f"{prefix}_loss": metrics[f"{prefix}_loss"], **kept}

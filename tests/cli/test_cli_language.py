@@ -1,0 +1,174 @@
+"""`loralloc train` on language models: chats, packed and streamed data, preferences; each resumed, each looked at."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from .command import LANGUAGE, RECIPE, done, ranks, read_json, refused
+from .deaths import killed_at
+
+Write = Callable[[str], Path]
+
+TEXT = "  text: text\n"
+TURNS = [
+    [{"role": "user", "content": "the film"}, {"role": "assistant", "content": reply}] * 2 for reply in ("fine", "dull")
+]
+PREFERENCE = LANGUAGE.replace("causal-lm", "preference").replace(TEXT, "")
+KINDS: Mapping[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "chat": ("", lambda n: {"messages": TURNS[n % 2]}),
+    "packed": ("  packing: bfd\n", lambda n: {"messages": TURNS[n % 2]}),
+    "streamed": ("  streaming: true\n", lambda n: {"prompt": "the film was ", "completion": "yes" if n % 3 else "no"}),
+    "preference": ("", lambda n: {"prompt": "the film was ", "chosen": ("fine", "warm")[n % 2], "rejected": "dull"}),
+}
+
+
+def write_data(kind: str, write: Write, here: Path) -> Path:
+    """A recipe of this kind of data, 48 rows to train on and 8 to evaluate on."""
+    keys, row = KINDS[kind]
+    for name, count in {"train": 48, "held-out": 8}.items():
+        lines = [json.dumps(row(n)) + "\n" for n in range(count)]
+        (here / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    text = PREFERENCE if kind == "preference" else LANGUAGE.replace(TEXT, keys)
+    text = text.replace("max_length: 16", "max_length: 32")
+    text = text.replace("{data}/train.jsonl", "train.jsonl").replace("{data}/validation.jsonl", "held-out.jsonl")
+    return write(text) if kind != "preference" else write_preference(text, write)
+
+
+def write_preference(text: str, write: Write) -> Path:
+    """The recipe writer knows the small language model by the other task's name."""
+    path = write(text.replace("task: preference", "task: causal-lm"))
+    path.write_text(path.read_text(encoding="utf-8").replace("task: causal-lm", "task: preference"), encoding="utf-8")
+    return path
+
+
+@pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_and_resumed_is_the_same_run(kind: str, write: Write, here: Path) -> None:
+    recipe = write_data(kind, write, here)
+    said = done("train", recipe, "--save_every", 4)
+    assert sum(ranks(here / "run").values()) == 2 * 14
+    metrics = read_json(here / "run" / "metrics.json")
+    name = metrics["metric"]
+    assert metrics["validation"][name] < metrics["reference"]["untrained"]
+    assert "reloaded by stock PEFT" in said
+    whole = load_file(here / "run" / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(here / "run")
+    with killed_at(10):
+        done("train", recipe, "--save_every", 4)
+    done("train", recipe, "--save_every", 4, "--resume")
+    resumed = load_file(here / "run" / "adapter" / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all((whole[name] == resumed[name]).all() for name in whole)
+    evaluated = done("evaluate", here / "run")
+    assert f"{metrics['validation'][name]:.4f}" in evaluated
+
+
+@pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("method", ["ablora", "autolora"])
+def test_methods_that_look_at_data_look_at_examples_one_by_one(method: str, write: Write, here: Path) -> None:
+    recipe = write_data("packed", write, here)
+    section = f"{{name: {method}, budget: {{average_rank: 2}}}}"
+    done("train", recipe, "--method", section, "--lora.alpha", 4)
+    assert sum(ranks(here / "run").values()) == 2 * 14
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("chat", "user : the film </s> assistant : fine </s>"),
+        ("preference", "user : the film was </s> assistant : fine </s> dull </s>"),
+        ("streamed", "the film was"),
+    ],
+)
+def test_a_dry_run_shows_examples(kind: str, expected: str, write: Write, here: Path) -> None:
+    said = done("train", write_data(kind, write, here), "--dry-run")
+    assert "example 1 as the model sees it; green is learned" in said
+    assert expected in said.replace("\n", "")
+    assert "example 2" in said
+    assert "example 3" not in said
+
+
+@pytest.mark.usefixtures("unreported")
+def test_several_sources_are_mixed_and_more_data_are_evaluated(write: Write, here: Path) -> None:
+    recipe = write_data("streamed", write, here)
+    sources = "[{source: train.jsonl, weight: 3}, {source: held-out.jsonl, weight: 1}]"
+    words = ("--data.streaming", "false", "--data.train", sources, "--data.also", "{again: held-out.jsonl}")
+    said = done("train", recipe, *words, "--steps", 4)
+    metrics = read_json(here / "run" / "metrics.json")
+    assert metrics["also"]["again"] == metrics["validation"]
+    assert "again" in said
+    assert "28 train" in said  # until the smaller one is used up
+    losses = read_json(here / "run" / "losses.json")
+    assert (losses["split"], len(losses["losses"])) == ("validation", 8)
+
+
+def test_more_data_are_read_before_training(write: Write, here: Path) -> None:
+    recipe = write_data("chat", write, here)
+    (here / "other.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
+    said = refused("train", recipe, "--data.also", "{other: other.jsonl}")
+    assert "other.jsonl: what to learn is not known" in said
+    assert not (here / "run").exists()
+    assert "none.jsonl: no such file" in refused("train", recipe, "--data.also", "{other: none.jsonl}")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": None}]}, "turn is empty"),
+        ({"messages": [{"role": "human", "content": "the"}]}, 'unknown role "human"'),
+        ({"messages": TURNS[0], "tools": [{"name": "f"}]}, "the chat template of this model ignores tools"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_with_its_row(
+    row: dict[str, Any], expected: str, write: Write, here: Path
+) -> None:
+    recipe = write_data("chat", write, here)
+    with (here / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    said = refused("train", recipe)
+    assert "train.jsonl:49: " in said
+    assert expected in said
+
+
+def test_a_damaged_row_of_a_stream(write: Write, here: Path) -> None:
+    recipe = write_data("streamed", write, here)
+    with (here / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"prompt": \n')
+    assert "train.jsonl cannot be loaded: " in refused("train", recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("demo:docstrings", "cannot be streamed; take data.streaming out"), ("a.txt", "cannot be streamed; .jsonl, .csv")],
+)
+def test_sources_that_cannot_be_streamed(name: str, expected: str, write: Write, here: Path) -> None:
+    (here / "a.txt").write_text("the film\n", encoding="utf-8")
+    assert expected in refused("train", write_data("streamed", write, here), "--data.train", name)
+
+
+def rows(count: Iterable[int]) -> str:
+    return "".join(json.dumps({"chosen": "fine", "rejected": "fine" if n % 2 else "dull"}) + "\n" for n in count)
+
+
+def test_answers_that_are_the_same_are_left_out(write: Write, here: Path) -> None:
+    recipe = write_data("preference", write, here)
+    (here / "train.jsonl").write_text(rows(range(8)), encoding="utf-8")
+    (here / "held-out.jsonl").write_text(rows(range(8)), encoding="utf-8")
+    said = refused("train", recipe)
+    assert "data.prompt: answers become turns of a chat, which begins with a prompt; name its column, or set" in said
+    assert "4 train, 4 validation" in done("train", recipe, "--data.chat", "false", "--dry-run")
+    (here / "train.jsonl").write_text(rows([1, 3, 5]), encoding="utf-8")
+    said = refused("train", recipe, "--data.chat", "false")
+    assert "train.jsonl: in every row both answers are the same: there is nothing to prefer" in said
+
+
+def test_keys_of_another_task(write: Write) -> None:
+    said = refused("train", write(RECIPE), "--data.streaming", "true")
+    assert "data.streaming is for task causal-lm, but the task is sequence-classification" in said

@@ -1,0 +1,62 @@
+"""Promises: what the data sections of language models allow, and what speaks against it is told with its line."""
+
+from __future__ import annotations
+
+import pytest
+from test_schema import LANGUAGE_MODEL, Write, edit, write
+
+from loralloc.errors import UserError
+from loralloc.recipe.schema import load_recipe
+
+__all__ = ["write"]  # a fixture
+
+
+def test_columns_of_language_models_need_not_be_named(write: Write) -> None:
+    assert load_recipe(write(edit("text: text", "max_length: 5", LANGUAGE_MODEL))).data.text is None
+
+
+@pytest.mark.parametrize(
+    ("new", "expected"),
+    [
+        ("training.steps=null", "so their number is not known; set training.steps"),
+        ("data.validation=0.1", "so nothing can be cut off; name a file in data.validation"),
+        (
+            "data.train=[{source: a.jsonl, weight: 2}]",
+            "one source after the other; take the weights out",
+        ),
+    ],
+)
+def test_what_a_stream_cannot_do(write: Write, new: str, expected: str) -> None:
+    text = edit("text: text", "text: text\n  validation: b.jsonl\n  streaming: true", LANGUAGE_MODEL)
+    assert load_recipe(write(text)).data.streaming
+    flags = [f"--{new}", "--training.epochs=1"] if "steps" in new else [f"--{new}"]
+    with pytest.raises(UserError) as error:
+        load_recipe(write(text), flags)
+    assert f"data.streaming reads the training data while training, {expected}" in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["ablora", "autolora"])
+def test_methods_that_look_at_data_do_not_learn_preferences(write: Write, method: str) -> None:
+    text = edit("task: causal-lm", "task: preference", edit("text: text", "prompt: text", LANGUAGE_MODEL))
+    assert load_recipe(write(text)).task == "preference"
+    with pytest.raises(UserError, match=rf"{method} learns ranks from the loss of a batch, which task preference"):
+        load_recipe(write(text), ["--method", f"{{name: {method}, budget: {{average_rank: 8}}}}"])
+
+
+@pytest.mark.parametrize("method", ["ablora", "autolora"])
+def test_nothing_is_cut_off_a_stream_for_a_method(write: Write, method: str) -> None:
+    text = edit("text: text", "text: text\n  validation: b.jsonl\n  streaming: true", LANGUAGE_MODEL)
+    with pytest.raises(
+        UserError, match=r"method.validation is 0\.\d+, but nothing can be cut off data that are streamed"
+    ):
+        load_recipe(write(text), ["--method", f"{{name: {method}, validation: 0.2, budget: {{average_rank: 8}}}}"])
+
+
+@pytest.mark.parametrize("train", ["[]", "[a.jsonl, {source: b.jsonl, weight: 1}]", "3"])
+def test_sources_that_are_none(write: Write, train: str) -> None:
+    with pytest.raises(UserError, match=r"data.train must be a path or hub:NAME, a list of them, or a list of {source"):
+        load_recipe(write(LANGUAGE_MODEL), [f"--data.train={train}"])
+    assert load_recipe(write(LANGUAGE_MODEL), ["--data.train=[a.jsonl, b.jsonl]"]).data.train == [
+        "a.jsonl",
+        "b.jsonl",
+    ]

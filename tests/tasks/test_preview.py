@@ -1,0 +1,30 @@
+"""Promises: what is shown of an example is its text, whole, with what is learned told apart."""
+
+from __future__ import annotations
+
+from tiny_models import build_tokenizer
+
+from loralloc.methods.validation import IGNORED
+from loralloc.tasks.preview import parts_of
+
+TOKENIZER = build_tokenizer("$A", None, unk_token="<unk>", eos_token="</s>")
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER(text)["input_ids"]
+
+
+def test_runs_of_learned_tokens() -> None:
+    ids = ids_of("a b yes c no no")
+    labels = [IGNORED, IGNORED, ids[2], IGNORED, *ids[4:]]
+    parts = parts_of(TOKENIZER, {"input_ids": ids, "labels": labels})
+    assert parts == [("a b", "context"), (" yes", "learned"), (" c", "context"), (" no no", "learned")]
+
+
+def test_one_label_for_all() -> None:
+    assert parts_of(TOKENIZER, {"input_ids": ids_of("a b"), "labels": 3}) == [("a b", "context"), (" → 3", "learned")]
+
+
+def test_two_answers() -> None:
+    example = {"prompt_ids": ids_of("a b"), "chosen_ids": ids_of("yes"), "rejected_ids": ids_of("no")}
+    assert parts_of(TOKENIZER, example) == [("a b", "context"), (" yes", "learned"), (" no", "rejected")]

@@ -1,0 +1,132 @@
+"""Promises: every example is evaluated by itself, whatever shares a row with it, and a preference is learned against
+the base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from models import VOCABULARY, tiny_peft
+from peft import PeftModel
+from test_sft import phrases, word_tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, SFTConfig
+
+from loralloc.training.trl_trainers import RunDPOTrainer, RunSFTTrainer, sums_of_examples
+
+QUIET: dict[str, Any] = {
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "activation_checkpointing": False,
+    "per_device_eval_batch_size": 3,
+}
+
+
+def examples(count: int = 10) -> Dataset:
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(4, VOCABULARY, (3 + n,), generator=draw).tolist() for n in range(count)]
+    labels = [[-100] * (1 + n % 2) + row[1 + n % 2 :] for n, row in enumerate(ids)]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+def naive(model: Any, rows: Dataset) -> list[list[float]]:
+    """Loss, learned tokens and hits, one example after the other."""
+    found = []
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            scores = model(input_ids=ids).logits[0, :-1]
+        loss = cross_entropy(scores, labels, reduction="sum", ignore_index=-100)
+        learned = labels != -100
+        found.append([loss.item(), learned.sum().item(), (scores.argmax(-1) == labels)[learned].sum().item()])
+    return found
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_example_counts_by_itself(packing: bool, tmp_path: Path) -> None:
+    model, rows = tiny_peft("llama"), examples()
+    settings: dict[str, Any] = {"packing": True, "packing_strategy": "bfd", "eval_packing": False} if packing else {}
+    trainer = RunSFTTrainer(
+        model=model,
+        args=SFTConfig(str(tmp_path), max_length=32, **settings, **QUIET),
+        train_dataset=rows,
+        processing_class=word_tokenizer(),
+        compute_metrics=lambda prediction: {"rows": len(prediction.predictions)},
+        log=tmp_path / "log.jsonl",
+    )
+    assert trainer.padding_free is packing
+    metrics = trainer.evaluate(rows)
+    assert metrics["eval_rows"] == 10
+    assert trainer.evaluated is not None
+    expected = torch.tensor(naive(model.eval(), rows), dtype=torch.float64)
+    torch.testing.assert_close(torch.tensor(trainer.evaluated.predictions), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_examples_do_not_see_each_other(tmp_path: Path) -> None:
+    """The training loss of packed rows is that of the same examples, padded: on the CPU with the default attention."""
+    losses = []
+    for packing in (False, True):
+        settings: dict[str, Any] = {"packing": True, "packing_strategy": "bfd"} if packing else {}
+        trainer = RunSFTTrainer(
+            model=tiny_peft("llama"),
+            args=SFTConfig(
+                str(tmp_path),
+                max_length=32,
+                max_steps=1,
+                logging_steps=1,
+                per_device_train_batch_size=10,
+                **settings,
+                **QUIET,
+            ),
+            train_dataset=examples(),
+            processing_class=word_tokenizer(),
+            log=tmp_path / "log.jsonl",
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_sums_of_one_example_a_row() -> None:
+    output = SimpleNamespace(
+        log_probs=-torch.tensor([[1.0, 2.0], [3.0, 0.0]]),
+        label_mask=torch.tensor([[True, True], [True, False]]),
+        is_top1=torch.tensor([[1.0, 0.0], [0.0, 0.0]]),
+    )
+    assert sums_of_examples(output, None).tolist() == [[3, 2, 1], [3, 1, 0]]
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    words = phrases(12)
+    return Dataset.from_dict({"prompt": words, "chosen": [" w1 w2"] * 12, "rejected": [" w3"] * 12})
+
+
+def dpo(model: PeftModel, rows: Dataset, folder: Path, tokenizer: PreTrainedTokenizerFast) -> RunDPOTrainer:
+    arguments = DPOConfig(str(folder), max_steps=8, learning_rate=0.01, per_device_train_batch_size=4, **QUIET)
+    options: dict[str, Any] = {"train_dataset": rows, "processing_class": tokenizer, "log": folder / "log.jsonl"}
+    return RunDPOTrainer(model, args=arguments, **options)
+
+
+def test_the_reference_is_the_base_model(pairs: Dataset, tmp_path: Path) -> None:
+    trainer = dpo(tiny_peft("llama"), pairs, tmp_path, word_tokenizer())
+    model: Any = trainer.model
+    assert list(model.peft_config) == ["default"]
+    fresh = trainer.evaluate(pairs)
+    assert fresh["eval_loss"] == pytest.approx(0.693147, rel=1e-5)
+    assert fresh["eval_reward_margin"] == 0
+    trainer.train()
+    trained = trainer.evaluate(pairs)
+    assert trained["eval_reward_accuracy"] == 1
+    assert trained["eval_loss"] < 0.65
+    assert set(trained) == {"eval_loss", "eval_reward_accuracy", "eval_reward_margin"}
+    again = dpo(model, pairs, tmp_path / "again", word_tokenizer())  # a trained adapter is compared with the base too
+    assert again.evaluate(pairs) == pytest.approx(trained, rel=1e-5)
