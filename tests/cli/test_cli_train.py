@@ -45,7 +45,16 @@ MOVES = "{name: ablora, budget: {average_rank: 2}, rounds: 2, validation: 0.25}"
 METHODS = {"adalora": [], "lora": ["--method", "{name: lora}"], "ablora": ["--method", MOVES]}
 LANGUAGE_CASES = {
     "text": [],
-    "completion": ["--data.text", "null", "--data.prompt", "prompt", "--data.completion", "completion"],
+    "completion": [
+        "--data.text",
+        "null",
+        "--data.prompt",
+        '"{prompt} "',
+        "--data.completion",
+        "completion",
+        "--data.chat",
+        "false",
+    ],
     "chat": ["--data.text", "null", "--data.messages", "messages"],
 }
 

@@ -38,7 +38,7 @@ class Scalars:
     def weights(self) -> list[Tensor]:
         return [self.w]
 
-    def train_losses(self) -> Iterator[Tensor]:
+    def train_losses(self, twice: bool = False) -> Iterator[Tensor]:
         yield 0.5 * (self.w - self.a * self.x).square().sum()
 
     def validation_loss(self) -> Tensor:
@@ -255,7 +255,7 @@ class TestDropout:
         class Redrawn:
             """The same batch with new masks every time."""
 
-            def train_losses(self) -> Iterator[Tensor]:
+            def train_losses(self, twice: bool = False) -> Iterator[Tensor]:
                 yield loop.model(**batch(5)).loss
 
         source: Any = data if replay else Redrawn()

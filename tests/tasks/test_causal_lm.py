@@ -110,6 +110,16 @@ def test_only_the_completion_and_its_end_are_learned(
     assert words(tokenizer, [i for i, keep in zip(ids, learn, strict=True) if keep]) == kept
 
 
+def test_a_prompt_that_grows_together_with_its_completion_is_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    for tokenizer in (BEGINS_AND_ENDS, PLAIN, ONE_MARK):
+        with caplog.at_level(logging.WARNING, logger="loralloc"):
+            list(tokenize_pairs(tokenizer, ["a b "], ["c"]))
+            assert not caplog.records
+            list(tokenize_pairs(tokenizer, ["a b", "a "], ["c", "d"]))
+        assert "in 1 rows the end of the prompt and the start of the completion are one token" in caplog.text
+        caplog.clear()
+
+
 @pytest.mark.parametrize(("chat", "expected"), [(None, "user : a </s>"), (True, "user : a </s>"), (False, "a b </s>")])
 def test_pairs_become_turns_where_the_model_has_a_template(chat: bool | None, expected: str) -> None:
     tokenizer = build_tokenizer("$A", None, unk_token="<unk>", eos_token="</s>")

@@ -32,11 +32,15 @@ class StepData(Protocol):
         """Everything that the optimizer trains, gates left out: the adapter's factors, and heads."""
         ...
 
-    def train_losses(self) -> Iterator[Tensor]:
+    def train_losses(self, twice: bool = False) -> Iterator[Tensor]:
         """Losses of the current step's own batches, with the random numbers (dropout) they had; differentiable.
 
         Each is weighted as it was in the step, so that their gradients add up to the step's (on this process, and
         before clipping). Take each one's gradient before the next is asked for: one graph is alive at a time.
+
+        Args:
+            twice: Whether gradients of gradients are taken, which fused losses do not have: these are then computed in
+                plain operations, which takes more memory.
         """
         ...
 

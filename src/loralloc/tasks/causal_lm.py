@@ -13,7 +13,7 @@ warning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -185,10 +185,10 @@ class Encoder:
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[Tokens]:
     """Tokenize texts, of which everything is learned; those without any are left out."""
-    ids_of = _with_end(tokenizer)
+    end = _end(tokenizer)
     for text in texts:
         if text.strip():
-            ids = ids_of(text)
+            ids = _ids(tokenizer, text, end)
             yield ids, [True] * len(ids)
 
 
@@ -200,20 +200,28 @@ def tokenize_pairs(
     The completion begins with the first token that the prompt alone does not have: where the two have grown together,
     the token that holds the end of the prompt is learned too.
     """
-    ids_of = _with_end(tokenizer)
+    end, joined = _end(tokenizer), 0
     for prompt, completion in zip(prompts, completions, strict=True):
-        ids = ids_of(prompt + completion)
-        before = common_prefix_length(tokenizer(prompt, verbose=False)["input_ids"], ids)
+        ids, alone = _ids(tokenizer, prompt + completion, end), _ids(tokenizer, prompt)
+        before = common_prefix_length(alone, ids)
+        joined += before < len(alone) - (not end)  # the end that the tokenizer adds is no part of the prompt
         yield ids, [False] * before + [True] * (len(ids) - before)
+    if joined:
+        logger.warning(
+            "in %d rows the end of the prompt and the start of the completion are one token, which the model will not "
+            'see when it is given the prompt alone: end prompts with a space or a new line (data.prompt: "{column} ")',
+            joined,
+        )
 
 
-def _with_end(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """A function that tokenizes a text and the end-of-sequence token after it, which some tokenizers add themselves."""
-    adds_end = tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    end = "" if adds_end else str(tokenizer.eos_token)
+def _end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The end of a text: the end-of-sequence token, or nothing where the tokenizer adds it itself."""
+    return "" if tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id else str(tokenizer.eos_token)
 
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, end: str = "") -> list[int]:
     # Not verbose: texts longer than the model are expected here, and cut later.
-    return lambda text: tokenizer(text if text.endswith(end) else text + end, verbose=False)["input_ids"]
+    return tokenizer(text if text.endswith(end) else text + end, verbose=False)["input_ids"]
 
 
 def fit(tokenized: Iterable[Tokens], rows: Rows, max_length: int) -> Iterator[Example]:

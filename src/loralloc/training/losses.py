@@ -115,3 +115,16 @@ class SampleLoss:
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return losses.view(labels.shape).sum(1)
+
+
+def next_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of the labels after the first, [n, length - 1], in fp32 or wider; 0 where a label is ignored.
+
+    Args:
+        logits: [n, length, vocabulary].
+        labels: [n, length].
+    """
+    targets = labels[:, 1:]
+    scores = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    chosen = scores.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return chosen * (targets != IGNORED)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.validation import IGNORED, check_batch, check_labels, check_loss, loss_of
 from loralloc.training.ablation import AblationScorer
+from loralloc.training.losses import next_log_probs
 
 Batch = Mapping[str, Any]
 
@@ -135,8 +137,11 @@ class ObservedData:
         gates = {id(site.gate) for site in self.sites}
         return [p for p in self.model.parameters() if p.requires_grad and id(p) not in gates]
 
-    def train_losses(self) -> Iterator[Tensor]:
+    def train_losses(self, twice: bool = False) -> Iterator[Tensor]:
         """Losses of the step's own batches, one at a time, each weighted as it was in the step.
+
+        Args:
+            twice: Whether they are differentiated twice.
 
         Raises:
             UserError: The step's loss was not the model's own, or is scaled as for fp16.
@@ -147,8 +152,16 @@ class ObservedData:
         self._check_weights(seen[0].weights)
         for pass_ in seen:
             with self._replayed(pass_):
-                output = self.model(*pass_.args, **pass_.kwargs)
+                output = self._again(pass_, twice)
             yield torch.stack([(getattr(output, key) * weight).sum() for key, weight in pass_.weights.items()]).sum()
+
+    def _again(self, seen: _Seen, twice: bool) -> Any:
+        """The output of a forward pass of training; TRL's fused head has no second derivative, so twice without it."""
+        if not (twice and seen.kwargs.get("fused_lm_head")):
+            return self.model(*seen.args, **seen.kwargs)
+        plain = {key: value for key, value in seen.kwargs.items() if key not in ("fused_lm_head", "labels")}
+        logits = self.model(*seen.args, **plain).logits
+        return SimpleNamespace(log_probs=next_log_probs(logits, seen.kwargs["labels"]))
 
     def precision(self) -> torch.dtype:
         """The coarsest precision in which anything of the current step was computed: of weights, or of autocast."""

@@ -91,7 +91,7 @@ def mixed_derivative(data: StepData, gates: Tensors, weights: Tensors, v: Tensor
     """
     total = [torch.zeros_like(gate) for gate in gates]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for loss in data.train_losses():
+        for loss in data.train_losses(twice=True):
             first = _gradients(loss, weights, create_graph=True)
             along = sum((f * direction).sum() for f, direction in zip(first, v, strict=True))
             assert isinstance(along, Tensor)
