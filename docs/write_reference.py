@@ -18,7 +18,15 @@ from pydantic import BaseModel, Field, create_model
 from loralloc.methods.base import Method
 from loralloc.methods.registry import BUILT_IN, PLAIN_LORA, sections_of
 from loralloc.methods.settings import BudgetSection
-from loralloc.recipe.schema import LoraSection, ModelConfig, Recipe, TrainingConfig, listed
+from loralloc.recipe.schema import (
+    EvaluateConfig,
+    GenerateConfig,
+    LoraSection,
+    ModelConfig,
+    Recipe,
+    TrainingConfig,
+    listed,
+)
 from loralloc.tasks.spec import TASKS, DataSection, Task, WeightedSource
 
 FOLDER = Path(__file__).resolve().parent
@@ -110,6 +118,8 @@ def _sections() -> Iterator[str]:
     yield _section("### `budget`", _summary(BudgetSection), BudgetSection)
     yield _section("## `lora`", _summary(LoraSection), LoraSection)
     yield _section("## `training`", _summary(TrainingConfig), TrainingConfig)
+    yield _section("## `evaluate`", _summary(EvaluateConfig), EvaluateConfig)
+    yield _section("### `generate`", _summary(GenerateConfig), GenerateConfig)
 
 
 def _wrapped(text: str) -> str:

@@ -21,7 +21,7 @@ from loralloc.recipe import from_recipe, stages
 from loralloc.recipe import run as pipeline
 from loralloc.recipe.from_recipe import add_adapter
 from loralloc.recipe.run_folder import HEADER
-from loralloc.recipe.schema import load_recipe, recipe_keys
+from loralloc.recipe.schema import GenerateConfig, load_recipe, recipe_keys
 from loralloc.tasks import sequence_classification
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.spec import TASKS, ClassificationData
@@ -70,7 +70,8 @@ CHANGED: dict[str, Any] = {
 OTHER_TASKS = {
     f"data.{key}" for task in TASKS.values() for key in task.keys if key not in ClassificationData.model_fields
 }
-ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS}
+GENERATION = {f"evaluate.generate.{key}" for key in GenerateConfig.model_fields}
+ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS, *GENERATION}
 """The task and what has a meaning for another one, and the folder, which a verb is given."""
 
 TRAINS = set(CHANGED)

@@ -43,19 +43,11 @@ CLASSIFIER_CASES = {
 }
 MOVES = "{name: ablora, budget: {average_rank: 2}, rounds: 2, validation: 0.25}"
 METHODS = {"adalora": [], "lora": ["--method", "{name: lora}"], "ablora": ["--method", MOVES]}
+NO_TEXT = ("--data.text", "null")
 LANGUAGE_CASES = {
     "text": [],
-    "completion": [
-        "--data.text",
-        "null",
-        "--data.prompt",
-        '"{prompt} "',
-        "--data.completion",
-        "completion",
-        "--data.chat",
-        "false",
-    ],
-    "chat": ["--data.text", "null", "--data.messages", "messages"],
+    "completion": [*NO_TEXT, "--data.prompt", '"{prompt} "', "--data.completion", "completion", "--data.chat", "false"],
+    "chat": [*NO_TEXT, "--data.messages", "messages"],
 }
 
 

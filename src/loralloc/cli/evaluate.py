@@ -14,6 +14,10 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Data to evaluate on, as data.test of a recipe; by default the recipe's own.")
     ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Write what is predicted for each example to this file, one JSON object a line."),
+    ] = None,
 ) -> None:
     """Load the exported adapter with stock PEFT and evaluate it on the validation and test data, or on other data."""
     from loralloc.cli.checks import check_inputs
@@ -30,6 +34,7 @@ def evaluate(
     from loralloc.cli import terminal
     from loralloc.recipe import stages
     from loralloc.recipe.from_recipe import load_adapted, load_with_data
+    from loralloc.recipe.predictions import write_predictions
 
     terminal.quiet_libraries()
     model, loaded = load_adapted(folder, recipe) if data is None else load_with_data(folder, recipe, data)
@@ -41,4 +46,9 @@ def evaluate(
             results["validation"] = stages.evaluate(trainer, loaded, "eval", screen, loaded.validation)
         if loaded.test is not None:
             results["test" if data is None else data] = stages.evaluate(trainer, loaded, "test", screen, loaded.test)
+        answered = stages.generation(recipe, loaded, trainer, screen)
+        if predictions is not None:
+            write_predictions(predictions, loaded, trainer, answered)
     terminal.show_metrics(results)
+    if answered is not None:
+        terminal.show_metrics({"generated": answered.metrics})

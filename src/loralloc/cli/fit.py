@@ -8,8 +8,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from loralloc.cli import terminal
-from loralloc.cli.progress import clock, console, progress_of
+from loralloc.cli.progress import clock, console
 from loralloc.recipe import stages
+from loralloc.recipe.estimate import StepTimes
 from loralloc.recipe.from_recipe import task_data
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
@@ -51,9 +52,11 @@ def measure(recipe: Recipe) -> Measured:
         begun = clock()
         untrained = stage.evaluate("untrained")[data.metric]
         seconds = clock() - begun
+        times = StepTimes()
+        stage.trainer.add_callback(times)
         stage.train(resume=False)
     evaluated = 1 if data.test is None else 1 + len(data.validation) / len(data.test)
-    return Measured(median(list(progress_of(stage.trainer).pace.recent)[FIRST:]), seconds * evaluated, untrained)
+    return Measured(median(times.seconds[FIRST:]), seconds * evaluated, untrained)
 
 
 def steps_within(seconds: float, measured: Measured, runs: int, least: int, most: int) -> int:

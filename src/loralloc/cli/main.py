@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loralloc._version import __version__
-from loralloc.cli import demo, env, evaluate, export, init, report, train, truncate
+from loralloc.cli import chat, demo, env, estimate, evaluate, export, init, report, train, truncate
 from loralloc.errors import UserError
 
 app = typer.Typer(
@@ -24,7 +24,9 @@ LEFTOVER_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("demo")(demo.demo)
 app.command("init")(init.init)
 app.command("train", context_settings=LEFTOVER_WORDS)(train.train)
+app.command("estimate", context_settings=LEFTOVER_WORDS)(estimate.estimate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("chat")(chat.chat)
 app.command("export")(export.export)
 app.command("truncate")(truncate.truncate)
 app.command("report")(report.report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +65,24 @@ def progress_bar() -> Iterator[None]:
         except KeyboardInterrupt:
             console.print("interrupted; a run with checkpoints (training.save_every) continues with --resume")
             raise
+
+
+@contextmanager
+def counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how far a loop is; the function inside is told how many rounds are done."""
+    began = said = clock()
+    with _taken_down():
+        _start_bar()
+        task = _bar.add_task(what, total=total, pace="", news="")
+
+        def told(done: int) -> None:
+            nonlocal said
+            _bar.update(task, completed=done)
+            if not console.is_terminal and clock() - said >= QUIET_SECONDS:
+                said = clock()
+                console.print(f"  {what} {done}/{total}  {said - began:.0f} s so far")
+
+        yield told
 
 
 class Pace:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import datasets
 import transformers.utils.logging
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import Trainer
 
-from loralloc.cli.progress import Progress, console, figure, progress_bar, progress_of
+from loralloc.cli.progress import Progress, console, counted, figure, progress_bar, progress_of
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.outcome import Outcome
@@ -46,7 +47,7 @@ def quiet_libraries() -> None:
 class Terminal(Screen):
     """Shows a run in the terminal."""
 
-    def start(self, recipe: Recipe, data: TaskData, model: PeftModel) -> None:
+    def start(self, recipe: Recipe, data: TaskData, model: PeftModel, steps: int) -> None:
         """Show what is about to be trained."""
         sites = sum(1 for _ in plain_sites(model))
         trainable, total = model.get_nb_trainable_parameters()
@@ -62,8 +63,10 @@ class Terminal(Screen):
             console.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
         console.print(f"  adapter   {sites} modules, {trainable:,} trainable parameters at the start (heads included)")
         count, each = processes.world_size(), recipe.training.batch_size * recipe.training.accumulation
+        tokens = count * each * recipe.data.max_length
+        console.print(f"  steps     {steps:,} of {count * each} examples, {tokens:,} tokens at most")
         if count > 1:
-            console.print(f"  processes {count}, each with {each} examples a step: {count * each} together")
+            console.print(f"  processes {count}, each with {each} examples a step")
 
     def search(self, steps: int, examples: int, held_out: int) -> None:
         """Say what the search does that precedes the training."""
@@ -91,6 +94,10 @@ class Terminal(Screen):
         """Show a bar."""
         return progress_of(trainer).evaluating(what)
 
+    def generating(self, count: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show how many prompts are answered."""
+        return counted("answering prompts", count)
+
     def preview(self, examples: Sequence[Sequence[Part]]) -> None:
         """Show the first examples, with what is learned in green."""
         for number, parts in enumerate(examples, 1):
@@ -107,6 +114,8 @@ class Terminal(Screen):
         console.print(_rank_table(plan))
         splits = {name: metrics[name] for name in ("validation", "test") if metrics[name]} | metrics["also"]
         show_metrics(splits, metrics["reference"], metrics["metric"])
+        if "generation" in metrics:
+            show_generation(metrics["generation"])
         share = plan.parameters / plan.start_parameters
         budget = ", ".join(f"{name} {value:g}" for name, value in plan.budget.items())
         console.print(
@@ -155,6 +164,16 @@ def show_metrics(
             f"[dim]{escape(name)}[/]", *(f"[dim]{figure(value)}[/]" if key == metric else "" for key in names)
         )
     console.print(table)
+
+
+def show_generation(record: Mapping[str, Any]) -> None:
+    """Show what the model has answered before training and after it, and what that is worth."""
+    for sample in record["samples"]:
+        console.print("[bold]prompt[/]    ", Text(_middle_out(sample["prompt"])), soft_wrap=True)
+        for name in ("reference", "before", "after"):
+            console.print(f"  [bold]{name:9}[/]", Text(_middle_out(sample[name])), soft_wrap=True)
+    if record["trained"]:
+        show_metrics({"untrained": record["untrained"], "trained": record["trained"]})
 
 
 def _rank_table(plan: RankPlan) -> Table:

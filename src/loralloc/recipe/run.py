@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -25,11 +26,14 @@ from loralloc.recipe.outcome import Outcome
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
-from loralloc.recipe.stages import Stage
+from loralloc.recipe.stages import Generation, Stage
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData, length_of
 from loralloc.training import processes
 from loralloc.training.trainer import RunTrainer
+
+SAMPLES = 5
+"""Answers that metrics.json keeps."""
 
 
 def run(
@@ -71,6 +75,7 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
         processes.on_main(folder.create, recipe)
     if untrained is None:
         untrained = stage.evaluate("untrained")[data.metric]
+    before = stage.generate()
     stage.train(resume)
     seconds, plan = stage.trainer.train_seconds, _plan(stage)
     if search_plan is not None:
@@ -80,6 +85,8 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
         processes.on_main(_write_constant_trace, folder, plan, stage.trainer)
     export = processes.on_main(_write_adapter, folder, plan, stage)
     metrics = _final_metrics(stage, plan, untrained, seconds)
+    if (after := stage.generate()) is not None and before is not None:
+        metrics["generation"] = _generation_record(before, after)
     if export is not None:
         metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
         if search_plan is not None:
@@ -212,6 +219,16 @@ def _final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: floa
         "final_ranks": plan.total_rank,
         "final_parameters": plan.parameters,
     }
+
+
+def _generation_record(before: Generation, after: Generation) -> dict[str, Any]:
+    """What metrics.json tells of the answers before and after training: their worth, and the first few."""
+    rows = zip(after.prompts, before.answers, after.answers, strict=True)
+    samples = [
+        {"prompt": prompt.text, "reference": prompt.references[0], "before": untrained, "after": trained}
+        for prompt, untrained, trained in islice(rows, SAMPLES)
+    ]
+    return {"prompts": len(after.prompts), "untrained": before.metrics, "trained": after.metrics, "samples": samples}
 
 
 def _write_losses(stage: Stage) -> None:

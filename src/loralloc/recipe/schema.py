@@ -101,6 +101,29 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(default=False, description="recompute activations: slower, less memory")
 
 
+class GenerateConfig(Section):
+    """Answers to held-out prompts, before training and after it. Only for task causal-lm."""
+
+    max_new_tokens: Count = Field(default=128, description="tokens of an answer, at most")
+    temperature: AtLeastZero = Field(default=0.0, description="0 takes the likeliest token; more lets chance in")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="share of the likeliest tokens that chance chooses from"
+    )
+    metrics: list[Literal["exact_match", "bleu", "chrf", "rouge"]] = Field(
+        default=[], description="what answers are compared with the references by"
+    )
+    after: Text | None = Field(
+        default=None, description="exact_match compares what follows the last of these, such as ####"
+    )
+    samples: Count | None = Field(default=100, description="prompts to answer, the first ones; null: all")
+
+
+class EvaluateConfig(Section):
+    """What is evaluated beyond the task's own metrics."""
+
+    generate: GenerateConfig | None = Field(default=None, description="answers to held-out prompts; null: none")
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -111,6 +134,7 @@ class Recipe(Section):
     lora: LoraSection = Field(default=LoraSection(), description="the adapter")
     plan: Text | None = Field(default=None, description="ranks.json of another run: start at its ranks and scale")
     training: TrainingConfig = Field(description="the run")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="what is evaluated beyond the metrics")
     output: Text = Field(description="folder of the run")
 
     @model_validator(mode="after")
@@ -190,6 +214,8 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 key = (*section, chosen[-1]) if chosen else section
                 yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {listed_keys}"
     yield from _broken_columns(tree)
+    if _get(tree, "evaluate", "generate") is not None and tree.get("task") not in ("causal-lm", None):
+        yield ("evaluate", "generate"), f"evaluate.generate is for task causal-lm, but the task is {tree.get('task')}"
     capacity, target = _value_of(tree, {})("lora", "r"), _get(tree, "method", "budget", "average_rank")
     if is_number(capacity) and is_number(target) and target > capacity:
         yield (

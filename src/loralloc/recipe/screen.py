@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Screen:
     """Shows nothing; the command line has one that does (`loralloc.cli.terminal`)."""
 
-    def start(self, recipe: Recipe, data: TaskData, model: PeftModel) -> None:
+    def start(self, recipe: Recipe, data: TaskData, model: PeftModel, steps: int) -> None:
         """A run begins."""
 
     def search(self, steps: int, examples: int, held_out: int) -> None:
@@ -46,6 +46,11 @@ class Screen:
         """Surround an evaluation that is no part of a training."""
         del trainer, what
         return nullcontext()
+
+    def generating(self, count: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Surround the answering of prompts; the function inside is told how many answers there are."""
+        del count
+        return nullcontext(lambda done: None)
 
     def preview(self, examples: Sequence[Sequence[Part]]) -> None:
         """The first examples as the model will see them."""

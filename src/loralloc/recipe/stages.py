@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
@@ -16,16 +18,19 @@ from transformers import TrainerCallback
 from loralloc.errors import UserError
 from loralloc.methods.base import Method
 from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
+from loralloc.peft_layers import evaluating
 from loralloc.plan import RankPlan
 from loralloc.recipe.from_recipe import add_adapter, method_data, trainer_class, training_arguments
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.tasks.base import TaskData, length_of
+from loralloc.tasks.generation import Prompt, check_metrics, generate, read_prompts, score
 from loralloc.tasks.preview import parts_of
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 from loralloc.training.checkpoint import check_processes, newest_complete
+from loralloc.training.step_data import random_state, set_random_state
 from loralloc.training.trainer import Agreement, RunTrainer, SkipBadSteps
 
 EVALUATED = {"untrained": "the untrained model", "eval": "validation data", "test": "test data", "also": "more data"}
@@ -79,6 +84,10 @@ class Stage:
         """Evaluate on a split, by default the test data or, without them, the validation data."""
         return evaluate(self.trainer, self.data, prefix, self.screen, split)
 
+    def generate(self) -> Generation | None:
+        """Let the model answer held-out prompts, where the recipe asks for that."""
+        return generation(self.recipe, self.data, self.trainer, self.screen)
+
     def failure(self, plan: RankPlan) -> str | None:
         """Say why the training has failed, and what to do, where more than half of its steps were skipped."""
         bad, steps = plan.provenance["bad_steps"], plan.provenance["steps"]
@@ -120,7 +129,7 @@ def prepare_search(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Sc
     searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
     parts = replace(data, train=train, validation=held_out, test=None)
     stage = _prepare(searching, parts, folder.search, screen, make_method(recipe.method, held_out), steps)
-    screen.start(recipe, data, stage.model)
+    screen.start(recipe, data, stage.model, steps)
     screen.search(steps, len(cast(Dataset, train)), len(held_out))
     return stage
 
@@ -133,7 +142,7 @@ def prepare_training(recipe: Recipe, data: TaskData, folder: RunFolder, screen: 
     if after_search:
         screen.retraining(steps, length_of(train))
     else:
-        screen.start(recipe, data, stage.model)
+        screen.start(recipe, data, stage.model, steps)
     return stage
 
 
@@ -228,6 +237,58 @@ def evaluate(
     with screen.evaluating(trainer, EVALUATED[prefix]):
         metrics = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
     return without_times(metrics, prefix)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model has written.
+
+    Attributes:
+        prompts: What it was asked.
+        answers: What it has answered.
+        metrics: What that is worth.
+    """
+
+    prompts: list[Prompt]
+    answers: list[str]
+    metrics: dict[str, float]
+
+
+def generation(recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Screen) -> Generation | None:
+    """Let a model answer the prompts of the test data or, without them, of the validation data.
+
+    The first process answers, the others wait. Random states and modes are the same before and after.
+
+    Returns:
+        The answers; None where the recipe asks for none, and in the other processes.
+
+    Raises:
+        UserError: The data have no prompts, or a metric's library is not installed.
+    """
+    settings = recipe.evaluate.generate
+    if settings is None:
+        return None
+    check_metrics(settings.metrics)
+    held_out: Any = data.validation if data.test is None else data.test
+    prompts = read_prompts(held_out, data.tokenizer, settings.samples)
+    answers = processes.on_main(_answer, recipe, data, trainer, screen, prompts)
+    if answers is None:
+        return None
+    return Generation(prompts, answers, score(answers, prompts, settings.metrics, settings.after))
+
+
+def _answer(
+    recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Screen, prompts: Sequence[Prompt]
+) -> list[str]:
+    settings, model, random = recipe.evaluate.generate, cast(Any, trainer.model), random_state()
+    assert settings is not None
+    model.to(trainer.args.device)
+    try:
+        torch.manual_seed(recipe.training.seed)
+        with evaluating(model), screen.generating(len(prompts)) as told:
+            return generate(model, data.tokenizer, prompts, settings, 2 * recipe.training.batch_size, told)
+    finally:
+        set_random_state(random)
 
 
 def without_times(metrics: dict[str, float], prefix: str) -> dict[str, float]:

@@ -63,6 +63,8 @@ class TaskData:
     """What the class of the trainer's arguments is given beyond what every task's is."""
     example_losses: Callable[[EvalPrediction], NDArray[np.floating]] | None = None
     """The loss of every example of an evaluation, by which two runs can be told apart; None where there is none."""
+    predictions: Callable[[EvalPrediction], list[dict[str, Any]]] | None = None
+    """What is predicted for every example of an evaluation, for people; None where nothing is."""
     also: Mapping[str, Dataset] = field(default_factory=dict)
     """More examples to evaluate on at the end, by name."""
     packed: Callable[[Dataset], int] = len

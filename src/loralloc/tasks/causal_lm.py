@@ -157,6 +157,7 @@ class Encoder:
             "options": {"processing_class": self._tokenizer, "compute_metrics": language_model_metrics},
             "metric": "perplexity",
             "example_losses": example_losses,
+            "predictions": predictions,
         }
 
     def _packing(self, form: Form) -> str:
@@ -287,3 +288,9 @@ def example_losses(prediction: EvalPrediction) -> NDArray[np.floating]:
     """The mean loss of every example's learned tokens, [n]; see `language_model_metrics`."""
     sums = np.asarray(prediction.predictions, dtype=np.float64)
     return sums[:, 0] / sums[:, 1]
+
+
+def predictions(prediction: EvalPrediction) -> list[dict[str, Any]]:
+    """Of every example the mean loss of its learned tokens, their number, and how many were the likeliest."""
+    rows = np.asarray(prediction.predictions, dtype=np.float64).tolist()
+    return [{"loss": loss / tokens, "tokens": int(tokens), "likeliest": int(hits)} for loss, tokens, hits in rows]

@@ -85,6 +85,7 @@ def prepare(model: ModelSection, data: ClassificationData, seed: int) -> TaskDat
         test=encoded[2] if splits.test is not None else None,
         options=_trained_with(tokenizer, goal.compute_metrics),
         example_losses=example_losses,
+        predictions=lambda prediction: predictions(prediction, classifier.config.id2label or {}),
         metric=goal.metric,
         reference=goal.reference,
         classes=goal.classes,
@@ -112,6 +113,7 @@ def prepare_evaluation(
         tokenizer=tokenizer,
         options=_trained_with(tokenizer, compute_metrics),
         example_losses=example_losses,
+        predictions=lambda prediction: predictions(prediction, model.config.id2label or {}),
         metric=metric,
     )
 
@@ -148,6 +150,26 @@ def example_losses(prediction: EvalPrediction) -> NDArray[np.floating]:
     if np.issubdtype(target.dtype, np.floating):
         return (outputs.reshape(target.shape).astype(np.float64) - target) ** 2
     return metrics.cross_entropy(outputs, target)
+
+
+def predictions(prediction: EvalPrediction, names: Mapping[Any, str]) -> list[dict[str, Any]]:
+    """What is predicted for every example: the class with all probabilities, or the number of a regression."""
+    outputs, target = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
+    if np.issubdtype(target.dtype, np.floating):
+        values = outputs.reshape(target.shape)
+        return [
+            {"label": float(label), "prediction": float(value)} for label, value in zip(target, values, strict=True)
+        ]
+    scores = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return [
+        {
+            "label": names[label],
+            "prediction": names[int(row.argmax())],
+            "scores": {names[index]: round(float(value), 6) for index, value in enumerate(row)},
+        }
+        for label, row in zip(map(int, target), scores, strict=True)
+    ]
 
 
 def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:

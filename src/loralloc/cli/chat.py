@@ -1,0 +1,110 @@
+"""`loralloc chat`: talk to what a run has trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loralloc.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELP = "/reset forgets what was said, /exit or Ctrl-D ends"
+
+
+def chat(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this once, and end.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Answer with the adapter switched off, to compare.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; more lets chance in.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the likeliest tokens to choose from.")] = 1.0,
+) -> None:
+    """Talk to the adapter of a finished run, as stock PEFT loads it; without a chat template, texts are continued."""
+    from loralloc.recipe.run_folder import RunFolder
+    from loralloc.tasks.locations import model_folder
+    from loralloc.tasks.spec import TASKS
+
+    folder = RunFolder.finished(run)
+    recipe = folder.peek_recipe()
+    model_folder(recipe.model.name)
+    if TASKS[recipe.task].peft_type != "CAUSAL_LM":
+        raise UserError(f"{run} is a run of task {recipe.task}, which writes nothing; loralloc evaluate judges it")
+    from loralloc.cli import terminal
+    from loralloc.recipe.from_recipe import load_for_export
+
+    terminal.quiet_libraries()
+    model, tokenizer = load_for_export(folder, "loralloc chat")
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature:
+        settings |= {"temperature": temperature, "top_p": top_p}
+    model.eval()
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        with model.disable_adapter() if base else nullcontext():
+            return write(model, tokenizer, messages, settings)
+
+    fill = _prompt_of(recipe.data.prompt)
+    if prompt is not None:
+        answer([{"role": "user", "content": fill(prompt)}])
+    else:
+        typer.echo(HELP)
+        converse(answer, fill, remembers=tokenizer.chat_template is not None)
+
+
+def _prompt_of(words: str | None) -> Callable[[str], str]:
+    """What training made of a column, for a line: the template of the recipe, where it has one of a single column."""
+    from loralloc.tasks.templates import columns_of, is_template
+
+    columns = columns_of(words, "data.prompt") if words is not None and is_template(words) else []
+    if words is None or len(columns) != 1:
+        return lambda line: line
+    return lambda line: words.format_map({columns[0]: line})
+
+
+def converse(
+    answer: Callable[[list[dict[str, str]]], str], fill: Callable[[str], str] = str, *, remembers: bool
+) -> None:
+    """Read lines and answer them until there are no more.
+
+    Args:
+        answer: Writes the answer to a chat, and returns it.
+        fill: Makes a prompt of a line.
+        remembers: Whether each line goes on with the chat; else it is a text of its own.
+    """
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line == "/reset" or not remembers:
+            messages = []
+        if line and line != "/reset":
+            messages.append({"role": "user", "content": fill(line)})
+            messages.append({"role": "assistant", "content": answer(messages)})
+
+
+def write(
+    model: Any, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], settings: dict[str, Any]
+) -> str:
+    """Answer a chat, token by token on the screen, and return the answer."""
+    from transformers import TextStreamer
+
+    if tokenizer.chat_template is None:
+        inputs: Any = tokenizer(messages[-1]["content"], return_tensors="pt")
+    else:
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    inputs = {key: value.to(model.device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    written = model.generate(**inputs, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **settings)
+    return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

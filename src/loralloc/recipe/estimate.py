@@ -1,0 +1,176 @@
+"""What a recipe will take, by a few real steps on its longest examples; nothing is kept."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loralloc.recipe import stages
+from loralloc.recipe.from_recipe import task_data
+from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import Recipe
+from loralloc.recipe.screen import Screen
+from loralloc.recipe.stages import Stage
+from loralloc.tasks.base import TaskData, length_of
+from loralloc.training import processes
+
+STEPS = 2
+"""Real steps, after one that warms up."""
+DRAWN = 256
+"""Examples of a stream among which the longest are looked for."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        base_parameters: Of the model without the adapter.
+        start_parameters: Trainable, at the start.
+        budget: What the adapter may cost in the end; None without an allocation.
+        steps: Optimizer steps of the run.
+        examples: Training examples; None where they are streamed.
+        tokens_per_step: Of the longest batch, padding included.
+        tokens_per_epoch: Of all examples, without padding; None where they are streamed.
+        seconds_per_step: On the longest batch: the mean of the steps after the first.
+        memory: Bytes by part: weights, adapter, gradients, optimizer.
+        peak: Bytes at most: allocated on a GPU, or resident on the CPU.
+        peak_of: What `peak` is.
+    """
+
+    base_parameters: int
+    start_parameters: int
+    budget: str | None
+    steps: int
+    examples: int | None
+    tokens_per_step: int
+    tokens_per_epoch: int | None
+    seconds_per_step: float
+    memory: Mapping[str, int]
+    peak: int
+    peak_of: str
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, if every batch were the longest."""
+        return self.steps * self.seconds_per_step
+
+
+class StepTimes(TrainerCallback):
+    """The seconds of every step of a training.
+
+    Attributes:
+        seconds: Of the steps so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A step begins."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """It has ended."""
+        self.seconds.append(time.perf_counter() - self._begun)
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """Make a few steps on the longest examples of a recipe.
+
+    Args:
+        recipe: The recipe. Of a method that searches first, what is measured is a step of the search.
+
+    Raises:
+        UserError: The run would be refused.
+    """
+    processes.refuse_several("loralloc estimate")
+    data = task_data(recipe)
+    each = recipe.training.batch_size * recipe.training.accumulation
+    base = sum(parameter.numel() for parameter in data.model.parameters())
+    times = StepTimes()
+    with TemporaryDirectory(prefix="loralloc-") as scratch:
+        stage, lengths = _prepare(recipe, data, each, RunFolder(Path(scratch)))
+        stage.trainer.add_callback(times)
+        stage.trainer.add_callback(_StopAfter(STEPS + 1))
+        trained = [parameter for parameter in stage.model.parameters() if parameter.requires_grad]
+        stage.train(resume=False)
+    adapter = _bytes(trained)
+    memory = {"weights": _bytes(stage.model.parameters()) - adapter, "adapter": adapter, "gradients": adapter}
+    memory["optimizer"] = _bytes(_state_tensors(stage.trainer.optimizer))
+    return Estimate(
+        base_parameters=base,
+        start_parameters=sum(parameter.numel() for parameter in trained),
+        budget=None if stage.allocation is None else f"{stage.allocation.run.target:,} {stage.allocation.run.unit}",
+        steps=stage.steps,
+        examples=length_of(data.train),
+        tokens_per_step=max(lengths) * each,
+        tokens_per_epoch=sum(lengths) if isinstance(data.train, Dataset) else None,
+        seconds_per_step=sum(times.seconds[1:]) / len(times.seconds[1:]),
+        memory=memory,
+        **_peak(),
+    )
+
+
+def _prepare(recipe: Recipe, data: TaskData, each: int, folder: RunFolder) -> tuple[Stage, list[int]]:
+    """The run, on copies of its longest examples; and the tokens of all examples, of the first ones of a stream."""
+    if stages.searches(recipe):
+        stage = stages.prepare_search(recipe, data, folder, Screen())
+    else:
+        stage = stages.prepare_training(recipe, data, folder, Screen(), after_search=False)
+    train: Any = stage.trainer.train_dataset
+    rows: Any = train if isinstance(train, Dataset) else islice(iter(train), DRAWN)
+    lengths = [_tokens(row) for row in rows]
+    if isinstance(train, Dataset):
+        order = sorted(range(len(train)), key=lengths.__getitem__, reverse=True)
+        stage.trainer.train_dataset = train.select(order[:each] * (STEPS + 1))
+    return stage, lengths
+
+
+def _tokens(example: Mapping[str, Any]) -> int:
+    """Tokens that go through the model for an example; of a preference, both answers behind the prompt."""
+    if "prompt_ids" in example:
+        return 2 * len(example["prompt_ids"]) + len(example["chosen_ids"]) + len(example["rejected_ids"])
+    return len(example["input_ids"])
+
+
+class _StopAfter(TrainerCallback):
+    """End a training after some steps of those it is planned for."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step >= self._steps
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _state_tensors(optimizer: Any) -> list[torch.Tensor]:
+    states: Any = optimizer.state.values()
+    values = [value for state in states for value in state.values()]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _peak() -> dict[str, Any]:
+    """The most memory so far, and what is counted."""
+    if torch.cuda.is_available():
+        return {"peak": torch.cuda.max_memory_allocated(), "peak_of": "allocated on the GPU"}
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak": resident, "peak_of": "of the whole process"}

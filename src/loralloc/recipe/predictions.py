@@ -1,0 +1,37 @@
+"""What a model predicts for every example of an evaluation, in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from loralloc.errors import UserError
+from loralloc.files import finite, write_atomically
+from loralloc.recipe.stages import Generation
+from loralloc.tasks.base import TaskData
+from loralloc.training.trainer import RunTrainer
+
+
+def write_predictions(path: Path, data: TaskData, trainer: RunTrainer, answered: Generation | None) -> None:
+    """Write one JSON object a line, in the order of the examples of the last evaluation.
+
+    Args:
+        path: The file; it is replaced.
+        data: The data that were evaluated.
+        trainer: The trainer that evaluated them.
+        answered: What the model has written, where it was asked to; this is then what is written.
+
+    Raises:
+        UserError: The task predicts nothing of an example.
+    """
+    rows: Iterable[Mapping[str, Any]]
+    if answered is not None:
+        pairs = zip(answered.prompts, answered.answers, strict=True)
+        rows = [{"prompt": one.text, "references": one.references, "prediction": answer} for one, answer in pairs]
+    elif data.predictions is not None and trainer.evaluated is not None:
+        rows = data.predictions(trainer.evaluated)
+    else:
+        raise UserError("--predictions: this task compares answers and predicts none; evaluate without it")
+    write_atomically(path, "".join(json.dumps(finite(dict(row)), ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,120 @@
+"""What a model writes: answers before and after training, predictions in a file, a chat. And what a run will take."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .command import LANGUAGE, RECIPE, done, read_json, read_rows, refused
+from .test_cli_language import write_data
+
+Write = Callable[[str], Path]
+GENERATE = ("--evaluate.generate", "{max_new_tokens: 4, metrics: [exact_match, chrf], samples: 3}")
+
+
+@pytest.mark.usefixtures("unreported")
+def test_answers_before_and_after(write: Write, here: Path) -> None:
+    recipe = write_data("streamed", write, here)
+    words = ("--data.streaming", "false", "--steps", 12, "--training.learning_rate", 0.05)
+    plain = done("train", recipe, *words, "--output", "plain")
+    said = done("train", recipe, *words, *GENERATE)
+    record = read_json(here / "run" / "metrics.json")["generation"]
+    assert record["prompts"] == 1  # all rows have the same
+    assert record["untrained"]["exact_match"] == 0
+    assert record["trained"]["exact_match"] == 1
+    (sample,) = record["samples"]
+    assert sample["prompt"] == "user : the film was </s> assistant :".replace("</s> ", "")
+    assert sample["after"] in ("yes", "no")
+    assert sample["before"] != sample["after"]
+    for word in ("reference", "before", "after", "exact_match"):
+        assert word in said
+    assert "generation" not in read_json(here / "plain" / "metrics.json")
+    assert "reference" not in plain
+    for name in ("adapter/adapter_model.safetensors", "losses.json"):  # training has not noticed
+        assert (here / "run" / name).read_bytes() == (here / "plain" / name).read_bytes()
+    file = here / "predictions.jsonl"
+    said = done("evaluate", here / "run", "--predictions", file)
+    assert "generated" in said
+    (row,) = read_rows(file)
+    assert (row["prompt"], row["prediction"]) == (sample["prompt"], sample["after"])
+
+
+def test_predictions_of_a_classifier(run: Path, here: Path) -> None:
+    done("evaluate", run, "--predictions", here / "predictions.jsonl")
+    rows = read_rows(here / "predictions.jsonl")
+    assert len(rows) == 15
+    accuracy = sum(row["label"] == row["prediction"] for row in rows) / 15
+    assert accuracy == pytest.approx(read_json(run / "metrics.json")["test"]["accuracy"])
+    assert all(sum(row["scores"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
+    assert all(max(row["scores"], key=row["scores"].__getitem__) == row["prediction"] for row in rows)
+
+
+@pytest.mark.usefixtures("unreported")
+def test_predictions_of_a_language_model_and_of_preferences(write: Write, here: Path) -> None:
+    done("train", write_data("chat", write, here), "--steps", 4)
+    done("evaluate", "run", "--predictions", "predictions.jsonl")
+    rows = read_rows(here / "predictions.jsonl")
+    assert [row["loss"] for row in rows] == pytest.approx(read_json(here / "run" / "losses.json")["losses"])
+    done("train", write_data("preference", write, here), "--steps", 4, "--replace")
+    said = refused("evaluate", "run", "--predictions", "predictions.jsonl")
+    assert "--predictions: this task compares answers and predicts none; evaluate without it" in said
+
+
+@pytest.mark.parametrize("text", [RECIPE, LANGUAGE])
+def test_generation_that_cannot_be(text: str, write: Write) -> None:
+    said = refused("train", write(text), *GENERATE)
+    if text == RECIPE:
+        assert "evaluate.generate is for task causal-lm, but the task is sequence-classification" in said
+    else:
+        assert "evaluate.generate needs prompts, and in plain text everything is learned" in said
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_chat(write: Write, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_data("streamed", write, here)
+    done("train", recipe, "--data.streaming", "false", "--steps", 12, "--training.learning_rate", 0.05)
+    answer = done("chat", "run", "--prompt", "the film was", "--max-new-tokens", 4).strip()
+    assert answer in ("yes", "no")
+    assert done("chat", "run", "--prompt", "the film was", "--max-new-tokens", 4, "--base").strip() != answer
+    monkeypatch.setattr("sys.stdin", io.StringIO("the film was\n/reset\nthe film was\n/exit\nnever\n"))
+    said = done("chat", "run", "--max-new-tokens", 4)
+    assert said.count(answer) == 2
+    assert "/reset forgets what was said" in said
+    monkeypatch.setattr("sys.stdin", io.StringIO("the film was\n"))  # ends without a word
+    assert answer in done("chat", "run", "--max-new-tokens", 4)
+
+
+def test_a_classifier_does_not_chat(run: Path) -> None:
+    said = refused("chat", run)
+    assert "is a run of task sequence-classification, which writes nothing; loralloc evaluate judges it" in said
+    assert "nowhere" in refused("chat", "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["chat", "streamed", "preference"])
+def test_an_estimate(kind: str, write: Write, here: Path) -> None:
+    said = done("estimate", write_data(kind, write, here))
+    lines = {line.split()[0]: line for line in said.splitlines() if line.strip()}
+    assert "budget 28 ranks" in lines["adapter"]
+    assert ("streamed" if kind == "streamed" else "48 examples, ") in lines["data"]
+    assert "16, with " in lines["steps"]
+    for part in ("weights", "adapter", "gradients", "optimizer", "at most"):
+        assert part in lines["memory"]
+    assert "s a step, at most" in lines["time"]
+    assert [path.name for path in here.iterdir() if path.is_dir()] == []
+
+
+def test_what_would_be_refused_is_not_estimated(recipe: Path) -> None:
+    assert "unknown key" in refused("estimate", recipe, "--training.stepz", 3)
+    assert "no such file" in refused("estimate", recipe, "--data.train", "none.jsonl")
+
+
+def test_a_search_is_estimated(recipe: Path) -> None:
+    assert "steps" in done("estimate", recipe, "--method", "{name: autolora}")
+
+
+def test_a_line_before_training(recipe: Path) -> None:
+    said = done("train", recipe, "--dry-run")
+    assert "steps     16 of 8 examples, 128 tokens at most" in said
