@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Screen:
-    """Shows nothing; the command line has one that does (`loralloc.cli.terminal`)."""
+    """Shows nothing; the command line has some that do (`loralloc.cli.terminal`, `loralloc.cli.screens`)."""
 
     def start(self, recipe: Recipe, data: TaskData, model: PeftModel) -> None:
         """A run begins."""
@@ -44,6 +45,9 @@ class Screen:
         """Surround an evaluation that is no part of a training."""
         del trainer, what
         return nullcontext()
+
+    def evaluated(self, what: str, metrics: Mapping[str, float]) -> None:
+        """It has found this, by the metrics' own names."""
 
     def outcome(self, outcome: Outcome) -> None:
         """A run has ended."""

@@ -17,6 +17,15 @@ from loralloc.methods.base import Method
 from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
 from loralloc.plan import RankPlan
 from loralloc.recipe.from_recipe import add_adapter, method_data, training_arguments
+from loralloc.recipe.passthrough import (
+    OF_THE_EXPORTED_ALONE,
+    PEFT,
+    PLANNED,
+    TOLD_TO_OTHERS,
+    TRAINER,
+    with_options,
+    without,
+)
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
@@ -108,7 +117,8 @@ def prepare_search(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Sc
     train, held_out = method_data(recipe.method, data, recipe.training.seed)
     assert held_out is not None
     steps = search_steps(recipe, len(data.train))
-    settings = {"steps": steps, "epochs": None, "eval_every": None}
+    trainer = without(recipe.training.trainer, OF_THE_EXPORTED_ALONE)
+    settings = {"steps": steps, "epochs": None, "eval_every": None, "trainer": trainer}
     searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
     parts = replace(data, train=train, validation=held_out, test=None)
     stage = _prepare(searching, parts, folder.search, screen, make_method(recipe.method, held_out), steps)
@@ -132,15 +142,19 @@ def prepare_training(recipe: Recipe, data: TaskData, folder: RunFolder, screen: 
 def retraining_recipe(recipe: Recipe, folder: RunFolder) -> Recipe:
     """Return the recipe of what follows a search: plain LoRA at the ranks that it has found, on all training data."""
     plain = sections()[PLAIN_LORA](name=PLAIN_LORA)
-    return recipe.model_copy(update={"method": plain, "plan": str(folder.search.plan.resolve())})
+    following = with_options(recipe, PEFT, without(recipe.lora.peft, PLANNED))
+    return following.model_copy(update={"method": plain, "plan": str(folder.search.plan.resolve())})
 
 
 def total_steps(recipe: Recipe, examples: int) -> int:
     """Optimizer steps of a run, counted as the Trainer does: every process takes its share of the batches."""
-    if recipe.training.steps is not None:
-        return recipe.training.steps
-    batches = math.ceil(math.ceil(examples / recipe.training.batch_size) / processes.world_size())
-    return math.ceil((recipe.training.epochs or 1) * max(1, math.ceil(batches / recipe.training.accumulation)))
+    training = recipe.training
+    if training.steps is not None:
+        return training.steps
+    whole = math.floor if training.trainer.get("dataloader_drop_last") else math.ceil
+    shared = (training.trainer.get("accelerator_config") or {}).get("split_batches")  # a batch is for all processes
+    batches = whole(whole(examples / training.batch_size) / (1 if shared else processes.world_size()))
+    return math.ceil((training.epochs or 1) * max(1, math.ceil(batches / training.accumulation)))
 
 
 def search_steps(recipe: Recipe, examples: int) -> int:
@@ -185,13 +199,14 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
         scratch: A folder for what a trainer writes before it does anything.
         screen: Shows what happens.
     """
+    recipe = with_options(recipe, TRAINER, without(recipe.training.trainer, TOLD_TO_OTHERS))
     return _trainer(recipe, data, model, RunFolder(scratch), callbacks=[screen.progress(None)])
 
 
 def _trainer(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, **options: Any) -> PlainTrainer:
     return PlainTrainer(
         model=model,
-        args=training_arguments(recipe.training, folder.checkpoints),
+        args=training_arguments(recipe, folder.checkpoints),
         eval_dataset=data.validation,
         data_collator=data.collator,
         compute_metrics=data.compute_metrics,
@@ -213,7 +228,9 @@ def evaluate(
         split = data.validation if data.test is None else data.test
     with screen.evaluating(trainer, EVALUATED[prefix]):
         metrics = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
-    return without_times(metrics, prefix)
+    found = without_times(metrics, prefix)
+    screen.evaluated(EVALUATED[prefix], found)
+    return found
 
 
 def without_times(metrics: dict[str, float], prefix: str) -> dict[str, float]:

@@ -35,6 +35,11 @@ class ModelSection(Protocol):
         """Whether code that comes with the model may run."""
         ...
 
+    @property
+    def load(self) -> Mapping[str, Any]:
+        """More arguments of `from_pretrained`."""
+        ...
+
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 Logits = torch.Tensor | tuple[torch.Tensor, ...]

@@ -84,6 +84,7 @@ class Task:
         metrics: The metrics that a run may be judged by, and whether more is better.
         shortest: The least `max_length`, and why.
         labelled: Whether the size of the head depends on the data.
+        arguments: The class of its trainer's arguments, by its path.
     """
 
     label: str
@@ -95,6 +96,7 @@ class Task:
     metrics: Mapping[str, bool]
     shortest: tuple[int, str] = (1, "")
     labelled: bool = False
+    arguments: str = "transformers.TrainingArguments"
 
     @property
     def keys(self) -> tuple[str, ...]:
