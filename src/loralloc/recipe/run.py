@@ -72,7 +72,9 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
     if not resume and search_plan is None:
         processes.on_main(folder.create, recipe)
     if untrained is None:
-        untrained = stage.evaluate("untrained")[data.metric]
+        found = stage.evaluate("untrained")
+        stage.check_metric(found)
+        untrained = found[data.metric]
     stage.train(resume)
     seconds, plan = stage.trainer.train_seconds, _plan(stage)
     if search_plan is not None:

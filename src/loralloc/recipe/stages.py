@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from loralloc.errors import UserError
+from loralloc.errors import UserError, closest
 from loralloc.methods.base import Method
 from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
 from loralloc.plan import RankPlan
@@ -80,6 +81,19 @@ class Stage:
     def evaluate(self, prefix: str, split: Dataset | None = None) -> dict[str, float]:
         """Evaluate on a split, by default the test data or, without them, the validation data."""
         return evaluate(self.trainer, self.data, prefix, self.screen, split)
+
+    def check_metric(self, found: Mapping[str, float]) -> None:
+        """Refuse a metric that the best model cannot be told by, once an evaluation has shown which there are.
+
+        Raises:
+            UserError: With those that there are.
+        """
+        name = str(self.recipe.training.trainer.get("metric_for_best_model", "loss")).removeprefix("eval_")
+        if name not in found:
+            raise UserError(
+                f"training.trainer.metric_for_best_model: a run has no metric {name}; it has {', '.join(found)}."
+                f"{closest(name, found)}"
+            )
 
     def failure(self, plan: RankPlan) -> str | None:
         """Say why the training has failed, and what to do, where more than half of its steps were skipped."""

@@ -57,10 +57,10 @@ class PlainTrainer(Trainer):
 
     @contextmanager
     def _trackers_wait(self) -> Iterator[None]:
-        """Tell trackers nothing before training begins: what they write to is made then, and lies elsewhere before."""
+        """Tell trackers of the training alone: they open their files with it, and would open others around it."""
         handler, trackers = self.callback_handler, tuple(get_reporting_integration_callbacks(self.args.report_to))
         callbacks = handler.callbacks
-        if self.begun == 0.0:
+        if not self.is_in_train:
             handler.callbacks = [callback for callback in callbacks if not isinstance(callback, trackers)]
         try:
             yield
