@@ -11,13 +11,15 @@ import re
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel
 
 from loralloc.methods.base import Method
 from loralloc.methods.registry import BUILT_IN, PLAIN_LORA, sections_of
 from loralloc.methods.settings import BudgetSection
+from loralloc.recipe.json_schema import as_text, recipe_schema, tidy
+from loralloc.recipe.passthrough import LOAD, OPTIONS, PEFT, TRAINER
 from loralloc.recipe.schema import (
     EvaluateConfig,
     GenerateConfig,
@@ -27,6 +29,7 @@ from loralloc.recipe.schema import (
     TrainingConfig,
     listed,
 )
+from loralloc.recipe.source import Key, dotted
 from loralloc.tasks.spec import TASKS, DataSection, Task, WeightedSource
 
 FOLDER = Path(__file__).resolve().parent
@@ -53,46 +56,36 @@ first line of the recipe says where the schema is, as a path from the recipe or 
 ```
 
 It knows the methods of this package and checks one key at a time; `loralloc train RECIPE --dry-run` checks the rules
-over several keys too. A schema with the methods of all installed packages is written by
+over several keys too. `loralloc schema --output recipe.schema.json` writes one with the methods of all installed
+packages.
 
-```sh
-python -c "import json, loralloc.recipe.schema as s; print(json.dumps(s.complete_recipe().model_json_schema()))"
+## Every option of the libraries
+
+What a recipe has no key for stands in three mappings, by the names that transformers and PEFT give it:
+
+```yaml
+training:
+  trainer:                    # any field of the class of the trainer's arguments
+    optim: sgd
+    report_to: tensorboard    # with the ranks; event files are in RUN/checkpoints/runs
+lora:
+  peft:                       # any field of LoraConfig
+    use_rslora: true
+model:
+  load:                       # any argument of from_pretrained
+    attn_implementation: sdpa
 ```
+
+On the command line they are keys like all others: `--training.trainer.optim sgd`, or `--optim sgd`. A name that there
+is not is refused with the nearest one, and a value that the library refuses with its reason, both before anything is
+loaded. The tables below list what is said with another key, or cannot be set.
+
+* Trackers (`report_to`) hear of the training and of what is evaluated within it; final figures are in RUN/metrics.json.
+* With `load_best_model_at_end`, the best model is exported; where ranks are allocated, evaluations must wait for the
+  final ones (`eval_delay`).
+* With `push_to_hub`, the exported adapter is pushed, once, to `hub_model_id` or a repository named as the run's folder.
+* A token in a recipe is written into RUN/recipe.yaml; `hf auth login` keeps it out.
 """
-
-BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
-"""What pydantic calls the bounds of an integer or float in a schema, and what JSON Schema calls them."""
-
-
-def schema() -> dict[str, Any]:
-    """Return the JSON schema of a recipe."""
-    method: Any = Union[tuple(SECTIONS.values())]  # noqa: UP007 - made at run time
-    chosen = Field(discriminator="name", description=Recipe.model_fields["method"].description)
-    recipe: Any = create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, method=(method, chosen))
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tidy(recipe.model_json_schema())}
-
-
-def tidy(node: Any) -> Any:
-    """Write a schema of pydantic's in JSON Schema's words only, without what no reader needs.
-
-    >>> tidy({"title": "Eta", "gt": 0, "anyOf": [{"type": "integer"}, {"type": "number"}]})
-    {'exclusiveMinimum': 0, 'type': 'number'}
-    """
-    if isinstance(node, list):
-        return [tidy(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    made = {BOUNDS.get(key, key): tidy(value) for key, value in node.items() if not _is_noise(key, value)}
-    if made.get("anyOf") == [{"type": "integer"}, {"type": "number"}]:
-        made = {key: value for key, value in made.items() if key != "anyOf"} | {"type": "number"}
-    if isinstance(text := made.get("description"), str):
-        made["description"] = text.partition("\n\n")[0]  # of a docstring its summary
-    return made
-
-
-def _is_noise(key: str, value: Any) -> bool:
-    """Whether it is the title that pydantic makes of a name, or a note for OpenAPI."""
-    return (key == "title" and isinstance(value, str)) or (key == "discriminator" and "mapping" in value)
 
 
 def reference() -> str:
@@ -103,6 +96,7 @@ def reference() -> str:
 def _sections() -> Iterator[str]:
     yield _section("## The whole", "The keys of a recipe.", Recipe)
     yield _section("## `model`", _summary(ModelConfig), ModelConfig)
+    yield _options(LOAD)
     yield _section("## `data`", f"{_summary(DataSection)} These keys are the same for every task.", DataSection)
     yield _section("### `train`", "One of several sources of training data, with its weight.", WeightedSource)
     for name, task in TASKS.items():
@@ -117,7 +111,9 @@ def _sections() -> Iterator[str]:
     yield _section(f"### {titles[PLAIN_LORA]}", _summary(SECTIONS[PLAIN_LORA]), SECTIONS[PLAIN_LORA])
     yield _section("### `budget`", _summary(BudgetSection), BudgetSection)
     yield _section("## `lora`", _summary(LoraSection), LoraSection)
+    yield _options(PEFT)
     yield _section("## `training`", _summary(TrainingConfig), TrainingConfig)
+    yield _options(TRAINER)
     yield _section("## `evaluate`", _summary(EvaluateConfig), EvaluateConfig)
     yield _section("### `generate`", _summary(GenerateConfig), GenerateConfig)
 
@@ -164,6 +160,17 @@ def _section(heading: str, text: str, kind: type[BaseModel], keys: Collection[st
     return "\n".join((heading, "", _wrapped(text), *rows, ""))
 
 
+def _options(key: Key) -> str:
+    """What a mapping of a library's options takes, and the table of what it does not."""
+    options = next(options for options in OPTIONS if options.key == key)
+    owners = listed(f"`{owner}`" for owner in dict.fromkeys(options.owners.values()))
+    text = f"Any option of {owners}, by its own name, but for these:"
+    rows = [f"| `{name}` | set `{ours}` |" for name, ours in options.ours.items()]
+    rows += [f"| `{name}` | or `{dotted(instead)}`, not both |" for name, instead in options.instead.items()]
+    rows += [f"| `{name}` | {reason} |" for name, reason in options.refused.items()]
+    return "\n".join((f"### `{key[-1]}`", "", _wrapped(text), "| option | |", "|---|---|", *rows, ""))
+
+
 def _shown(default: Any) -> str:
     """A default as YAML writes it; a section's own defaults are in its table."""
     return "{}" if isinstance(default, Mapping) else json.dumps(default, ensure_ascii=False).strip('"')
@@ -185,6 +192,10 @@ def _values(key: str, node: Mapping[str, Any]) -> list[str]:
         least = f"at least {node['minItems']} " if node.get("minItems", 1) > 1 else ""
         kinds = _values(key, node["items"])
         return [f"list of {least}{kinds[0] if len(kinds) == 1 else 'values'}"]
+    if node["type"] == "object":
+        return (
+            ["mapping"] if "additionalProperties" in node and node["additionalProperties"] else [f"[options](#{key})"]
+        )
     plain = {"integer": ["whole number"], "number": ["number"], "string": ["text"], "null": ["`null`"]}
     return [f"{kind}{_range(node)}" for kind in plain.get(node["type"], ["`true`", "`false`"])]
 
@@ -203,7 +214,7 @@ def _range(node: Mapping[str, Any]) -> str:
 
 def files() -> Mapping[Path, str]:
     """Return the text of every file that is made."""
-    return {PAGE: reference(), SCHEMA: json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"}
+    return {PAGE: reference(), SCHEMA: as_text(recipe_schema(SECTIONS))}
 
 
 if __name__ == "__main__":

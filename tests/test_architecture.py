@@ -265,7 +265,10 @@ class TestStartUp:
         assert done.returncode == 0, done.stderr
         return set(done.stderr.split())
 
-    @pytest.mark.parametrize("unit", ["errors", "plan", "recipes", "recipe.schema", "report", "cli.main"])
+    @pytest.mark.parametrize(
+        "unit",
+        ["errors", "plan", "recipes", "recipe.schema", "recipe.passthrough", "report", "cli.main", "cli.completion"],
+    )
     def test_light_units_load_without_torch(self, unit: str) -> None:
         modules = [f"loralloc.{unit}"]
         if unit == "report":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -120,6 +121,8 @@ _RULES = {  # kinds of pydantic errors, in our words
     "string_too_short": "text that is not empty",
     "bool_type": "true or false",
     "list_type": "a list",
+    "dict_type": "a mapping",
+    "none_required": "null",
     "finite_number": "a finite number",
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",
@@ -138,6 +141,13 @@ def broken_rule(error: ErrorDetails) -> str:
         return str(context.get("error", error["msg"]))
     limits = {name: f"{limit:.10g}" if is_number(limit) else limit for name, limit in context.items()}
     return "must be " + _RULES[error["type"]].format(**limits).replace("'", "")
+
+
+def joined_rule(errors: Sequence[ErrorDetails]) -> str:
+    """Say what a value of several possible types must be, from why it is refused as each of them."""
+    known = [error for error in errors if error["type"] in _RULES] or errors[:1]
+    rules = dict.fromkeys(broken_rule(error).removeprefix("must be ") for error in known)
+    return f"must be {' or '.join(rules)}"
 
 
 def shown(value: Any) -> str:

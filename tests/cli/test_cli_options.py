@@ -33,6 +33,7 @@ CHANGED: dict[str, Any] = {
     "model.name": "other",
     "model.dtype": "bfloat16",
     "model.trust_remote_code": True,
+    "model.load": {"attn_implementation": "eager"},
     "data.train": "more.jsonl",
     "data.validation": "more.jsonl",
     "data.test": "more.jsonl",
@@ -48,6 +49,7 @@ CHANGED: dict[str, Any] = {
     "lora.target_modules": ["query"],
     "lora.exclude_modules": ["key"],
     "lora.modules_to_save": ["pooler"],
+    "lora.peft": {"use_rslora": True},
     "plan": "ranks.json",
     "training.steps": 7,
     "training.batch_size": 4,
@@ -64,6 +66,7 @@ CHANGED: dict[str, Any] = {
     "training.bf16": True,
     "training.compact": True,
     "training.gradient_checkpointing": True,
+    "training.trainer": {"neftune_noise_alpha": 5.0, "per_device_eval_batch_size": 3},
 }
 """Another value of each option; `training.epochs` takes the place of `training.steps`."""
 
@@ -75,13 +78,14 @@ ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS, *GENERATION}
 """The task and what has a meaning for another one, and the folder, which a verb is given."""
 
 TRAINS = set(CHANGED)
-LOADS = {"model.name", "model.dtype", "model.trust_remote_code", "training.seed"}
+LOADS = {"model.name", "model.dtype", "model.trust_remote_code", "model.load", "training.seed"}
 READS = {key for key in CHANGED if key.startswith("data.")}
 CONCERNS = {
     "train": TRAINS,
-    "evaluate": LOADS | READS | {"training.batch_size", "training.bf16"},
+    "evaluate": LOADS | READS | {"training.batch_size", "training.bf16", "training.trainer"},
     "export": LOADS,
 }
+LOADING = ("dtype", "trust_remote_code", "attn_implementation")
 USED = ("per_device_eval_batch_size", "bf16")
 """Settings of the Trainer that an evaluation depends on."""
 
@@ -99,7 +103,7 @@ def seeing(verb: str, seen: list[Any]) -> Iterator[None]:
         alive = getattr(transformers, name).from_pretrained
 
         def note(path: str, *rest: Any, **options: Any) -> Any:
-            seen.append([name, str(path), *(str(options.get(key)) for key in ("dtype", "trust_remote_code"))])
+            seen.append([name, str(path), *(str(options.get(key)) for key in LOADING)])
             return alive(path, *rest, **options)
 
         return patch.object(getattr(transformers, name), "from_pretrained", note)
@@ -128,7 +132,7 @@ def seeing(verb: str, seen: list[Any]) -> Iterator[None]:
 
     with ExitStack() as patches:
         for owner, name, note in (
-            (from_recipe, "TrainingArguments", arguments),
+            (from_recipe, "arguments_class", lambda task: arguments),
             (from_recipe, "get_peft_model", adapt),
             (from_recipe, "load_model", model),
             (sequence_classification, "load_model", model),

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 
 from loralloc.errors import UserError
-from loralloc.recipe.schema import dump_recipe, load_recipe, recipe_keys
+from loralloc.recipe.schema import Recipe, dump_recipe, load_recipe, recipe_keys
 from loralloc.recipes import list_recipes, recipe_text
 from loralloc.tasks.locations import READABLE
-from loralloc.tasks.spec import TASKS
+from loralloc.tasks.spec import TASKS, DataSection
 
-COMMENTED_OUT = re.compile(r"^( *)# ( *[a-z_]+:(?: |$))")
+COMMENTED_OUT = re.compile(r"^( *)# ( *[a-z_0-9]+:(?: |$))")
 CONTROLS = ("depth_linear", "random", "truncate", "uniform")
 NAMES = sorted(
     f"{folder}/{method}"
@@ -47,16 +48,40 @@ class TestEveryRecipe:
         assert "# Assumes: " in text
 
     def test_what_is_commented_out_can_be_taken_in(self, name: str, tmp_path: Path) -> None:
-        """Each key where it stands, with its value; of columns that exclude each other, one form at a time."""
+        """Each key where it stands, with its value; of keys that exclude each other, one at a time."""
         recipe = load_recipe(list_recipes()[name])
+        length = {"steps", "epochs"} - recipe.training.model_dump(exclude_none=True).keys()
         lines = [COMMENTED_OUT.sub(r"\1\2", line) for line in recipe_text(name).splitlines()]
         forms = TASKS[recipe.task].forms
-        for form in forms:
+        for form, replaced in itertools.product(forms, ("plan", "peft|use_rslora|init_lora_weights")):
             others = {key for columns in forms for key in columns} - set(form)
-            text = "\n".join(line for line in lines if not re.match(rf"  ({'|'.join(others) or 0}):", line))
+            looks = [] if TASKS[recipe.task].own_loss else ["validation"]  # no method that looks at data learns it
+            left_out = "|".join([*others, *length, *looks, replaced, "streaming"])  # which needs more than itself
+            text = "\n".join(line for line in lines if not re.match(rf" *({left_out}):", line))
             path = tmp_path / "recipe.yaml"
-            path.write_text(text, encoding="utf-8")
-            assert set(form) <= load_recipe(path).model_dump(include={"data"}, exclude_none=True)["data"].keys()
+            other = "adalora" if looks else "ablora"
+            path.write_text(text.replace("allocate: adalora", f"allocate: {other}"), encoding="utf-8")
+            taken = load_recipe(path)
+            assert set(form) <= taken.data.model_dump(exclude_none=True).keys()
+            assert taken.training.trainer
+            assert taken.model.load
+            assert taken.plan or taken.lora.peft
+
+    def test_has_every_key_once(self, name: str) -> None:
+        recipe = load_recipe(list_recipes()[name])
+        sections = {
+            section: list(getattr(recipe, section).model_dump()) for section in ("model", "method", "lora", "training")
+        }
+        sections["data"] = [*DataSection.model_fields, *TASKS[recipe.task].keys]
+        written: dict[str, list[str]] = {}
+        for line in recipe_text(name).splitlines():
+            if top := re.match(r"(?:# )?([a-z]+):(?: |$)", line):
+                written[top[1]] = []
+            elif key := re.match(r"  (?:# )?([a-z_0-9]+):", line):
+                written[list(written)[-1]].append(key[1])
+        assert sorted(written) == sorted(Recipe.model_fields)
+        for section, keys in sections.items():
+            assert sorted(written[section]) == sorted(keys), section
 
     def test_comments_say_why_and_what_else_not_what_a_key_is(self, name: str) -> None:
         """That is in the declarations, and made from them in docs/reference.md."""

@@ -40,7 +40,7 @@ def model_section() -> Callable[..., Any]:
     """Makes a recipe's model section."""
 
     def make(name: str, dtype: str = "float32") -> Any:
-        return SimpleNamespace(name=name, dtype=dtype, trust_remote_code=False)
+        return SimpleNamespace(name=name, dtype=dtype, trust_remote_code=False, load={})
 
     return make
 

@@ -14,8 +14,12 @@ from loralloc.tasks import hub
 class FakeApi:
     """Stands for `HfApi`: counts its calls and raises what it is told to."""
 
+    token: str | bool | None = None
     error: Exception | None = None
     calls: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, token: str | bool | None) -> None:
+        type(self).token = token
 
     def repo_info(self, name: str, *, repo_type: str, timeout: float) -> None:
         assert timeout <= 10
@@ -36,6 +40,9 @@ def api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
 def test_the_hub_is_asked_once(api: type[FakeApi]) -> None:
     assert hub.is_reachable("owner/name", "dataset")
     assert api.calls == [("owner/name", "dataset")]
+    assert api.token is None
+    hub.is_reachable("owner/name", "model", "hf_own")
+    assert api.token == "hf_own"
 
 
 def test_the_hub_is_not_asked_offline(api: type[FakeApi], monkeypatch: pytest.MonkeyPatch) -> None:

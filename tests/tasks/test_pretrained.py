@@ -28,7 +28,7 @@ def test_a_folder_is_looked_up_on_this_machine_only(encoder: str, model_section:
 
 @pytest.mark.parametrize("reachable", [True, False])
 def test_other_names_are_the_hubs(model_section: Section, monkeypatch: pytest.MonkeyPatch, reachable: bool) -> None:
-    monkeypatch.setattr(pretrained, "is_reachable", lambda name, kind: reachable)
+    monkeypatch.setattr(pretrained, "is_reachable", lambda name, kind, token: reachable)
     checkpoint = locate(model_section("owner/name"))
     assert (checkpoint.path, checkpoint.local_only) == ("owner/name", not reachable)
 
@@ -71,7 +71,7 @@ def test_unknown_demo_model(model_section: Section) -> None:
 
 
 def test_a_model_that_is_not_in_the_cache(model_section: Section, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained, "is_reachable", lambda name, kind: False)
+    monkeypatch.setattr(pretrained, "is_reachable", lambda name, kind, token: False)
     checkpoint = locate(model_section("owner/never-downloaded"))
     message = (
         r'Model "owner/never-downloaded" is neither a folder nor was its {} downloaded before. HF_HUB_OFFLINE is set'

@@ -133,6 +133,7 @@ def _export(
         difference=checked.difference,
         allowed=checked.allowed,
         base=config.base_model_name_or_path or getattr(base, "name_or_path", "") or "BASE_MODEL",
+        revision=config.revision,
         has_head=bool(getattr(config, "modules_to_save", None)),
         generates=bool(getattr(base, "can_generate", lambda: False)()),
     )

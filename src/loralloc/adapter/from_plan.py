@@ -13,7 +13,17 @@ from loralloc.errors import UserError, closest
 from loralloc.peft_layers import is_adapted, unwrapped
 from loralloc.plan import RankPlan
 
-DECIDED = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+DECIDED = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+)
 """Fields of LoraConfig that a plan decides."""
 
 

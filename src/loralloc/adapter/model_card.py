@@ -36,6 +36,7 @@ class Export:
         difference: Largest difference of a logit between the model and the reloaded files, on the checked batch.
         allowed: What it may be: rounding of the model's dtype, at the size of the largest logit.
         base: Folder or name of the base model, where it is known.
+        revision: The version of it, where one was named.
         has_head: Whether modules are saved in full besides the adapter, such as the head of a classifier.
         generates: Whether the model generates text, so that servers of language models take it.
     """
@@ -46,6 +47,7 @@ class Export:
     difference: float
     allowed: float
     base: str = "BASE_MODEL"
+    revision: str | None = None
     has_head: bool = False
     generates: bool = True
 
@@ -67,7 +69,8 @@ class Export:
             return [f"vllm serve {path}"]
         flag = next((rank for rank in VLLM_RANKS if rank >= self.max_rank), self.max_rank)
         need = "vLLM 0.32 or newer" if self.profile == "ragged" else "any vLLM"
-        return [f"vllm serve {self.base} --enable-lora --max-lora-rank {flag} --lora-modules adapter={path}   # {need}"]
+        base = f"{self.base} --revision {self.revision}" if self.revision else self.base
+        return [f"vllm serve {base} --enable-lora --max-lora-rank {flag} --lora-modules adapter={path}   # {need}"]
 
 
 def model_card(base: nn.Module, export: Export, tokenizer: bool, facts: Mapping[str, Any] | None = None) -> str:
@@ -110,6 +113,7 @@ def _loading(base: nn.Module, export: Export, tokenizer: bool) -> str:
         return 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, ".")  # base: the model as it was'
     labels = getattr(config, "num_labels", 2)
     options = f", num_labels={labels}" if export.has_head and kind.endswith("Classification") else ""
+    options += f", revision={json.dumps(export.revision)}" if export.revision else ""
     name = json.dumps(export.base)
     return LOADING.format(model=kind, base=name, options=options, tokenizer='"."' if tokenizer else name)
 

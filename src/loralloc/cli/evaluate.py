@@ -8,11 +8,17 @@ from typing import Annotated
 
 import typer
 
+from loralloc.cli import completion
+
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Annotated[Path, typer.Argument(help="The run folder.", autocompletion=completion.runs)],
     data: Annotated[
-        str | None, typer.Option(help="Data to evaluate on, as data.test of a recipe; by default the recipe's own.")
+        str | None,
+        typer.Option(
+            help="Data to evaluate on, as data.test of a recipe; by default the recipe's own.",
+            autocompletion=completion.data_files,
+        ),
     ] = None,
     predictions: Annotated[
         Path | None,

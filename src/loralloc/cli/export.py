@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from loralloc.cli import completion
 from loralloc.errors import UserError
 
 
@@ -20,7 +21,7 @@ class Profile(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Annotated[Path, typer.Argument(help="The run folder.", autocompletion=completion.runs)],
     profile: Annotated[
         Profile,
         typer.Option(

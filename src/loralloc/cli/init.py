@@ -7,18 +7,23 @@ from typing import Annotated
 
 import typer
 
+from loralloc.cli import completion
+from loralloc.cli.completion import purpose
 from loralloc.errors import UserError
 from loralloc.recipes import list_recipes, recipe_text
 
 
 def init(
-    name: Annotated[str | None, typer.Argument(help="Recipe to copy, TASK/METHOD; without it, list them.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Recipe to copy, TASK/METHOD; without it, list them.", autocompletion=completion.recipes),
+    ] = None,
     to: Annotated[Path | None, typer.Option(help="File to write; by default METHOD.yaml here.")] = None,
 ) -> None:
     """List the recipes that come with loralloc, or copy one to edit."""
     if name is None:
         for recipe, path in list_recipes().items():
-            typer.echo(f"{recipe:32} {_purpose(path)}")
+            typer.echo(f"{recipe:32} {purpose(path)}")
         typer.echo("\nCopy one with: loralloc init NAME")
         return
     text = recipe_text(name)
@@ -28,9 +33,3 @@ def init(
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     typer.echo(f"wrote {target}; edit it, then: loralloc train {target}")
-
-
-def _purpose(path: Path) -> str:
-    """The first sentence of a recipe's header."""
-    header = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines()[:4] if line.startswith("#")]
-    return " ".join(header).partition(". ")[0].partition(":")[0]

@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from loralloc._version import __version__
-from loralloc.cli import chat, demo, env, estimate, evaluate, export, init, report, train, truncate
+from loralloc.cli import chat, demo, env, estimate, evaluate, export, init, report, schema, train, truncate
 from loralloc.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune language models with LoRA ranks that allocate themselves.",
 )
@@ -30,6 +29,7 @@ app.command("chat")(chat.chat)
 app.command("export")(export.export)
 app.command("truncate")(truncate.truncate)
 app.command("report")(report.report)
+app.command("schema")(schema.schema)
 app.command("env")(env.env)
 
 

@@ -180,6 +180,13 @@ class Progress(TrainerCallback):
         if control.should_evaluate:
             self._begin_evaluation("evaluating")
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show an evaluation that comes with the end of an epoch (`eval_strategy: epoch`)."""
+        if control.should_evaluate:
+            self._begin_evaluation("evaluating")
+
     def on_log(
         self,
         args: TrainingArguments,

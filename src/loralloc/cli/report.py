@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
+from loralloc.cli import completion
 
-def report(run: Annotated[Path, typer.Argument(help="The run folder.")]) -> None:
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The run folder.", autocompletion=completion.runs)],
+) -> None:
     """Write RUN/report.html and the figures beside it."""
     from loralloc.recipe.run_folder import RunFolder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -42,6 +43,30 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     for module in ("transformers", "peft", "torch"):
         warnings.filterwarnings("ignore", module=rf"{module}\b")
+
+
+def verbose_libraries() -> None:
+    """Let transformers and datasets say what they do."""
+    processes.join()
+    console.quiet = not processes.is_main()
+    transformers.utils.logging.set_verbosity_info()
+    datasets.logging.set_verbosity_info()
+
+
+@contextmanager
+def logging_from(level: int) -> Iterator[None]:
+    """Say on stderr what we and the libraries without a verbosity of their own log from a level on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("loralloc", "peft", "accelerate", "trl")]
+    before = [(logger.level, logger.handlers) for logger in loggers]
+    for logger in loggers:
+        logger.level, logger.handlers = level, [handler]
+    try:
+        yield
+    finally:
+        for logger, kept in zip(loggers, before, strict=True):
+            logger.level, logger.handlers = kept
 
 
 class Terminal(Screen):

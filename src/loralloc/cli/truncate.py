@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from loralloc.adapter.folders import check_adapter_folder, check_target
+from loralloc.cli import completion
 
 
 def truncate(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a plain LoRA adapter of PEFT.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="Folder of a plain LoRA adapter of PEFT.", autocompletion=completion.adapters)
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     average_rank: Annotated[
         float | None, typer.Option("--average_rank", help="Ranks per adapted layer, on average.")

@@ -39,7 +39,7 @@ def card_facts(recipe: Recipe, data: TaskData, plan: RankPlan, metrics: Mapping[
             "steps": metrics["total_steps"],
             "batch size": training.batch_size * training.accumulation * metrics["processes"],
             "learning rate": training.learning_rate,
-            "schedule": training.schedule,
+            "schedule": training.schedule or training.trainer.get("lr_scheduler_type", "linear"),
             "seed": training.seed,
         },
     }

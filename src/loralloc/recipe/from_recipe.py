@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
@@ -23,17 +22,18 @@ from transformers import (
 from loralloc.adapter.from_plan import lora_config
 from loralloc.errors import UserError
 from loralloc.naming import named
-from loralloc.plain_lora import plain_sites
+from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import RankPlan
+from loralloc.recipe.passthrough import LOAD, PEFT, TRAINER, imported, values
 from loralloc.recipe.run_folder import RunFolder
-from loralloc.recipe.schema import Recipe
-from loralloc.recipe.targets import check_entries, linear_modules
+from loralloc.recipe.schema import ModelConfig, Recipe
+from loralloc.recipe.targets import check_entries, check_patterns, linear_modules
 from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import cut
-from loralloc.tasks.spec import TASKS
+from loralloc.tasks.spec import GREATER_IS_BETTER, TASKS
 from loralloc.training import processes
 from loralloc.training.trainer import PlainTrainer, RunTrainer
 
@@ -43,12 +43,17 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 
 def task_data(recipe: Recipe) -> TaskData:
     """Load the model and the data of a recipe."""
-    data = prepare(recipe.task, recipe.model, recipe.data, recipe.training.seed)
+    data = prepare(recipe.task, _model_section(recipe), recipe.data, recipe.training.seed)
     also = {
         name: prepare_evaluation(recipe.task, data.model, data.tokenizer, recipe.data, source).test
         for name, source in (recipe.data.also or {}).items()
     }
     return replace(data, also=also)
+
+
+def _model_section(recipe: Recipe) -> ModelConfig:
+    """The recipe's, its options as transformers takes them."""
+    return recipe.model.model_copy(update={"load": values(LOAD, recipe.task, recipe.model.load)})
 
 
 def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
@@ -77,21 +82,24 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
     Raises:
         UserError: An entry of the recipe matches no module, or none that can be adapted; the message lists what the
-            model has.
+            model has. Or the adapter is more than plain LoRA.
     """
     set_seed(recipe.training.seed)
     lora = recipe.lora
     check_entries(lora, model, planned=recipe.plan is not None)
-    config = _planned_config(recipe, model) if recipe.plan is not None else _even_config(recipe)
+    config = _planned_config(recipe, model) if recipe.plan is not None else even_config(recipe)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
+        narrowed = "".join(f", lora.peft.{name}" for name in lora.peft if name.startswith("layers_"))
         raise UserError(
-            f"lora.target_modules: {lora.target_modules} fits no module that can be adapted; the model has "
+            f"lora.target_modules{narrowed}: {lora.target_modules} fits no module that can be adapted; the model has "
             f"{linear_modules(model)} ({str(error).splitlines()[0]})"
         ) from error
     assert isinstance(adapted, PeftModel)
     sites = list(plain_sites(adapted))
+    check_plain(adapted, sites[0].adapter, [(site.name, site.layer) for site in sites])
+    check_patterns(lora, [site.name for site in sites])
     widest = {site.name: max(site.A.shape[1], len(site.B)) for site in sites}
     above = {site.name: len(site.A) for site in sites if len(site.A) > widest[site.name]}
     if above:
@@ -102,8 +110,8 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     return adapted
 
 
-def _even_config(recipe: Recipe) -> LoraConfig:
-    """The rank of the recipe in every module."""
+def even_config(recipe: Recipe) -> LoraConfig:
+    """The adapter that a recipe describes: its rank in every module, where `lora.peft` says nothing else."""
     lora = recipe.lora
     return LoraConfig(
         r=lora.r,
@@ -131,6 +139,8 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "lora_dropout": lora.dropout,
         "modules_to_save": copy(lora.modules_to_save),  # PEFT appends the names of heads to it
         "task_type": TaskType[TASKS[recipe.task].peft_type],
+        "revision": recipe.model.load.get("revision"),
+        **values(PEFT, recipe.task, lora.peft),
     }
 
 
@@ -144,12 +154,8 @@ def trainer_class(recipe: Recipe) -> type[RunTrainer]:
     return {"SFTTrainer": trl_trainers.RunSFTTrainer, "DPOTrainer": trl_trainers.RunDPOTrainer}[name]
 
 
-ARGUMENTS = {"SFTTrainer": "SFTConfig", "DPOTrainer": "DPOConfig"}
-"""TRL's classes of arguments, by the trainer that takes them."""
-
-
 def training_arguments(recipe: Recipe, folder: Path, more: Mapping[str, Any] | None = None) -> TrainingArguments:
-    """Translate a recipe's `training` section for the Trainer.
+    """Make the arguments of the trainer that a recipe's task has: its `training` section, and `trainer` over it.
 
     Args:
         recipe: The recipe.
@@ -159,40 +165,52 @@ def training_arguments(recipe: Recipe, folder: Path, more: Mapping[str, Any] | N
     Raises:
         UserError: The class refuses a value.
     """
-    settings, trainer = recipe.training, TASKS[recipe.task].trainer
-    kind: type[TrainingArguments] = getattr(trl, ARGUMENTS[trainer]) if trainer in ARGUMENTS else TrainingArguments
-    length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
+    options = values(TRAINER, recipe.task, recipe.training.trainer)
     try:
-        return kind(
-            output_dir=str(folder),
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=2 * settings.batch_size,
-            gradient_accumulation_steps=settings.accumulation,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=SCHEDULES[settings.schedule],
-            warmup_steps=settings.warmup,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            use_cpu=processes.on_cpu(),
-            bf16=settings.bf16,
-            activation_checkpointing=settings.gradient_checkpointing,
-            logging_steps=settings.log_every,
-            logging_nan_inf_filter=False,
-            eval_strategy="steps" if settings.eval_every else "no",
-            eval_steps=settings.eval_every,
-            save_strategy="steps" if settings.save_every else "no",
-            save_steps=settings.save_every or 500,
-            save_total_limit=2,  # one may be incomplete when the process is killed
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to=[],
-            **length,  # type: ignore[arg-type]
-            **(more or {}),
-        )
+        return arguments_class(recipe.task)(**{**_own_arguments(recipe, folder), **(more or {}), **options})
     except ValueError as error:  # bf16 on a device without it, for example
         raise UserError(f"training: {str(error).splitlines()[0]}") from error
+
+
+def arguments_class(task: str) -> type[TrainingArguments]:
+    """The class of a task's training arguments."""
+    return imported(TASKS[task].arguments)
+
+
+def _own_arguments(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What the recipe's own keys say, and what a run sets unless `training.trainer` does."""
+    settings = recipe.training
+    length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
+    return {
+        "output_dir": str(folder),
+        "hub_model_id": Path(recipe.output).name,
+        "hub_strategy": "end",  # what a Trainer pushes before that holds a pickled file
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": 2 * settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulation,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": SCHEDULES[settings.schedule or "linear"],
+        "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "use_cpu": processes.on_cpu(),
+        "bf16": settings.bf16,
+        "activation_checkpointing": settings.gradient_checkpointing,
+        "logging_steps": settings.log_every,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if settings.eval_every else "no",
+        "eval_steps": settings.eval_every,
+        "save_strategy": "steps" if settings.save_every else "no",
+        "save_steps": settings.save_every or 500,
+        "save_total_limit": 2,  # one may be incomplete when the process is killed
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": [],
+        "greater_is_better": GREATER_IS_BETTER.get(settings.trainer.get("metric_for_best_model", "loss")),
+        **length,
+    }
 
 
 def load_for_export(folder: RunFolder, verb: str = "loralloc export") -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -204,8 +222,8 @@ def load_for_export(folder: RunFolder, verb: str = "loralloc export") -> tuple[P
     """
     recipe = folder.load_recipe()
     processes.refuse_several(verb)
-    checkpoint = locate(recipe.model)
-    kept = replace(checkpoint, path=str(folder.model), local_only=True)
+    checkpoint = locate(_model_section(recipe))
+    kept = replace(checkpoint, path=str(folder.model), local_only=True, load={})
     tokenizer = load_tokenizer(kept)
     options = {"config": load_config(kept), "ignore_mismatched_sizes": True}
     base = load_model(recipe.task, checkpoint, tokenizer, recipe.training.seed, **options)

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from datasets import Dataset
+from huggingface_hub import HfApi
 
 from loralloc import trace
 from loralloc._version import __version__
@@ -23,10 +24,12 @@ from loralloc.recipe import stages
 from loralloc.recipe.card import card_facts
 from loralloc.recipe.from_recipe import task_data
 from loralloc.recipe.outcome import Outcome
+from loralloc.recipe.passthrough import TOLD_TO_OTHERS, TRAINER, with_options, without
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.recipe.stages import Generation, Stage
+from loralloc.recipe.trial import check_values
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData, length_of
 from loralloc.training import processes
@@ -63,6 +66,7 @@ def run(
 
 def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None, screen: Screen) -> Outcome:
     with processes.together():
+        check_values(recipe)
         folder = _open_folder(recipe, resume, start_over)
         data = task_data(recipe)
     search_plan = None
@@ -74,7 +78,9 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
     if not resume and search_plan is None:
         processes.on_main(folder.create, recipe)
     if untrained is None:
-        untrained = stage.evaluate("untrained")[data.metric]
+        found = stage.evaluate("untrained")
+        stage.check_metric(found)
+        untrained = found[data.metric]
     before = stage.generate()
     stage.train(resume)
     seconds, plan = stage.trainer.train_seconds, _plan(stage)
@@ -94,9 +100,24 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
         write_card(stage.model, export, folder.adapter, card_facts(recipe, data, plan, metrics))
         folder.write_json(folder.metrics, metrics)
         write_report(folder.root)
+        _push(stage, folder, screen)
     outcome = Outcome(folder, plan, metrics, export)
     screen.outcome(outcome)
     return outcome
+
+
+def _push(stage: Stage, folder: RunFolder, screen: Screen) -> None:
+    """Push the exported adapter to the Hub, where the recipe says so; what fails there leaves the run as it is."""
+    arguments, repository = stage.trainer.args, stage.trainer.hub_model_id
+    if not arguments.push_to_hub:
+        return
+    try:
+        HfApi(token=arguments.hub_token).upload_folder(
+            repo_id=str(repository), folder_path=folder.adapter, revision=arguments.hub_revision
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        screen.warning(f"not pushed: {reason}; hf upload {repository} {folder.adapter} pushes the adapter")
 
 
 def rehearse(recipe: Recipe, resume: bool = False, start_over: bool = False, screen: Screen | None = None) -> None:
@@ -108,7 +129,9 @@ def rehearse(recipe: Recipe, resume: bool = False, start_over: bool = False, scr
     screen = screen or Screen()
     processes.join()
     with processes.one_voice(), TemporaryDirectory(prefix="loralloc-") as scratch:
+        check_values(recipe)
         _open_folder(recipe, resume, start_over)
+        recipe = with_options(recipe, TRAINER, without(recipe.training.trainer, TOLD_TO_OTHERS))
         folder, data = RunFolder(Path(scratch)), task_data(recipe)
         if stages.searches(recipe):
             stages.prepare_search(recipe, data, folder, screen).rehearse()

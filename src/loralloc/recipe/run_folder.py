@@ -218,7 +218,7 @@ class RunFolder:
             )
         if folder.metrics.is_file():
             raise UserError(f"{folder.root} has finished; there is nothing to resume")
-        if recipe.training.save_every is None and not folder.search.plan.is_file():
+        if not recipe.training.keeps_checkpoints and not folder.search.plan.is_file():
             raise UserError(
                 f"{folder.root} kept no checkpoints (training.save_every is not set); start over with --replace"
                 f"{folder._export_hint()}"

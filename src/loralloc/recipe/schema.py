@@ -19,6 +19,16 @@ from pydantic_core import ErrorDetails
 
 from loralloc.errors import closest
 from loralloc.methods.settings import BudgetSection
+from loralloc.recipe.passthrough import (
+    LOAD,
+    MAPPINGS,
+    PEFT,
+    TRAINER,
+    broken_options,
+    exclusive_keys,
+    option_keys,
+    options_schema,
+)
 from loralloc.recipe.source import Key, apply_overrides, dotted, dump_yaml, read_recipe_file, suggest
 from loralloc.setting_types import (
     AtLeastZero,
@@ -53,6 +63,11 @@ class ModelConfig(Section):
     name: Text = Field(description="a local path, a name on the Hub, or demo:minilm")
     dtype: Literal["float32", "bfloat16", "auto"] = Field(default="float32", description="type of the frozen weights")
     trust_remote_code: bool = Field(default=False, description="run Python code that the model's repository carries")
+    load: dict[str, Any] = Field(
+        default={},
+        description="more arguments of transformers' from_pretrained, by their own names",
+        json_schema_extra=options_schema(LOAD),
+    )
 
 
 class DataConfig(*(task.data for task in TASKS.values())):
@@ -74,6 +89,11 @@ class LoraSection(Section):
     target_modules: Names = Field(default="all-linear", description="all-linear, a list of names, or a pattern")
     exclude_modules: Names | None = Field(default=None, description="a list of names, or a pattern, left alone")
     modules_to_save: list[Text] | None = Field(default=None, description="modules trained and saved in full")
+    peft: dict[str, Any] = Field(
+        default={},
+        description="more fields of PEFT's LoraConfig, by their own names",
+        json_schema_extra=options_schema(PEFT),
+    )
 
 
 class TrainingConfig(Section):
@@ -84,8 +104,8 @@ class TrainingConfig(Section):
     batch_size: Count = Field(default=16, description="examples per device and forward pass")
     accumulation: Count = Field(default=1, description="forward passes per optimizer step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="learning rate after its warm-up"
+    schedule: Literal["linear", "cosine", "constant"] | None = Field(
+        default=None, description="learning rate after its warm-up; null: linear, or trainer.lr_scheduler_type"
     )
     warmup: Phase = Field(default=0.1, description="learning rate warm-up: fraction of the run, or steps")
     weight_decay: AtLeastZero = Field(default=0.0, description="decoupled weight decay")
@@ -99,6 +119,16 @@ class TrainingConfig(Section):
         default=False, description="take closed ranks out of memory once the ranks are final: faster steps, one process"
     )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations: slower, less memory")
+    trainer: dict[str, Any] = Field(
+        default={},
+        description="more fields of the trainer's arguments, by their own names",
+        json_schema_extra=options_schema(TRAINER),
+    )
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether a run can be resumed."""
+        return self.save_every is not None or self.trainer.get("save_strategy", "no") != "no"
 
 
 class GenerateConfig(Section):
@@ -191,10 +221,21 @@ def recipe_keys() -> Mapping[str, str]:
     return {**dict(walked), **dict(reversed(walked))}
 
 
+def _keys_and_options() -> Mapping[str, str]:
+    """The same, with the options of the libraries underneath."""
+    return {**recipe_keys(), **option_keys()}
+
+
 _EXCLUSIVE: dict[Key, tuple[str, ...]] = {
     ("method", "budget"): tuple(BudgetSection.model_fields),
     ("training",): ("steps", "epochs"),
 }
+
+
+def _exclusive() -> Iterator[Sequence[Key]]:
+    """Keys of which at most one may be set."""
+    yield from ([(*section, name) for name in members] for section, members in _EXCLUSIVE.items())
+    yield from exclusive_keys()
 
 
 def _get(tree: Any, *key: str) -> Any:
@@ -217,7 +258,8 @@ def _broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     if _get(tree, "evaluate", "generate") is not None and tree.get("task") not in ("causal-lm", None):
         yield ("evaluate", "generate"), f"evaluate.generate is for task causal-lm, but the task is {tree.get('task')}"
     capacity, target = _value_of(tree, {})("lora", "r"), _get(tree, "method", "budget", "average_rank")
-    if is_number(capacity) and is_number(target) and target > capacity:
+    patterned = _get(tree, "lora", "peft", "rank_pattern")  # whose ranks are not lora.r
+    if is_number(capacity) and is_number(target) and target > capacity and not patterned:
         yield (
             ("method", "budget", "average_rank"),
             f"method.budget.average_rank is {target}, but no layer can exceed lora.r, which is {capacity}. "
@@ -276,9 +318,10 @@ def _broken_stream(tree: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator
 
 
 def _broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """The rules of the recipe's method."""
+    """The rules of the recipe's method, and of the libraries that it hands options to."""
     from loralloc.methods.registry import broken_rules, sections
 
+    yield from broken_options(tree, _keys_and_options())
     name = _get(tree, "method", "name")
     if not isinstance(name, str) or name not in sections():
         return
@@ -313,6 +356,10 @@ def _value_of(tree: Mapping[str, Any], method: Mapping[str, FieldInfo]) -> Calla
     return value
 
 
+Check = Callable[[Recipe], Iterable[tuple[Key, str]]]
+"""Finds what is wrong with a recipe: keys, and for each of them a message."""
+
+
 def listed(names: Iterable[str]) -> str:
     """Join names for a message.
 
@@ -331,7 +378,7 @@ def _unknown(key: Key, tree: Mapping[str, Any]) -> str:
     name, where = key[-1], _in_section(key)
     if dotted(key) in recipe_keys():
         return f'"{name}"{where} does not apply to method {_get(tree, "method", "name")}: remove it'
-    return f'unknown key "{name}"{where}.{suggest(key, recipe_keys())}'
+    return f'unknown key "{name}"{where}.{suggest(key, _keys_and_options())}'
 
 
 def method_names() -> Sequence[str]:
@@ -371,13 +418,14 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
     return key, f"{dotted(key)} {rule}, got {shown(value)}.{hint}".removesuffix(".")
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), check: Check | None = None) -> Recipe:
     """Read a recipe: defaults, then the file, then flags.
 
     Args:
         path: The YAML file.
         overrides: Words left over on the command line, such as `["--training.steps", "100"]` or
             `["--learning-rate=5e-4"]`.
+        check: What else to ask of a recipe that is complete; each key it yields is told with its line or flag.
 
     Returns:
         The recipe, complete and checked.
@@ -386,7 +434,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         loralloc.errors.UserError: With every mistake, one a line, each with its line or flag.
     """
     source = read_recipe_file(path)
-    apply_overrides(source, overrides, recipe_keys(), _EXCLUSIVE)
+    apply_overrides(source, overrides, _keys_and_options(), _exclusive(), MAPPINGS)
     source.report(_broken_rules(source.tree))
     source.report(_broken_by_method(source.tree))
     try:
@@ -397,6 +445,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         source.raise_problems()
         raise
     source.raise_problems()  # keys that are set twice, flags that mean nothing
+    if check is not None:
+        source.report(check(recipe))
+        source.raise_problems()
     return recipe
 
 
@@ -415,7 +466,7 @@ def peek_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe | None:
     """
     source = read_recipe_file(path)
     keys = dict(_walk_keys(Recipe))
-    apply_overrides(source, overrides, keys, {("training",): _EXCLUSIVE["training",]})
+    apply_overrides(source, overrides, keys, [*_exclusive()])
     try:
         return Recipe.model_validate(source.tree)
     except ValidationError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Screen:
-    """Shows nothing; the command line has one that does (`loralloc.cli.terminal`)."""
+    """Shows nothing; the command line has some that do (`loralloc.cli.terminal`, `loralloc.cli.screens`)."""
 
     def start(self, recipe: Recipe, data: TaskData, model: PeftModel, steps: int) -> None:
         """A run begins."""
@@ -54,6 +54,9 @@ class Screen:
 
     def preview(self, examples: Sequence[Sequence[Part]]) -> None:
         """The first examples as the model will see them."""
+
+    def evaluated(self, what: str, metrics: Mapping[str, float]) -> None:
+        """It has found this, by the metrics' own names."""
 
     def outcome(self, outcome: Outcome) -> None:
         """A run has ended."""

@@ -36,7 +36,6 @@ _ELSEWHERE = {  # what other tools call it
     "num_train_epochs": "training.epochs",
     "per_device_train_batch_size": "training.batch_size",
     "gradient_accumulation_steps": "training.accumulation",
-    "lr_scheduler_type": "training.schedule",
     "warmup_ratio": "training.warmup",
     "warmup_steps": "training.warmup",
     "eval_steps": "training.eval_every",
@@ -272,7 +271,8 @@ def apply_overrides(
     source: Source,
     words: Sequence[str],
     keys: Collection[str],
-    groups: Mapping[Key, Sequence[str]],
+    groups: Iterable[Sequence[Key]],
+    mappings: Collection[str] = (),
 ) -> None:
     """Lay command-line flags over the values of a file.
 
@@ -281,24 +281,24 @@ def apply_overrides(
         words: `--key value` or `--key=value`. A key is written in full (`--training.steps`) or as any
             last part that names one key only (`--steps`), with `-` or `_`.
         keys: All keys a recipe may have, with dots.
-        groups: For each section, the keys of which exactly one may be set: a flag that sets one of them
-            drops the one in the file.
+        groups: Keys of which at most one may be set: a flag that sets one of them drops the others in the file.
+        mappings: Keys whose value is a mapping of names that `keys` need not have.
     """
     flags: dict[Key, Any] = {}
     for index, (flag, text) in enumerate(_pairs(source, words)):
         place = Place((1, index), flag)
         try:
-            key: Key = tuple(_full_key(flag, keys).split("."))
+            key: Key = tuple(_full_key(flag, keys, mappings).split("."))
             flags[key] = parse_value(text)
         except UserError as error:
             source.problems.append((place, str(error)))
         else:
             _set(source, key, flags[key], place)
-    for section, members in groups.items():
-        chosen = [member for member in members if flags.get((*section, member)) is not None]
-        for member in members:
-            if chosen and member not in chosen:
-                _drop(source, (*section, member))
+    for group in groups:
+        chosen = [key for key in group if flags.get(key) is not None]
+        for key in group:
+            if chosen and key not in chosen:
+                _drop(source, key)
 
 
 def _pairs(source: Source, words: Sequence[str]) -> list[tuple[str, str]]:
@@ -317,14 +317,18 @@ def _pairs(source: Source, words: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _full_key(flag: str, keys: Collection[str]) -> str:
+def _full_key(flag: str, keys: Collection[str], mappings: Collection[str]) -> str:
     word = flag.removeprefix("--").replace("-", "_")
-    found = [word] if word in keys else [key for key in keys if key.endswith(f".{word}")]
+    found = (
+        [word]
+        if word in keys or word.rpartition(".")[0] in mappings
+        else [key for key in keys if key.endswith(f".{word}")]
+    )
     if len(found) == 1:
         return found[0]
     if found:
-        full = ", ".join(f"--{key}" for key in found)
-        raise UserError(f'"{word}" could mean {full}: write one of these')
+        flags = ", ".join(f"--{key}" for key in found)
+        raise UserError(f'"{word}" could mean {flags}: write one of these')
     near = closest(word, [*keys, *(key.rpartition(".")[2] for key in keys)])
     raise UserError(f'unknown key "{word}".{near or suggest(tuple(word.split(".")), keys)}')
 

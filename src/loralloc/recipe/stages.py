@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,12 +15,21 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from loralloc.errors import UserError
+from loralloc.errors import UserError, closest
 from loralloc.methods.base import Method
 from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
 from loralloc.peft_layers import evaluating
 from loralloc.plan import RankPlan
 from loralloc.recipe.from_recipe import add_adapter, method_data, trainer_class, training_arguments
+from loralloc.recipe.passthrough import (
+    OF_THE_EXPORTED_ALONE,
+    PEFT,
+    PLANNED,
+    TOLD_TO_OTHERS,
+    TRAINER,
+    with_options,
+    without,
+)
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
@@ -88,6 +97,19 @@ class Stage:
         """Let the model answer held-out prompts, where the recipe asks for that."""
         return generation(self.recipe, self.data, self.trainer, self.screen)
 
+    def check_metric(self, found: Mapping[str, float]) -> None:
+        """Refuse a metric that the best model cannot be told by, once an evaluation has shown which there are.
+
+        Raises:
+            UserError: With those that there are.
+        """
+        name = str(self.recipe.training.trainer.get("metric_for_best_model", "loss")).removeprefix("eval_")
+        if name not in found:
+            raise UserError(
+                f"training.trainer.metric_for_best_model: a run has no metric {name}; it has {', '.join(found)}."
+                f"{closest(name, found)}"
+            )
+
     def failure(self, plan: RankPlan) -> str | None:
         """Say why the training has failed, and what to do, where more than half of its steps were skipped."""
         bad, steps = plan.provenance["bad_steps"], plan.provenance["steps"]
@@ -125,7 +147,8 @@ def prepare_search(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Sc
     assert held_out is not None
     assert isinstance(data.train, Dataset)
     steps = search_steps(recipe, data.packed(data.train))
-    settings = {"steps": steps, "epochs": None, "eval_every": None}
+    trainer = without(recipe.training.trainer, OF_THE_EXPORTED_ALONE)
+    settings = {"steps": steps, "epochs": None, "eval_every": None, "trainer": trainer}
     searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
     parts = replace(data, train=train, validation=held_out, test=None)
     stage = _prepare(searching, parts, folder.search, screen, make_method(recipe.method, held_out), steps)
@@ -149,7 +172,8 @@ def prepare_training(recipe: Recipe, data: TaskData, folder: RunFolder, screen: 
 def retraining_recipe(recipe: Recipe, folder: RunFolder) -> Recipe:
     """Return the recipe of what follows a search: plain LoRA at the ranks that it has found, on all training data."""
     plain = sections()[PLAIN_LORA](name=PLAIN_LORA)
-    return recipe.model_copy(update={"method": plain, "plan": str(folder.search.plan.resolve())})
+    following = with_options(recipe, PEFT, without(recipe.lora.peft, PLANNED))
+    return following.model_copy(update={"method": plain, "plan": str(folder.search.plan.resolve())})
 
 
 def total_steps(recipe: Recipe, examples: int | None) -> int:
@@ -159,11 +183,14 @@ def total_steps(recipe: Recipe, examples: int | None) -> int:
         recipe: The recipe.
         examples: Rows to train on; None where they are streamed, and the recipe says how many steps there are.
     """
-    if recipe.training.steps is not None:
-        return recipe.training.steps
+    training = recipe.training
+    if training.steps is not None:
+        return training.steps
     assert examples is not None
-    batches = math.ceil(math.ceil(examples / recipe.training.batch_size) / processes.world_size())
-    return math.ceil((recipe.training.epochs or 1) * max(1, math.ceil(batches / recipe.training.accumulation)))
+    whole = math.floor if training.trainer.get("dataloader_drop_last") else math.ceil
+    shared = (training.trainer.get("accelerator_config") or {}).get("split_batches")  # a batch is for all processes
+    batches = whole(whole(examples / training.batch_size) / (1 if shared else processes.world_size()))
+    return math.ceil((training.epochs or 1) * max(1, math.ceil(batches / training.accumulation)))
 
 
 def search_steps(recipe: Recipe, examples: int) -> int:
@@ -209,6 +236,7 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
         scratch: A folder for what a trainer writes before it does anything.
         screen: Shows what happens.
     """
+    recipe = with_options(recipe, TRAINER, without(recipe.training.trainer, TOLD_TO_OTHERS))
     shown = data.test if data.test is not None else data.validation  # TRL looks at the first example
     return _trainer(recipe, data, model, RunFolder(scratch), train_dataset=shown, callbacks=[screen.progress(None)])
 
@@ -236,7 +264,9 @@ def evaluate(
         split = data.validation if data.test is None else data.test
     with screen.evaluating(trainer, EVALUATED[prefix]):
         metrics = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
-    return without_times(metrics, prefix)
+    found = without_times(metrics, prefix)
+    screen.evaluated(EVALUATED[prefix], found)
+    return found
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,46 @@ def check_entries(lora: LoraSection, model: nn.Module, planned: bool) -> None:
     every = [name for name, _ in model.named_modules(remove_duplicate=False)]
     unknown = [entry for entry in lora.modules_to_save or [] if not any(name.endswith(entry) for name in every)]
     found["modules_to_save"] = _no_such(unknown, every)
+    found |= {f"peft.{key}": _pattern_error(patterns) for key, patterns in _patterns(lora)}
     lines = [
         f"lora.{key}: {problem}; the model has {linear_modules(model)}" for key, problem in found.items() if problem
     ]
     if lines:
         raise UserError("\n".join(lines))
+
+
+def check_patterns(lora: LoraSection, adapted: Sequence[str]) -> None:
+    """Refuse patterns of `lora.peft` that fit no adapted module, compared as PEFT does: it would overlook them.
+
+    Args:
+        lora: The recipe's section.
+        adapted: Names of the adapted modules.
+
+    Raises:
+        UserError: With the pattern and the name that was most likely meant.
+    """
+    for key, patterns in _patterns(lora):
+        for pattern in patterns:
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in adapted):
+                raise UserError(
+                    f'lora.peft.{key}: no adapted module fits "{pattern}".{_nearest_within(pattern, adapted)} '
+                    "Correct it or leave it out"
+                )
+
+
+def _patterns(lora: LoraSection) -> Iterator[tuple[str, Sequence[str]]]:
+    """The patterns to which `lora.peft` gives ranks or scales of their own."""
+    return ((key, list(lora.peft.get(key, ()))) for key in ("rank_pattern", "alpha_pattern"))
+
+
+def _pattern_error(patterns: Sequence[str]) -> str:
+    """Say which pattern is none; nothing where all are."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f'"{pattern}" is no regular expression ({error})'
+    return ""
 
 
 def linear_modules(model: nn.Module) -> str:
@@ -86,11 +121,9 @@ def _nearest_within(pattern: str, names: Sequence[str]) -> str:
 
 
 def _pattern_problem(pattern: str, names: Sequence[str]) -> str:
-    try:
-        fits = any(re.fullmatch(pattern, name) for name in names)
-    except re.error as error:
-        return f'"{pattern}" is no regular expression ({error})'
-    if not fits:
+    if error := _pattern_error([pattern]):
+        return error
+    if not any(re.fullmatch(pattern, name) for name in names):
         single = any(pattern in _ends(name) for name in names)
         cure = (
             f" A name is written in a list: [{pattern}]" if single else f"{_nearest_within(pattern, names)} Correct it"

@@ -37,6 +37,11 @@ class ModelSection(Protocol):
         """Whether code that comes with the model may run."""
         ...
 
+    @property
+    def load(self) -> Mapping[str, Any]:
+        """More arguments of `from_pretrained`."""
+        ...
+
 
 Logits = torch.Tensor | tuple[torch.Tensor, ...]
 

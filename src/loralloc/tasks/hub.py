@@ -24,12 +24,13 @@ def out_of_reach() -> str:
     return "The Hub cannot be reached: connect to the network, or give a path on this machine."
 
 
-def is_reachable(name: str, kind: Literal["model", "dataset"]) -> bool:
+def is_reachable(name: str, kind: Literal["model", "dataset"], token: str | bool | None = None) -> bool:
     """Ask the Hub for one repository.
 
     Args:
         name: Name of the repository, as in `google-bert/bert-base-uncased`.
         kind: What the repository holds.
+        token: What to log in with; by default what `hf auth login` has kept.
 
     Returns:
         Whether the Hub answered and has it. False means that the cache is all there is.
@@ -40,7 +41,7 @@ def is_reachable(name: str, kind: Literal["model", "dataset"]) -> bool:
     try:
         if is_offline_mode():
             return False
-        HfApi().repo_info(name, repo_type=kind, timeout=PROBE_SECONDS)
+        HfApi(token=token).repo_info(name, repo_type=kind, timeout=PROBE_SECONDS)
     except HFValidationError as error:
         raise UserError(f'"{name}" is neither a path on this machine nor the name of a {kind}.') from error
     except RepositoryNotFoundError as error:

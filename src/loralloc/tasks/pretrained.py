@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,18 @@ from loralloc.tasks.spec import TASKS
 
 logger = logging.getLogger(__name__)
 
+FROM_THE_HUB = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "gguf_file",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+"""Arguments of `from_pretrained` that say where a model is: configuration and tokenizer are loaded with them too."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -36,11 +48,14 @@ class Checkpoint:
     trust_remote_code: bool
     local_only: bool
     """Whether to look at this machine only."""
+    load: Mapping[str, Any] = field(default_factory=dict)
+    """More arguments of the model's `from_pretrained`."""
 
     @property
     def options(self) -> dict[str, Any]:
         """Options common to all `from_pretrained`."""
-        return {"trust_remote_code": self.trust_remote_code, "local_files_only": self.local_only}
+        place = {name: value for name, value in self.load.items() if name in FROM_THE_HUB}
+        return {"trust_remote_code": self.trust_remote_code, "local_files_only": self.local_only, **place}
 
 
 def locate(section: ModelSection) -> Checkpoint:
@@ -59,8 +74,12 @@ def locate(section: ModelSection) -> Checkpoint:
     if folder is not None:
         path, local_only = str(folder), True
     else:
-        path, local_only = name, not is_reachable(name, "model")
-    return Checkpoint(name, path, section.dtype, section.trust_remote_code, local_only)
+        path, local_only = name, not is_reachable(name, "model", section.load.get("token"))
+    return Checkpoint(name, path, section.dtype, section.trust_remote_code, local_only, section.load)
+
+
+# What from_pretrained raises; of a value in `model.load` that is none, also what it has not foreseen.
+FAILURES = (OSError, ValueError, TypeError, AssertionError, ImportError, RuntimeError, KeyError, SafetensorError)
 
 
 @contextmanager
@@ -68,7 +87,16 @@ def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
     """Turn the many errors of `from_pretrained` into one that names the model and the cure."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AssertionError,
+        ImportError,
+        RuntimeError,
+        KeyError,
+        SafetensorError,
+    ) as error:
         if isinstance(error, OSError) and checkpoint.local_only and not Path(checkpoint.path).is_dir():
             raise UserError(
                 f'Model "{checkpoint.name}" is neither a folder nor was its {part} downloaded before. {out_of_reach()}'
@@ -76,7 +104,8 @@ def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
         reason = shorten(str(error).strip().split("\n")[0], 300)
         untrusted = "trust_remote_code" in str(error) and not checkpoint.trust_remote_code
         cure = " If you trust its code, set model.trust_remote_code: true." if untrusted else ""
-        raise UserError(f'The {part} of model "{checkpoint.name}" cannot be loaded: {reason}{cure}') from error
+        options = f" with model.load ({', '.join(checkpoint.load)})" if checkpoint.load else ""
+        raise UserError(f'The {part} of model "{checkpoint.name}" cannot be loaded{options}: {reason}{cure}') from error
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -133,7 +162,7 @@ def load_model(
         options: More arguments of `from_pretrained`.
 
     Returns:
-        The model, on the CPU.
+        The model, on the CPU unless `device_map` is among the arguments.
 
     Raises:
         UserError: It cannot be loaded, or does not fit the tokenizer.
@@ -141,7 +170,8 @@ def load_model(
     with _loading("weights", checkpoint), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         head = getattr(transformers, TASKS[task].model_class)
-        model = head.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, **checkpoint.options, **options)
+        options = {**checkpoint.load, **checkpoint.options, **options}
+        model = head.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, **options)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(

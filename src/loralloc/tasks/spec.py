@@ -147,6 +147,7 @@ class Task:
         trainer: The class of transformers or TRL that trains it.
         own_loss: Whether its loss is the one that the model returns for a batch with labels, which methods that look
             at data compute.
+        arguments: The class of its trainer's arguments, by its path.
     """
 
     label: str
@@ -161,6 +162,7 @@ class Task:
     recognised: bool = False
     trainer: Literal["Trainer", "SFTTrainer", "DPOTrainer"] = "Trainer"
     own_loss: bool = True
+    arguments: str = "transformers.TrainingArguments"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -190,6 +192,7 @@ TASKS: Mapping[str, Task] = {
         shortest=(2, "a single token has no next one to predict"),
         recognised=True,
         trainer="SFTTrainer",
+        arguments="trl.SFTConfig",
     ),
     "preference": Task(
         label="preference learning",
@@ -202,6 +205,7 @@ TASKS: Mapping[str, Task] = {
         shortest=(2, "a single token has no next one to predict"),
         recognised=True,
         trainer="DPOTrainer",
+        arguments="trl.DPOConfig",
         own_loss=False,
     ),
 }

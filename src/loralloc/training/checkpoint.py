@@ -9,6 +9,7 @@ process killed in the middle of a save loses that save and nothing else.
 | `gated_factors.safetensors` | the factors and gates behind it | `gated_files` |
 | `loralloc.safetensors`, `loralloc.json` | the method's state, counts, settings | `callback`, from `run.state_dict` |
 | `optimizer.safetensors`, `optimizer.json` | optimizer and learning-rate schedule | here |
+| `scaler.json` | the loss scale of fp16 | here |
 | `random-PROCESS.json` | the generators of a process | here |
 | `window.json`, `bad_steps.json` | what the log averages, steps that plain LoRA has skipped | `trainer` |
 | `complete.json` | the step | here |
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from loralloc.errors import UserError
 from loralloc.files import write_atomically
 
 COMPLETE = "complete.json"
+SCALER = "scaler.json"
 
 
 def newest_complete(folder: Path, before: int) -> Path | None:
@@ -66,13 +69,22 @@ def save_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, scheduler
     """Write the states of optimizer and learning-rate schedule."""
     state = optimizer.state_dict()
     tensors, numbers = {}, {}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            target = tensors if isinstance(value, Tensor) else numbers
-            target[f"{index}.{key}"] = value.contiguous().cpu() if isinstance(value, Tensor) else value
+    for name, value in _flat(state["state"]):
+        target = tensors if isinstance(value, Tensor) else numbers
+        target[name] = value.detach().cpu().contiguous().clone() if isinstance(value, Tensor) else value
     save_file(tensors, checkpoint / "optimizer.safetensors")
+    numbers = dict(sorted(numbers.items()))  # a resumed run has them in the order of the files that it read
     record = {"state": numbers, "param_groups": state["param_groups"], "scheduler": scheduler.state_dict()}
     write_atomically(checkpoint / "optimizer.json", json.dumps(record) + "\n")
+
+
+def _flat(entries: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, by their keys with dots."""
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -80,10 +92,23 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, scheduler
     record = json.loads((checkpoint / "optimizer.json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**load_file(checkpoint / "optimizer.safetensors"), **record["state"]}.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
+        index, *keys, last = name.split(".")
+        entries: dict[str, Any] = state.setdefault(int(index), {})
+        for key in keys:  # 8-bit optimizers keep theirs one level deeper
+            entries = entries.setdefault(key, {})
+        entries[last] = value
     optimizer.load_state_dict({"state": state, "param_groups": record["param_groups"]})
     scheduler.load_state_dict(record["scheduler"])
+
+
+def save_scaler(checkpoint: Path, scaler: torch.amp.GradScaler) -> None:
+    """Write the loss scale of fp16."""
+    write_atomically(checkpoint / SCALER, json.dumps(scaler.state_dict()) + "\n")
+
+
+def load_scaler(checkpoint: Path, scaler: torch.amp.GradScaler) -> None:
+    """Restore what `save_scaler` wrote."""
+    scaler.load_state_dict(json.loads((checkpoint / SCALER).read_text(encoding="utf-8")))
 
 
 def save_random_state(path: Path) -> None:

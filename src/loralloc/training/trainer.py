@@ -20,6 +20,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from loralloc.files import finite, read_jsonl, write_atomically
@@ -71,7 +73,7 @@ class RunTrainer(Base):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
-        with self._left_as_it_is():
+        with self._left_as_it_is(), self._trackers_wait():
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -80,6 +82,18 @@ class RunTrainer(Base):
         if output.predictions is not None and output.label_ids is not None:
             self.evaluated = EvalPrediction(output.predictions, output.label_ids)
         return output
+
+    @contextmanager
+    def _trackers_wait(self) -> Iterator[None]:
+        """Tell trackers of the training alone: they open their files with it, and would open others around it."""
+        handler, trackers = self.callback_handler, tuple(get_reporting_integration_callbacks(self.args.report_to))
+        callbacks = handler.callbacks
+        if not self.is_in_train:
+            handler.callbacks = [callback for callback in callbacks if not isinstance(callback, trackers)]
+        try:
+            yield
+        finally:
+            handler.callbacks = callbacks
 
     @contextmanager
     def _left_as_it_is(self) -> Iterator[None]:
@@ -99,6 +113,17 @@ class RunTrainer(Base):
             vars(model).update(attributes)
             prepared[:], self.model_wrapped = models, wrapped
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw groups of examples of like length from the seed and the epoch: a resumed run must find the same."""
+        sampler, seed = super()._get_train_sampler(*args, **kwargs), self.args.data_seed or self.args.seed
+        if isinstance(sampler, LengthGroupedSampler):
+
+            def set_epoch(epoch: int) -> None:
+                sampler.generator = torch.Generator().manual_seed(seed + epoch)
+
+            sampler.set_epoch = set_epoch  # pyright: ignore[reportAttributeAccessIssue]
+        return sampler
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert isinstance(self.model, PeftModel)
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -113,6 +138,14 @@ class RunTrainer(Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             saved.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)  # type: ignore[arg-type]
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.accelerator.scaler is not None and self.args.should_save:
+            saved.save_scaler(Path(output_dir), self.accelerator.scaler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            saved.load_scaler(Path(checkpoint), self.accelerator.scaler)
 
     def _save_rng_state(self, output_dir: str) -> None:
         saved.save_random_state(self._random_state(output_dir))

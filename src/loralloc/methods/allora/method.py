@@ -128,6 +128,8 @@ class ALLoRA(Method):
         if isinstance(unit, int) and is_number(alpha) and unit != alpha:  # fractions of a rank are rounded: known later
             told = f"lora.alpha is {alpha}, but ALLoRA has no scaling factor: set lora.alpha to {name}, which is {unit}"
             yield ("lora", "alpha"), told
+        if value("lora", "peft", "use_rslora"):
+            yield ("lora", "peft", "use_rslora"), "ALLoRA has no scaling factor: leave lora.peft.use_rslora out"
         if is_number(dropout) and dropout > 0:
             yield ("lora", "dropout"), f"lora.dropout is {dropout}, but ALLoRA trains without dropout: set it to 0"
 

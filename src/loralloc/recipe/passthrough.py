@@ -1,0 +1,383 @@
+"""Every option of the libraries underneath, by its own name: the three mappings of a recipe that hand them on.
+
+A recipe has keys of its own for what most runs set. What else transformers and PEFT can do stands in
+`training.trainer`, `lora.peft` and `model.load`, and is held to what takes it: to its names and types here, to its
+constructor in `recipe.trial`. What a recipe says with another key, and what a run could not keep its promises with, is
+refused with that key or the reason. The libraries are imported when a recipe is loaded, not with this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+
+from loralloc.recipe.source import Key, dotted, suggest
+from loralloc.setting_types import Count, Positive, joined_rule, shown
+from loralloc.tasks.spec import TASKS
+
+Types = Mapping[str, Any]
+"""The type of every option of a class, by its name."""
+
+_Recipe = TypeVar("_Recipe", bound=BaseModel)
+
+TRAINER: Key = ("training", "trainer")
+PEFT: Key = ("lora", "peft")
+LOAD: Key = ("model", "load")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A mapping of a recipe that hands options on.
+
+    Attributes:
+        key: The mapping.
+        owners: What takes the options, by task: a class, or a function.
+        ours: Options that a recipe sets with another key.
+        instead: Options that take the place of a key, which must not be set beside them.
+        refused: Options that no recipe can set, with the reason.
+        types: Types of options that their owner does not declare, or declares too widely.
+    """
+
+    key: Key
+    owners: Mapping[str, str]
+    ours: Mapping[str, str]
+    refused: Mapping[str, str]
+    instead: Mapping[str, Key] = field(default_factory=dict)
+    types: Types = field(default_factory=dict)
+
+    def known(self, task: str) -> Types:
+        """Every option of the owner, those among them that a recipe cannot set too."""
+        return {**_declared(self.owners[task]), **self.types}
+
+
+def _number_of_a_device(name: Any) -> Any:
+    return int(name) if isinstance(name, str) and name.isdecimal() else name  # in a recipe, every key is text
+
+
+Device = Annotated[int | str, BeforeValidator(_number_of_a_device)]
+
+SCORES = "scores of ranks are made of whole gradients and factors"
+ONCE = "a run computes its metrics once, from the predictions for all examples"
+STARTS = "it belongs to a start that changes the base weights or needs data, of which no plain adapter can be exported"
+
+PLANNED = ("alpha_pattern", "layers_pattern", "layers_to_transform", "rank_pattern", "use_rslora")
+"""Options of `lora.peft` that a plan decides."""
+
+OPTIONS = (
+    Options(
+        key=TRAINER,
+        owners={name: task.arguments for name, task in TASKS.items()},
+        ours={
+            "output_dir": "output",
+            "max_steps": "training.steps",
+            "num_train_epochs": "training.epochs",
+            "per_device_train_batch_size": "training.batch_size",
+            "gradient_accumulation_steps": "training.accumulation",
+            "learning_rate": "training.learning_rate",
+            "warmup_steps": "training.warmup",
+            "weight_decay": "training.weight_decay",
+            "max_grad_norm": "training.max_grad_norm",
+            "seed": "training.seed",
+            "eval_steps": "training.eval_every",
+            "save_steps": "training.save_every",
+            "logging_steps": "training.log_every",
+            "logging_strategy": "training.log_every",
+            "bf16": "training.bf16",
+            "activation_checkpointing": "training.gradient_checkpointing",
+            "gradient_checkpointing": "training.gradient_checkpointing",
+            "gradient_checkpointing_kwargs": "training.trainer.activation_checkpointing_kwargs",
+            "max_length": "data.max_length",
+            "packing": "data.packing",
+            "packing_strategy": "data.packing",
+            "dataset_text_field": "data.text",
+            "completion_only_loss": "data.learn",
+            "assistant_only_loss": "data.learn",
+            "model_init_kwargs": "model.load",
+            "trust_remote_code": "model.trust_remote_code",
+        },
+        instead={
+            "lr_scheduler_type": ("training", "schedule"),
+            "eval_strategy": ("training", "eval_every"),
+            "save_strategy": ("training", "save_every"),
+        },
+        refused={
+            "deepspeed": f"{SCORES}, which DeepSpeed hides; start several processes with torchrun",
+            "fsdp": f"{SCORES}, which FSDP shards; start several processes with torchrun",
+            "fsdp_config": f"{SCORES}, which FSDP shards; start several processes with torchrun",
+            "parallelism_config": f"{SCORES}, which parallel layers shard; start several processes with torchrun",
+            "auto_find_batch_size": "it starts over with ranks that are allocated already; halve training.batch_size",
+            "resume_from_checkpoint": "loralloc train RECIPE --resume continues a run",
+            "enable_jit_checkpoint": "its checkpoints lack the allocation's state; set training.save_every",
+            "save_only_model": "a run resumes from its checkpoints, and could not from those",
+            "do_train": "a script may read it, the Trainer does not; a run always trains and evaluates",
+            "do_eval": "a script may read it, the Trainer does not; a run always trains and evaluates",
+            "do_predict": "a script may read it, the Trainer does not; a run always trains and evaluates",
+            "local_rank": "the launcher says it: torchrun, or accelerate launch",
+            "disable_tqdm": "a run shows its progress itself; --quiet shows none",
+            "hub_strategy": "the adapter is pushed once, when it is exported",
+            "hub_always_push": "the adapter is pushed once, when it is exported",
+            "eval_on_start": "every run evaluates the untrained model first",
+            "prediction_loss_only": "a run is judged by its metric, which needs predictions",
+            "batch_eval_metrics": ONCE,
+            "eval_do_concat_batches": ONCE,
+            "include_for_metrics": ONCE,
+            "fp16_full_eval": "it converts the model itself, before it is trained; set training.trainer.fp16",
+            "bf16_full_eval": "it converts the model itself, before it is trained; set training.bf16",
+            "label_names": "the task names its labels",
+            "length_column_name": "examples have no such column; lengths are counted",
+            "eval_packing": "every example is evaluated by itself",
+            "shuffle_dataset": "the Trainer shuffles, and a stream is shuffled while it is read",
+            "truncation_mode": "examples lose their end, as data.max_length says",
+            "dataset_kwargs": "examples are prepared before the trainer has them",
+            "dataset_num_proc": "examples are prepared before the trainer has them",
+            "chat_template_path": "the template is the model's: put a chat_template.jinja into its folder",
+            "sync_ref_model": "the reference is the base model, the adapter switched off",
+        },
+        types={"accelerator_config": dict[str, Any] | None},
+    ),
+    Options(
+        key=PEFT,
+        owners=dict.fromkeys(TASKS, "peft.LoraConfig"),
+        ours={
+            "r": "lora.r",
+            "lora_alpha": "lora.alpha",
+            "lora_dropout": "lora.dropout",
+            "target_modules": "lora.target_modules",
+            "exclude_modules": "lora.exclude_modules",
+            "modules_to_save": "lora.modules_to_save",
+            "task_type": "task",
+            "base_model_name_or_path": "model.name",
+            "revision": "model.load.revision",
+        },
+        instead=dict.fromkeys(PLANNED, ("plan",)),
+        refused={
+            "peft_type": "ranks are allocated for LoRA alone",
+            "auto_mapping": "PEFT writes it itself",
+            "peft_version": "PEFT writes it itself",
+            "inference_mode": "the adapter is to be trained",
+            "loftq_config": STARTS,
+            "eva_config": STARTS,
+            "corda_config": STARTS,
+            "lora_ga_config": STARTS,
+            "qalora_group_size": "it belongs to use_qalora, whose update is more than B·A",
+            "runtime_config": "it belongs to use_dora, whose update is more than B·A",
+            "megatron_config": "Megatron's tensor-parallel layers shard the factors",
+            "megatron_core": "Megatron's tensor-parallel layers shard the factors",
+        },
+        types={"rank_pattern": dict[str, Count], "alpha_pattern": dict[str, Positive]},
+    ),
+    Options(
+        key=LOAD,
+        owners=dict.fromkeys(TASKS, "transformers.PreTrainedModel.from_pretrained"),
+        ours={
+            "pretrained_model_name_or_path": "model.name",
+            "dtype": "model.dtype",
+            "torch_dtype": "model.dtype",
+            "trust_remote_code": "model.trust_remote_code",
+        },
+        refused={
+            "local_files_only": "a run asks whether the Hub can be reached; with HF_HUB_OFFLINE=1 it does not",
+            "weights_only": "it lets a checkpoint run code; convert the checkpoint to safetensors",
+            "config": "the configuration is the model's own, with the labels of the data",
+            "ignore_mismatched_sizes": "the labels of the data decide whether the head is a new one",
+            "state_dict": "weights cannot be written in a recipe",
+            "output_loading_info": "a run has no use for it",
+            "generation_config": "a run does not generate",
+            "adapter_kwargs": "ranks are allocated in a fresh adapter; name the base model",
+            "adapter_name": "ranks are allocated in a fresh adapter; name the base model",
+            "tqdm_class": "a class cannot be written in a recipe",
+            "kernel_config": "an object cannot be written in a recipe",
+            "distributed_config": f"{SCORES}, which parallel layers shard",
+            "device_mesh": f"{SCORES}, which parallel layers shard",
+            "tp_plan": f"{SCORES}, which parallel layers shard",
+            "tp_size": f"{SCORES}, which parallel layers shard",
+        },
+        # What from_pretrained takes through **kwargs; a test holds it to transformers.
+        types={
+            "attn_implementation": str | dict[str, str],
+            "experts_implementation": str | dict[str, str],
+            "device_map": str | int | dict[str, int | str],
+            "max_memory": dict[Device, int | str],
+            "offload_folder": str,
+            "offload_buffers": bool,
+            "quantization_config": dict[str, Any],
+            "subfolder": str,
+            "variant": str,
+            "gguf_file": str,
+            "key_mapping": dict[str, str],
+            "proxies": dict[str, str],
+            "code_revision": str,
+            "use_kernels": bool,
+            "allow_all_kernels": bool,
+        },
+    ),
+)
+"""The three mappings."""
+
+MAPPINGS = tuple(dotted(options.key) for options in OPTIONS)
+"""Their keys with dots."""
+
+OF_THE_EXPORTED_ALONE = ("eval_strategy", "load_best_model_at_end", "push_to_hub")
+"""Options of `training.trainer` without which a search is trained: they are about the adapter that is exported."""
+
+TOLD_TO_OTHERS = ("push_to_hub", "report_to")
+"""Options of `training.trainer` by which others hear of a training: not of a rehearsal, nor of an evaluation."""
+
+
+def imported(path: str) -> Any:
+    """Import a class, or a function of one, by its dotted path below a package.
+
+    >>> imported("pathlib.PurePath.is_absolute").__name__
+    'is_absolute'
+    """
+    package, *names = path.split(".")
+    found: Any = importlib.import_module(package)
+    for name in names:
+        found = getattr(found, name)
+    return found
+
+
+@cache
+def _declared(path: str) -> Types:
+    """The options that a dataclass or a function declares."""
+    owner = imported(path)
+    hints = get_type_hints(owner)
+    if is_dataclass(owner):
+        return {option.name: hints[option.name] for option in fields(owner) if option.init}
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(owner).parameters.values()
+    return {option.name: hints[option.name] for option in parameters if option.kind not in several}
+
+
+@cache
+def option_keys() -> Mapping[str, str]:
+    """Return what the libraries say of every option that a recipe has no other key for, by its key with dots.
+
+    Those that are refused are among them: whoever looks for one is to be told why.
+    """
+    found: dict[str, str] = {}
+    for options in OPTIONS:
+        for task, path in options.owners.items():
+            names, described = options.known(task).keys() - options.ours.keys(), _help(path)
+            found |= {dotted((*options.key, name)): described.get(name, "") for name in sorted(names)}
+    return found
+
+
+def _help(path: str) -> Mapping[str, str]:
+    """The first sentence that a dataclass says of each of its fields."""
+    owner = imported(path)
+    declared = fields(owner) if is_dataclass(owner) else ()
+    return {option.name: _first_sentence(str(option.metadata.get("help", ""))) for option in declared}
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split()).partition(". ")[0].removesuffix(".")
+
+
+def options_schema(key: Key) -> Callable[[dict[str, Any]], None]:
+    """Return what adds the names of a mapping's options, whatever the task, to the JSON schema of the mapping.
+
+    Args:
+        key: One of `TRAINER`, `PEFT` and `LOAD`.
+    """
+
+    def complete(node: dict[str, Any]) -> None:
+        options = next(options for options in OPTIONS if options.key == key)
+        start = f"{dotted(key)}."
+        told = {name.removeprefix(start): text for name, text in option_keys().items() if name.startswith(start)}
+        node["additionalProperties"] = False
+        node["properties"] = {
+            name: {"description": text} if text else {} for name, text in told.items() if name not in options.refused
+        }
+
+    return complete
+
+
+def exclusive_keys() -> Iterator[Sequence[Key]]:
+    """Go through the pairs of keys of which one takes the place of the other."""
+    for options in OPTIONS:
+        yield from (((*options.key, name), replaced) for name, replaced in options.instead.items())
+
+
+def broken_options(tree: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[tuple[Key, str]]:
+    """Check the names and types of all options that a recipe hands on.
+
+    Args:
+        tree: The recipe; its values may be of any type.
+        keys: All keys that a recipe may have, for those that were meant.
+
+    Yields:
+        The key and what is wrong with it.
+    """
+    task = tree.get("task")
+    if not isinstance(task, str) or task not in TASKS:
+        return
+    for options in OPTIONS:
+        given = _get(tree, options.key)
+        for name in given if isinstance(given, Mapping) else ():
+            key = (*options.key, name)
+            if problem := _problem(options, task, name, given[name], tree, keys):
+                yield key, problem
+
+
+def _problem(
+    options: Options, task: str, name: str, value: Any, tree: Mapping[str, Any], keys: Mapping[str, str]
+) -> str | None:
+    key = (*options.key, name)
+    if name in options.ours:
+        return f"{dotted(key)} is {options.ours[name]} in a recipe: set that"
+    if name in options.refused:
+        return f"{dotted(key)} cannot be set: {options.refused[name]}"
+    types = options.known(task)
+    if name not in types:
+        owner = options.owners[task]
+        return f'unknown key "{name}" in "{dotted(options.key)}", the options of {owner}.{suggest(key, keys)}'
+    replaced = options.instead.get(name)
+    if replaced is not None and (beside := _get(tree, replaced)) is not None:
+        return f"{dotted(key)} takes the place of {dotted(replaced)}, which is {beside}: leave one of them out"
+    try:
+        _adapter(types[name]).validate_python(value)
+    except ValidationError as error:
+        return f"{dotted(key)} {joined_rule(error.errors())}, got {shown(value)}"
+    return None
+
+
+def _get(tree: Any, key: Key) -> Any:
+    for part in key:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
+
+
+def values(key: Key, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a mapping as their owner takes them, a copy that it may change.
+
+    Args:
+        key: The mapping, one of `TRAINER`, `PEFT` and `LOAD`.
+        task: The recipe's task.
+        given: What the recipe says there, checked.
+    """
+    types = next(options for options in OPTIONS if options.key == key).known(task)
+    return {name: _adapter(types[name]).validate_python(deepcopy(value)) for name, value in given.items()}
+
+
+def without(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return a mapping without some of its options."""
+    return {name: value for name, value in given.items() if name not in names}
+
+
+def with_options(recipe: _Recipe, key: Key, given: Mapping[str, Any]) -> _Recipe:
+    """Return a recipe with other options in one of its mappings."""
+    section, name = map(str, key)
+    changed = getattr(recipe, section).model_copy(update={name: dict(given)})
+    return recipe.model_copy(update={section: changed})
