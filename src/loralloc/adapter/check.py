@@ -1,7 +1,8 @@
 """The check of an export: stock PEFT loads the files onto the bare base model, and like is compared with like.
 
 What a training loop leaves around a model (accelerate's autocast and its conversion of outputs to fp32) is taken off on
-both sides, so that both compute in the dtype of the weights. The files are loaded onto the base model without the
+both sides, so that both compute in the dtype of the weights; layers in 4 or 8 bits compute with the numbers that their
+weights stand for, in the dtype of the model. The files are loaded onto the base model without the
 trained adapter, so that a fault of the trained model cannot be its own witness. Three things have to hold:
 
 * the files hold what stock PEFT then holds: no key is missing, none is left over;
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from loralloc.errors import UserError
 from loralloc.peft_layers import bare_base, evaluating
 from loralloc.plain_lora import plain_sites
+from loralloc.quantized import dequantized
 
 Batch = Mapping[str, Any]
 
@@ -111,14 +113,23 @@ def check_adapter(model: PeftModel, folder: Path, factors: Mapping[str, Factors]
 
 @contextmanager
 def computing_plainly(model: nn.Module) -> Iterator[None]:
-    """Evaluation in the dtype of the weights inside: no dropout, no autocast, no wrapper of accelerate's."""
+    """Evaluation in the dtype of the model inside: no dropout, no autocast, no wrapper of accelerate's.
+
+    Nor do layers in 4 or 8 bits round their input, where a difference of the last bit would become one of a percent.
+    """
     wrapped = [m for m in model.modules() if "_original_forward" in vars(m) and "forward" in vars(m)]
     forwards = [module.forward for module in wrapped]
     device = next(model.parameters()).device.type
     for module in wrapped:
         module.forward = vars(module)["_original_forward"]
     try:
-        with evaluating(model), torch.random.fork_rng(), torch.autocast(device, enabled=False), torch.no_grad():
+        with (
+            evaluating(model),
+            dequantized(model),
+            torch.random.fork_rng(),
+            torch.autocast(device, enabled=False),
+            torch.no_grad(),
+        ):
             yield
     finally:
         for module, forward in zip(wrapped, forwards, strict=True):
