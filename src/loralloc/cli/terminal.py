@@ -49,7 +49,8 @@ class Terminal(Screen):
         sites = sum(1 for _ in plain_sites(model))
         trainable, total = model.get_nb_trainable_parameters()
         test = "" if data.test is None else f", {len(data.test):,} test"
-        console.print(f"[bold]{escape(recipe.method.name)}[/] on {escape(recipe.model.name)} ({total:,} parameters)")
+        size = f"{total:,} parameters" + (f" in {recipe.model.load_in}" if recipe.model.load_in else "")
+        console.print(f"[bold]{escape(recipe.method.name)}[/] on {escape(recipe.model.name)} ({size})")
         console.print(f"  data      {len(data.train):,} train, {len(data.validation):,} validation{test} examples")
         if data.classes:
             counted = f"  classes   {len(data.classes):,} in the training data: {labels.class_words(data.classes)}"
