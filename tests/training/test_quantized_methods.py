@@ -10,7 +10,9 @@ import torch
 from models import labelled_batch, logits
 from peft import PeftModel
 from quantized_models import BITS, ROUNDING, quantized_llama, quantized_peft
-from test_export_matrix import METHODS, in_a_loop, in_trainer, one_precision_a_test  # noqa: F401
+from safetensors.torch import load_file
+from test_export_matrix import METHODS, in_a_loop, in_sft_trainer, in_trainer, one_precision_a_test  # noqa: F401
+from test_sft import quiet_datasets  # noqa: F401
 from torch import Tensor, nn
 
 from loralloc import UserError, attach, export_adapter
@@ -83,3 +85,18 @@ def test_and_in_other_precisions(name: str, bits: str, dtype: torch.dtype, preci
         found = stock(**labelled_batch("llama")).logits.float()
     rounding = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(found, expected, rtol=0, atol=rounding * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", METHODS)
+def test_and_under_trl_which_makes_the_adapter_narrow(name: str, bits: str, precision: str, tmp_path: Path) -> None:
+    model = quantized_peft(bits, lora_alpha=4)
+    in_sft_trainer(model, METHODS[name], precision, tmp_path / "run")
+    assert {p.dtype for key, p in model.named_parameters() if "lora_" in key} == {torch.bfloat16}
+    export = export_adapter(model, tmp_path / "adapter")
+    assert {tensor.dtype for tensor in load_file(export.path / "adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    assert export.difference <= export.allowed

@@ -7,8 +7,8 @@ trained adapter, so that a fault of the trained model cannot be its own witness.
 
 * the files hold what stock PEFT then holds: no key is missing, none is left over;
 * every module's update s · B A is the trained one, up to the rounding of the stored dtype;
-* the logits are the trained model's, up to the rounding of the model's dtype, and differ from the base model's where
-  the trained model's do.
+* the logits are the trained model's, up to the rounding of the model's dtype or the stored one, and differ from the
+  base model's where the trained model's do.
 """
 
 from __future__ import annotations
@@ -95,20 +95,20 @@ def check_adapter(model: PeftModel, folder: Path, factors: Mapping[str, Factors]
         UserError: The model does not take the inputs.
         RuntimeError: The files are another adapter.
     """
-    narrow = any(factor.A.dtype.itemsize < 4 for factor in factors.values())
+    stored = min((factor.A.dtype for factor in factors.values()), key=lambda dtype: dtype.itemsize)
     with computing_plainly(model):
         trained = logits(model, batch)
         with bare_base(model) as base:
             without = logits(base, batch)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about keys: they are compared below
-                stock = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=not narrow).eval()
+                stock = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=stored.itemsize >= 4).eval()
             _compare_keys(folder, stock)
             _compare_updates(stock, factors)
             loaded = logits(stock, batch)
     if not torch.equal(trained, without) and torch.equal(loaded, without):
         raise RuntimeError("the reloaded export has no effect: its logits are the base model's; nothing was written")
-    return compare(trained, loaded)
+    return compare(trained, loaded, stored=stored)
 
 
 @contextmanager
@@ -160,15 +160,21 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     return found
 
 
-def compare(expected: Tensor, actual: Tensor, ulps: int = 4) -> Checked:
+def compare(expected: Tensor, actual: Tensor, ulps: int = 4, stored: torch.dtype = torch.float32) -> Checked:
     """Return the largest difference of a logit, and what is allowed.
 
     Allowed are 1e-5 in fp32 and a few units in the last place of a narrower dtype, relative to the largest logit.
 
+    Args:
+        expected: The logits that should be.
+        actual: Those that are.
+        ulps: How many units.
+        stored: What the weights were rounded to on their way, where that is narrower than the logits.
+
     Raises:
         RuntimeError: The difference is more than rounding.
     """
-    relative = max(1e-5, ulps * torch.finfo(expected.dtype).eps)
+    relative = max(1e-5, *(ulps * torch.finfo(dtype).eps for dtype in (expected.dtype, stored)))
     expected, actual = expected.float(), actual.float()
     difference = float((expected - actual).abs().max())
     tolerance = relative * max(1.0, float(expected.abs().max()))
