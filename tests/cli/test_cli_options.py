@@ -31,6 +31,7 @@ from .deaths import killed_at
 CHANGED: dict[str, Any] = {
     "model.name": "other",
     "model.dtype": "bfloat16",
+    "model.load_in": "8bit",
     "model.trust_remote_code": True,
     "data.train": "more.jsonl",
     "data.validation": "more.jsonl",
@@ -69,7 +70,7 @@ ELSEWHERE = {"task", "training.epochs", "output", "data.prompt", "data.completio
 """The task and what has a meaning for another one, and the folder, which a verb is given."""
 
 TRAINS = set(CHANGED)
-LOADS = {"model.name", "model.dtype", "model.trust_remote_code", "training.seed"}
+LOADS = {"model.name", "model.dtype", "model.load_in", "model.trust_remote_code", "training.seed"}
 READS = {key for key in CHANGED if key.startswith("data.")}
 CONCERNS = {
     "train": TRAINS,
@@ -93,7 +94,8 @@ def seeing(verb: str, seen: list[Any]) -> Iterator[None]:
         alive = getattr(transformers, name).from_pretrained
 
         def note(path: str, *rest: Any, **options: Any) -> Any:
-            seen.append([name, str(path), *(str(options.get(key)) for key in ("dtype", "trust_remote_code"))])
+            noted = ("dtype", "quantization_config", "trust_remote_code")
+            seen.append([name, str(path), *(str(options.get(key)) for key in noted)])
             return alive(path, *rest, **options)
 
         return patch.object(getattr(transformers, name), "from_pretrained", note)
