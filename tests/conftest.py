@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import tempfile
@@ -28,6 +29,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from variants import mark_slow  # noqa: E402
+
+# A line for every product of a layer in 8 bits.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # More threads would change the order of summation, and with it the last bits, from machine to machine.
 torch.set_num_threads(1)

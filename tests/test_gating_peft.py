@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import peft
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from models import (
     BUILDERS,
     gated,
@@ -38,6 +40,7 @@ from torch import Tensor, nn
 
 from loralloc.gating import attach_gates, fold_gates, is_gated
 from loralloc.peft_layers import MERGE_IGNORES_VARIANTS, MIXED_BATCHES_IGNORE_VARIANTS, NOT_GATED, NOT_LINEAR, SUPPORTED
+from loralloc.quantized import keep_trainable
 
 MODELS = list(BUILDERS)
 
@@ -304,8 +307,6 @@ def test_peft_moves_every_dictionary_named_in_adapter_layer_names() -> None:
 
 
 def quantised() -> PeftModel:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-
     class Quantised(nn.Module):
         is_loaded_in_4bit = True
 
@@ -317,6 +318,7 @@ def quantised() -> PeftModel:
             return self.fc(x)
 
     model = on_layer(Quantised().to("cpu"), "fc")
+    keep_trainable(model)  # it is evaluated before gates are attached
     train_adapter(model)
     return model.eval()
 
@@ -345,9 +347,8 @@ def test_merging_into_a_4_bit_layer_quantises_the_sum() -> None:
     (site,) = attach_gates(model)
     shake([site])
     base = site.layer.base_layer.weight
-    dequantise = pytest.importorskip("bitsandbytes.functional").dequantize_4bit
-    wanted = dequantise(base.data, base.quant_state) + naive_delta(site)
+    wanted = dequantize_4bit(base.data, base.quant_state) + naive_delta(site)
     twin = type(base)(wanted, quant_type=base.quant_type, requires_grad=False).to("cpu")
     model.merge_adapter()
     merged = site.layer.base_layer.weight
-    assert torch.equal(dequantise(merged.data, merged.quant_state), dequantise(twin.data, twin.quant_state))
+    assert torch.equal(dequantize_4bit(merged.data, merged.quant_state), dequantize_4bit(twin.data, twin.quant_state))

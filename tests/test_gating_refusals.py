@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from loralloc import AdaLoRA, Budget, UserError, attach
 from loralloc.gating import attach_gates, fold_gates, is_gated
-from loralloc.peft_layers import MERGE_IGNORES_VARIANTS, MIXED_BATCHES_IGNORE_VARIANTS, NOT_GATED, NOT_LINEAR, SUPPORTED
+from loralloc.peft_layers import (
+    MERGE_IGNORES_VARIANTS,
+    MIXED_BATCHES_IGNORE_VARIANTS,
+    NOT_GATED,
+    NOT_LINEAR,
+    SUPPORTED,
+    is_quantized,
+)
 from loralloc.plain_lora import plain_sites
 from loralloc.training.run import AllocationRun
 
@@ -164,6 +171,18 @@ def test_quantised_layers_are_accepted_by_their_full_name(full_name: str) -> Non
     fold_gates(sites)
     model.merge_adapter()
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_which_layers_have_quantised_weights() -> None:
+    """All that are supported but one, and of those that are not, the ones whose weights are small."""
+    known = [*SUPPORTED, *(f"peft.tuners.lora.{name}" for name in (*NOT_GATED, *NOT_LINEAR))]
+    layer = next(iter(lora_layers(tiny_peft("llama")).values()))
+    whole = set()
+    for full_name in known:
+        forge(layer, full_name)
+        if not is_quantized(layer):
+            whole.add(full_name.removeprefix("peft.tuners.lora."))
+    assert whole == {"layer.Linear", "te.TeLinear", "tp_layer.LoraParallelLinear", *NOT_LINEAR}
 
 
 @pytest.mark.parametrize("full_name", sorted(MIXED_BATCHES_IGNORE_VARIANTS))

@@ -100,6 +100,8 @@ FAST: Mapping[str, int] = {
     "training/test_gated_files.py::test_every_checkpoint_and_save_model_are_right_in_stock_peft": 2,
     "training/test_methods_in_trainers.py::test_it_trains_meets_its_budget_and_exports": 4,
     "training/test_fresh_ranks.py::test_a_fresh_rank_moves_as_with_an_optimizer_of_its_own": 8,
+    "training/test_quantized_methods.py::test_attaching_changes_no_output": 6,
+    "training/test_quantized_methods.py::test_what_was_trained_computes_the_same_on_a_base_that_is_loaded_anew": 6,
     "training/test_own_loop.py::test_micro_batches_are_no_steps": 2,
     "training/test_resume_callback.py::test_a_damaged_marker_is_refused": 3,
     "training/test_resume_callback.py::test_a_resume_after_the_last_step_finishes_the_run": 1,

@@ -40,6 +40,7 @@ from loralloc.peft_layers import (
     peft_model,
 )
 from loralloc.plain_lora import PlainSite, check_plain
+from loralloc.quantized import keep_trainable
 
 _LINEAR_FORWARD = nn.Linear.forward  # as it was when this was imported: some tools replace it for all layers
 
@@ -276,6 +277,7 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
         raise UserError("a rank allocation is attached already; finish() it first, or load the model anew")
     check_plain(peft, adapter, layers)
     check_gateable(peft, adapter, layers)
+    keep_trainable(peft)
     config = peft.peft_config[adapter]
     sites = []
     for name, layer in layers:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loralloc.errors import UserError, closest
 from loralloc.naming import common_ends, excluding, named
+from loralloc.quantized import is_packed
 
 PREFIX = "base_model.model."
 _LAYERS = "peft.tuners.lora."
@@ -36,6 +37,9 @@ SUPPORTED = frozenset(
     )
 )
 """Layer classes that can be gated, by full name so that no optional package is imported."""
+
+_QUANTIZED = ("bnb.", "hqq.", "gptq.", "torchao.", "awq.", "aqlm.", "eetq.", "inc.")
+"""Modules of PEFT whose layers adapt weights that are kept in fewer bits."""
 
 MERGE_IGNORES_VARIANTS = frozenset({_LAYERS + "torchao.TorchaoLoraLinear"})
 """Layers whose in-place merge would drop the gates without a word; it is blocked until the gates are folded."""
@@ -211,6 +215,11 @@ def class_name(layer: LoraLayer) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
+def is_quantized(layer: LoraLayer) -> bool:
+    """Whether the weight that a layer adapts is kept in fewer bits: merging would round the update with it."""
+    return class_name(layer).removeprefix(_LAYERS).startswith(_QUANTIZED)
+
+
 def linear_targets(model: nn.Module) -> list[str]:
     """Ends of the names of a model's attention projections, or else of its linear layers, as `target_modules` take it.
 
@@ -293,6 +302,9 @@ def _problem(layer: Any, adapter: str) -> _Problem | None:
         reason = NOT_GATED.get(kind.removeprefix(_LAYERS), "the class is not known to loralloc")
         cure = "load the base model in 16 bit or with bitsandbytes" if kind.removeprefix(_LAYERS) in NOT_GATED else ""
         return _Problem(f"ranks cannot be allocated in {type(layer).__name__} layers ({reason})", cure)
+    if is_packed(layer.get_base_layer()):
+        packed = "bitsandbytes has packed its weights for inference on this CPU, and gradients do not pass it any more"
+        return _Problem(packed, "load the base model anew, and evaluate it after attaching only")
     if layer.merged:
         return _Problem("the adapter is merged into the base weights", "call model.unmerge_adapter() first")
     if not layer.scaling[adapter] > 0:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.naming import named
-from loralloc.peft_layers import check_linear, lora_adapter, peft_model
+from loralloc.peft_layers import check_linear, is_quantized, lora_adapter, peft_model
 
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")
 """Starts of init_lora_weights under which PEFT changes the base weights, and can convert what was trained."""
@@ -116,8 +116,11 @@ def check_active(layers: Iterable[tuple[str, Any]]) -> None:
             raise UserError(f"{name}: the adapter is {state}, so there is nothing to compare with; call {cure} first")
 
 
-def check_mergeable(model: PeftModel, adapter: str, layers: Iterable[tuple[str, Any]]) -> None:
-    """Refuse to merge an adapter of a layer that shares its weight with another one: both would change.
+def check_mergeable(model: PeftModel, adapter: str, layers: Sequence[tuple[str, Any]]) -> None:
+    """Refuse to merge where more, or less, than the update would be in the weights.
+
+    An update in quantised weights is rounded with them, and most of it is smaller than their steps. Of two layers that
+    share a weight, both would change.
 
     Args:
         model: The model.
@@ -125,8 +128,16 @@ def check_mergeable(model: PeftModel, adapter: str, layers: Iterable[tuple[str, 
         layers: Its layers by full module name.
 
     Raises:
-        UserError: With both layers and what to do instead.
+        UserError: With the layers and what to do instead.
     """
+    if quantized := [name for name, layer in layers if is_quantized(layer)]:
+        where = named(quantized, [name for name, _ in layers if name not in quantized])
+        raise UserError(
+            f"{where}: the weights are quantised, and merging would round the update to their steps; load the base "
+            'model in full precision, and the adapter (exported with profile="ragged") onto it, and export that: '
+            'export_adapter(PeftModel.from_pretrained(base, "ADAPTER"), path, profile="merged"); of a run with '
+            "model.load_in in its recipe, loralloc export RUN --profile merged does it"
+        )
     owners: dict[int, list[str]] = {}
     for name, module in model.get_base_model().named_modules():
         weight = module._parameters.get("weight")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from exports import adapted, assert_unchanged, saved_base, snapshot
+from exports import adapted, assert_unchanged, corrupt_writes, saved_base, snapshot
 from models import TARGETS, logits, tiny_peft, token_batch, train_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -261,6 +261,22 @@ def test_a_tokenizer_goes_beside_an_adapter(tmp_path: Path) -> None:
         tiny_peft("llama", trained=True), tmp_path / "adapter"
     )  # an export may be replaced, tokenizer and all
     assert not (export.path / "tokenizer_config.json").exists()
+
+
+@pytest.mark.parametrize("profile", ["ragged", "uniform"])
+def test_an_adapter_narrower_than_the_model_is_allowed_its_own_rounding(
+    profile: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TRL makes it over a quantised model: folding the scale rounds to the dtype that is stored."""
+    model = tiny_peft("llama", trained=True, lora_alpha=5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    export = export_adapter(model, tmp_path / "adapter", profile)
+    assert 1e-5 < export.difference < export.allowed
+    corrupt_writes(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"computes something else: the update of .* differs"):
+        export_adapter(model, tmp_path / "adapter", profile)
 
 
 @pytest.mark.parametrize(("name", "serves"), [("llama", True), ("bert", False)])

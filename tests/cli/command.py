@@ -125,7 +125,7 @@ def save_encoder(folder: Path) -> Path:
     return folder
 
 
-def save_decoder(folder: Path) -> Path:
+def save_decoder(folder: Path, width: int = 16, dtype: torch.dtype = torch.float32) -> Path:
     """A Llama of two layers, with a chat template."""
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = _tokenizer("<s> $A", None, **special)
@@ -134,15 +134,15 @@ def save_decoder(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
-        initializer_range=0.2,
+        initializer_range=0.8 / width**0.5,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     return folder
 
 

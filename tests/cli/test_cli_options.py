@@ -32,6 +32,7 @@ from .deaths import killed_at
 CHANGED: dict[str, Any] = {
     "model.name": "other",
     "model.dtype": "bfloat16",
+    "model.load_in": "8bit",
     "model.trust_remote_code": True,
     "model.load": {"attn_implementation": "eager"},
     "data.train": "more.jsonl",
@@ -78,14 +79,14 @@ ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS, *GENERATION}
 """The task and what has a meaning for another one, and the folder, which a verb is given."""
 
 TRAINS = set(CHANGED)
-LOADS = {"model.name", "model.dtype", "model.trust_remote_code", "model.load", "training.seed"}
+LOADS = {"model.name", "model.dtype", "model.load_in", "model.trust_remote_code", "model.load", "training.seed"}
 READS = {key for key in CHANGED if key.startswith("data.")}
 CONCERNS = {
     "train": TRAINS,
     "evaluate": LOADS | READS | {"training.batch_size", "training.bf16", "training.trainer"},
     "export": LOADS,
 }
-LOADING = ("dtype", "trust_remote_code", "attn_implementation")
+LOADING = ("dtype", "quantization_config", "trust_remote_code", "attn_implementation")
 USED = ("per_device_eval_batch_size", "bf16")
 """Settings of the Trainer that an evaluation depends on."""
 

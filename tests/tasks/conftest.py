@@ -39,8 +39,8 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def model_section() -> Callable[..., Any]:
     """Makes a recipe's model section."""
 
-    def make(name: str, dtype: str = "float32") -> Any:
-        return SimpleNamespace(name=name, dtype=dtype, trust_remote_code=False, load={})
+    def make(name: str, dtype: str = "float32", load_in: str | None = None) -> Any:
+        return SimpleNamespace(name=name, dtype=dtype, load_in=load_in, trust_remote_code=False, load={})
 
     return make
 

@@ -26,13 +26,13 @@ def build_tokenizer(template: str, pair: str | None, **special: str) -> PreTrain
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **special)
 
 
-def save_decoder(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+def save_decoder(folder: Path, tokenizer: PreTrainedTokenizerFast, width: int = 16) -> str:
     """A Llama of two layers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -43,13 +43,13 @@ def save_decoder(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
     return str(folder)
 
 
-def save_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+def save_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast, width: int = 16) -> str:
     """A BERT of two layers, without a head."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=32,

@@ -1,13 +1,14 @@
 """The check of an export: stock PEFT loads the files onto the bare base model, and like is compared with like.
 
 What a training loop leaves around a model (accelerate's autocast and its conversion of outputs to fp32) is taken off on
-both sides, so that both compute in the dtype of the weights. The files are loaded onto the base model without the
+both sides, so that both compute in the dtype of the weights; layers in 4 or 8 bits compute with the numbers that their
+weights stand for, in the dtype of the model. The files are loaded onto the base model without the
 trained adapter, so that a fault of the trained model cannot be its own witness. Three things have to hold:
 
 * the files hold what stock PEFT then holds: no key is missing, none is left over;
 * every module's update s · B A is the trained one, up to the rounding of the stored dtype;
-* the logits are the trained model's, up to the rounding of the model's dtype, and differ from the base model's where
-  the trained model's do.
+* the logits are the trained model's, up to the rounding of the model's dtype or the stored one, and differ from the
+  base model's where the trained model's do.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from loralloc.errors import UserError
 from loralloc.peft_layers import bare_base, evaluating
 from loralloc.plain_lora import plain_sites
+from loralloc.quantized import dequantized
 
 Batch = Mapping[str, Any]
 
@@ -93,32 +95,41 @@ def check_adapter(model: PeftModel, folder: Path, factors: Mapping[str, Factors]
         UserError: The model does not take the inputs.
         RuntimeError: The files are another adapter.
     """
-    narrow = any(factor.A.dtype.itemsize < 4 for factor in factors.values())
+    stored = min((factor.A.dtype for factor in factors.values()), key=lambda dtype: dtype.itemsize)
     with computing_plainly(model):
         trained = logits(model, batch)
         with bare_base(model) as base:
             without = logits(base, batch)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about keys: they are compared below
-                stock = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=not narrow).eval()
+                stock = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=stored.itemsize >= 4).eval()
             _compare_keys(folder, stock)
             _compare_updates(stock, factors)
             loaded = logits(stock, batch)
     if not torch.equal(trained, without) and torch.equal(loaded, without):
         raise RuntimeError("the reloaded export has no effect: its logits are the base model's; nothing was written")
-    return compare(trained, loaded)
+    return compare(trained, loaded, stored=stored)
 
 
 @contextmanager
 def computing_plainly(model: nn.Module) -> Iterator[None]:
-    """Evaluation in the dtype of the weights inside: no dropout, no autocast, no wrapper of accelerate's."""
+    """Evaluation in the dtype of the model inside: no dropout, no autocast, no wrapper of accelerate's.
+
+    Nor do layers in 4 or 8 bits round their input, where a difference of the last bit would become one of a percent.
+    """
     wrapped = [m for m in model.modules() if "_original_forward" in vars(m) and "forward" in vars(m)]
     forwards = [module.forward for module in wrapped]
     device = next(model.parameters()).device.type
     for module in wrapped:
         module.forward = vars(module)["_original_forward"]
     try:
-        with evaluating(model), torch.random.fork_rng(), torch.autocast(device, enabled=False), torch.no_grad():
+        with (
+            evaluating(model),
+            dequantized(model),
+            torch.random.fork_rng(),
+            torch.autocast(device, enabled=False),
+            torch.no_grad(),
+        ):
             yield
     finally:
         for module, forward in zip(wrapped, forwards, strict=True):
@@ -149,15 +160,21 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     return found
 
 
-def compare(expected: Tensor, actual: Tensor, ulps: int = 4) -> Checked:
+def compare(expected: Tensor, actual: Tensor, ulps: int = 4, stored: torch.dtype = torch.float32) -> Checked:
     """Return the largest difference of a logit, and what is allowed.
 
     Allowed are 1e-5 in fp32 and a few units in the last place of a narrower dtype, relative to the largest logit.
 
+    Args:
+        expected: The logits that should be.
+        actual: Those that are.
+        ulps: How many units.
+        stored: What the weights were rounded to on their way, where that is narrower than the logits.
+
     Raises:
         RuntimeError: The difference is more than rounding.
     """
-    relative = max(1e-5, ulps * torch.finfo(expected.dtype).eps)
+    relative = max(1e-5, *(ulps * torch.finfo(dtype).eps for dtype in (expected.dtype, stored)))
     expected, actual = expected.float(), actual.float()
     difference = float((expected - actual).abs().max())
     tolerance = relative * max(1.0, float(expected.abs().max()))

@@ -68,13 +68,20 @@ def lora_config(plan: RankPlan, model: nn.Module, **settings: Any) -> LoraConfig
 def _check_model(plan: RankPlan, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for name, planned in plan.modules.items():
-        weight = getattr(modules.get(name), "weight", None)
-        shape = None if weight is None else sorted(weight.shape)
+        shape = _shape(modules.get(name))
         if shape != sorted((planned.inputs, planned.outputs)):
             found = f"there is no such module.{closest(name, modules)}" if shape is None else f"the model's is {shape}"
             raise UserError(
                 f"the plan belongs to another model: {name} is {planned.inputs} x {planned.outputs}, {found}"
             )
+
+
+def _shape(module: nn.Module | None) -> list[int] | None:
+    """Inputs and outputs of a linear layer, the smaller number first; a weight in 4 bits does not tell them."""
+    if isinstance(module, nn.Linear):
+        return sorted((module.in_features, module.out_features))
+    weight = getattr(module, "weight", None)
+    return None if weight is None else sorted(weight.shape)
 
 
 def _targets(kept: list[str], model: nn.Module) -> list[str] | str:

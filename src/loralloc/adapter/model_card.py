@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import transformers
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 Profile = Literal["ragged", "uniform", "merged"]
 
@@ -18,9 +19,9 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 LOADING = """\
 from peft import PeftModel
-from transformers import {model}, AutoTokenizer
+from transformers import {imports}
 
-base = {model}.from_pretrained({base}{options})
+{quantization}base = {model}.from_pretrained({base}{options})
 model = PeftModel.from_pretrained(base, ".")  # this folder
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
 
@@ -92,6 +93,12 @@ def model_card(base: nn.Module, export: Export, tokenizer: bool, facts: Mapping[
         f"{export.difference:.1e}.",
         f"```python\n{_loading(base, export, tokenizer)}\n```",
     ]
+    if quantized := _quantization(base):
+        sections.append(
+            f"It was trained over the base model in {4 if quantized.load_in_4bit else 8} bits; in the comparison, both "
+            "computed with the numbers that these stand for. Over the base model in full precision it computes "
+            "something a little different: evaluate it there before you serve it so."
+        )
     if export.profile == "ragged":
         sections.append(
             "Modules have ranks of their own (`rank_pattern`). PEFT's hot-swapping and vLLM before 0.32 do not read "
@@ -114,8 +121,35 @@ def _loading(base: nn.Module, export: Export, tokenizer: bool) -> str:
     labels = getattr(config, "num_labels", 2)
     options = f", num_labels={labels}" if export.has_head and kind.endswith("Classification") else ""
     options += f", revision={json.dumps(export.revision)}" if export.revision else ""
+    imports, written = [kind, "AutoTokenizer"], ""
+    if quantized := _quantization(base):
+        imports.append("BitsAndBytesConfig")
+        written = f"quantization = {_call(quantized)}\n"
+        options += ", quantization_config=quantization"
     name = json.dumps(export.base)
-    return LOADING.format(model=kind, base=name, options=options, tokenizer='"."' if tokenizer else name)
+    return LOADING.format(
+        model=kind,
+        imports=", ".join(imports),
+        quantization=written,
+        base=name,
+        options=options,
+        tokenizer='"."' if tokenizer else name,
+    )
+
+
+def _quantization(base: nn.Module) -> BitsAndBytesConfig | None:
+    """How bitsandbytes has quantised the base model when it was loaded; None where it has not, or it is stored so."""
+    quantizer: Any = getattr(base, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return None
+    config = quantizer.quantization_config
+    return config if isinstance(config, BitsAndBytesConfig) else None
+
+
+def _call(config: BitsAndBytesConfig) -> str:
+    """The lines that make a configuration."""
+    settings = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
+    return "\n".join(["BitsAndBytesConfig(", *(f"    {name}={value!r}," for name, value in settings.items()), ")"])
 
 
 def _cell(value: Any) -> str:

@@ -9,11 +9,11 @@ from loralloc.errors import UserError
 from loralloc.plan import RankPlan
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
-from loralloc.tasks.locations import check_source, model_folder, named_sources
+from loralloc.tasks.locations import check_load_in, check_source, model_folder, named_sources
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Refuse data, a model or a plan that is not where the recipe says.
+    """Refuse data, a model or a plan that is not where the recipe says, and a missing package that it needs.
 
     Args:
         recipe: The recipe.
@@ -21,7 +21,10 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         UserError: With every mistake, one a line.
     """
-    checks: list[Callable[[], object]] = [lambda: model_folder(recipe.model.name)]
+    checks: list[Callable[[], object]] = [
+        lambda: model_folder(recipe.model.name),
+        lambda: check_load_in(recipe.model.load_in),
+    ]
     checks += [lambda source=source: check_source(source) for source in named_sources(recipe.data)]
     if (plan := recipe.plan) is not None:
         checks.append(lambda: RankPlan.load(plan))

@@ -28,7 +28,7 @@ def evaluate(
     """Load the exported adapter with stock PEFT and evaluate it on the validation and test data, or on other data."""
     from loralloc.cli.checks import check_inputs
     from loralloc.recipe.run_folder import RunFolder
-    from loralloc.tasks.locations import check_source, model_folder
+    from loralloc.tasks.locations import check_load_in, check_source, model_folder
 
     folder = RunFolder.finished(run)
     recipe = folder.peek_recipe()
@@ -37,6 +37,7 @@ def evaluate(
     else:
         check_source(data)
         model_folder(recipe.model.name)
+        check_load_in(recipe.model.load_in)
     from loralloc.cli import terminal
     from loralloc.recipe import stages
     from loralloc.recipe.from_recipe import load_adapted, load_with_data

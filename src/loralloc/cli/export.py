@@ -34,22 +34,30 @@ def export(
     """Write the adapter for its consumer, reload it with stock PEFT and compare the logits."""
     from loralloc.adapter.folders import check_target
     from loralloc.recipe.run_folder import RunFolder
-    from loralloc.tasks.locations import model_folder
+    from loralloc.tasks.locations import check_load_in, model_folder
 
     folder = RunFolder.finished(run)
     if to is not None and to.resolve() == folder.adapter.resolve():
         raise UserError(f"{to} is the run's own adapter; choose another folder")
     target = (to or folder.exported(profile.value)).resolve()
     check_target(target)
-    model_folder(folder.peek_recipe().model.name)
+    base, to_merge = folder.peek_recipe().model, profile is Profile.merged
+    model_folder(base.name)
+    if not to_merge:
+        check_load_in(base.load_in)
     from loralloc.adapter.export import export_adapter
     from loralloc.cli import terminal
     from loralloc.recipe.from_recipe import load_for_export
 
     terminal.quiet_libraries()
-    model, tokenizer = load_for_export(folder)
+    model, tokenizer = load_for_export(folder, to_merge=to_merge)
     exported = export_adapter(model, target, profile.value, tokenizer=tokenizer)
     typer.echo(f"wrote {exported.path} ({profile.value}, largest rank {exported.max_rank})")
     typer.echo(f"checked: reloaded by stock PEFT, largest difference of a logit {exported.difference:.1e}")
+    if to_merge and base.load_in is not None:
+        typer.echo(
+            f"merged into the weights of {base.name} as they are, and trained over these in {base.load_in}: evaluate "
+            "the merged model before you use it"
+        )
     for line in exported.serving:
         typer.echo(f"serve:  {line}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import logging
 import sys
 from typing import Annotated
 
@@ -51,6 +53,9 @@ def options(
 
 def main() -> None:
     """Run the command line: a mistake in the input ends with one message and exit code 2."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns whenever PEFT imports it
+    # It speaks when it is imported, of kernels that it does without, and at every product of an 8-bit layer.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except (UserError, FloatingPointError, OSError) as error:

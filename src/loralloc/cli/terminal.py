@@ -77,7 +77,8 @@ class Terminal(Screen):
         sites = sum(1 for _ in plain_sites(model))
         trainable, total = model.get_nb_trainable_parameters()
         test = "" if data.test is None else f", {len(data.test):,} test"
-        console.print(f"[bold]{escape(recipe.method.name)}[/] on {escape(recipe.model.name)} ({total:,} parameters)")
+        size = f"{total:,} parameters" + (f" in {recipe.model.load_in}" if recipe.model.load_in else "")
+        console.print(f"[bold]{escape(recipe.method.name)}[/] on {escape(recipe.model.name)} ({size})")
         count = length_of(data.train)
         train = "streamed" if count is None else f"{count:,}"
         console.print(f"  data      {train} train, {len(data.validation):,} validation{test} examples")

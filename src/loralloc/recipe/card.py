@@ -35,6 +35,7 @@ def card_facts(recipe: Recipe, data: TaskData, plan: RankPlan, metrics: Mapping[
         "Settings": {
             "method": recipe.method.name,
             **{f"budget, {name}": value for name, value in plan.budget.items()},
+            "base weights": recipe.model.load_in or recipe.model.dtype,
             "parameters": plan.parameters,
             "steps": metrics["total_steps"],
             "batch size": training.batch_size * training.accumulation * metrics["processes"],

@@ -110,6 +110,19 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     return adapted
 
 
+def check_precision(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Refuse two half precisions in one model.
+
+    Raises:
+        UserError: Its weights are in float16, and autocast would be bfloat16.
+    """
+    if recipe.training.bf16 and model.dtype == torch.float16:
+        raise UserError(
+            f"training.bf16: the weights of the model are in float16 (model.dtype: {recipe.model.dtype}), and torch "
+            "does not mix them with bfloat16; set model.dtype to bfloat16 or float32, or training.bf16 to false"
+        )
+
+
 def even_config(recipe: Recipe) -> LoraConfig:
     """The adapter that a recipe describes: its rank in every module, where `lora.peft` says nothing else."""
     lora = recipe.lora
@@ -213,16 +226,20 @@ def _own_arguments(recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
 
 
-def load_for_export(folder: RunFolder, verb: str = "loralloc export") -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_for_export(
+    folder: RunFolder, verb: str = "loralloc export", *, to_merge: bool = False
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load the base model of a run and, with stock PEFT, the adapter it exported; the data are not needed.
 
     Args:
         folder: The run folder.
         verb: What is asked for, for the message where several processes ask.
+        to_merge: Load the base model in full precision, also where the run has quantised it.
     """
     recipe = folder.load_recipe()
     processes.refuse_several(verb)
-    checkpoint = locate(_model_section(recipe))
+    section = _model_section(recipe)
+    checkpoint = locate(section.model_copy(update={"load_in": None}) if to_merge else section)
     kept = replace(checkpoint, path=str(folder.model), local_only=True, load={})
     tokenizer = load_tokenizer(kept)
     options = {"config": load_config(kept), "ignore_mismatched_sizes": True}

@@ -181,6 +181,7 @@ OPTIONS = (
             "dtype": "model.dtype",
             "torch_dtype": "model.dtype",
             "trust_remote_code": "model.trust_remote_code",
+            "quantization_config": "model.load_in",
         },
         refused={
             "local_files_only": "a run asks whether the Hub can be reached; with HF_HUB_OFFLINE=1 it does not",
@@ -207,7 +208,6 @@ OPTIONS = (
             "max_memory": dict[Device, int | str],
             "offload_folder": str,
             "offload_buffers": bool,
-            "quantization_config": dict[str, Any],
             "subfolder": str,
             "variant": str,
             "gguf_file": str,

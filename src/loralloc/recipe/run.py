@@ -20,6 +20,7 @@ from loralloc.adapter.export import Export, export_adapter, write_card
 from loralloc.errors import UserError
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
+from loralloc.quantized import leave_memory
 from loralloc.recipe import stages
 from loralloc.recipe.card import card_facts
 from loralloc.recipe.from_recipe import task_data
@@ -32,6 +33,7 @@ from loralloc.recipe.stages import Generation, Stage
 from loralloc.recipe.trial import check_values
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData, length_of
+from loralloc.tasks.quantization import stored_config
 from loralloc.training import processes
 from loralloc.training.trainer import RunTrainer
 
@@ -176,7 +178,7 @@ def _write_search(folder: RunFolder, record: dict[str, Any], plan: RankPlan) -> 
 def _with_fresh_model(data: TaskData) -> TaskData:
     """The same examples and the model as it was before a search; the old one leaves memory first."""
     assert data.again is not None
-    data.model.to("meta")  # type: ignore[arg-type]  # transformers' own signature is narrower than torch's
+    leave_memory(data.model)
     return replace(data, model=data.again())
 
 
@@ -195,7 +197,7 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
     """
     data, model = stage.data, stage.model
     plan.save(folder.plan)
-    data.model.config.save_pretrained(folder.model)
+    stored_config(data.model).save_pretrained(folder.model)
     data.tokenizer.save_pretrained(folder.model)
     folder.keep_trained(model.save_pretrained)
     if (failure := stage.failure(plan)) is not None:

@@ -61,7 +61,13 @@ class ModelConfig(Section):
     """The pretrained model."""
 
     name: Text = Field(description="a local path, a name on the Hub, or demo:minilm")
-    dtype: Literal["float32", "bfloat16", "auto"] = Field(default="float32", description="type of the frozen weights")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="float32", description="type of the frozen weights; with load_in, of those that are not quantised"
+    )
+    load_in: Literal["4bit", "8bit"] | None = Field(
+        default=None,
+        description="linear layers in few bits, the head aside: less memory; needs bitsandbytes",
+    )
     trust_remote_code: bool = Field(default=False, description="run Python code that the model's repository carries")
     load: dict[str, Any] = Field(
         default={},

@@ -20,7 +20,7 @@ from loralloc.methods.base import Method
 from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
 from loralloc.peft_layers import evaluating
 from loralloc.plan import RankPlan
-from loralloc.recipe.from_recipe import add_adapter, method_data, trainer_class, training_arguments
+from loralloc.recipe.from_recipe import add_adapter, check_precision, method_data, trainer_class, training_arguments
 from loralloc.recipe.passthrough import (
     OF_THE_EXPORTED_ALONE,
     PEFT,
@@ -208,6 +208,7 @@ def _prepare(
     recipe: Recipe, data: TaskData, folder: RunFolder, screen: Screen, method: Method | None, steps: int
 ) -> Stage:
     """Build adapter and trainer; the allocation is a callback, a training without one has a guard."""
+    check_precision(recipe, data.model)
     model = add_adapter(data.model, recipe)
     allocation, compact = None, recipe.training.compact
     if method is not None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from loralloc.errors import UserError, closest
+from loralloc.quantized import quantized_layers
 from loralloc.recipe.schema import LoraSection, listed
 
 _NOT_TAKEN_APART = re.compile(r"\(\?(?!:)|\\[1-9]")
@@ -37,6 +38,7 @@ def check_entries(lora: LoraSection, model: nn.Module, planned: bool) -> None:
     unknown = [entry for entry in lora.modules_to_save or [] if not any(name.endswith(entry) for name in every)]
     found["modules_to_save"] = _no_such(unknown, every)
     found |= {f"peft.{key}": _pattern_error(patterns) for key, patterns in _patterns(lora)}
+    _check_trainable(lora.modules_to_save or (), model)
     lines = [
         f"lora.{key}: {problem}; the model has {linear_modules(model)}" for key, problem in found.items() if problem
     ]
@@ -76,6 +78,18 @@ def _pattern_error(patterns: Sequence[str]) -> str:
         except re.error as error:
             return f'"{pattern}" is no regular expression ({error})'
     return ""
+
+
+def _check_trainable(entries: Sequence[str], model: nn.Module) -> None:
+    """Refuse to train modules in full whose weights are in 4 or 8 bits."""
+    quantized = [name for name, _ in quantized_layers(model)]
+    for entry in entries:
+        ends = re.compile(rf".*{re.escape(entry)}(\..+)?")
+        if found := next(filter(ends.fullmatch, quantized), None):
+            raise UserError(
+                f"lora.modules_to_save: {found} is quantised (model.load_in), and what is quantised cannot be trained "
+                f'in full; take "{entry}" out, or load the model without model.load_in'
+            )
 
 
 def linear_modules(model: nn.Module) -> str:

@@ -29,7 +29,12 @@ class ModelSection(Protocol):
 
     @property
     def dtype(self) -> str:
-        """`float32`, `bfloat16`, or `auto` for the dtype of the checkpoint."""
+        """`float32`, `bfloat16`, `float16`, or `auto` for the dtype of the checkpoint."""
+        ...
+
+    @property
+    def load_in(self) -> str | None:
+        """`4bit` or `8bit` to quantise the model; None to leave it as it is."""
         ...
 
     @property

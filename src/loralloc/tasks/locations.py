@@ -225,6 +225,19 @@ def model_folder(name: str) -> Path | None:
     return None
 
 
+def check_load_in(load_in: str | None) -> None:
+    """Refuse to quantise a model where the package that does it is missing.
+
+    Args:
+        load_in: `4bit`, `8bit`, or None for a model that stays as it is.
+
+    Raises:
+        UserError: It is missing.
+    """
+    if load_in is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f'model.load_in: {load_in} needs an optional package: pip install "loralloc[quantized]"')
+
+
 def _demo_folder(name: str) -> Path:
     key = name.removeprefix("demo:")
     if key not in DEMO_MODELS:

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from loralloc.errors import UserError
 from loralloc.tasks.base import ModelSection
 from loralloc.tasks.hub import is_reachable, out_of_reach
-from loralloc.tasks.locations import model_folder
+from loralloc.tasks.locations import check_load_in, model_folder
+from loralloc.tasks.quantization import check_not_quantized, heads, load_quantized, prepare_quantized
 from loralloc.tasks.rows import shorten
 from loralloc.tasks.spec import TASKS
 
@@ -50,6 +51,8 @@ class Checkpoint:
     """Whether to look at this machine only."""
     load: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of the model's `from_pretrained`."""
+    load_in: str | None = None
+    """`4bit` or `8bit` to quantise it."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -68,18 +71,17 @@ def locate(section: ModelSection) -> Checkpoint:
         Where to load it from.
 
     Raises:
-        UserError: The folder is missing or holds no model, or the Hub has no such model.
+        UserError: The folder is missing or holds no model, or the Hub has no such model, or what would quantise it is
+            not installed.
     """
+    check_load_in(section.load_in)
     name, folder = section.name, model_folder(section.name)
     if folder is not None:
         path, local_only = str(folder), True
     else:
         path, local_only = name, not is_reachable(name, "model", section.load.get("token"))
-    return Checkpoint(name, path, section.dtype, section.trust_remote_code, local_only, section.load)
-
-
-# What from_pretrained raises; of a value in `model.load` that is none, also what it has not foreseen.
-FAILURES = (OSError, ValueError, TypeError, AssertionError, ImportError, RuntimeError, KeyError, SafetensorError)
+    trusted, load = section.trust_remote_code, section.load
+    return Checkpoint(name, path, section.dtype, trusted, local_only, load, section.load_in)
 
 
 @contextmanager
@@ -87,6 +89,8 @@ def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
     """Turn the many errors of `from_pretrained` into one that names the model and the cure."""
     try:
         yield
+    except UserError:
+        raise
     except (
         OSError,
         ValueError,
@@ -118,10 +122,13 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         Its configuration.
 
     Raises:
-        UserError: It cannot be loaded.
+        UserError: It cannot be loaded, or is of weights that are quantised already, where they are to be quantised.
     """
     with _loading("configuration", checkpoint):
-        return AutoConfig.from_pretrained(checkpoint.path, **checkpoint.options)
+        config = AutoConfig.from_pretrained(checkpoint.path, **checkpoint.options)
+    if checkpoint.load_in is not None:
+        check_not_quantized(checkpoint.name, config, checkpoint.load_in)
+    return config
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -162,16 +169,14 @@ def load_model(
         options: More arguments of `from_pretrained`.
 
     Returns:
-        The model, on the CPU unless `device_map` is among the arguments.
+        The model, on the CPU unless `device_map` is among the arguments; a quantised one where it computes.
 
     Raises:
-        UserError: It cannot be loaded, or does not fit the tokenizer.
+        UserError: It cannot be loaded, or does not fit the tokenizer, or cannot be quantised.
     """
     with _loading("weights", checkpoint), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        head = getattr(transformers, TASKS[task].model_class)
-        options = {**checkpoint.load, **checkpoint.options, **options}
-        model = head.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, **options)
+        model = _load_weights(getattr(transformers, TASKS[task].model_class), checkpoint, seed, options)
+    prepare_quantized(checkpoint.name, model)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
@@ -180,6 +185,20 @@ def load_model(
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _load_weights(kind: Any, checkpoint: Checkpoint, seed: int, options: Mapping[str, Any]) -> Any:
+    """Make a model, quantised or not; what is new in it depends on the seed alone."""
+
+    def load(**more: Any) -> Any:
+        torch.default_generator.manual_seed(seed)
+        arguments = {**checkpoint.load, **checkpoint.options, **options, **more}
+        return kind.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, **arguments)
+
+    if checkpoint.load_in is None:
+        return load()
+    config = options.get("config") or load_config(checkpoint)
+    return load_quantized(load, checkpoint.load_in, heads(kind, config, checkpoint.trust_remote_code))
 
 
 def check_length(max_length: int, config: PreTrainedConfig, name: str) -> None:

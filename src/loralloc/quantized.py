@@ -1,0 +1,103 @@
+"""Linear layers whose frozen weights bitsandbytes keeps in 4 or 8 bits: what training and comparing must know of them.
+
+* On a CPU with AVX512-BF16, an evaluation packs 4-bit weights for inference. From then on their products have no
+  gradient, without an error, and their scales are rounded to bf16: `keep_trainable` turns it off.
+* On a CPU, 4-bit weights come back wrong where a row is no whole number of blocks: `misread_rows`.
+* Both round their input, to the dtype that 4-bit layers compute in and to 8 bits (on a CPU in evaluation only). A
+  difference of the last bit then becomes one of a percent, so what is compared is computed with the numbers that the
+  weights stand for, and inputs that are not rounded: `dequantized`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+BLOCK = 64
+"""Numbers that share a scale in 4 bits."""
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Go through bitsandbytes' linear layers by name; there are none where it has not been imported."""
+    if (bitsandbytes := sys.modules.get("bitsandbytes")) is not None:
+        kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+        yield from ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Let gradients pass 4-bit layers also after an evaluation."""
+    for _, layer in quantized_layers(model):
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether the weights of a layer have been packed for inference: nothing in front of it can be trained any more."""
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def misread_rows(model: nn.Module) -> dict[str, int]:
+    """Return the 4-bit layers on a CPU of whose weights bitsandbytes may make others, with the numbers in a row."""
+    return {
+        name: layer.in_features
+        for name, layer in quantized_layers(model)
+        if _is_4_bit(layer) and layer.weight.device.type == "cpu" and layer.in_features % BLOCK
+    }
+
+
+@contextmanager
+def dequantized(model: nn.Module) -> Iterator[None]:
+    """Compute inside with the weights as numbers in the dtype of the input, and with the input as it is."""
+    with ExitStack() as stack:
+        for _, layer in quantized_layers(model):
+            # accelerate, where it has spread a model over devices, calls the layer's own forward pass by this name.
+            name = "_old_forward" if "_old_forward" in vars(layer) else "forward"
+            stack.callback(_put_back, layer, name, vars(layer).get(name))
+            setattr(layer, name, partial(_product, layer))
+        yield
+
+
+def leave_memory(model: nn.Module) -> None:
+    """Free the weights of a model that nobody computes with any more, whoever still refers to it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.new_empty(0)  # not on the meta device: bitsandbytes' parameters do not go there
+    for _, layer in quantized_layers(model):
+        if not _is_4_bit(layer):
+            layer.state.reset_grads()  # it holds the weights too
+
+
+def _is_4_bit(layer: Any) -> bool:
+    return hasattr(layer.weight, "quant_state")
+
+
+def _put_back(layer: nn.Module, name: str, earlier: Any) -> None:
+    if earlier is None:
+        delattr(layer, name)
+    else:
+        setattr(layer, name, earlier)
+
+
+def _product(layer: Any, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return linear(x, _weight(layer).to(x.dtype), bias)
+
+
+def _weight(layer: Any) -> Tensor:
+    """The weights as numbers, [out, in]."""
+    from bitsandbytes import functional
+
+    if not _is_4_bit(layer):
+        scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+        return functional.int8_vectorwise_dequant(layer.weight.data, scales)  # type: ignore[no-any-return]
+    if is_packed(layer):
+        layer = deepcopy(layer)
+        layer.state_dict()  # unpacks
+    return functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[no-any-return]
