@@ -17,7 +17,8 @@ from transformers import (
 from loralloc.errors import UserError
 from loralloc.plain_lora import plain_sites
 from loralloc.recipe.from_recipe import add_adapter
-from loralloc.recipe.schema import LoraSection, load_recipe
+from loralloc.recipe.schema import load_recipe
+from loralloc.recipe.sections import LoraSection
 from loralloc.recipe.targets import check_entries, linear_modules
 from loralloc.recipes import list_recipes
 

@@ -27,7 +27,8 @@ from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.passthrough import LOAD, PEFT, TRAINER, imported, values
 from loralloc.recipe.run_folder import RunFolder
-from loralloc.recipe.schema import ModelConfig, Recipe
+from loralloc.recipe.schema import Recipe
+from loralloc.recipe.sections import ModelConfig
 from loralloc.recipe.targets import check_entries, check_patterns, linear_modules
 from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation
