@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
@@ -28,6 +28,7 @@ from loralloc.files import finite, read_jsonl, write_atomically
 from loralloc.training import checkpoint as saved
 from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
+from loralloc.training.meter import Meter
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -44,10 +45,12 @@ class RunTrainer(Base):
         begun: When training began, on `time.perf_counter`'s clock; a resumed run counts what went before.
         guard: Skips bad steps, and counts them; None where an allocation does.
         evaluated: Predictions and targets of the last evaluation; None before the first.
+        meter: Counts what is trained on; rows of the log with a loss say how fast, and how much memory it takes.
     """
 
     begun: float = 0.0
     evaluated: EvalPrediction | None = None
+    counts: Literal["tokens", "examples"] = "examples"
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class RunTrainer(Base):
         **kwargs: Any,
     ) -> None:
         self.guard = guard
+        self.meter = Meter(self.counts)
         first = [] if guard is None else [guard]
         # The last callback: when it declares a checkpoint complete, all others have written.
         super().__init__(*args, callbacks=[*first, *callbacks, _RunLog(log), _Completion(self)], **kwargs)
@@ -73,8 +77,19 @@ class RunTrainer(Base):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
-        with self._left_as_it_is(), self._trackers_wait():
+        with self._left_as_it_is(), self._trackers_wait(), self.meter.paused():
             return super().evaluate(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on a batch, and count it."""
+        self.meter.see(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, beside every loss, how fast the training is and how much memory it takes."""
+        if "loss" in logs:
+            logs |= self.meter.read()
+        super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate, and keep what was predicted."""
@@ -249,6 +264,7 @@ class _Completion(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.begun = time.perf_counter()
+        self._trainer.meter.start()
         if state.global_step == 0:
             return
         path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE

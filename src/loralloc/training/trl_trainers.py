@@ -20,6 +20,8 @@ class RunSFTTrainer(RunTrainer, SFTTrainer):
     were the likeliest. Nothing is padded to the vocabulary's size.
     """
 
+    counts = "tokens"
+
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -53,6 +55,8 @@ def sums_of_examples(output: Any, positions: Tensor | None) -> Tensor:
 
 class RunDPOTrainer(RunTrainer, DPOTrainer):
     """A DPOTrainer whose reference is the base model, and whose evaluation says what can be compared."""
+
+    counts = "tokens"
 
     KEPT: Mapping[str, str] = {"rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
     """What an evaluation tells beside the loss, of TRL's figures."""
