@@ -111,7 +111,7 @@ class TestMissingPieces:
             ({"reference": {"majority": None, "untrained": 0.2}}, "0.620on the validation data; untrained 0.200"),
             ({"test": {"accuracy": 0.6}}, "0.600on the test data; majority class 0.125, untrained 0.120"),
             ({"validation": {"accuracy": None}}, "not finiteon the validation data"),
-            ({"validation": None}, "Measured when training has finished."),
+            ({"validation": None}, "Not measured in this run."),
         ],
     )
     def test_metrics_in_part(self, change: dict[str, Any], shown: str, tmp_path: Path) -> None:

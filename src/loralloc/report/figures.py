@@ -7,8 +7,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from loralloc.naming import short_names
 from loralloc.report.axes import EndLabel, end_labels, shade_phases, short_number, step_axes
-from loralloc.report.grid import Grid, short_names
+from loralloc.report.grid import Grid
 from loralloc.report.palette import LIGHT, RAMP, RAMP_STEPS, SERIES, TEXT_ON_RAMP, step_of
 from loralloc.report.run_record import RunRecord
 from loralloc.trace import Trace

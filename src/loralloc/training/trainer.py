@@ -24,10 +24,11 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from loralloc.files import finite, read_jsonl, write_atomically
+from loralloc.files import write_atomically
 from loralloc.training import checkpoint as saved
 from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
+from loralloc.training.log_file import LogFile
 from loralloc.training.meter import Meter
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class RunTrainer(Base):
         self.meter = Meter(self.counts)
         first = [] if guard is None else [guard]
         # The last callback: when it declares a checkpoint complete, all others have written.
-        super().__init__(*args, callbacks=[*first, *callbacks, _RunLog(log), _Completion(self)], **kwargs)
+        super().__init__(*args, callbacks=[*first, *callbacks, LogFile(log), _Completion(self)], **kwargs)
         self.remove_callback(PrinterCallback)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -283,31 +284,3 @@ class Agreement(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop, on all processes, where they train apart."""
         processes.check_agreement(kwargs["model"], state.global_step, state.max_steps)
-
-
-class _RunLog(TrainerCallback):
-    """Write every log row to RUN/log.jsonl."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.should_save:
-            rows = read_jsonl(self._path) if state.global_step else []
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
-            write_atomically(self._path, "".join(kept))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if args.should_save and logs and state.global_step:
-            row = finite({"step": state.global_step, **logs})
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
