@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from loralloc import __version__
+from loralloc.tasks.generation import Prompt, score
 from loralloc.tasks.metrics import paired_difference
 
 RESULTS = Path(__file__).parent / "results" / "language.jsonl"
@@ -41,6 +43,13 @@ SETS: Mapping[str, Mapping[str, Any]] = {
         "max_length": 256,
     },
 }
+GENERATE: Mapping[str, Mapping[str, Any]] = {
+    "e2e": {"max_new_tokens": 60, "metrics": ["bleu", "chrf"], "samples": 60},
+    "dolly": {"max_new_tokens": 60, "metrics": ["rouge"], "samples": 40},
+    "gsm8k": {"max_new_tokens": 200, "metrics": ["exact_match"], "after": "####", "samples": 40},
+}
+"""What the model is asked to write by `--judge`, on the first prompts of the test rows."""
+
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "lora": {"method": {"name": "lora"}, "lora": {"r": AVERAGE, "alpha": 2 * AVERAGE}},
     "adalora": {
@@ -107,6 +116,22 @@ def run(model: str, data: Path, name: str, method: str, seed: int, folder: Path)
     }
 
 
+def judge(folder: Path, name: str) -> dict[str, Any]:
+    """Let the adapter of a kept run answer test prompts; returns what that is worth."""
+    recipe = folder / "recipe.yaml"
+    tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    tree["evaluate"] = {"generate": dict(GENERATE[name])}
+    header = recipe.read_text(encoding="utf-8").partition("\n")[0]
+    recipe.write_text(f"{header}\n{yaml.safe_dump(tree)}", encoding="utf-8")
+    answers = folder / "answers.jsonl"
+    command = [str(Path(sys.executable).parent / "loralloc"), "evaluate", str(folder), "--predictions", str(answers)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    prompts = [Prompt((), row["prompt"], tuple(row["references"])) for row in rows]
+    settings = GENERATE[name]
+    return score([row["prediction"] for row in rows], prompts, settings["metrics"], settings.get("after"))
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """The records as a table: a row for each task and seed, with the paired difference of the two runs."""
     lines = [
@@ -135,11 +160,20 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/language"), help="where the runs are kept")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument(
+        "--judge", action="store_true", help="let the kept runs answer test prompts"
+    )
     options = parser.parse_args()
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     records = [json.loads(line) for line in lines]
     if options.table:
         print(table(records))
+        return
+    if options.judge:
+        for record in records:
+            name = f"{record['set']}-{record['method']}-{record['seed']}"
+            if (options.runs / name).is_dir():
+                print(name, json.dumps(judge(options.runs / name, record["set"])), flush=True)
         return
     done = {(record["set"], record["method"], record["seed"]) for record in records}
     options.runs.mkdir(parents=True, exist_ok=True)

@@ -20,15 +20,9 @@ from loralloc.methods.registry import BUILT_IN, PLAIN_LORA, sections_of
 from loralloc.methods.settings import BudgetSection
 from loralloc.recipe.json_schema import as_text, recipe_schema, tidy
 from loralloc.recipe.passthrough import LOAD, OPTIONS, PEFT, TRAINER
-from loralloc.recipe.schema import (
-    EvaluateConfig,
-    GenerateConfig,
-    LoraSection,
-    ModelConfig,
-    Recipe,
-    TrainingConfig,
-    listed,
-)
+from loralloc.recipe.rules import listed
+from loralloc.recipe.schema import Recipe
+from loralloc.recipe.sections import EvaluateConfig, GenerateConfig, LoraSection, ModelConfig, TrainingConfig
 from loralloc.recipe.source import Key, dotted
 from loralloc.tasks.spec import TASKS, DataSection, Task, WeightedSource
 

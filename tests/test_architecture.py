@@ -71,6 +71,8 @@ FOREIGN: dict[
     "recipe.source": {"yaml"},
     "setting_types": {"pydantic", "pydantic_core"},
     "recipe.schema": {"pydantic", "pydantic_core", "yaml"},
+    "recipe.sections": {"pydantic"},
+    "recipe.rules": {"pydantic"},
 }
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 LONGEST_FILE = 450

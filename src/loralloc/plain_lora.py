@@ -26,11 +26,6 @@ CHANGES_BASE_WEIGHTS = (*CONVERTED, "loftq")
 VARIANTS = tuple(field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant"))
 """Settings of LoraConfig under which PEFT computes another update than B·A: `use_dora` and the like."""
 
-STARTS_OF_VARIANTS = tuple(
-    start for field in fields(LoraConfig) for start in field.metadata.get("lora_variants", ()) if isinstance(start, str)
-)
-"""Values of init_lora_weights that do so."""
-
 OTHER_UPDATES = (*VARIANTS, "lora_bias", "use_qalora", "target_parameters")
 """Settings under which an adapter is more, or other, than B·A on linear layers."""
 
@@ -83,11 +78,6 @@ def check_plain_config(config: PeftConfig) -> None:
         raise UserError(
             f'init_lora_weights="{start}" changes the base weights at the start, so that the adapter fits no stock '
             f"base model; train with LoraConfig(init_lora_weights=True){convert * start.lower().startswith(CONVERTED)}"
-        )
-    if isinstance(start, str) and start.lower() in STARTS_OF_VARIANTS:
-        raise UserError(
-            f'init_lora_weights="{start}" comes with an update of its own, which is not B·A; train with '
-            "LoraConfig(init_lora_weights=True)"
         )
     if config.bias != "none":
         raise UserError(

@@ -21,7 +21,8 @@ from loralloc.recipe import from_recipe, stages
 from loralloc.recipe import run as pipeline
 from loralloc.recipe.from_recipe import add_adapter
 from loralloc.recipe.run_folder import HEADER
-from loralloc.recipe.schema import GenerateConfig, load_recipe, recipe_keys
+from loralloc.recipe.schema import load_recipe, recipe_keys
+from loralloc.recipe.sections import GenerateConfig
 from loralloc.tasks import sequence_classification
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.spec import TASKS, ClassificationData

@@ -228,6 +228,11 @@ class TestAdapter:
     def test_what_fits_no_module(self, words: list[str], message: str, recipe: Path) -> None:
         assert message in refused("train", recipe, *words)
 
+    def test_that_is_no_plain_lora_is_refused_before_it_is_trained(self, write: Write, here: Path) -> None:
+        told = refused("train", write(PLAIN), "--init_lora_weights", "mica")
+        assert "the adapter uses PEFT's MiCALinearVariant, which changes the update itself" in told
+        assert not (here / "run").exists()
+
     def test_layers(self, write: Write, here: Path) -> None:
         done("train", write(PLAIN), "--layers_to_transform", "[1]", "--target_modules", "[query, key]")
         assert set(ranks(here / "run")) == {f"bert.encoder.layer.1.attention.self.{name}" for name in ("query", "key")}

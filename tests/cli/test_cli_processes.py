@@ -71,6 +71,9 @@ def _commands() -> dict[str, list[Any]]:
         "apart adalora": [*adalora, "--output", "apart"],
         "apart lora": [*plain, "--output", "apart too"],
         "killed for one": [*plain, *SAVING, "--output", "two"],
+        "option": [*plain, "--optim", "sgdd", "--output", "option"],
+        "key": [*plain, "--optmi", "sgd", "--output", "key"],
+        "options": [*adalora, "--optim", "sgd", "--report_to", "tensorboard", "--json", "--output", "options"],
         "exported": ["export", "lora"],
         "evaluated": ["evaluate", "lora"],
     }
@@ -221,6 +224,8 @@ def test_a_run_of_two_processes_is_not_resumed_on_one(two: Any) -> None:
         ("there already", "output: lora holds a run already; continue it with --resume"),
         ("folder", "no space left on device"),
         ("data", "there is no file train.jsonl here"),
+        ("option", "--optim: training.trainer.optim: sgdd is not a valid OptimizerNames"),
+        ("key", '--optmi: unknown key "optmi". Did you mean "optim"?'),
         ("apart adalora", "the processes train apart: after step 2 the trained weights of process 1"),
         ("apart lora", "the processes train apart: after step 2 the trained weights of process 1"),
         ("exported", "loralloc export takes one process, not 2: start it without torchrun or accelerate launch"),
@@ -232,6 +237,15 @@ def test_an_error_ends_both_processes_and_is_said_once(name: str, said: str, two
     assert [said in result["err"] for result in results].count(True) == 1
     assert [result["err"] for result in results].count("") == 1
     assert not (two[0] / name / "adapter").exists()
+
+
+def test_options_of_the_trainer_are_those_of_both_and_told_by_one(two: Any) -> None:
+    first, second = (results["options"] for results in two[1])
+    assert first["checksum"] == second["checksum"]
+    kinds = [json.loads(line)["event"] for line in first["out"].splitlines()]
+    assert kinds == ["start", "evaluation", "training", "log", "log", "evaluation", "outcome"]
+    assert (second["code"], second["out"]) == (0, "")
+    assert len(list((two[0] / "options").rglob("events.out.tfevents.*"))) == 1
 
 
 def test_the_adapter_can_be_evaluated_by_two_processes(two: Any) -> None:

@@ -131,7 +131,7 @@ class TestQuiet:
             "--data.text",
             "null",
             "--prompt",
-            '"{prompt} "',
+            "{prompt} ",
             "--completion",
             "completion",
             "--chat",

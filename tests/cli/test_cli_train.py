@@ -46,7 +46,7 @@ METHODS = {"adalora": [], "lora": ["--method", "{name: lora}"], "ablora": ["--me
 NO_TEXT = ("--data.text", "null")
 LANGUAGE_CASES = {
     "text": [],
-    "completion": [*NO_TEXT, "--data.prompt", '"{prompt} "', "--data.completion", "completion", "--data.chat", "false"],
+    "completion": [*NO_TEXT, "--data.prompt", "{prompt} ", "--data.completion", "completion", "--data.chat", "false"],
     "chat": [*NO_TEXT, "--data.messages", "messages"],
 }
 

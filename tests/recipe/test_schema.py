@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from loralloc.errors import UserError, closest
 from loralloc.methods.registry import sections
-from loralloc.recipe.schema import complete_recipe, listed, load_recipe, recipe_keys
+from loralloc.recipe.rules import listed
+from loralloc.recipe.schema import complete_recipe, load_recipe, recipe_keys
 
 CLASSIFICATION = """\
 task: sequence-classification

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from loralloc.errors import UserError
-from loralloc.recipe.schema import LoraSection
+from loralloc.plain_lora import plain_sites
+from loralloc.recipe.from_recipe import add_adapter
+from loralloc.recipe.schema import load_recipe
+from loralloc.recipe.sections import LoraSection
 from loralloc.recipe.targets import check_entries, linear_modules
+from loralloc.recipes import list_recipes
 
 
 class Layer(nn.Module):
@@ -101,3 +113,30 @@ def test_linear_layers_of_every_kind_are_listed() -> None:
 
     assert linear_modules(nn.ModuleDict({"c_attn": Conv1D(4, 4), "fc": nn.Linear(4, 4)})) == "c_attn (1), fc (1)"
     assert linear_modules(nn.Embedding(2, 2)) == "no linear layers"
+
+
+TINY_HEADS: list[Any] = [
+    DistilBertForSequenceClassification(
+        DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2, vocab_size=20, max_position_embeddings=16)
+    ),
+    RobertaForSequenceClassification(
+        RobertaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    ),
+]
+
+
+@pytest.mark.parametrize("excluded", ["null", "[KEY]", "'.*KEY'"])
+@pytest.mark.parametrize("model", TINY_HEADS, ids=["distilbert", "roberta"])
+def test_heads_that_are_trained_in_full_get_no_adapter(model: Any, excluded: str) -> None:
+    """DistilBERT's is two layers, RoBERTa's a module of two."""
+    names = [name.rpartition(".")[2] for name, _ in model.named_modules()]
+    key = "k_lin" if "k_lin" in names else "key"
+    words = ["--lora.exclude_modules", excluded.replace("KEY", key)]
+    recipe = load_recipe(list_recipes()["sequence-classification/lora"], words)
+    adapted = add_adapter(type(model)(model.config), recipe)
+    sites = {site.name.rpartition(".")[2] for site in plain_sites(adapted)}
+    assert sites
+    assert not any("classifier" in site.name for site in plain_sites(adapted))
+    assert (key in sites) is (excluded == "null")
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert any("classifier" in name for name in trained)

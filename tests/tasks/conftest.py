@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_models import build_tokenizer, save_decoder, save_encoder
 
-from loralloc.recipe.schema import DataConfig
+from loralloc.recipe.sections import DataConfig
 
 
 @pytest.fixture(scope="session")

@@ -43,8 +43,10 @@ def train(
     from loralloc.cli.screens import screen_for
     from loralloc.recipe import run
     from loralloc.recipe.trial import refused_values
+    from loralloc.training import processes
 
     with screen_for(quiet, verbose, as_json) as screen:
-        settings = load_recipe(recipe, context.args, refused_values)
+        with processes.one_voice():
+            settings = load_recipe(recipe, context.args, refused_values)
         act = run.rehearse if dry_run else run.run
         act(settings, resume=resume, start_over=replace, screen=screen)

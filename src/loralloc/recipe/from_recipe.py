@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
@@ -26,7 +27,8 @@ from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.passthrough import LOAD, PEFT, TRAINER, imported, values
 from loralloc.recipe.run_folder import RunFolder
-from loralloc.recipe.schema import ModelConfig, Recipe
+from loralloc.recipe.schema import Recipe
+from loralloc.recipe.sections import ModelConfig
 from loralloc.recipe.targets import check_entries, check_patterns, linear_modules
 from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation
@@ -88,6 +90,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     lora = recipe.lora
     check_entries(lora, model, planned=recipe.plan is not None)
     config = _planned_config(recipe, model) if recipe.plan is not None else even_config(recipe)
+    config.exclude_modules = _with_heads(config.exclude_modules, recipe, model)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -108,6 +111,25 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
             f"lora.r: rank {max(above.values())} is above the {most} dimensions of {where}; lower it to {most} at most"
         )
     return adapted
+
+
+HEADS = ("classifier", "score")
+"""How the names of heads end that PEFT trains in full, whatever the recipe says, where a task has labels."""
+
+
+def _with_heads(excluded: str | list[str] | None, recipe: Recipe, model: PreTrainedModel) -> str | list[str] | None:
+    """What gets no adapter, and the heads beside it.
+
+    DistilBERT's `pre_classifier` is trained in full like `classifier`, which PEFT cannot do with an adapted layer.
+    """
+    if not TASKS[recipe.task].labelled:
+        return excluded
+    names = [name for name, _ in model.named_modules()]
+    heads = [name for name in names if name.endswith(HEADS)]
+    inside = [name for name in names if any(name == head or name.startswith(f"{head}.") for head in heads)]
+    if isinstance(excluded, str):
+        return "|".join([f"({excluded})", *map(re.escape, inside)])
+    return [*(excluded or []), *inside] or None
 
 
 def check_precision(recipe: Recipe, model: PreTrainedModel) -> None:

@@ -236,6 +236,10 @@ def _scalar(node: yaml.Node) -> Any:
         return node.value
 
 
+TEMPLATE = re.compile(r"\{[^{}\[\]:,\"']+\}")
+"""A text that begins with a column in braces, which in YAML would be a mapping from that name to nothing."""
+
+
 def parse_value(text: str) -> Any:
     """Read the value of a flag: a YAML scalar, or a list or mapping in brackets.
 
@@ -250,9 +254,11 @@ def parse_value(text: str) -> Any:
     Raises:
         UserError: If the text opens a bracket or a quote and is not YAML.
 
-    >>> parse_value("5e-4"), parse_value("[q_proj, v_proj]"), parse_value("runs/a #1")
-    (0.0005, ['q_proj', 'v_proj'], 'runs/a #1')
+    >>> parse_value("5e-4"), parse_value("[q_proj, v_proj]"), parse_value("runs/a #1"), parse_value("{question}?")
+    (0.0005, ['q_proj', 'v_proj'], 'runs/a #1', '{question}?')
     """
+    if TEMPLATE.match(text):
+        return text
     if text.startswith(("[", "{", '"', "'")):
         source = Source("value")
         try:

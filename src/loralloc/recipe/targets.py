@@ -10,7 +10,8 @@ from torch import nn
 
 from loralloc.errors import UserError, closest
 from loralloc.quantized import quantized_layers
-from loralloc.recipe.schema import LoraSection, listed
+from loralloc.recipe.rules import listed
+from loralloc.recipe.sections import LoraSection
 
 _NOT_TAKEN_APART = re.compile(r"\(\?(?!:)|\\[1-9]")
 """What makes parts of a pattern depend on each other: flags, assertions, references."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,23 @@ from trl import DPOTrainer, SFTTrainer
 from loralloc.training.trainer import RunTrainer
 
 
+@contextmanager
+def in_its_own_type(model: Any) -> Iterator[None]:
+    """Keep the adapter of a quantised model as it is while a trainer of TRL is built inside.
+
+    TRL casts it to bfloat16, in which most updates at the end of a training are too small to change a weight.
+    """
+    base = model.get_base_model()
+    flags = {name: getattr(base, name) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit") if hasattr(base, name)}
+    try:
+        for name in flags:
+            setattr(base, name, False)
+        yield
+    finally:
+        for name, value in flags.items():
+            setattr(base, name, value)
+
+
 class RunSFTTrainer(RunTrainer, SFTTrainer):
     """An SFTTrainer that evaluates every example by itself, whatever shares a row with it.
 
@@ -21,6 +39,10 @@ class RunSFTTrainer(RunTrainer, SFTTrainer):
     """
 
     counts = "tokens"
+
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        with in_its_own_type(model):
+            super().__init__(model, **kwargs)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -62,7 +84,8 @@ class RunDPOTrainer(RunTrainer, DPOTrainer):
     """What an evaluation tells beside the loss, of TRL's figures."""
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
+        with in_its_own_type(model):
+            super().__init__(model, **kwargs)
         # TRL keeps a copy of the adapter as its reference, and would save it too. Without one it switches the adapter
         # off, which is the same for a fresh adapter, and what an evaluation of a trained one should compare with.
         cast(PeftModel, self.model).delete_adapter("ref")

@@ -1,0 +1,147 @@
+"""What no single key of a recipe can tell: keys that exclude each other, columns of a task, rules of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from loralloc.methods.settings import BudgetSection
+from loralloc.recipe.sections import DataConfig, LoraSection
+from loralloc.recipe.source import Key, dotted
+from loralloc.setting_types import is_number, is_text
+from loralloc.tasks.spec import TASKS
+
+EXCLUSIVE: dict[Key, tuple[str, ...]] = {
+    ("method", "budget"): tuple(BudgetSection.model_fields),
+    ("training",): ("steps", "epochs"),
+}
+
+
+def get(tree: Any, *key: str) -> Any:
+    """Look a key up in a recipe whose values may be of any type; None where it is not set."""
+    for part in key:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def listed(names: Iterable[str]) -> str:
+    """Join names for a message.
+
+    >>> listed(["adalora", "uniform", "lora"])
+    'adalora, uniform or lora'
+    """
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """Check what no single key can: yields (key, message). The values may be of any type."""
+    for section, members in EXCLUSIVE.items():
+        values = get(tree, *map(str, section))
+        if isinstance(values, Mapping):
+            chosen = [name for name in members if values.get(name) is not None]
+            if len(chosen) != 1:
+                listed_keys = " and ".join(chosen) or "none of them"
+                key = (*section, chosen[-1]) if chosen else section
+                yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {listed_keys}"
+    yield from _broken_columns(tree)
+    if get(tree, "evaluate", "generate") is not None and tree.get("task") not in ("causal-lm", None):
+        yield ("evaluate", "generate"), f"evaluate.generate is for task causal-lm, but the task is {tree.get('task')}"
+    capacity, target = _value_of(tree, {})("lora", "r"), get(tree, "method", "budget", "average_rank")
+    patterned = get(tree, "lora", "peft", "rank_pattern")  # whose ranks are not lora.r
+    if is_number(capacity) and is_number(target) and target > capacity and not patterned:
+        yield (
+            ("method", "budget", "average_rank"),
+            f"method.budget.average_rank is {target}, but no layer can exceed lora.r, which is {capacity}. "
+            "Lower the one or raise the other (AdaLoRA starts at about 1.5 times its target)",
+        )
+
+
+def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """The columns that a task needs, and those that mean nothing to it."""
+    name, data = tree.get("task"), tree.get("data")
+    if not isinstance(name, str) or name not in TASKS or not isinstance(data, Mapping):
+        return
+    task, set_keys = TASKS[name], {key for key, value in data.items() if value is not None}
+    keys = dict.fromkeys(key for other in TASKS.values() for key in other.keys)
+    for key in keys:
+        if data.get(key) not in (None, DataConfig.model_fields[key].default) and key not in task.keys:
+            others = listed(other for other, its in TASKS.items() if key in its.keys)
+            yield ("data", key), f"data.{key} is for task {others}, but the task is {name}"
+    least, reason = task.shortest
+    length = data.get("max_length")
+    if isinstance(length, int) and 1 <= length < least:
+        yield ("data", "max_length"), f"data.max_length must be at least {least}: {reason}"
+    yield from _broken_stream(tree, data)
+    if task.recognised and not any(set_keys & set(form) for form in task.forms):
+        return
+    if len(task.forms) == 1:
+        for key in task.forms[0]:
+            if key not in set_keys:
+                description = task.data.model_fields[key].description
+                yield ("data", key), f'missing "{key}" in "data": {description}'
+        return
+    chosen = [form[0] for form in task.forms if form[0] in set_keys]
+    if len(chosen) != 1 and (chosen or not any(set_keys & set(form) for form in task.forms)):
+        forms = ", ".join(" with ".join(form) for form in task.forms)
+        rule = f"data needs exactly one of {forms} for task {name}"
+        yield ("data", *chosen[-1:]), f"{rule}; got {' and '.join(chosen) or 'none of them'}"
+    for form in task.forms:
+        if set_keys & set(form):
+            for key in form:
+                if key not in set_keys:
+                    partner = next(other for other in form if other in set_keys)
+                    yield ("data", partner), f"data.{partner} needs data.{key} as well"
+
+
+def _broken_stream(tree: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """What streamed data cannot do: nobody knows how many there are, and nothing can be cut off them."""
+    if data.get("streaming") is not True:
+        return
+    reason = "data.streaming reads the training data while training"
+    if get(tree, "training", "steps") is None:
+        yield ("data", "streaming"), f"{reason}, so their number is not known; set training.steps"
+    if not is_text(data.get("validation")):
+        yield ("data", "streaming"), f"{reason}, so nothing can be cut off; name a file in data.validation"
+    if isinstance(data.get("train"), list) and not all(map(is_text, data["train"])):
+        yield ("data", "streaming"), f"{reason}, one source after the other; take the weights out of data.train"
+
+
+def broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """The rules of the recipe's method, and of the libraries that it hands options to."""
+    from loralloc.methods import registry
+
+    name = get(tree, "method", "name")
+    if not isinstance(name, str) or name not in registry.sections():
+        return
+    value = _value_of(tree, registry.sections()[name].model_fields)
+    yield from registry.broken_rules(name, value)
+    looks_at = value("method", "validation")
+    task = TASKS.get(str(tree.get("task")))
+    if looks_at is not None and task is not None and not task.own_loss:
+        yield (
+            ("method", "name"),
+            f"{name} learns ranks from the loss of a batch, which task {tree.get('task')} does not have: its loss "
+            "compares two answers; use adalora or allora",
+        )
+    if looks_at not in (None, "validation") and get(tree, "data", "streaming") is True:
+        yield (
+            ("method", "validation"),
+            f"method.validation is {looks_at}, but nothing can be cut off data that are streamed; set it to "
+            "validation, or take data.streaming out",
+        )
+
+
+def _value_of(tree: Mapping[str, Any], method: Mapping[str, FieldInfo]) -> Callable[..., Any]:
+    """Look keys up in a recipe, with the defaults of `lora` and of the method."""
+    defaults = {"lora": LoraSection.model_fields, "method": method}
+
+    def value(*key: str) -> Any:
+        found, declared = get(tree, *key), defaults.get(key[0], {}).get(key[-1])
+        if found is None and len(key) == 2 and declared is not None and not declared.is_required():
+            return declared.default
+        return found
+
+    return value

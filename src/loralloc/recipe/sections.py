@@ -1,0 +1,123 @@
+"""The sections of a recipe: every key once, with its type, range, default and description. `data` is the task's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from loralloc.recipe.passthrough import LOAD, PEFT, TRAINER, options_schema
+from loralloc.setting_types import AtLeastZero, Count, Phase, Positive, Section, Seed, Share, Text, is_text
+from loralloc.tasks.spec import TASKS
+
+
+def _check_names(value: Any) -> Any:
+    if is_text(value) or (isinstance(value, list) and value and all(map(is_text, value))):
+        return value
+    raise ValueError("must be a name or a list of names")
+
+
+Names = Annotated[str | list[str], BeforeValidator(_check_names)]
+
+
+class ModelConfig(Section):
+    """The pretrained model."""
+
+    name: Text = Field(description="a local path, a name on the Hub, or demo:minilm")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="float32", description="type of the frozen weights; with load_in, of those that are not quantised"
+    )
+    load_in: Literal["4bit", "8bit"] | None = Field(
+        default=None,
+        description="linear layers in few bits, the head aside: less memory; needs bitsandbytes",
+    )
+    trust_remote_code: bool = Field(default=False, description="run Python code that the model's repository carries")
+    load: dict[str, Any] = Field(
+        default={},
+        description="more arguments of transformers' from_pretrained, by their own names",
+        json_schema_extra=options_schema(LOAD),
+    )
+
+
+class DataConfig(*(task.data for task in TASKS.values())):
+    """The data, and which of their columns mean what: the keys of every task. A rule refuses those of other tasks."""
+
+
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]
+
+
+class LoraSection(Section):
+    """The adapter that ranks are allocated in; names as in PEFT's LoraConfig."""
+
+    r: Count = Field(default=12, description="rank of every layer at the start; no layer can exceed it")
+    alpha: Positive = Field(default=24, description="scale of the update: alpha / r, fixed for the whole run")
+    dropout: Share = Field(default=0.0, description="dropout before the adapter")
+    target_modules: Names = Field(default="all-linear", description="all-linear, a list of names, or a pattern")
+    exclude_modules: Names | None = Field(default=None, description="a list of names, or a pattern, left alone")
+    modules_to_save: list[Text] | None = Field(default=None, description="modules trained and saved in full")
+    peft: dict[str, Any] = Field(
+        default={},
+        description="more fields of PEFT's LoraConfig, by their own names",
+        json_schema_extra=options_schema(PEFT),
+    )
+
+
+class TrainingConfig(Section):
+    """The run. Exactly one of steps and epochs."""
+
+    steps: Count | None = Field(default=None, description="optimizer steps")
+    epochs: Positive | None = Field(default=None, description="passes over the training data")
+    batch_size: Count = Field(default=16, description="examples per device and forward pass")
+    accumulation: Count = Field(default=1, description="forward passes per optimizer step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="peak learning rate")
+    schedule: Literal["linear", "cosine", "constant"] | None = Field(
+        default=None, description="learning rate after its warm-up; null: linear, or trainer.lr_scheduler_type"
+    )
+    warmup: Phase = Field(default=0.1, description="learning rate warm-up: fraction of the run, or steps")
+    weight_decay: AtLeastZero = Field(default=0.0, description="decoupled weight decay")
+    max_grad_norm: AtLeastZero = Field(default=1.0, description="gradient clipping; 0 turns it off")
+    seed: Seed = Field(default=0, description="seed of everything that is random")
+    eval_every: Count | None = Field(default=None, description="steps between evaluations; null: only at the end")
+    save_every: Count | None = Field(default=None, description="steps between checkpoints; null: none")
+    log_every: Count = Field(default=10, description="steps between log lines")
+    bf16: bool = Field(default=False, description="bfloat16 autocast")
+    compact: bool = Field(
+        default=False, description="take closed ranks out of memory once the ranks are final: faster steps, one process"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations: slower, less memory")
+    trainer: dict[str, Any] = Field(
+        default={},
+        description="more fields of the trainer's arguments, by their own names",
+        json_schema_extra=options_schema(TRAINER),
+    )
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether a run can be resumed."""
+        return self.save_every is not None or self.trainer.get("save_strategy", "no") != "no"
+
+
+class GenerateConfig(Section):
+    """Answers to held-out prompts, before training and after it. Only for task causal-lm."""
+
+    max_new_tokens: Count = Field(default=128, description="tokens of an answer, at most")
+    temperature: AtLeastZero = Field(default=0.0, description="0 takes the likeliest token; more lets chance in")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="share of the likeliest tokens that chance chooses from"
+    )
+    metrics: list[Literal["exact_match", "bleu", "chrf", "rouge"]] = Field(
+        default=[], description="what answers are compared with the references by"
+    )
+    after: Text | None = Field(
+        default=None, description="exact_match compares what follows the last of these, such as ####"
+    )
+    samples: Count | None = Field(default=100, description="prompts to answer, the first ones; null: all")
+
+
+class EvaluateConfig(Section):
+    """What is evaluated beyond the task's own metrics."""
+
+    generate: GenerateConfig | None = Field(default=None, description="answers to held-out prompts; null: none")
