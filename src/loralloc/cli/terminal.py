@@ -109,6 +109,10 @@ class Terminal(Screen):
         """Show it above the bar."""
         console.print(f"  [yellow]{escape(sentence)}[/]")
 
+    def note(self, sentence: str) -> None:
+        """Show it above the bar."""
+        console.print(f"  {escape(sentence)}", soft_wrap=True)
+
     def progress(self, allocation: RankAllocation | None) -> Progress:
         """Show a bar, or lines."""
         return Progress(allocation)

@@ -239,11 +239,24 @@ def _final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: floa
         "classes": dict(data.classes),
         "train_seconds": round(seconds, 1),
         "processes": processes.world_size(),
-        "total_steps": stage.trainer.state.max_steps,
+        "total_steps": stage.trainer.state.global_step,
+        **_stopped(stage),
         "bad_steps": plan.provenance["bad_steps"],
         "final_ranks": plan.total_rank,
         "final_parameters": plan.parameters,
     }
+
+
+def _stopped(stage: Stage) -> dict[str, int]:
+    """Where a run ended early, and which state is exported, where evaluations have decided that."""
+    state, kept = stage.trainer.state, {}
+    if state.global_step < state.max_steps:
+        kept["planned_steps"] = state.max_steps
+        stage.screen.note(f"stopped after {state.global_step:,} of {state.max_steps:,} steps: no better evaluation")
+    if stage.trainer.args.load_best_model_at_end and state.best_global_step:
+        kept["best_step"] = state.best_global_step
+        stage.screen.note(f"the best evaluation was that of step {state.best_global_step:,}: this state is exported")
+    return kept
 
 
 def _generation_record(before: Generation, after: Generation) -> dict[str, Any]:

@@ -59,7 +59,9 @@ class RunRecord:
 
     @property
     def last_step(self) -> int:
-        """The end of the time axis: the planned length of the run, or what has been reached if that is more."""
+        """The end of the time axis: of a run that has ended, its last step; else the planned one, if that is more."""
+        if self.finished and self.trace and self.trace.ended:
+            return self.reached
         return max(self.reached, self.trace.total_steps if self.trace else 0)
 
     @property

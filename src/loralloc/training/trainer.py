@@ -259,7 +259,8 @@ class _Completion(TrainerCallback):
             "logged": trainer._globalstep_last_logged,
         }
         write_atomically(folder / self.FILE, json.dumps(record) + "\n")
-        saved.mark_complete(folder, state.global_step, len(losses))
+        ended = control.should_training_stop and state.global_step < state.max_steps
+        saved.mark_complete(folder, state.global_step, len(losses), ended=ended)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
