@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from loralloc import trace
 from loralloc._version import __version__
 from loralloc.adapter.export import Export, export_adapter, write_card
+from loralloc.adapter.hub import exported_files, upload
 from loralloc.errors import UserError
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
@@ -114,12 +115,10 @@ def _push(stage: Stage, folder: RunFolder, screen: Screen) -> None:
     if not arguments.push_to_hub:
         return
     try:
-        HfApi(token=arguments.hub_token).upload_folder(
-            repo_id=str(repository), folder_path=folder.adapter, revision=arguments.hub_revision
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        screen.warning(f"not pushed: {reason}; hf upload {repository} {folder.adapter} pushes the adapter")
+        files, api = exported_files(folder.adapter), HfApi(token=arguments.hub_token)
+        upload(api, folder.adapter, str(repository), files, arguments.hub_revision)
+    except UserError as error:
+        screen.warning(f"{error}; loralloc export {folder.root} --push {repository} pushes the adapter")
 
 
 def rehearse(recipe: Recipe, resume: bool = False, start_over: bool = False, screen: Screen | None = None) -> None:
