@@ -60,6 +60,16 @@ class TestMissingPieces:
         assert words(page.one("h1")).startswith("AdaLoRA on")
         assert "budget: 48 ranks" in tile(page, "Ranks so far")
 
+    def test_a_run_that_ended_early_ends_where_it_did(self, tmp_path: Path) -> None:
+        made = Fabricated(bert(1))
+        run = made.write(tmp_path / "run")
+        events = [row for row in made.trace() if row["step"] <= 200] + [made.event("finish", 200, made.ranks)]
+        (run / "log.jsonl").write_text(lines(row for row in made.log() if row["step"] <= 200))
+        (run / "trace.jsonl").write_text(lines(events))
+        assert "in 200 steps." in words(report(run).one("header"))
+        (run / "trace.jsonl").write_text(lines(events[:-1]))
+        assert "in 300 steps." in words(report(run).one("header"))  # it goes on
+
     def test_no_evaluation(self, tmp_path: Path) -> None:
         made = Fabricated(bert(1))
         run = made.write(tmp_path / "run")

@@ -37,7 +37,7 @@ def write_report(run: Path) -> Path:
     folder (yet) are named on the page.
 
     Args:
-        run: The folder that `loralloc train` wrote; the run may still be going on.
+        run: The folder that `loralloc train` wrote, or a run without a recipe; the run may still be going on.
 
     Returns:
         The path of the page.

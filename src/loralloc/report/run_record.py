@@ -96,7 +96,7 @@ def read_run(path: Path) -> RunRecord:
     """Read a run folder, finished or not.
 
     Args:
-        path: The folder that `loralloc train` wrote.
+        path: The folder that `loralloc train` wrote, or a run without a recipe.
 
     Raises:
         UserError: The folder is not a run, or one of its files is damaged.
@@ -122,18 +122,11 @@ def read_run(path: Path) -> RunRecord:
         raise UserError(f"{path}: the run has no adapted modules, so there is nothing to report")
     if trace is None:
         absent.append("trace.jsonl: how the ranks developed is not known.")
-    train, evaluations, budgets, series = _read_log(files["log.jsonl"])
+    log = _read_log(files["log.jsonl"])
     search_steps = trace.events[-1].step if trace and searched.is_file() and files["log.jsonl"].is_file() else 0
     if searched.is_file():
-        before = _read_log(searched.with_name("log.jsonl"))
-        train = (*before.train, *_later(train, search_steps))
-        evaluations = _later(evaluations, search_steps)
-        series = {
-            name: (*before.series.get(name, ()), *_later(series.get(name, ()), search_steps))
-            for name in SERIES
-            if name in before.series or name in series
-        }
-    if not train and not evaluations:
+        log = _after(_read_log(searched.with_name("log.jsonl")), log, search_steps)
+    if not log.train and not log.evaluations:
         absent.append("log.jsonl: no losses have been logged.")
     metrics = _read_object(files["metrics.json"])
     if not metrics:
@@ -145,10 +138,7 @@ def read_run(path: Path) -> RunRecord:
         plan,
         finished,
         trace,
-        train,
-        evaluations,
-        budgets,
-        series,
+        *log,
         metrics,
         recipe_text,
         recipe,
@@ -198,6 +188,17 @@ def _read_log(path: Path) -> _Log:
 def _points(rows: Iterable[Mapping[str, Any]], name: str) -> Points:
     """What the rows of a log say of one thing."""
     return tuple((int(row["step"]), number(row[name])) for row in rows if name in row)
+
+
+def _after(search: _Log, log: _Log, steps: int) -> _Log:
+    """The log of a training and, before it, that of a search of so many steps; the budgets are the training's."""
+    series = {
+        name: (*search.series.get(name, ()), *_later(log.series.get(name, ()), steps))
+        for name in SERIES
+        if name in search.series or name in log.series
+    }
+    train = (*search.train, *_later(log.train, steps))
+    return _Log(train, _later(log.evaluations, steps), log.budgets, series)
 
 
 def _later(points: Points, steps: int) -> Points:
