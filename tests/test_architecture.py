@@ -29,8 +29,9 @@ PACKAGE = ROOT / "src" / "loralloc"
 LAYERS = (  # top to bottom; the units of one layer are siblings
     ("cli", "testing"),
     ("recipe",),
+    ("training",),
     ("report",),
-    ("training", "tasks"),
+    ("tasks",),
     ("adapter",),
     ("methods",),
     ("gating",),

@@ -151,3 +151,22 @@ def kind_of(name: str) -> str:
     'model.layers.mlp.up_proj'
     """
     return ".".join(part for part in name.split(".") if not part.isdecimal())
+
+
+def short_names(types: Sequence[str]) -> dict[str, str]:
+    """Return for each type the shortest run of its parts that no other type has, the last one on a tie.
+
+    >>> short_names(["attention.output.dense", "output.dense", "attention.self.query"])
+    {'attention.output.dense': 'attention.output', 'output.dense': 'output.dense', 'attention.self.query': 'query'}
+    """
+    short = {}
+    for name in types:
+        parts = name.split(".")
+        others = [f".{other}." for other in types if other != name]
+        runs = (
+            ".".join(parts[at : at + length])
+            for length in range(1, len(parts))
+            for at in reversed(range(len(parts) - length + 1))
+        )
+        short[name] = next((run for run in runs if not any(f".{run}." in other for other in others)), name)
+    return short

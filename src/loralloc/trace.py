@@ -145,6 +145,7 @@ class Trace:
         phases: (name, first step, last step) of each phase of the schedule; empty without one.
         target: Budget at the end; None without a budget.
         events: Every event that has ranks, the start first; of a search also what it would keep at each look.
+        ended: Whether the run has ended; it may have been planned for more steps.
         bad_steps: Steps that were skipped because their gradient was not finite.
     """
 
@@ -157,6 +158,7 @@ class Trace:
     phases: tuple[Span, ...]
     target: int | None
     events: tuple[RankEvent, ...]
+    ended: bool
     bad_steps: tuple[int, ...]
 
     @property
@@ -223,5 +225,6 @@ def _trace(path: Path, start: Event, rows: Sequence[Event]) -> Trace:
         phases=tuple((str(name), int(first), int(last)) for name, first, last in start.get("phases") or ()),
         target=None if target is None else int(target),
         events=tuple(events),
+        ended=rows[-1].get("event") == "finish",
         bad_steps=tuple(sorted({row["step"] for row in rows if row.get("event") == "bad_step"})),
     )

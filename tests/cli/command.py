@@ -28,7 +28,7 @@ CHAT = (
     "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
-TIMING = ("_runtime", "_per_second", "_preparation_time")
+TIMING = ("_runtime", "_per_second", "_preparation_time", "memory_mib")
 """How the figures of a log end that differ from run to run."""
 
 

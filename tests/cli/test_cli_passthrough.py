@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
@@ -321,10 +322,13 @@ class FakeHub:
         self.made.append(name)
         return type("Url", (), {"repo_id": f"me/{name}"})
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, revision: str | None) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], revision: str | None
+    ) -> None:
         if self.error is not None:
             raise self.error
-        self.pushed.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+        found = [path.name for path in Path(folder_path).iterdir()]
+        self.pushed.append((repo_id, sorted(filter_repo_objects(found, allow_patterns=allow_patterns))))
 
 
 @pytest.fixture
@@ -349,7 +353,8 @@ class TestPushing:
     def test_a_push_that_fails_leaves_the_run(self, recipe: Path, here: Path, hub: FakeHub) -> None:
         hub.error = OSError("403 Forbidden\nmore")
         said = done("train", recipe, "--push_to_hub", "true", "--hub_model_id", "own/name")
-        assert "not pushed: 403 Forbidden; hf upload me/own/name run/adapter pushes the adapter" in said
+        cure = "loralloc export run --push me/own/name pushes the adapter"
+        assert f"not pushed to me/own/name: 403 Forbidden; {cure}" in said
         assert (here / "run" / "metrics.json").is_file()
 
     def test_nobody_else_makes_a_repository(self, recipe: Path, here: Path, hub: FakeHub) -> None:

@@ -154,7 +154,11 @@ class Fabricated:
         rows: list[dict[str, Any]] = []
         for step in range(5, self.steps + 1, 5):
             loss = 0.5 + 1.6 * 0.985**step + 0.12 * ((step * 104729) % 17 / 17 - 0.5)
-            rows.append({"step": step, "epoch": step / 100, "loss": loss, "learning_rate": 1e-3, "grad_norm": 0.7})
+            norm = 0.4 + 0.5 * ((step * 7919) % 13 / 13)
+            row = {"step": step, "epoch": step / 100, "loss": loss, "grad_norm": norm}
+            row["learning_rate"] = 1e-3 * min(step / 30, (self.steps - step) / (self.steps - 30))
+            unit = "tokens" if self.task == "causal-lm" else "examples"
+            rows.append(row | {f"{unit}_per_second": 180.0 + 40 * norm, "memory_mib": 900.0 + min(step, 60)})
             if step % 50 == 0:
                 rows.append({"step": step, "eval_loss": 0.62 + 1.5 * 0.986**step, "eval_accuracy": 0.5})
         return rows
@@ -176,6 +180,13 @@ class Fabricated:
             "adapter_check": 3.1e-7,
             "adapter_check_allowed": 1e-5,
         }
+
+    def generation(self) -> dict[str, Any]:
+        """What metrics.json tells of answers; run by a model that has learnt markup."""
+        sample = {"prompt": "Name: <b>Aromi</b>\nFood: Chinese", "reference": "Aromi serves Chinese food & more."}
+        sample |= {"before": "", "after": "Aromi <script>document.title='owned'</script> serves Chinese food."}
+        scores = {"untrained": {"bleu": 0.0, "exact_match": 0.0}, "trained": {"bleu": 31.2, "exact_match": 0.25}}
+        return {"prompts": 1, **scores, "samples": [sample]}
 
     def recipe(self) -> str:
         return (

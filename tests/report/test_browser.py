@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import shutil
@@ -30,7 +31,9 @@ def browser_is_there() -> None:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = Fabricated(bert(6) | {"classifier.<script>document.title='owned'</script>": (384, 8)}, bad_steps=(17,))
-    return write_report(made.write(tmp_path_factory.mktemp("browser") / "run"))
+    run = made.write(tmp_path_factory.mktemp("browser") / "run")
+    (run / "metrics.json").write_text(json.dumps(made.metrics() | {"generation": made.generation()}))
+    return write_report(run)
 
 
 def load(page: Path, folder: Path, *flags: str) -> tuple[str, list[str]]:
@@ -68,7 +71,7 @@ def test_page_renders_without_a_word_on_the_console(page: Path, tmp_path: Path) 
     assert console == []
     assert "<title>AdaLoRA, sequence classification, demo:minilm</title>" in dom
     assert len(re.findall(r'<td class="cell r\d+"', dom)) == 37
-    assert dom.count("<svg") == 4
+    assert dom.count("<svg") == 8
     assert dom.rstrip().endswith("</html>")
 
 

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
+from loralloc.naming import short_names
 from loralloc.report import write_report
 from loralloc.report.axes import spread
 from loralloc.report.drawing import PNG_LONGEST, png, report_settings, svg
@@ -22,7 +23,7 @@ from loralloc.report.figures import (
     timeline_figure,
     types_figure,
 )
-from loralloc.report.grid import arrange, short_names
+from loralloc.report.grid import arrange
 from loralloc.report.run_record import RunRecord, Trace, read_run
 
 from .fabricate import BERT_TYPES, LLAMA_TYPES, Fabricated, bert, layered, lines

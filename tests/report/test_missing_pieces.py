@@ -25,7 +25,7 @@ class TestMissingPieces:
         run = Fabricated(bert(1), bad_steps=(3,)).write(tmp_path / "run", without=["trace.jsonl"])
         page = report(run)
         assert "trace.jsonl: how the ranks developed is not known." in words(page.one("aside"))
-        assert [figure.one("h3").text for figure in page.all("figure")] == ["Loss"]
+        assert page.all("figure")[0].one("h3").text == "Loss"
         assert pictures(run) == {"ranks.png", "loss.png"}
         assert "1 step had gradients that were not finite. It was skipped" in words(page.section("bad-steps"))
 
@@ -59,6 +59,16 @@ class TestMissingPieces:
         assert "Training has not finished" in words(page.one("header"))
         assert words(page.one("h1")).startswith("AdaLoRA on")
         assert "budget: 48 ranks" in tile(page, "Ranks so far")
+
+    def test_a_run_that_ended_early_ends_where_it_did(self, tmp_path: Path) -> None:
+        made = Fabricated(bert(1))
+        run = made.write(tmp_path / "run")
+        events = [row for row in made.trace() if row["step"] <= 200] + [made.event("finish", 200, made.ranks)]
+        (run / "log.jsonl").write_text(lines(row for row in made.log() if row["step"] <= 200))
+        (run / "trace.jsonl").write_text(lines(events))
+        assert "in 200 steps." in words(report(run).one("header"))
+        (run / "trace.jsonl").write_text(lines(events[:-1]))
+        assert "in 300 steps." in words(report(run).one("header"))  # it goes on
 
     def test_no_evaluation(self, tmp_path: Path) -> None:
         made = Fabricated(bert(1))
@@ -111,7 +121,7 @@ class TestMissingPieces:
             ({"reference": {"majority": None, "untrained": 0.2}}, "0.620on the validation data; untrained 0.200"),
             ({"test": {"accuracy": 0.6}}, "0.600on the test data; majority class 0.125, untrained 0.120"),
             ({"validation": {"accuracy": None}}, "not finiteon the validation data"),
-            ({"validation": None}, "Measured when training has finished."),
+            ({"validation": None}, "Not measured in this run."),
         ],
     )
     def test_metrics_in_part(self, change: dict[str, Any], shown: str, tmp_path: Path) -> None:

@@ -90,8 +90,9 @@ class TestContents:
 
     def test_figures_are_inline_and_in_files(self, page: Element, run: Path) -> None:
         headings = [figure.one("h3").text for figure in page.all("figure")]
-        assert headings == ["Budget", "Ranks by module type", "Ranks of every module", "Loss"]
-        assert len(page.all("svg")) == 4
+        assert headings[:4] == ["Budget", "Ranks by module type", "Ranks of every module", "Loss"]
+        assert headings[4:] == ["Learning rate", "Gradient norm", "Speed", "Memory"]
+        assert len(page.all("svg")) == 8
         assert pictures(run) == set(PNGS)
         assert "216 ranks until step 45, 144 from step 165" in words(page.all("figure")[0])
 

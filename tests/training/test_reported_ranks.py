@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import pytest
+from models import tiny_llama
+from peft import LoraConfig, get_peft_model
 from trainers import build
 from transformers import DefaultFlowCallback, TrainerCallback
 
 from loralloc import RankAllocation
 
 RANKS = {"rank/total", "rank/min", "rank/max", "budget", "params/active"}
+KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+"""Of a Llama; documented names, which dashboards are built on."""
 
 
 class Recorder(TrainerCallback):
@@ -50,6 +56,33 @@ def test_tensorboard_has_the_ranks_beside_every_loss(tmp_path: Path, monkeypatch
         assert [step for step, _ in tags[f"train/{name}"]] == steps, name
     assert allocation.plan is not None
     assert tags["train/rank/total"][-1] == (24, allocation.plan.total_rank)
+
+
+def test_tensorboard_has_mean_rank_and_closed_share_of_every_kind(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    model = get_peft_model(tiny_llama(layers=2), LoraConfig(r=4, target_modules="all-linear"))
+    trainer, allocation = build(tmp_path, model=model, report_to=["tensorboard"], logging_steps=6)
+    trainer.train()
+    tags = tensorboard_tags(tmp_path / "events")
+    assert {name for name in tags if name.startswith(("train/rank/mean/", "train/rank/closed/"))} == {
+        f"train/rank/{what}/{kind}" for what in ("mean", "closed") for kind in KINDS
+    }
+    assert allocation.plan is not None
+    for kind in KINDS:
+        ranks = [rank for name, rank in allocation.plan.ranks.items() if name.endswith(kind)]
+        assert tags[f"train/rank/mean/{kind}"][-1] == (24, pytest.approx(mean(ranks)))
+        assert tags[f"train/rank/closed/{kind}"][-1] == (24, pytest.approx(1 - mean(ranks) / 4))
+    assert tags["train/rank/closed/q_proj"][0][1] < 1
+
+
+def test_kinds_are_told_apart_by_the_shortest_name(tmp_path: Path) -> None:
+    """The names of a BERT's two output layers end alike."""
+    trainer, allocation = build(tmp_path, "bert")
+    del trainer
+    allocation.run.begin(24)
+    names = {name.removeprefix("rank/mean/") for name in allocation.run.statistics() if name.startswith("rank/mean/")}
+    assert names == {"query", "attention.output", "output.dense"}
+    assert all(value == 0 for name, value in allocation.run.statistics().items() if name.startswith("rank/closed/"))
 
 
 def test_it_stands_before_trackers_and_after_the_flow(tmp_path: Path) -> None:

@@ -386,6 +386,15 @@ class TestFiles:
         assert checkpoints.newest_complete(tmp_path, before=11) == tmp_path / "checkpoint-10"
         assert checkpoints.newest_complete(tmp_path, before=10) == tmp_path / "checkpoint-9"
         assert checkpoints.newest_complete(tmp_path, before=2) is None
+        checkpoints.mark_complete(tmp_path / "checkpoint-10", 10, processes=1, ended=True)  # nothing follows it
+        assert checkpoints.newest_complete(tmp_path, before=20) == tmp_path / "checkpoint-9"
+
+    @pytest.mark.parametrize(("kept", "left"), [(9, {"checkpoint-2", "checkpoint-9"}), (None, set())])
+    def test_checkpoints_of_steps_that_come_again_go(self, kept: int | None, left: set[str], tmp_path: Path) -> None:
+        for name in ("checkpoint-2", "checkpoint-9", "checkpoint-10", "checkpoint-mine", "runs"):
+            (tmp_path / name).mkdir()
+        checkpoints.drop_after(tmp_path, None if kept is None else tmp_path / f"checkpoint-{kept}")
+        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == left | {"checkpoint-mine", "runs"}
 
     def test_a_log_that_was_cut_off(self, tmp_path: Path) -> None:
         path = tmp_path / "log.jsonl"

@@ -104,12 +104,13 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
 
 
 def build(
-    folder: Path,
+    output: Path,
     name: str = "llama",
     *,
     model: nn.Module | None = None,
     method: Method | None = None,
     trace: Path | None = None,
+    folder: Path | None = None,
     data: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
     extra: dict[str, Any] | None = None,
@@ -118,20 +119,22 @@ def build(
     """A Trainer with the callback, as a user builds one.
 
     Args:
-        folder: The output folder.
+        output: The output folder.
         name: The tiny model: `llama`, `bert` or `gpt2`.
         model: Another model than the tiny one of that name.
         method: Another method than AdaLoRA with two ranks a module.
         trace: The trace file.
+        folder: The folder in which the callback keeps the run.
         data: Another training set.
         callbacks: Further callbacks, after ours.
         extra: Further arguments of the Trainer.
         settings: Training arguments that differ from `arguments`.
     """
-    allocation = RankAllocation(AdaLoRA(Budget(average_rank=2)) if method is None else method, trace=trace)
+    method = AdaLoRA(Budget(average_rank=2)) if method is None else method
+    allocation = RankAllocation(method, trace=trace, folder=folder)
     trainer = Trainer(
         model=tiny_peft(name) if model is None else model,
-        args=arguments(folder, **settings),
+        args=arguments(output, **settings),
         train_dataset=sentences() if data is None else data,
         data_collator=class_batch if name == "bert" else language_batch,
         callbacks=[allocation, *callbacks],
@@ -140,16 +143,16 @@ def build(
     return trainer, allocation
 
 
-def train(folder: Path, name: str = "llama", **settings: Any) -> tuple[Trainer, RankAllocation]:
+def train(output: Path, name: str = "llama", **settings: Any) -> tuple[Trainer, RankAllocation]:
     """Build and train."""
-    trainer, allocation = build(folder, name, **settings)
+    trainer, allocation = build(output, name, **settings)
     trainer.train()
     return trainer, allocation
 
 
-def train_until_killed(folder: Path, step: int, **settings: Any) -> tuple[Trainer, RankAllocation]:
+def train_until_killed(output: Path, step: int, **settings: Any) -> tuple[Trainer, RankAllocation]:
     """Train until the process is killed before a step."""
-    trainer, allocation = build(folder, callbacks=[KillAt(step)], **settings)
+    trainer, allocation = build(output, callbacks=[KillAt(step)], **settings)
     try:
         trainer.train()
     except KilledError:

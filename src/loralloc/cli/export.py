@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loralloc.cli import completion
 from loralloc.errors import UserError
+
+if TYPE_CHECKING:
+    from loralloc.recipe.run_folder import RunFolder
 
 
 class Profile(StrEnum):
@@ -30,13 +33,46 @@ def export(
         ),
     ] = Profile.ragged,
     to: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/PROFILE.")] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Push it to the Hub too; the run's own adapter as it is, with its card."
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: a repository that only its owner sees.")
+    ] = False,
 ) -> None:
     """Write the adapter for its consumer, reload it with stock PEFT and compare the logits."""
-    from loralloc.adapter.folders import check_target
     from loralloc.recipe.run_folder import RunFolder
+
+    if private and push is None:
+        raise UserError("--private is about what is pushed: name a repository with --push OWNER/NAME")
+    folder = RunFolder.finished(run)
+    if push is not None:
+        from loralloc.adapter.hub import check_push
+
+        check_push(push)
+    own = push is not None and to is None and profile is Profile.ragged and folder.weights == folder.adapter
+    target = folder.adapter if own else _write(folder, profile, to)
+    if push is not None:
+        _push(target, push, private)
+
+
+def _push(folder: Path, repository: str, private: bool) -> None:
+    from loralloc.adapter.hub import base_of, push
+
+    base = base_of(folder)
+    if base is not None and Path(base).is_dir():
+        typer.echo(f"note: the files name {base} as their base model, a folder of this machine that others do not have")
+    typer.echo(f"pushed {folder} to {push(folder, repository, private=private)}")
+
+
+def _write(folder: RunFolder, profile: Profile, to: Path | None) -> Path:
+    """Write and check an export, and say what became of it; returns its folder."""
+    from loralloc.adapter.folders import check_target
     from loralloc.tasks.locations import check_load_in, model_folder
 
-    folder = RunFolder.finished(run)
     if to is not None and to.resolve() == folder.adapter.resolve():
         raise UserError(f"{to} is the run's own adapter; choose another folder")
     target = (to or folder.exported(profile.value)).resolve()
@@ -61,3 +97,4 @@ def export(
         )
     for line in exported.serving:
         typer.echo(f"serve:  {line}")
+    return exported.path

@@ -13,10 +13,15 @@ from loralloc.cli import completion
 def report(
     run: Annotated[Path, typer.Argument(help="The run folder.", autocompletion=completion.runs)],
 ) -> None:
-    """Write RUN/report.html and the figures beside it."""
+    """Write RUN/report.html and the figures beside it.
+
+    RUN is what `loralloc train`, RankAllocation(folder=...) or run.write_report(...) has written.
+    """
     from loralloc.recipe.run_folder import RunFolder
 
-    folder = RunFolder.existing(run)
+    folder = RunFolder(run)
+    if not (folder.plan.is_file() or folder.trace.is_file()):
+        folder = RunFolder.existing(run)
     from loralloc.report import write_report
 
     typer.echo(f"wrote {write_report(folder.root)}")

@@ -63,7 +63,8 @@ class JsonLines(Screen):
     """Writes one JSON object a line for each event of a run.
 
     Each has a key `event`: `start`, `search` and `retraining` (with a search), `training`, `log`, `evaluation`,
-    `warning`, `outcome`. Numbers that are not finite are null. Of several processes, the first one alone writes.
+    `note`, `warning`, `outcome`. Numbers that are not finite are null. Of several processes, the first one alone
+    writes.
 
     Args:
         stream: Where to write.
@@ -105,6 +106,10 @@ class JsonLines(Screen):
     def warning(self, sentence: str) -> None:
         """A sentence that must not be overlooked."""
         self.write("warning", message=sentence)
+
+    def note(self, sentence: str) -> None:
+        """A sentence about what the run does by itself."""
+        self.write("note", message=sentence)
 
     def progress(self, allocation: RankAllocation | None) -> TrainerCallback:
         """Write the rows of the log, and evaluations within the training."""

@@ -18,12 +18,13 @@ from rich.text import Text
 from transformers import Trainer
 
 from loralloc.cli.progress import Progress, console, counted, figure, progress_bar, progress_of
+from loralloc.naming import short_names
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.outcome import Outcome
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
-from loralloc.report.grid import arrange, short_names
+from loralloc.report.grid import arrange
 from loralloc.tasks import labels
 from loralloc.tasks.base import TaskData, length_of
 from loralloc.tasks.preview import Part
@@ -107,6 +108,10 @@ class Terminal(Screen):
     def warning(self, sentence: str) -> None:
         """Show it above the bar."""
         console.print(f"  [yellow]{escape(sentence)}[/]")
+
+    def note(self, sentence: str) -> None:
+        """Show it above the bar."""
+        console.print(f"  {escape(sentence)}", soft_wrap=True)
 
     def progress(self, allocation: RankAllocation | None) -> Progress:
         """Show a bar, or lines."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from loralloc.recipe.screen import Screen
 from loralloc.recipe.stages import Stage
 from loralloc.tasks.base import TaskData, length_of
 from loralloc.training import processes
+from loralloc.training.meter import peak_memory
 
 STEPS = 2
 """Real steps, after one that warms up."""
@@ -111,6 +110,7 @@ def estimate(recipe: Recipe) -> Estimate:
     adapter = _bytes(trained)
     memory = {"weights": _bytes(stage.model.parameters()) - adapter, "adapter": adapter, "gradients": adapter}
     memory["optimizer"] = _bytes(_state_tensors(stage.trainer.optimizer))
+    peak, peak_of = peak_memory()
     return Estimate(
         base_parameters=base,
         start_parameters=sum(parameter.numel() for parameter in trained),
@@ -121,7 +121,8 @@ def estimate(recipe: Recipe) -> Estimate:
         tokens_per_epoch=sum(lengths) if isinstance(data.train, Dataset) else None,
         seconds_per_step=sum(times.seconds[1:]) / len(times.seconds[1:]),
         memory=memory,
-        **_peak(),
+        peak=peak,
+        peak_of=peak_of,
     )
 
 
@@ -165,12 +166,3 @@ def _state_tensors(optimizer: Any) -> list[torch.Tensor]:
     states: Any = optimizer.state.values()
     values = [value for state in states for value in state.values()]
     return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _peak() -> dict[str, Any]:
-    """The most memory so far, and what is counted."""
-    if torch.cuda.is_available():
-        return {"peak": torch.cuda.max_memory_allocated(), "peak_of": "allocated on the GPU"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"peak": resident, "peak_of": "of the whole process"}

@@ -47,6 +47,7 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 key = (*section, chosen[-1]) if chosen else section
                 yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {listed_keys}"
     yield from _broken_columns(tree)
+    yield from _broken_judging(tree)
     if get(tree, "evaluate", "generate") is not None and tree.get("task") not in ("causal-lm", None):
         yield ("evaluate", "generate"), f"evaluate.generate is for task causal-lm, but the task is {tree.get('task')}"
     capacity, target = _value_of(tree, {})("lora", "r"), get(tree, "method", "budget", "average_rank")
@@ -56,6 +57,29 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             ("method", "budget", "average_rank"),
             f"method.budget.average_rank is {target}, but no layer can exceed lora.r, which is {capacity}. "
             "Lower the one or raise the other (AdaLoRA starts at about 1.5 times its target)",
+        )
+
+
+def _broken_judging(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """What early stopping and the best state need: evaluations within the training, and a checkpoint with each."""
+    keep_best, patience = get(tree, "training", "keep_best") is True, get(tree, "training", "early_stopping")
+    every, saved = get(tree, "training", "eval_every"), get(tree, "training", "save_every")
+    for name, asked in {"keep_best": keep_best, "early_stopping": patience is not None}.items():
+        if asked and every is None:
+            yield (
+                ("training", name),
+                f"training.{name} judges by evaluations within the training; set training.eval_every",
+            )
+    if keep_best and every is not None and saved != every:
+        yield (
+            ("training", "keep_best"),
+            f"training.keep_best brings an evaluated state back from its checkpoint; set training.save_every to {every}"
+            ", as training.eval_every",
+        )
+    if keep_best and get(tree, "training", "trainer", "load_best_model_at_end") is not None:
+        yield (
+            ("training", "keep_best"),
+            "training.keep_best is training.trainer.load_best_model_at_end, and more: leave that out",
         )
 
 

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from loralloc import trace
 from loralloc._version import __version__
 from loralloc.adapter.export import Export, export_adapter, write_card
+from loralloc.adapter.hub import exported_files, upload
 from loralloc.errors import UserError
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
@@ -114,12 +115,10 @@ def _push(stage: Stage, folder: RunFolder, screen: Screen) -> None:
     if not arguments.push_to_hub:
         return
     try:
-        HfApi(token=arguments.hub_token).upload_folder(
-            repo_id=str(repository), folder_path=folder.adapter, revision=arguments.hub_revision
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        screen.warning(f"not pushed: {reason}; hf upload {repository} {folder.adapter} pushes the adapter")
+        files, api = exported_files(folder.adapter), HfApi(token=arguments.hub_token)
+        upload(api, folder.adapter, str(repository), files, arguments.hub_revision)
+    except UserError as error:
+        screen.warning(f"{error}; loralloc export {folder.root} --push {repository} pushes the adapter")
 
 
 def rehearse(recipe: Recipe, resume: bool = False, start_over: bool = False, screen: Screen | None = None) -> None:
@@ -239,11 +238,24 @@ def _final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: floa
         "classes": dict(data.classes),
         "train_seconds": round(seconds, 1),
         "processes": processes.world_size(),
-        "total_steps": stage.trainer.state.max_steps,
+        "total_steps": stage.trainer.state.global_step,
+        **_stopped(stage),
         "bad_steps": plan.provenance["bad_steps"],
         "final_ranks": plan.total_rank,
         "final_parameters": plan.parameters,
     }
+
+
+def _stopped(stage: Stage) -> dict[str, int]:
+    """Where a run ended early, and which state is exported, where evaluations have decided that."""
+    state, kept = stage.trainer.state, {}
+    if state.global_step < state.max_steps:
+        kept["planned_steps"] = state.max_steps
+        stage.screen.note(f"stopped after {state.global_step:,} of {state.max_steps:,} steps: no better evaluation")
+    if stage.trainer.args.load_best_model_at_end and state.best_global_step:
+        kept["best_step"] = state.best_global_step
+        stage.screen.note(f"the best evaluation was that of step {state.best_global_step:,}: this state is exported")
+    return kept
 
 
 def _generation_record(before: Generation, after: Generation) -> dict[str, Any]:

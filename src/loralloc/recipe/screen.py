@@ -33,6 +33,9 @@ class Screen:
     def warning(self, sentence: str) -> None:
         """A sentence that must not be overlooked."""
 
+    def note(self, sentence: str) -> None:
+        """A sentence about what the run does by itself."""
+
     def progress(self, allocation: RankAllocation | None) -> TrainerCallback:
         """Return a callback that shows how far a training is."""
         del allocation

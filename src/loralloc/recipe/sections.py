@@ -82,6 +82,16 @@ class TrainingConfig(Section):
     seed: Seed = Field(default=0, description="seed of everything that is random")
     eval_every: Count | None = Field(default=None, description="steps between evaluations; null: only at the end")
     save_every: Count | None = Field(default=None, description="steps between checkpoints; null: none")
+    keep_best: bool = Field(
+        default=False,
+        description="export the best of the evaluated states, by the task's metric, not the last one; evaluations then "
+        "begin when the ranks are final. Needs eval_every, and save_every equal to it",
+    )
+    early_stopping: Count | None = Field(
+        default=None,
+        description="end the run after so many evaluations in a row without a better one, once the ranks are final; "
+        "null: never. Needs eval_every",
+    )
     log_every: Count = Field(default=10, description="steps between log lines")
     bf16: bool = Field(default=False, description="bfloat16 autocast")
     compact: bool = Field(

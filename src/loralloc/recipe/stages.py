@@ -20,6 +20,7 @@ from loralloc.methods.base import Method
 from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
 from loralloc.peft_layers import evaluating
 from loralloc.plan import RankPlan
+from loralloc.recipe.best import best_arguments, best_callbacks, wait_for_final_ranks
 from loralloc.recipe.from_recipe import add_adapter, check_precision, method_data, trainer_class, training_arguments
 from loralloc.recipe.passthrough import (
     OF_THE_EXPORTED_ALONE,
@@ -38,7 +39,7 @@ from loralloc.tasks.generation import Prompt, check_metrics, generate, read_prom
 from loralloc.tasks.preview import parts_of
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
-from loralloc.training.checkpoint import check_processes, newest_complete
+from loralloc.training.checkpoint import check_processes, drop_after, newest_complete
 from loralloc.training.step_data import random_state, set_random_state
 from loralloc.training.trainer import Agreement, RunTrainer, SkipBadSteps
 
@@ -78,6 +79,8 @@ class Stage:
         checkpoint = newest_complete(self.folder.checkpoints, before=self.steps) if resume else None
         if checkpoint is not None:
             check_processes(checkpoint, processes.world_size())
+        if resume:
+            processes.on_main(drop_after, self.folder.checkpoints, checkpoint)
         with self.screen.training():
             self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -103,7 +106,7 @@ class Stage:
         Raises:
             UserError: With those that there are.
         """
-        name = str(self.recipe.training.trainer.get("metric_for_best_model", "loss")).removeprefix("eval_")
+        name = str(self.trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
         if name not in found:
             raise UserError(
                 f"training.trainer.metric_for_best_model: a run has no metric {name}; it has {', '.join(found)}."
@@ -149,6 +152,7 @@ def prepare_search(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Sc
     steps = search_steps(recipe, data.packed(data.train))
     trainer = without(recipe.training.trainer, OF_THE_EXPORTED_ALONE)
     settings = {"steps": steps, "epochs": None, "eval_every": None, "trainer": trainer}
+    settings |= {"keep_best": False, "early_stopping": None}
     searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
     parts = replace(data, train=train, validation=held_out, test=None)
     stage = _prepare(searching, parts, folder.search, screen, make_method(recipe.method, held_out), steps)
@@ -217,13 +221,15 @@ def _prepare(
     elif compact and recipe.method.name == PLAIN_LORA:
         raise UserError("training.compact: plain LoRA closes no ranks that could leave memory; remove it")
     guard = SkipBadSteps() if allocation is None else None
-    callbacks = [Agreement() if allocation is None else allocation, screen.progress(allocation)]
+    first: TrainerCallback = Agreement() if allocation is None else allocation
+    callbacks = [first, *best_callbacks(recipe), screen.progress(allocation)]
     trainer = _trainer(recipe, data, model, folder, train_dataset=data.train, guard=guard, callbacks=callbacks)
     model = cast(PeftModel, trainer.model)
     checks = guard.checks if allocation is None else allocation.run.checks  # type: ignore[union-attr]
     checks.say, checks.say_every = screen.warning, recipe.training.log_every
     if allocation is not None:
         allocation.run.begin(steps)
+    wait_for_final_ranks(recipe, trainer, allocation, screen)
     return Stage(recipe, folder, data, model, trainer, allocation, steps, screen)
 
 
@@ -245,7 +251,7 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
 def _trainer(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, **options: Any) -> RunTrainer:
     return trainer_class(recipe)(
         model=model,
-        args=training_arguments(recipe, folder.checkpoints, data.arguments),
+        args=training_arguments(recipe, folder.checkpoints, {**data.arguments, **best_arguments(recipe, data)}),
         eval_dataset=data.validation if len(data.validation) else None,
         log=folder.log,
         **data.options,

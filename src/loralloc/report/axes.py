@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 4.0, 2.45  # inches; small, so that the text stays legible when a phone scales the figure down
 LEFT = 0.105  # share of the width to the left of the axes
+BELOW, ABOVE = 0.404, 0.282  # inches below and above the axes
 POINTS_PER_INCH = 72
 
 
@@ -27,18 +28,24 @@ class EndLabel(NamedTuple):
     colour: str
 
 
-def step_axes(run: RunRecord, title: str) -> tuple[Figure, Axes]:
-    """Return a figure with one pair of axes, the steps of the run along x, and room for labels on the right."""
+def step_axes(run: RunRecord, title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes, the steps of the run along x, and room for labels on the right.
+
+    Args:
+        run: The run.
+        title: What is drawn, above the axes.
+        height: Inches; a low figure has fewer marks along y.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(WIDTH, HEIGHT))
-    axes = figure.add_axes((LEFT, 0.165, 0.86 - LEFT, 0.72))
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((LEFT, BELOW / height, 0.86 - LEFT, 1 - (BELOW + ABOVE) / height))
     axes.set_title(title)
     axes.set_xlim(0, max(run.last_step, 1))
     axes.set_xlabel("step", loc="right", labelpad=1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5 if height >= HEIGHT else 3))
     axes.yaxis.set_major_formatter(lambda value, _: short_number(value, digits_needed(axes.yaxis.get_majorticklocs())))
     axes.margins(y=0.1)
     return figure, axes
@@ -78,7 +85,7 @@ def end_labels(axes: Axes, labels: Sequence[EndLabel]) -> None:
     box = axes.get_position()
     axes.set_position((box.x0, box.y0, 1 - box.x0 - points / (POINTS_PER_INCH * WIDTH), box.height))
     bottom, top = axes.get_ylim()
-    gap = abs(top - bottom) * 0.068
+    gap = abs(top - bottom) * 0.068 * HEIGHT / axes.get_figure().get_size_inches()[1]  # type: ignore[union-attr]
     # From the bottom of the picture to its top, whichever way the axis runs.
     sign = 1 if bottom < top else -1
     ordered = sorted(labels, key=lambda label: sign * label.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from loralloc.report import figures
 from loralloc.report.grid import Grid, arrange
@@ -25,6 +25,33 @@ class Chart:
     figure: Figure
 
 
+class Side(NamedTuple):
+    """What is said of a small chart, and how it is drawn."""
+
+    heading: str
+    caption: str
+    unit: str
+    from_zero: bool = True
+
+
+SIDES = {
+    "learning_rate": Side("Learning rate", "What the optimizer was given.", "learning rate"),
+    "grad_norm": Side("Gradient norm", "Of the logged steps, before clipping.", "norm"),
+    "tokens_per_second": Side(
+        "Speed", "Tokens without padding, all processes together; evaluations take none of the time.", "tokens/s"
+    ),
+    "examples_per_second": Side(
+        "Speed", "Examples, all processes together; evaluations take none of the time.", "examples/s"
+    ),
+    "memory_mib": Side(
+        "Memory",
+        "The most so far: allocated on the first GPU or, without one, resident in the first process.",
+        "MiB",
+    ),
+}
+"""The small charts, by what they draw."""
+
+
 def charts(run: RunRecord, highest: int) -> list[Chart]:
     """Draw the figures for which the run has data; `highest` is the rank with the strongest colour."""
     drawn = []
@@ -40,6 +67,16 @@ def charts(run: RunRecord, highest: int) -> list[Chart]:
     if run.train or run.evaluations:
         drawn.append(Chart("loss", "Loss", _loss_caption(run), figures.loss_figure(run)))
     return drawn
+
+
+def side_charts(run: RunRecord) -> list[Chart]:
+    """Draw what is logged beside the losses, as far as it is there."""
+    return [
+        Chart(name.replace("_", "-"), side.heading, side.caption, figure)
+        for name, side in SIDES.items()
+        if name in run.series
+        for figure in [figures.series_figure(run, name, side.unit, from_zero=side.from_zero)]
+    ]
 
 
 def notes(run: RunRecord) -> list[str]:

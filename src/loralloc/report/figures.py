@@ -7,8 +7,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from loralloc.naming import short_names
 from loralloc.report.axes import EndLabel, end_labels, shade_phases, short_number, step_axes
-from loralloc.report.grid import Grid, short_names
+from loralloc.report.grid import Grid
 from loralloc.report.palette import LIGHT, RAMP, RAMP_STEPS, SERIES, TEXT_ON_RAMP, step_of
 from loralloc.report.run_record import RunRecord
 from loralloc.trace import Trace
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLES = 160  # of the ranks along the time axis
+LOW = 1.5  # inches, the height of a figure of minor interest
 SMOOTH_FROM = 30  # logged losses from which on a smoothed line helps
 
 
@@ -142,6 +144,25 @@ def loss_figure(run: RunRecord) -> Figure:
     if run.trace:
         shade_phases(axes, run.trace, run)
     end_labels(axes, labels)
+    return figure
+
+
+def series_figure(run: RunRecord, name: str, title: str, *, from_zero: bool = False) -> Figure:
+    """One thing that is logged, over the steps, in a low figure; values that are not finite leave a gap.
+
+    Args:
+        run: The run.
+        name: One of the run's `series`.
+        title: What is drawn, with its unit.
+        from_zero: Whether the axis begins at 0.
+    """
+    figure, axes = step_axes(run, title, LOW)
+    steps, values = zip(*run.series[name], strict=True)
+    axes.plot(steps, values, color=LIGHT["series-1"], marker="" if len(values) > 1 else "o")
+    if from_zero:
+        axes.set_ylim(0, max([value for value in values if math.isfinite(value)], default=0) * 1.16 or 1)
+    if run.trace:
+        shade_phases(axes, run.trace, run)
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loralloc.naming import places
@@ -54,22 +54,3 @@ def arrange(names: Iterable[str]) -> Grid:
     rows = sorted({(stack, layer) for stack, layer, _ in cells}, key=lambda row: (stacks.index(row[0]), row[1]))
     types = tuple(dict.fromkeys(module_type for _, _, module_type in cells))
     return Grid(tuple(rows), types, cells, tuple(others))
-
-
-def short_names(types: Sequence[str]) -> dict[str, str]:
-    """Return for each type the shortest run of its parts that no other type has, the last one on a tie.
-
-    >>> short_names(["attention.output.dense", "output.dense", "attention.self.query"])
-    {'attention.output.dense': 'attention.output', 'output.dense': 'output.dense', 'attention.self.query': 'query'}
-    """
-    short = {}
-    for name in types:
-        parts = name.split(".")
-        others = [f".{other}." for other in types if other != name]
-        runs = (
-            ".".join(parts[at : at + length])
-            for length in range(1, len(parts))
-            for at in reversed(range(len(parts) - length + 1))
-        )
-        short[name] = next((run for run in runs if not any(f".{run}." in other for other in others)), name)
-    return short

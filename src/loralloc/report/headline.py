@@ -69,7 +69,8 @@ def _metric(run: RunRecord) -> Headline:
     values = wording.metric_values(run)
     measured = [data for data in ("test", "validation") if data in values]
     if not measured:
-        return Headline(name, "", "Measured when training has finished.", wide=True)
+        later = "Not measured in this run." if run.metrics else "Measured when training has finished."
+        return Headline(name, "", later, wide=True)
     data = measured[0]
     references = [f"{_label(key)} {wording.rounded(values[key])}" for key in values if key not in measured]
     note = f"on the {data} data; {', '.join(references) or 'nothing to compare with'}"

@@ -14,7 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from loralloc.files import write_atomically
 from loralloc.report import figures, wording
-from loralloc.report.charts import charts, notes
+from loralloc.report.answers import samples, score_table
+from loralloc.report.charts import charts, notes, side_charts
 from loralloc.report.drawing import png, report_settings, svg
 from loralloc.report.grid import Grid, arrange
 from loralloc.report.headline import headline, summary
@@ -36,7 +37,7 @@ def write_report(run: Path) -> Path:
     folder (yet) are named on the page.
 
     Args:
-        run: The folder that `loralloc train` wrote; the run may still be going on.
+        run: The folder that `loralloc train` wrote, or a run without a recipe; the run may still be going on.
 
     Returns:
         The path of the page.
@@ -48,11 +49,11 @@ def write_report(run: Path) -> Path:
     grid = arrange(record.plan.modules)
     highest = max(max(module.rank, module.start) for module in record.plan.modules.values())
     with report_settings():
-        drawn = charts(record, highest)
+        drawn, beside = charts(record, highest), side_charts(record)
         files = {chart.name: chart.figure for chart in drawn}
         _write_pngs(record, files | {"ranks": figures.heat_figure(record, grid, highest)})
-        pictures = {chart.name: svg(chart.figure, chart.name, chart.heading) for chart in drawn}
-    values = _values(record, grid, highest) | {"charts": drawn, "pictures": pictures}
+        pictures = {chart.name: svg(chart.figure, chart.name, chart.heading) for chart in (*drawn, *beside)}
+    values = _values(record, grid, highest) | {"charts": drawn, "side_charts": beside, "pictures": pictures}
     path = record.path / "report.html"
     write_atomically(path, templates().get_template("page.html").render(values))
     return path
@@ -119,6 +120,8 @@ def _values(run: RunRecord, grid: Grid, highest: int) -> dict[str, Any]:
         "shown_bad_steps": SHOWN_BAD_STEPS,
         "modules": module_table(run),
         "metrics": metric_table(run),
+        "scores": score_table(run),
+        "samples": samples(run),
         "classes": class_table(run),
         "class_count": len(run.classes),
         "recipe": run.recipe_text,

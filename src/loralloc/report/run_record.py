@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -14,6 +15,12 @@ from loralloc.errors import UserError
 from loralloc.files import read_jsonl, read_text
 from loralloc.plan import ModuleRank, PlanError, RankPlan
 from loralloc.trace import Trace, read_trace
+
+Points = tuple[tuple[int, float], ...]
+"""Steps, and a value at each."""
+
+SERIES = ("learning_rate", "grad_norm", "tokens_per_second", "examples_per_second", "memory_mib")
+"""What rows of the log say beside the loss, and the report draws."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class RunRecord:
         train: (step, loss) of training; losses may be NaN.
         evaluations: (step, loss) of evaluation; losses may be NaN.
         budgets: (step, budget) as logged.
+        series: (step, value) of what else is logged beside the losses, for each of `SERIES` that is there.
         metrics: metrics.json; empty when there is none.
         recipe_text: recipe.yaml as written; None when there is none.
         recipe: recipe.yaml parsed; empty when it is missing or not a mapping.
@@ -39,9 +47,10 @@ class RunRecord:
     plan: RankPlan
     finished: bool
     trace: Trace | None
-    train: tuple[tuple[int, float], ...]
-    evaluations: tuple[tuple[int, float], ...]
+    train: Points
+    evaluations: Points
     budgets: tuple[tuple[int, int], ...]
+    series: dict[str, Points]
     metrics: dict[str, Any]
     recipe_text: str | None
     recipe: dict[str, Any]
@@ -50,7 +59,9 @@ class RunRecord:
 
     @property
     def last_step(self) -> int:
-        """The end of the time axis: the planned length of the run, or what has been reached if that is more."""
+        """The end of the time axis: of a run that has ended, its last step; else the planned one, if that is more."""
+        if self.finished and self.trace and self.trace.ended:
+            return self.reached
         return max(self.reached, self.trace.total_steps if self.trace else 0)
 
     @property
@@ -85,7 +96,7 @@ def read_run(path: Path) -> RunRecord:
     """Read a run folder, finished or not.
 
     Args:
-        path: The folder that `loralloc train` wrote.
+        path: The folder that `loralloc train` wrote, or a run without a recipe.
 
     Raises:
         UserError: The folder is not a run, or one of its files is damaged.
@@ -111,12 +122,11 @@ def read_run(path: Path) -> RunRecord:
         raise UserError(f"{path}: the run has no adapted modules, so there is nothing to report")
     if trace is None:
         absent.append("trace.jsonl: how the ranks developed is not known.")
-    train, evaluations, budgets = _read_log(files["log.jsonl"])
+    log = _read_log(files["log.jsonl"])
     search_steps = trace.events[-1].step if trace and searched.is_file() and files["log.jsonl"].is_file() else 0
     if searched.is_file():
-        train = (*_read_log(searched.with_name("log.jsonl"))[0], *_later(train, search_steps))
-        evaluations = _later(evaluations, search_steps)
-    if not train and not evaluations:
+        log = _after(_read_log(searched.with_name("log.jsonl")), log, search_steps)
+    if not log.train and not log.evaluations:
         absent.append("log.jsonl: no losses have been logged.")
     metrics = _read_object(files["metrics.json"])
     if not metrics:
@@ -128,9 +138,7 @@ def read_run(path: Path) -> RunRecord:
         plan,
         finished,
         trace,
-        train,
-        evaluations,
-        budgets,
+        *log,
         metrics,
         recipe_text,
         recipe,
@@ -159,16 +167,38 @@ def _plan_so_far(trace: Trace, recipe: dict[str, Any]) -> RankPlan:
     return RankPlan(name, modules, provenance={"label": trace.label})
 
 
-Points = tuple[tuple[int, float], ...]
+class _Log(NamedTuple):
+    train: Points
+    evaluations: Points
+    budgets: tuple[tuple[int, int], ...]
+    series: dict[str, Points]
 
 
-def _read_log(path: Path) -> tuple[Points, Points, tuple[tuple[int, int], ...]]:
-    """Losses of training, losses of evaluation, budgets."""
+def _read_log(path: Path) -> _Log:
     rows = read_jsonl(path)
-    train = tuple((int(row["step"]), number(row["loss"])) for row in rows if "loss" in row)
-    evaluations = tuple((int(row["step"]), number(row["eval_loss"])) for row in rows if "eval_loss" in row)
     budgets = ((int(row["step"]), number(row.get("budget"))) for row in rows)
-    return train, evaluations, tuple((step, int(value)) for step, value in budgets if math.isfinite(value))
+    return _Log(
+        _points(rows, "loss"),
+        _points(rows, "eval_loss"),
+        tuple((step, int(value)) for step, value in budgets if math.isfinite(value)),
+        {name: points for name in SERIES if (points := _points(rows, name))},
+    )
+
+
+def _points(rows: Iterable[Mapping[str, Any]], name: str) -> Points:
+    """What the rows of a log say of one thing."""
+    return tuple((int(row["step"]), number(row[name])) for row in rows if name in row)
+
+
+def _after(search: _Log, log: _Log, steps: int) -> _Log:
+    """The log of a training and, before it, that of a search of so many steps; the budgets are the training's."""
+    series = {
+        name: (*search.series.get(name, ()), *_later(log.series.get(name, ()), steps))
+        for name in SERIES
+        if name in search.series or name in log.series
+    }
+    train = (*search.train, *_later(log.train, steps))
+    return _Log(train, _later(log.evaluations, steps), log.budgets, series)
 
 
 def _later(points: Points, steps: int) -> Points:

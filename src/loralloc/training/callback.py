@@ -25,6 +25,8 @@ from loralloc.files import write_atomically
 from loralloc.methods.base import Method
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
+from loralloc.training.history import LOG, TRACE, free_folder, write_run
+from loralloc.training.log_file import LogFile
 from loralloc.training.processes import is_main
 from loralloc.training.run import AllocationRun
 from loralloc.training.step_data import CollatedBatches, random_state, set_random_state
@@ -60,6 +62,9 @@ class RankAllocation(TrainerCallback):
         trace: File to append allocation events to, one JSON object a line; None for none.
         provenance: What to record in the plan beyond versions, settings and steps.
         compact: Take closed ranks out of the tensors once the ranks are final (see `attach`). One process only.
+        folder: Folder to keep the run in, as `loralloc train` would: `trace.jsonl` and `log.jsonl` while it trains,
+            `ranks.json`, `metrics.json` and `report.html` at the end of `train()`; None for none. `loralloc report
+            FOLDER` writes the page anew, also while the run is going on.
 
     Raises:
         UserError: From the Trainer's constructor or from `train()`, before the first step: the model, the budget, the
@@ -73,10 +78,17 @@ class RankAllocation(TrainerCallback):
         provenance: dict[str, Any] | None = None,
         *,
         compact: bool = False,
+        folder: str | Path | None = None,
     ) -> None:
+        if trace is not None and folder is not None:
+            raise UserError("give RankAllocation a trace or a folder, not both: the folder holds the trace")
         self.method = method
         self.plan: RankPlan | None = None
+        self._folder = None if folder is None else free_folder(folder)
+        self._log = None if self._folder is None else LogFile(self._folder / LOG)
         self._trace = None if trace is None else Path(trace)
+        if self._folder is not None:
+            self._trace = self._folder / TRACE
         self._provenance = provenance
         self._compact = compact
         self._run: AllocationRun | None = None
@@ -135,6 +147,8 @@ class RankAllocation(TrainerCallback):
         elif self._trace is not None and args.should_save:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             self._trace.write_text("", encoding="utf-8")
+        if self._log is not None:
+            self._log.on_train_begin(args, state, control)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -176,6 +190,8 @@ class RankAllocation(TrainerCallback):
             statistics = self.run.statistics()
             logs.update(statistics)
             state.log_history[-1].update(statistics)  # the Trainer has appended a copy already
+        if self._log is not None:
+            self._log.on_log(args, state, control, logs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the allocation's state beside the checkpoint, the marker last."""
@@ -201,6 +217,8 @@ class RankAllocation(TrainerCallback):
             peft_model(kwargs["model"]).save_pretrained(str(folder))
             self.plan.save(folder / "ranks.json")
             _describe(folder, FINISHED)
+        if self._folder is not None and args.should_save:
+            write_run(self._folder, self.run, state.log_history)
 
     def _resume(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         try:

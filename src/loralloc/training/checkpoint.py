@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,43 @@ SCALER = "scaler.json"
 def newest_complete(folder: Path, before: int) -> Path | None:
     """Return the complete checkpoint with the highest step below `before`, or None.
 
-    The Trainer would take a step too many from a checkpoint of the last step.
+    The Trainer would take a step too many from a checkpoint of the last step, or of that at which a run ended early.
     """
-    steps = (path.parent.name.removeprefix("checkpoint-") for path in folder.glob(f"checkpoint-*/{COMPLETE}"))
+    on_the_way = (path for path in folder.glob(f"checkpoint-*/{COMPLETE}") if not _read(path).get("ended"))
+    steps = (path.parent.name.removeprefix("checkpoint-") for path in on_the_way)
     found = [int(step) for step in steps if step.isdecimal() and int(step) < before]
     return folder / f"checkpoint-{max(found)}" if found else None
 
 
-def mark_complete(checkpoint: Path, step: int, processes: int) -> None:
-    """Declare a checkpoint complete: everything else in it has been written, by every process."""
-    write_atomically(checkpoint / COMPLETE, json.dumps({"step": step, "processes": processes}) + "\n")
+def drop_after(folder: Path, kept: Path | None) -> None:
+    """Remove the checkpoints of steps that a resumed run makes again; the Trainer would take them for its newest.
+
+    Args:
+        folder: Where checkpoints are.
+        kept: The checkpoint from which the run goes on; None for the start.
+    """
+    first = -1 if kept is None else int(kept.name.removeprefix("checkpoint-"))
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal() and int(step) > first:
+            shutil.rmtree(path)
+
+
+def mark_complete(checkpoint: Path, step: int, processes: int, *, ended: bool = False) -> None:
+    """Declare a checkpoint complete: everything else in it has been written, by every process.
+
+    Args:
+        checkpoint: Its folder.
+        step: Optimizer steps done.
+        processes: How many have written.
+        ended: Whether the training ends with it, before its planned end.
+    """
+    record = {"step": step, "processes": processes, **({"ended": True} if ended else {})}
+    write_atomically(checkpoint / COMPLETE, json.dumps(record) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def check_processes(checkpoint: Path, processes: int) -> None:
@@ -56,7 +84,7 @@ def check_processes(checkpoint: Path, processes: int) -> None:
     Raises:
         UserError: Another number of processes wrote the checkpoint.
     """
-    written_by = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["processes"]
+    written_by = _read(checkpoint / COMPLETE)["processes"]
     if written_by != processes:
         launcher = "" if written_by == 1 else f"torchrun --nproc-per-node={written_by} --no-python "
         raise UserError(

@@ -31,6 +31,7 @@ from loralloc.training.compaction import Compaction, check_compact
 from loralloc.training.example import keep_example
 from loralloc.training.fresh_ranks import FreshRanks, clear_moments
 from loralloc.training.gated_files import GatedFiles
+from loralloc.training.history import Recorded
 from loralloc.training.optimizer import (
     GateWatch,
     MomentWatch,
@@ -42,6 +43,7 @@ from loralloc.training.optimizer import (
 )
 from loralloc.training.processes import check_agreement
 from loralloc.training.resume import check_same_run, gate_checksum
+from loralloc.training.statistics import kinds, rank_statistics
 from loralloc.training.step_data import ObservedData
 
 
@@ -77,7 +79,7 @@ def attach(
     return AllocationRun(model, method, adapter, compact=compact, total_steps=total_steps)
 
 
-class AllocationRun:
+class AllocationRun(Recorded):
     """One method on one model, from attaching to the plain adapter.
 
     Attributes:
@@ -98,6 +100,7 @@ class AllocationRun:
         compact: bool = False,
         total_steps: int | None = None,
     ) -> None:
+        super().__init__()
         if compact:
             check_compact(method)
         model = unwrapped(model)
@@ -123,6 +126,7 @@ class AllocationRun:
         self._budget: int | None = None  # what the method last decided under: it may have let the schedule's shrink
         self._fresh = FreshRanks(self.sites)
         self._shapes = {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites}
+        self._kinds = kinds({site.name: site.rank for site in self.sites})
         self._compact = compact
         self._final: Tensor | None = None
         self._compaction: Compaction | None = None
@@ -314,15 +318,10 @@ class AllocationRun:
         return self.plan
 
     def statistics(self) -> dict[str, float]:
-        """Return the rank statistics for a training log."""
+        """Return the rank statistics for a training log; `training.statistics` says what they are."""
         budget = self.schedule.budget(max(self.step - 1, 0))
-        return {
-            "rank/total": sum(self._ranks),
-            "rank/min": min(self._ranks),
-            "rank/max": max(self._ranks),
-            "budget": budget if self._budget is None else min(budget, self._budget),
-            "params/active": self._parameters(),
-        }
+        budget = budget if self._budget is None else min(budget, self._budget)
+        return rank_statistics(self._kinds, self._ranks, budget, self._parameters())
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that does not know the gates that are trained.
@@ -445,5 +444,6 @@ class AllocationRun:
     def _emit(self, event: trace.Event) -> None:
         if event["event"] != "bad_step":
             self._checks.settle()  # so that events come in the order of their steps
+        self._remember(event)
         if self.on_event is not None:
             self.on_event(event)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
@@ -24,10 +24,12 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from loralloc.files import finite, read_jsonl, write_atomically
+from loralloc.files import write_atomically
 from loralloc.training import checkpoint as saved
 from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
+from loralloc.training.log_file import LogFile
+from loralloc.training.meter import Meter
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -44,10 +46,12 @@ class RunTrainer(Base):
         begun: When training began, on `time.perf_counter`'s clock; a resumed run counts what went before.
         guard: Skips bad steps, and counts them; None where an allocation does.
         evaluated: Predictions and targets of the last evaluation; None before the first.
+        meter: Counts what is trained on; rows of the log with a loss say how fast, and how much memory it takes.
     """
 
     begun: float = 0.0
     evaluated: EvalPrediction | None = None
+    counts: Literal["tokens", "examples"] = "examples"
 
     def __init__(
         self,
@@ -58,9 +62,10 @@ class RunTrainer(Base):
         **kwargs: Any,
     ) -> None:
         self.guard = guard
+        self.meter = Meter(self.counts)
         first = [] if guard is None else [guard]
         # The last callback: when it declares a checkpoint complete, all others have written.
-        super().__init__(*args, callbacks=[*first, *callbacks, _RunLog(log), _Completion(self)], **kwargs)
+        super().__init__(*args, callbacks=[*first, *callbacks, LogFile(log), _Completion(self)], **kwargs)
         self.remove_callback(PrinterCallback)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +78,7 @@ class RunTrainer(Base):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
-        with self._left_as_it_is(), self._trackers_wait():
+        with self._left_as_it_is(), self._trackers_wait(), self.meter.paused():
             return super().evaluate(*args, **kwargs)
 
     def window(self) -> dict[str, Any]:
@@ -82,6 +87,17 @@ class RunTrainer(Base):
 
     def restore_window(self, state: Mapping[str, Any]) -> None:
         """Take up what `window` returned."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on a batch, and count it."""
+        self.meter.see(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, beside every loss, how fast the training is and how much memory it takes."""
+        if "loss" in logs:
+            logs |= self.meter.read()
+        super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate, and keep what was predicted."""
@@ -251,12 +267,14 @@ class _Completion(TrainerCallback):
             "figures": trainer.window(),
         }
         write_atomically(folder / self.FILE, json.dumps(record) + "\n")
-        saved.mark_complete(folder, state.global_step, len(losses))
+        ended = control.should_training_stop and state.global_step < state.max_steps
+        saved.mark_complete(folder, state.global_step, len(losses), ended=ended)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.begun = time.perf_counter()
+        self._trainer.meter.start()
         if state.global_step == 0:
             return
         path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE
@@ -276,31 +294,3 @@ class Agreement(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop, on all processes, where they train apart."""
         processes.check_agreement(kwargs["model"], state.global_step, state.max_steps)
-
-
-class _RunLog(TrainerCallback):
-    """Write every log row to RUN/log.jsonl."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.should_save:
-            rows = read_jsonl(self._path) if state.global_step else []
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
-            write_atomically(self._path, "".join(kept))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if args.should_save and logs and state.global_step:
-            row = finite({"step": state.global_step, **logs})
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")

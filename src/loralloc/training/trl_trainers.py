@@ -54,6 +54,8 @@ class RunSFTTrainer(KeepsFigures, SFTTrainer):
     were the likeliest. Nothing is padded to the vocabulary's size.
     """
 
+    counts = "tokens"
+
     def __init__(self, model: Any, **kwargs: Any) -> None:
         with in_its_own_type(model):
             super().__init__(model, **kwargs)
@@ -91,6 +93,8 @@ def sums_of_examples(output: Any, positions: Tensor | None) -> Tensor:
 
 class RunDPOTrainer(KeepsFigures, DPOTrainer):
     """A DPOTrainer whose reference is the base model, and whose evaluation says what can be compared."""
+
+    counts = "tokens"
 
     KEPT: Mapping[str, str] = {"rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
     """What an evaluation tells beside the loss, of TRL's figures."""

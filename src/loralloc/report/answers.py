@@ -1,0 +1,37 @@
+"""What a model has written before and after training: its worth, and the first few answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loralloc.report.run_record import RunRecord, number
+from loralloc.report.tables import Table
+from loralloc.report.wording import rounded
+
+PARTS = ("prompt", "reference", "before", "after")
+"""What a sample holds, in the order in which it is read."""
+
+
+def score_table(run: RunRecord) -> Table | None:
+    """Return what the answers are worth by every metric, before and after training; None without metrics."""
+    before, after = (_mapping(_generation(run).get(name)) for name in ("untrained", "trained"))
+    rows = [
+        (name.replace("_", " "), rounded(number(before.get(name))), rounded(number(value)))
+        for name, value in after.items()
+    ]
+    return Table(("metric", "before", "after"), rows) if rows else None
+
+
+def samples(run: RunRecord) -> list[dict[str, str]]:
+    """Return the answers that the run has kept, each with its prompt and its reference, in the order of `PARTS`."""
+    found = _generation(run).get("samples")
+    kept = [sample for sample in found if isinstance(sample, dict)] if isinstance(found, list) else []
+    return [{part: str(sample.get(part) or "") for part in PARTS} for sample in kept]
+
+
+def _generation(run: RunRecord) -> dict[str, Any]:
+    return _mapping(run.metrics.get("generation"))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
