@@ -13,9 +13,11 @@ from loralloc.errors import UserError
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: numbers that are not finite become None, also inside mappings."""
+    """JSON has no NaN: numbers that are not finite become None, also inside mappings and lists."""
     if isinstance(value, Mapping):
         return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

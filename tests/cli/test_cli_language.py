@@ -168,3 +168,70 @@ def test_answers_that_are_the_same_are_left_out(write: Write, here: Path) -> Non
 def test_keys_of_another_task(write: Write) -> None:
     said = refused("train", write(RECIPE), "--data.streaming", "true")
     assert "data.streaming is for task causal-lm, but the task is sequence-classification" in said
+
+
+def preferences(write: Write, here: Path, **columns: Any) -> Path:
+    recipe = write_data("preference", write, here)
+    for name in ("train", "held-out"):
+        (here / f"{name}.jsonl").write_text((json.dumps(columns) + "\n") * 8, encoding="utf-8")
+    return recipe
+
+
+ASKED = {"role": "user", "content": "the film was"}
+
+
+def test_answers_that_are_whole_chats_lose_the_prompt(write: Write, here: Path) -> None:
+    words = {"chosen": "fine", "rejected": "dull"}
+    chats = {key: [ASKED, {"role": "assistant", "content": word}] for key, word in words.items()}
+    for columns in ({"prompt": "the film was", **chats}, chats):
+        said = done("train", preferences(write, here, **columns), "--dry-run")
+        assert said.count("the film was") == 2  # once in each of two examples
+        assert "fine </s> dull </s>" in said
+    different = {"chosen": chats["chosen"], "rejected": [{**ASKED, "content": "no"}, chats["rejected"][1]]}
+    said = refused("train", preferences(write, here, **different))
+    assert "train.jsonl:1: both answers must begin with the prompt, or with the assistant's turn after it" in said
+
+
+def test_prompts_that_take_all_the_length(write: Write, here: Path) -> None:
+    recipe = write_data("preference", write, here)
+    said = refused("train", recipe, "--data.max_length", 4)
+    assert "in all 48 rows the prompt alone takes data.max_length = 4 tokens; raise it" in said
+
+
+@pytest.mark.usefixtures("unreported")
+def test_blocks_in_which_nothing_is_learned_are_left_out(write: Write, here: Path) -> None:
+    recipe = write_data("chat", write, here)
+    done("train", recipe, "--data.packing", "wrapped", "--data.max_length", 4, "--steps", 4)
+    assert all(read_json(here / "run" / "losses.json")["losses"])
+    said = refused("train", recipe, "--data.packing", "wrapped", "--evaluate.generate", "{samples: 2}", "--replace")
+    assert (
+        "evaluate.generate answers prompts, and data.packing: wrapped cuts them anywhere; set it to bfd or none" in said
+    )
+
+
+def test_a_stream_without_rows_or_without_anything_to_learn(write: Write, here: Path) -> None:
+    recipe = write_data("streamed", write, here)
+    long = {"prompt": "the film was " * 20, "completion": "yes"}
+    (here / "train.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
+    assert "in none of the streamed rows is anything to learn" in refused("train", recipe)
+    (here / "train.jsonl").write_text("", encoding="utf-8")
+    assert "train.jsonl is empty" in refused("train", recipe) or "cannot be loaded" in refused("train", recipe)
+
+
+def test_what_only_the_trainer_knows_of_its_options(write: Write, here: Path) -> None:
+    recipe = write_data("chat", write, here)
+    said = refused("train", recipe, "--training.trainer.loss_type", "bogus")
+    assert "training.trainer" in said
+    assert "bogus" in said
+
+
+def test_tools_without_a_chat(write: Write, here: Path) -> None:
+    recipe = write_data("streamed", write, here)
+    assert "data.tools is for chats, and these rows are texts; take it out" in refused(
+        "train", recipe, "--data.tools", "x"
+    )
+
+
+def test_predictions_need_a_folder(run: Path) -> None:
+    said = refused("evaluate", run, "--predictions", "nowhere/x.jsonl")
+    assert "--predictions: there is no folder nowhere; make it first" in said

@@ -82,7 +82,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
 
 def test_a_template_that_writes_a_turn_differently_once_more_follows() -> None:
     template = PLAIN.replace("</s>", "{% if loop.last or m.role == 'user' %}</s>{% else %}good{% endif %}")
-    with pytest.raises(UserError, match=r"\(it renders message 2 differently once more follows\)"):
+    with pytest.raises(
+        UserError, match=r"\(it renders message 2 differently once more follows; mark .*, or set data.learn: last\)"
+    ):
         learned(template, CHAT)
     assert learned(template, CHAT, "last")[1] == ["no", "no", "</s>"]
 
@@ -100,6 +102,18 @@ def test_what_the_template_refuses_is_reported_with_its_reason() -> None:
     message = r"train.jsonl:1: the chat template refuses this chat \(Chats begin with the user\)"
     with pytest.raises(UserError, match=message):
         learned(STRICT, CHAT[1:])
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+def test_what_opens_a_chat_answers_nothing(template: str) -> None:
+    assert learned(template, [CHAT[1], *CHAT])[1] == ["yes", "</s>", "no", "no", "</s>"]
+    assert learned(template, CHAT, start=4)[1] == []
+
+
+def test_a_template_that_marks_some_turns() -> None:
+    template = MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
+    with pytest.raises(UserError, match=r"it marks 1 of the assistant's 2 turns"):
+        learned(template, CHAT)
 
 
 TOOL = {"type": "function", "function": {"name": "yes", "parameters": {"type": "object", "properties": {}}}}

@@ -20,6 +20,7 @@ from loralloc.tasks.generation import (
     final_answer,
     generate,
     read_prompts,
+    room,
     score,
 )
 
@@ -52,22 +53,34 @@ def model() -> LlamaForCausalLM:
 
 def test_prompts_and_references() -> None:
     examples = [example("a b", "yes </s>"), example("c", "no", "a"), example("a b", "no </s>")]
-    assert read_prompts(examples, TOKENIZER, None) == [
+    assert read_prompts(examples, TOKENIZER, None, 64) == [
         Prompt(tuple(TOKENIZER("a b")["input_ids"]), "a b", ("yes", "no")),
         Prompt(tuple(TOKENIZER("c")["input_ids"]), "c", ("no",)),
     ]
-    assert [prompt.text for prompt in read_prompts(examples, TOKENIZER, 1)] == ["a b"]
+    assert [prompt.text for prompt in read_prompts(examples, TOKENIZER, 1, 64)] == ["a b"]
+
+
+def test_answers_that_may_have_lost_their_end_are_no_references() -> None:
+    examples = [example("a b", "yes no yes"), example("c", "no")]
+    assert [prompt.text for prompt in read_prompts(examples, TOKENIZER, None, 5)] == ["c"]
+    with pytest.raises(UserError, match=r"every held-out answer is cut by data.max_length, which is 5; raise it"):
+        read_prompts(examples[:1], TOKENIZER, None, 5)
+
+
+def test_an_answer_ends_where_the_model_does(model: LlamaForCausalLM) -> None:
+    assert room(model, 2000) == 48
+    with pytest.raises(UserError, match=r"the model has 2048 positions, and a prompt of 2048 tokens leaves none"):
+        room(model, 2048)
 
 
 def test_plain_texts_have_no_prompts() -> None:
     with pytest.raises(UserError, match=r"evaluate.generate needs prompts, and in plain text everything is learned"):
-        read_prompts([example("", "a b")], TOKENIZER, None)
+        read_prompts([example("", "a b")], TOKENIZER, None, 64)
 
 
 def test_an_answer_depends_on_its_prompt_alone(model: LlamaForCausalLM) -> None:
-    prompts = read_prompts(
-        [example(text, "yes") for text in ("a", "a b c d e", "good film", "c d", "the film is bad")], TOKENIZER, None
-    )
+    texts = ("a", "a b c d e", "good film", "c d", "the film is bad")
+    prompts = read_prompts([example(text, "yes") for text in texts], TOKENIZER, None, 64)
     alone = generate(model, TOKENIZER, prompts, settings(), batch_size=1)
     assert len(set(alone)) > 1
     for size in (2, 5):
@@ -77,7 +90,7 @@ def test_an_answer_depends_on_its_prompt_alone(model: LlamaForCausalLM) -> None:
 
 
 def test_chance_has_a_seed(model: LlamaForCausalLM) -> None:
-    prompts = read_prompts([example("a", "yes"), example("b", "yes")], TOKENIZER, None)
+    prompts = read_prompts([example("a", "yes"), example("b", "yes")], TOKENIZER, None, 64)
     warm = settings(temperature=2.0, max_new_tokens=20)
     answers = []
     for seed in (0, 0, 1):

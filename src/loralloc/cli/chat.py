@@ -42,19 +42,20 @@ def chat(
     model, tokenizer = load_for_export(folder, "loralloc chat")
     settings = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature:
-        settings |= {"temperature": temperature, "top_p": top_p}
+        settings |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     model.eval()
 
     def answer(messages: list[dict[str, str]]) -> str:
         with model.disable_adapter() if base else nullcontext():
-            return write(model, tokenizer, messages, settings)
+            return write(model, tokenizer, messages, settings, templated=templated)
 
+    templated = tokenizer.chat_template is not None and recipe.data.chat is not False and recipe.data.text is None
     fill = _prompt_of(recipe.data.prompt)
     if prompt is not None:
         answer([{"role": "user", "content": fill(prompt)}])
     else:
         typer.echo(HELP)
-        converse(answer, fill, remembers=tokenizer.chat_template is not None)
+        converse(answer, fill, remembers=templated)
 
 
 def _prompt_of(words: str | None) -> Callable[[str], str]:
@@ -93,12 +94,19 @@ def converse(
 
 
 def write(
-    model: Any, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], settings: dict[str, Any]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    settings: dict[str, Any],
+    *,
+    templated: bool,
 ) -> str:
-    """Answer a chat, token by token on the screen, and return the answer."""
+    """Answer a chat, token by token on the screen, and return the answer; without a template, its last message."""
     from transformers import TextStreamer
 
-    if tokenizer.chat_template is None:
+    from loralloc.tasks.generation import ends, room
+
+    if not templated:
         inputs: Any = tokenizer(messages[-1]["content"], return_tensors="pt")
     else:
         inputs = tokenizer.apply_chat_template(
@@ -106,5 +114,8 @@ def write(
         )
     inputs = {key: value.to(model.device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-    written = model.generate(**inputs, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **settings)
+    longest = room(model, inputs["input_ids"].shape[1])
+    settings = {**settings, "max_new_tokens": min(settings["max_new_tokens"], longest)}
+    marks = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends(model, tokenizer)}
+    written = model.generate(**inputs, streamer=streamer, **marks, **settings)
     return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from loralloc.cli import completion
+from loralloc.errors import UserError
 
 
 def evaluate(
@@ -30,6 +31,8 @@ def evaluate(
     from loralloc.recipe.run_folder import RunFolder
     from loralloc.tasks.locations import check_load_in, check_source, model_folder
 
+    if predictions is not None and not predictions.absolute().parent.is_dir():
+        raise UserError(f"--predictions: there is no folder {predictions.parent}; make it first")
     folder = RunFolder.finished(run)
     recipe = folder.peek_recipe()
     if data is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loralloc.recipe import stages
 from loralloc.recipe.from_recipe import task_data
+from loralloc.recipe.passthrough import TOLD_TO_OTHERS, TRAINER, with_options, without
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
@@ -97,6 +99,7 @@ def estimate(recipe: Recipe) -> Estimate:
         UserError: The run would be refused.
     """
     processes.refuse_several("loralloc estimate")
+    recipe = with_options(recipe, TRAINER, without(recipe.training.trainer, TOLD_TO_OTHERS))
     data = task_data(recipe)
     each = recipe.training.batch_size * recipe.training.accumulation
     base = sum(parameter.numel() for parameter in data.model.parameters())
@@ -119,7 +122,7 @@ def estimate(recipe: Recipe) -> Estimate:
         examples=length_of(data.train),
         tokens_per_step=max(lengths) * each,
         tokens_per_epoch=sum(lengths) if isinstance(data.train, Dataset) else None,
-        seconds_per_step=sum(times.seconds[1:]) / len(times.seconds[1:]),
+        seconds_per_step=mean(times.seconds[1:] or times.seconds),
         memory=memory,
         peak=peak,
         peak_of=peak_of,

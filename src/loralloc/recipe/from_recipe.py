@@ -33,6 +33,7 @@ from loralloc.recipe.targets import check_entries, check_patterns, linear_module
 from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
+from loralloc.tasks.generation import check_metrics, read_prompts
 from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import cut
 from loralloc.tasks.spec import GREATER_IS_BETTER, TASKS
@@ -50,6 +51,10 @@ def task_data(recipe: Recipe) -> TaskData:
         name: prepare_evaluation(recipe.task, data.model, data.tokenizer, recipe.data, source).test
         for name, source in (recipe.data.also or {}).items()
     }
+    if (settings := recipe.evaluate.generate) is not None:
+        check_metrics(settings.metrics)
+        held_out: Any = data.validation if data.test is None else data.test
+        read_prompts(held_out, data.tokenizer, settings.samples, recipe.data.max_length)
     return replace(data, also=also)
 
 

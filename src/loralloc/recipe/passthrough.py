@@ -190,7 +190,7 @@ OPTIONS = (
             "ignore_mismatched_sizes": "the labels of the data decide whether the head is a new one",
             "state_dict": "weights cannot be written in a recipe",
             "output_loading_info": "a run has no use for it",
-            "generation_config": "a run does not generate",
+            "generation_config": "evaluate.generate says how a run generates",
             "adapter_kwargs": "ranks are allocated in a fresh adapter; name the base model",
             "adapter_name": "ranks are allocated in a fresh adapter; name the base model",
             "tqdm_class": "a class cannot be written in a recipe",

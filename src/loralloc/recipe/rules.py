@@ -50,6 +50,11 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     yield from _broken_judging(tree)
     if get(tree, "evaluate", "generate") is not None and tree.get("task") not in ("causal-lm", None):
         yield ("evaluate", "generate"), f"evaluate.generate is for task causal-lm, but the task is {tree.get('task')}"
+    if get(tree, "evaluate", "generate") is not None and get(tree, "data", "packing") == "wrapped":
+        yield (
+            ("evaluate", "generate"),
+            "evaluate.generate answers prompts, and data.packing: wrapped cuts them anywhere; set it to bfd or none",
+        )
     capacity, target = _value_of(tree, {})("lora", "r"), get(tree, "method", "budget", "average_rank")
     patterned = get(tree, "lora", "peft", "rank_pattern")  # whose ranks are not lora.r
     if is_number(capacity) and is_number(target) and target > capacity and not patterned:

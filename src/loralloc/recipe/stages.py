@@ -249,14 +249,18 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
 
 
 def _trainer(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, **options: Any) -> RunTrainer:
-    return trainer_class(recipe)(
-        model=model,
-        args=training_arguments(recipe, folder.checkpoints, {**data.arguments, **best_arguments(recipe, data)}),
-        eval_dataset=data.validation if len(data.validation) else None,
-        log=folder.log,
-        **data.options,
-        **options,
-    )
+    arguments = training_arguments(recipe, folder.checkpoints, {**data.arguments, **best_arguments(recipe, data)})
+    held_out = data.validation if len(data.validation) else None
+    try:
+        return trainer_class(recipe)(
+            model=model, args=arguments, eval_dataset=held_out, log=folder.log, **data.options, **options
+        )
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # what the trainer's class alone knows of its options
+        if not recipe.training.trainer:
+            raise
+        raise UserError(f"training.trainer: {str(error).splitlines()[0]}") from error
 
 
 def evaluate(
@@ -307,7 +311,7 @@ def generation(recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Scre
         return None
     check_metrics(settings.metrics)
     held_out: Any = data.validation if data.test is None else data.test
-    prompts = read_prompts(held_out, data.tokenizer, settings.samples)
+    prompts = read_prompts(held_out, data.tokenizer, settings.samples, recipe.data.max_length)
     answers = processes.on_main(_answer, recipe, data, trainer, screen, prompts)
     if answers is None:
         return None

@@ -112,7 +112,7 @@ class Encoder:
         if self._packing(form) == "wrapped":
             joined = to_dataset(map(_example, tokens), List(Value("int32")))
             blocks = pack_dataset(joined, self._data.max_length, "wrapped")
-            return blocks.filter(lambda block: len(block["input_ids"]) > 1)  # one token alone predicts nothing
+            return blocks.filter(lambda block: any(label != IGNORED for label in block["labels"][1:]))
         return to_dataset(fit(tokens, rows, self._data.max_length), List(Value("int32")))
 
     def stream(self, seed: int) -> IterableDataset:
@@ -122,22 +122,29 @@ class Encoder:
         """
 
         def examples() -> Iterator[Example]:
+            any_learned = False
             for rows in stream_rows(self._data):
                 form = read_form(rows, self._data)
                 wrapped = self._packing(form) == "wrapped"
                 for ids, learn in self._tokens(rows, form):
                     length = None if wrapped else self._data.max_length
                     if any(learn[1:length]):
+                        any_learned = True
                         yield _example((ids[:length], learn[:length]))
+            if not any_learned:
+                raise UserError(f"{self._data.train}: in none of the streamed rows is anything to learn")
 
         stream: Any = IterableDataset.from_generator(examples).repeat(None).shuffle(seed, buffer_size=SHUFFLED)
-        packing = self._packing(read_form(next(stream_rows(self._data)), self._data))
+        first = next(stream_rows(self._data), None)
+        if first is None:
+            raise UserError(f"{self._data.train} is empty: it has no rows.")
+        packing = self._packing(read_form(first, self._data))
         return pack_dataset(stream, self._data.max_length, "wrapped") if packing == "wrapped" else stream
 
     @property
     def _bins(self) -> str | None:
         """The strategy by which TRL packs whole examples; None where it packs nothing."""
-        return self._data.packing if self._data.packing in ("bfd", "bfd_split") else None
+        return self._data.packing if self._data.packing == "bfd" else None
 
     def packed(self, examples: Dataset) -> int:
         """How many rows the trainer makes of some examples."""

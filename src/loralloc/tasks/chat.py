@@ -68,15 +68,16 @@ def tokenize_chats(
     render, turns_of = _renderer(tokenizer)
     checked: set[str] = set()
     for i, chat in enumerate(chats):
-        answers = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant" and n >= chat.start]
+        turns = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        answers = [n for n in turns if n >= max(chat.start, 1)]  # the first message of all answers nothing
         try:
-            text, turns = turns_of(chat, answers[-1:] if learn == "last" else answers)
+            text, places = turns_of(chat, answers[-1:] if learn == "last" else answers)
             _check_tools(render, chat, text, rows.place(i), checked)
         except (TemplateError, _PrefixError) as error:
             raise UserError(f"{rows.place(i)}: the chat template refuses this chat ({error}).") from error
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         # A token may straddle the place where a turn begins: it belongs to the turn, which needs it.
-        keep = [any(begin < end and start < stop for begin, stop in turns) for start, end in encoded["offset_mapping"]]
+        keep = [any(begin < end and start < stop for begin, stop in places) for start, end in encoded["offset_mapping"]]
         yield encoded["input_ids"], keep
 
 
@@ -105,8 +106,11 @@ def _renderer(tokenizer: PreTrainedTokenizerBase) -> tuple[Render, Callable[[Cha
         rendered: Any = render_jinja_template(
             [chat.messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **special
         )
-        texts, turns = rendered
-        return texts[0], turns[0][-len(answers) :]
+        texts, marked_turns = rendered
+        turns = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if len(marked_turns[0]) != len(turns):
+            raise _PrefixError(f"it marks {len(marked_turns[0])} of the assistant's {len(turns)} turns")
+        return texts[0], [place for n, place in zip(turns, marked_turns[0], strict=True) if n in answers]
 
     def unmarked(chat: Chat, answers: list[int]) -> tuple[str, Turns]:
         whole = render(chat.messages, chat.tools)
@@ -134,7 +138,10 @@ def _turn(render: Render, chat: Chat, whole: str, index: int) -> tuple[int, int]
         )
     through = render(chat.messages[: index + 1], chat.tools).rstrip()
     if not whole.startswith(through):
-        raise _PrefixError(f"it renders message {index + 1} differently once more follows")
+        raise _PrefixError(
+            f"it renders message {index + 1} differently once more follows; mark the assistant's turns in it with "
+            "{% generation %}, or set data.learn: last"
+        )
     return len(before), len(through)
 
 

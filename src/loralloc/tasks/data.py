@@ -36,10 +36,12 @@ from loralloc.tasks.rows import Rows, mix, shorten, split
 
 PIECE = 1000
 """Streamed rows that are read at a time."""
+TEXTS: Mapping[str, Any] = {"dtype": str, "keep_default_na": False}
+"""Values of tables are texts, as where they are read at once."""
 STREAMED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".jsonl": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".csv": ("csv", TEXTS),
+    ".tsv": ("csv", {**TEXTS, "sep": "\t"}),
     ".parquet": ("parquet", {}),
 }
 """Files that can be streamed: what `datasets` calls their format, and its options."""

@@ -11,7 +11,6 @@ from loralloc.tasks.rows import Rows
 from loralloc.tasks.templates import is_template, render
 
 ALPACA = "{instruction}\n\n{input}"
-CHOICES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,11 @@ def read_form(rows: Rows, columns: Columns) -> Form:
         named |= _recognised(rows)
     if named["messages"]:
         return Chats(read_chats(rows, named["messages"], _tools_column(rows, columns.tools)))
-    if named["prompt"]:
-        return _read_pairs(rows, named["prompt"], named["completion"], columns.tools)
+    form = _read_pairs(rows, named["prompt"], named["completion"], columns.tools) if named["prompt"] else None
+    if columns.tools and not isinstance(form, Chats):
+        raise UserError("data.tools is for chats, and these rows are texts; take it out")
+    if form is not None:
+        return form
     text: str = named["text"]
     return Texts(render(rows, text, "data.text") if is_template(text) else rows.strings(text, "data.text", blank=True))
 
@@ -113,6 +115,11 @@ def _read_pairs(rows: Rows, prompt: str, completion: str, tools: str | None) -> 
     if _holds_chats(rows, prompt):
         prompts, answers = _messages(rows, prompt, "data.prompt"), _messages(rows, completion, "data.completion")
         offered = read_tools(rows, _tools_column(rows, tools))
+        for i, after in enumerate(answers):
+            if not any(message["role"] == "assistant" for message in after):
+                raise UserError(
+                    f'{rows.place(i)}: column "{completion}" (data.completion) has no turn of the assistant'
+                )
         joined = zip(prompts, answers, offered, strict=True)
         return Chats([Chat(before + after, given, start=len(before)) for before, after, given in joined])
     return Pairs(read_texts(rows, prompt, "data.prompt"), read_texts(rows, completion, "data.completion"))

@@ -55,7 +55,7 @@ class Prompt:
 
 
 def read_prompts(
-    examples: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, count: int | None
+    examples: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, count: int | None, max_length: int
 ) -> list[Prompt]:
     """Take prompts and references out of tokenized examples.
 
@@ -63,16 +63,19 @@ def read_prompts(
         examples: Mappings with `input_ids` and `labels`.
         tokenizer: The model's tokenizer.
         count: Prompts to take, the first ones; None for all.
+        max_length: The length that examples are cut to: what may have lost the end of its answer is left out.
 
     Returns:
         The prompts, each once, in the order of the examples.
 
     Raises:
-        UserError: Everything is learned: there is no prompt to answer.
+        UserError: Everything is learned: there is no prompt to answer. Or every example may have been cut.
     """
     references: dict[tuple[int, ...], list[str]] = {}
     for example in examples:
         learned = [label != IGNORED for label in example["labels"]]
+        if len(learned) >= max_length and learned[-1]:
+            continue
         start = learned.index(True)
         if start == 0:
             raise UserError(
@@ -82,6 +85,10 @@ def read_prompts(
         stop = next((at for at in range(start, len(learned)) if not learned[at]), len(learned))
         answer = references.setdefault(tuple(example["input_ids"][:start]), [])
         answer.append(_decode(tokenizer, example["input_ids"][start:stop]))
+    if not references:
+        raise UserError(
+            f"evaluate.generate: every held-out answer is cut by data.max_length, which is {max_length}; raise it"
+        )
     chosen = list(references.items())[:count]
     return [Prompt(ids, _decode(tokenizer, ids), tuple(answers)) for ids, answers in chosen]
 
@@ -112,14 +119,15 @@ def generate(
     Returns:
         One answer a prompt, in their order.
     """
-    ends = set(_as_list(tokenizer.eos_token_id) + _as_list(model.generation_config.eos_token_id)) - {None}
+    longest = max(len(prompt.ids) for prompt in prompts)
     pad: Any = tokenizer.pad_token_id
     config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=min(settings.max_new_tokens, room(model, longest)),
         do_sample=settings.temperature > 0,
         temperature=settings.temperature or None,
         top_p=settings.top_p if settings.temperature else None,
-        eos_token_id=sorted(ends) or None,
+        top_k=0 if settings.temperature else None,  # all tokens: transformers keeps 50 unless told
+        eos_token_id=ends(model, tokenizer),
         pad_token_id=pad,
     )
     answers = [""] * len(prompts)
@@ -132,6 +140,26 @@ def generate(
             answers[index] = _decode(tokenizer, ids)
         told(at + len(chosen))
     return answers
+
+
+def room(model: Any, prompt: int) -> int:
+    """Tokens that a model has positions for behind a prompt.
+
+    Raises:
+        UserError: The prompt takes all of them.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and prompt >= positions:
+        raise UserError(
+            f"the model has {positions} positions, and a prompt of {prompt} tokens leaves none for an answer"
+        )
+    return 10**9 if positions is None else positions - prompt
+
+
+def ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The tokens that end an answer: the tokenizer's, and the model's own; None for none."""
+    found = {*_as_list(tokenizer.eos_token_id), *_as_list(model.generation_config.eos_token_id)} - {None}
+    return sorted(found) or None
 
 
 def _as_list(value: Any) -> list[Any]:

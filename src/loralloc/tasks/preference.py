@@ -8,10 +8,12 @@ the adapter is switched off for it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import extract_prompt
 
 from loralloc.errors import UserError
 from loralloc.tasks.base import ModelSection, TaskData, evaluation_of
@@ -20,7 +22,7 @@ from loralloc.tasks.conversations import Message, read_messages
 from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.forms import read_texts, turn
 from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate
-from loralloc.tasks.rows import Rows
+from loralloc.tasks.rows import Rows, quote
 from loralloc.tasks.spec import PreferenceData
 from loralloc.tasks.templates import is_template
 
@@ -102,6 +104,7 @@ def read_pairs(rows: Rows, data: PreferenceData) -> dict[str, Side]:
     if any(isinstance(side[0], list) for side in sides.values()):
         role = {"prompt": "user"}
         sides = {key: [_as_chat(value, role.get(key, "assistant")) for value in side] for key, side in sides.items()}
+        sides = _answers_alone(sides, rows)
     kept = [i for i, (a, b) in enumerate(zip(sides["chosen"], sides["rejected"], strict=True)) if a != b]
     if not kept:
         raise UserError(f"{rows.source}: in every row both answers are the same: there is nothing to prefer")
@@ -127,6 +130,30 @@ def _read_side(rows: Rows, words: str, key: str) -> Side:
     return chats
 
 
+def _answers_alone(sides: Mapping[str, list[list[Message]]], rows: Rows) -> dict[str, Side]:
+    """Take the prompt off answers that are whole chats; what is left begins with the assistant.
+
+    Raises:
+        UserError: Both answers do not begin with the prompt, or with anything in common.
+    """
+    prompts, answers = [], {key: [] for key in ("chosen", "rejected")}
+    for i, pair in enumerate(zip(sides["chosen"], sides["rejected"], strict=True)):
+        given = sides["prompt"][i] if "prompt" in sides else None
+        turns = [n for n, (a, b) in enumerate(zip(*pair, strict=False)) if a != b]
+        shared = turns[0] if turns else min(map(len, pair))
+        whole = given is None or all(chat[: len(given)] == given for chat in pair)
+        prompt = pair[0][:shared] if given is None else given
+        for key, chat in zip(answers, pair, strict=True):
+            answers[key].append(chat[len(prompt) :] if whole else chat)
+        if not prompt or any(answers[key][-1] and answers[key][-1][0]["role"] != "assistant" for key in answers):
+            raise UserError(
+                f"{rows.place(i)}: both answers must begin with the prompt, or with the assistant's turn after it: "
+                f"{quote(pair)}"
+            )
+        prompts.append(prompt)
+    return {"prompt": prompts, **answers}
+
+
 def _as_chat(value: Any, role: str) -> list[Message]:
     return turn(role, value) if isinstance(value, str) else value
 
@@ -145,4 +172,25 @@ def _examples(pairs: dict[str, Side], data: PreferenceData, tokenizer: PreTraine
         texts = False
     if not texts:
         check_template(tokenizer, name)
-    return Dataset.from_dict({**pairs})
+    rows = [extract_prompt(row) if "prompt" not in row else row for row in Dataset.from_dict({**pairs}).to_list()]
+    fitting = [row for row in rows if _tokens(tokenizer, row["prompt"]) < data.max_length]
+    if not fitting:
+        raise UserError(
+            f"in all {len(rows)} rows the prompt alone takes data.max_length = {data.max_length} tokens; raise it"
+        )
+    if len(fitting) < len(rows):
+        logger.warning(
+            "of %d rows, %d are dropped because their prompts take all of data.max_length = %d tokens.",
+            len(rows),
+            len(rows) - len(fitting),
+            data.max_length,
+        )
+    return Dataset.from_list(fitting)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> int:
+    """Tokens of a prompt, as the trainer counts them."""
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt, verbose=False)["input_ids"])
+    ids: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    return len(ids["input_ids"])

@@ -113,11 +113,10 @@ class LanguageModelData(ChatData):
         default=None, description="column with the tools of a chat (JSON schemas); null: tools, where there is one"
     )
     learn: Literal["all", "last"] = Field(default="all", description="turns of the assistant that are learned")
-    packing: Literal["none", "wrapped", "bfd", "bfd_split"] | None = Field(
+    packing: Literal["none", "wrapped", "bfd"] | None = Field(
         default=None,
-        description="how examples share a row of max_length tokens: wrapped (joined and cut), bfd (whole examples, "
-        "which do not see each other), bfd_split (the same, long ones cut into several); null: wrapped for text, "
-        "else none",
+        description="how examples share a row of max_length tokens: wrapped (joined and cut) or bfd (whole examples, "
+        "which do not see each other); null: wrapped for text, else none",
     )
     streaming: bool = Field(default=False, description="read the training data while training, not before")
 
