@@ -25,7 +25,7 @@ Write = Callable[[str], Path]
 EVERY = ("--eval_every", 2, "--save_every", 2, "--learning_rate", 0.3)
 KEEP = (*EVERY, "--keep_best", "true")
 STOP = (*KEEP, "--early_stopping", 2, "--steps", 30)
-"""Ranks are final after step 20 of 30; evaluations at 22 and 24 are no better than that at 20."""
+"""Ranks are final after step 19 of 30; evaluations at 22 and 24 are no better than that at 20."""
 SEARCH = PLAIN.replace("name: lora", "name: autolora\n  check_every: 2")
 
 pytestmark = pytest.mark.usefixtures("unreported")
@@ -81,6 +81,14 @@ class TestBest:
         assert "evaluations begin" not in done("train", write(PLAIN), *KEEP)
         assert evaluated(here / "run")[0] == 2
         assert read_json(here / "run" / "metrics.json")["best_step"] < 16
+
+    def test_other_verbs_are_not_concerned(self, recipe: Path, here: Path) -> None:
+        done("train", recipe, *STOP)
+        found = read_json(here / "run" / "metrics.json")["validation"]
+        assert f"{found['accuracy']:.4f}" in done("evaluate", here / "run")
+        assert "reloaded by stock PEFT" in done("export", here / "run", "--profile", "uniform")
+        assert "report.html" in done("report", here / "run")
+        assert "evaluations begin at step 19" in done("train", recipe, *STOP, "--dry-run", "--output", "another")
 
     def test_by_another_metric(self, write: Write, here: Path) -> None:
         done("train", write(PLAIN), *KEEP, "--metric_for_best_model", "loss")

@@ -76,8 +76,10 @@ OTHER_TASKS = {
     f"data.{key}" for task in TASKS.values() for key in task.keys if key not in ClassificationData.model_fields
 }
 GENERATION = {f"evaluate.generate.{key}" for key in GenerateConfig.model_fields}
-ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS, *GENERATION}
-"""The task and what has a meaning for another one, and the folder, which a verb is given."""
+JUDGING = {"training.keep_best", "training.early_stopping"}
+ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS, *GENERATION, *JUDGING}
+"""The task and what has a meaning for another one, the folder, which a verb is given, and what needs other keys beside
+it: `test_cli_best.py` has these."""
 
 TRAINS = set(CHANGED)
 LOADS = {"model.name", "model.dtype", "model.load_in", "model.trust_remote_code", "model.load", "training.seed"}
