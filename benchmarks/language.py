@@ -160,9 +160,7 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/language"), help="where the runs are kept")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument(
-        "--judge", action="store_true", help="let the kept runs answer test prompts"
-    )
+    parser.add_argument("--judge", action="store_true", help="let the kept runs answer test prompts")
     options = parser.parse_args()
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     records = [json.loads(line) for line in lines]

@@ -223,7 +223,7 @@ CASES: dict[str, Case] = {
     "start mica": Case(
         tiny_llama,
         {**LINEAR, "init_lora_weights": "mica"},
-        ('init_lora_weights="mica" comes with an update of its own, which is not B·A', "(init_lora_weights=True)"),
+        ("all 4 adapted layers: the adapter uses PEFT's MiCALinearVariant", "with init_lora_weights=True"),
         without=("init_lora_weights",),
     ),
     "start at random": Case(

@@ -118,7 +118,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "mica": (
         lambda: tiny_peft("llama", init_lora_weights="mica"),
-        r'init_lora_weights="mica" comes with an update of its own, which is not B·A; train with LoraConfig\(',
+        "all 6 adapted layers: the adapter uses PEFT's MiCALinearVariant, which changes the update itself; use plain",
     ),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,6 +91,13 @@ class RunTrainer(Base):
         if "loss" in logs:
             logs |= self.meter.read()
         super().log(logs, *args, **kwargs)
+
+    def window(self) -> dict[str, Any]:
+        """What the next row of the log will tell of the steps since the last one, JSON-able; for checkpoints."""
+        return {}
+
+    def restore_window(self, state: Mapping[str, Any]) -> None:
+        """Take up what `window` returned."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate, and keep what was predicted."""
@@ -257,6 +264,7 @@ class _Completion(TrainerCallback):
             "losses": losses,
             "total": trainer._total_loss_scalar,
             "logged": trainer._globalstep_last_logged,
+            "figures": trainer.window(),
         }
         write_atomically(folder / self.FILE, json.dumps(record) + "\n")
         ended = control.should_training_stop and state.global_step < state.max_steps
@@ -276,6 +284,7 @@ class _Completion(TrainerCallback):
         self._trainer._tr_loss += torch.tensor(loss, device=self._trainer._tr_loss.device)
         self._trainer._total_loss_scalar = record["total"]
         self._trainer._globalstep_last_logged = record["logged"]
+        self._trainer.restore_window(record["figures"])
         self._trainer._initial_global_step = 0  # the total loss is of the whole run, so is its number of steps
 
 

@@ -31,7 +31,23 @@ def in_its_own_type(model: Any) -> Iterator[None]:
             setattr(base, name, value)
 
 
-class RunSFTTrainer(RunTrainer, SFTTrainer):
+class KeepsFigures(RunTrainer):
+    """A trainer of TRL, which adds up figures of its own between two rows of the log."""
+
+    _metrics: dict[str, dict[str, list[float]]]
+    _total_train_tokens: int
+
+    def window(self) -> dict[str, Any]:
+        """TRL's figures since the last row, and the tokens of the whole run."""
+        return {"metrics": dict(self._metrics["train"]), "tokens": getattr(self, "_total_train_tokens", 0)}
+
+    def restore_window(self, state: Mapping[str, Any]) -> None:
+        """Take up what `window` returned."""
+        self._metrics["train"].update(state["metrics"])
+        self._total_train_tokens = state["tokens"]
+
+
+class RunSFTTrainer(KeepsFigures, SFTTrainer):
     """An SFTTrainer that evaluates every example by itself, whatever shares a row with it.
 
     Predictions are sums of every example, [n, 3]: the loss of its learned tokens, their number, and how many of them
@@ -75,7 +91,7 @@ def sums_of_examples(output: Any, positions: Tensor | None) -> Tensor:
     return sums.index_add_(0, example[1:], values[0])
 
 
-class RunDPOTrainer(RunTrainer, DPOTrainer):
+class RunDPOTrainer(KeepsFigures, DPOTrainer):
     """A DPOTrainer whose reference is the base model, and whose evaluation says what can be compared."""
 
     counts = "tokens"
