@@ -170,6 +170,7 @@ def prepare_training(recipe: Recipe, data: TaskData, folder: RunFolder, screen: 
         screen.retraining(steps, length_of(train))
     else:
         screen.start(recipe, data, stage.model, steps)
+    wait_for_final_ranks(recipe, stage.trainer, stage.allocation, screen)
     return stage
 
 
@@ -229,7 +230,6 @@ def _prepare(
     checks.say, checks.say_every = screen.warning, recipe.training.log_every
     if allocation is not None:
         allocation.run.begin(steps)
-    wait_for_final_ranks(recipe, trainer, allocation, screen)
     return Stage(recipe, folder, data, model, trainer, allocation, steps, screen)
 
 
