@@ -215,7 +215,7 @@ def test_a_stream_without_rows_or_without_anything_to_learn(write: Write, here: 
     (here / "train.jsonl").write_text(json.dumps(long) + "\n", encoding="utf-8")
     assert "in none of the streamed rows is anything to learn" in refused("train", recipe)
     (here / "train.jsonl").write_text("", encoding="utf-8")
-    assert "train.jsonl is empty" in refused("train", recipe) or "cannot be loaded" in refused("train", recipe)
+    assert "train.jsonl is empty: it has no rows" in refused("train", recipe)
 
 
 def test_what_only_the_trainer_knows_of_its_options(write: Write, here: Path) -> None:

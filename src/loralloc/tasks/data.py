@@ -183,6 +183,8 @@ def _read_hub(source: str) -> Rows:
 def _loading(source: str, config: str | None) -> Iterator[None]:
     try:
         yield
+    except StopIteration as error:  # how `datasets` says that a file is empty
+        raise UserError(f"{source} is empty: it has no rows.") from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(f"{source} cannot be loaded: {_why(error)}.{_cure(source, config, error)}") from error
 
