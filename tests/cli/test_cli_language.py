@@ -99,6 +99,7 @@ def test_several_sources_are_mixed_and_more_data_are_evaluated(write: Write, her
     said = done("train", recipe, *words, "--steps", 4)
     metrics = read_json(here / "run" / "metrics.json")
     assert metrics["also"]["again"] == metrics["validation"]
+    assert "again" in done("evaluate", here / "run")
     assert "again" in said
     assert "28 train" in said  # until the smaller one is used up
     losses = read_json(here / "run" / "losses.json")

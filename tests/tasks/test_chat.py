@@ -116,6 +116,15 @@ def test_a_template_that_marks_some_turns() -> None:
         learned(template, CHAT)
 
 
+def test_a_system_prompt_that_the_template_leaves_out() -> None:
+    chat = [{"role": "system", "content": "good"}, *CHAT[:2]]
+    assert "good" in learned(PLAIN, chat)[0]
+    template = PLAIN.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    with pytest.raises(UserError, match=r"train.jsonl:1: the chat template of this model leaves out system prompts"):
+        learned(template, chat)
+    assert learned(template, CHAT)[1] == learned(PLAIN, CHAT)[1]
+
+
 TOOL = {"type": "function", "function": {"name": "yes", "parameters": {"type": "object", "properties": {}}}}
 CALLING = [
     CHAT[0],

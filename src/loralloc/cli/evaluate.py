@@ -54,6 +54,9 @@ def evaluate(
         results = {}
         if data is None:
             results["validation"] = stages.evaluate(trainer, loaded, "eval", screen, loaded.validation)
+            results |= {
+                name: stages.evaluate(trainer, loaded, "also", screen, more) for name, more in loaded.also.items()
+            }
         if loaded.test is not None:
             results["test" if data is None else data] = stages.evaluate(trainer, loaded, "test", screen, loaded.test)
         answered = stages.generation(recipe, loaded, trainer, screen)

@@ -103,7 +103,8 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     length = data.get("max_length")
     if isinstance(length, int) and 1 <= length < least:
         yield ("data", "max_length"), f"data.max_length must be at least {least}: {reason}"
-    yield from _broken_stream(tree, data)
+    if "streaming" in task.keys:
+        yield from _broken_stream(tree, data)
     if task.recognised and not any(set_keys & set(form) for form in task.forms):
         return
     if len(task.forms) == 1:

@@ -65,7 +65,7 @@ def tokenize_chats(
     Raises:
         UserError: The template refuses a chat, ignores its tools, or its text gives no way to find the turns.
     """
-    render, turns_of = _renderer(tokenizer)
+    render, turns_of = _renderer(tokenizer, next((chat.tools for chat in chats if chat.tools), None))
     checked: set[str] = set()
     for i, chat in enumerate(chats):
         turns = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -73,6 +73,7 @@ def tokenize_chats(
         try:
             text, places = turns_of(chat, answers[-1:] if learn == "last" else answers)
             _check_tools(render, chat, text, rows.place(i), checked)
+            _check_system(chat, text, rows.place(i), checked)
         except (TemplateError, _PrefixError) as error:
             raise UserError(f"{rows.place(i)}: the chat template refuses this chat ({error}).") from error
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -88,9 +89,11 @@ class _PrefixError(Exception):
     """What comes before a turn is not how the whole chat begins."""
 
 
-def _renderer(tokenizer: PreTrainedTokenizerBase) -> tuple[Render, Callable[[Chat, list[int]], tuple[str, Turns]]]:
+def _renderer(
+    tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None
+) -> tuple[Render, Callable[[Chat, list[int]], tuple[str, Turns]]]:
     """A function that renders messages, and one that renders a chat and finds some of its last answers in it."""
-    template = _marked_template(tokenizer) or tokenizer.get_chat_template()
+    template = _marked_template(tokenizer) or tokenizer.get_chat_template(tools=tools)
     special: dict[str, Any] = {**tokenizer.special_tokens_map}
 
     def render(messages: Sequence[Any], tools: Any = None, *, answering: bool = False) -> str:
@@ -143,6 +146,18 @@ def _turn(render: Render, chat: Chat, whole: str, index: int) -> tuple[int, int]
             "{% generation %}, or set data.learn: last"
         )
     return len(before), len(through)
+
+
+def _check_system(chat: Chat, text: str, place: str, checked: set[str]) -> None:
+    """Refuse a system prompt that the template leaves out; the first chat with one tells."""
+    system = chat.messages[0]["content"].strip() if chat.messages[0]["role"] in ("system", "developer") else ""
+    if system and "system" not in checked:
+        checked.add("system")
+        if system not in text:
+            raise UserError(
+                f"{place}: the chat template of this model leaves out system prompts, so the model would never see "
+                "them; put what they say into the first question, or use a model that has them"
+            )
 
 
 def _check_tools(render: Render, chat: Chat, text: str, place: str, checked: set[str]) -> None:
