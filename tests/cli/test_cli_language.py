@@ -138,7 +138,7 @@ def test_a_damaged_row_of_a_stream(write: Write, here: Path) -> None:
     recipe = write_data("streamed", write, here)
     with (here / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"prompt": \n')
-    assert "train.jsonl cannot be loaded: " in refused("train", recipe)
+    assert "train.jsonl:49: not valid JSON (Expecting value)" in refused("train", recipe)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +231,22 @@ def test_tools_without_a_chat(write: Write, here: Path) -> None:
     assert "data.tools is for chats, and these rows are texts; take it out" in refused(
         "train", recipe, "--data.tools", "x"
     )
+
+
+@pytest.mark.parametrize("words", [("--data.learn", "last"), ("--data.chat", "true")])
+def test_keys_of_chats_where_there_are_texts(words: tuple[str, str], write: Write, here: Path) -> None:
+    said = refused("train", write(LANGUAGE), *words)
+    assert f"data.{words[0].rpartition('.')[2]}: {words[1]} is for chats, and the rows of " in said
+
+
+def test_streamed_values_are_what_they_are_when_read_at_once(write: Write, here: Path) -> None:
+    recipe = write_data("streamed", write, here)
+    for name in ("train", "held-out"):
+        (here / f"{name}.csv").write_text("prompt,completion\nthe film was ,NA\nthe film ,7\n" * 8, encoding="utf-8")
+    files = ("--data.train", "train.csv", "--data.validation", "held-out.csv", "--data.chat", "false")
+    done("train", recipe, *files, "--steps", 4, "--dry-run")
+    (here / "train.jsonl").write_text('{"prompt": "the ", "completion": "2020-01-01"}\n' * 8, encoding="utf-8")
+    done("train", recipe, "--steps", 4, "--dry-run")
 
 
 def test_predictions_need_a_folder(run: Path) -> None:

@@ -177,6 +177,9 @@ class Encoder:
         if isinstance(form, Chats):
             check_template(tokenizer, self._name)
             return tokenize_chats(tokenizer, form.chats, rows, data.learn)
+        if data.learn == "last" or (data.chat and isinstance(form, Texts)):
+            key = "learn: last" if data.learn == "last" else "chat: true"
+            raise UserError(f"data.{key} is for chats, and the rows of {rows.source} are texts; take it out")
         if tokenizer.eos_token is None:
             raise UserError(
                 f'The tokenizer of model "{self._name}" has no end-of-sequence token to end a text with. '

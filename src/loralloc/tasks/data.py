@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
@@ -29,22 +30,20 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import is_offline_mode
 
 from loralloc.errors import UserError
-from loralloc.tasks.formats import read_file, rows_of_dataset
+from loralloc.tasks.formats import read_file, rows_of_dataset, stream_json_lines, stream_table
 from loralloc.tasks.hub import is_reachable, out_of_reach
 from loralloc.tasks.locations import Sources, data_file, demo_split, extension, hub_data, train_sources
 from loralloc.tasks.rows import Rows, mix, shorten, split
 
 PIECE = 1000
 """Streamed rows that are read at a time."""
-TEXTS: Mapping[str, Any] = {"dtype": str, "keep_default_na": False}
-"""Values of tables are texts, as where they are read at once."""
-STREAMED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", TEXTS),
-    ".tsv": ("csv", {**TEXTS, "sep": "\t"}),
-    ".parquet": ("parquet", {}),
+STREAMED: Mapping[str, Callable[[str, Path], Iterable[Any]]] = {
+    ".jsonl": stream_json_lines,
+    ".csv": stream_table,
+    ".tsv": stream_table,
+    ".parquet": lambda source, path: load_dataset("parquet", data_files=str(path), split="train", streaming=True),
 }
-"""Files that can be streamed: what `datasets` calls their format, and its options."""
+"""Files that can be streamed. Text is read here: `datasets` takes 2020-01-01 for a date, and NA for no value."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +124,10 @@ def _open_stream(source: str) -> Iterable[Any]:
             return load_dataset(repository, config, split=part, streaming=True)
     path = data_file(source)
     if extension(path) not in STREAMED:
-        raise UserError(
-            f"{source}: files of this format cannot be streamed; {', '.join(STREAMED)} can, each also with .gz"
-        )
-    form, options = STREAMED[extension(path)]
+        formats = ", ".join(STREAMED)
+        raise UserError(f"{source}: files of this format cannot be streamed; {formats} can, each also with .gz")
     with _loading(source, None):
-        return load_dataset(form, data_files=str(path), split="train", streaming=True, **options)
+        return STREAMED[extension(path)](source, path)
 
 
 def _explained(source: str, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -183,9 +180,11 @@ def _read_hub(source: str) -> Rows:
 def _loading(source: str, config: str | None) -> Iterator[None]:
     try:
         yield
-    except StopIteration as error:  # how `datasets` says that a file is empty
+    except StopIteration as error:  # how `datasets` says that a table is empty
         raise UserError(f"{source} is empty: it has no rows.") from error
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(f"{source} cannot be loaded: {_why(error)}.{_cure(source, config, error)}") from error
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow
 from datasets import Dataset, Features
@@ -126,17 +126,62 @@ def _json_lines(source: str, text: str) -> Rows:
     records, numbers = [], []
     # Not splitlines(): JSON strings may hold characters that it takes for the end of a line, such as U+2028.
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = _parse_json(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{source}:{number}: not valid JSON ({_reason(error)}): {shorten(line)}") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{source}:{number}: a row must be a JSON object, found {quote(record)}")
-        records.append(record)
-        numbers.append(number)
+        if line.strip():
+            records.append(_json_line(source, number, line))
+            numbers.append(number)
     return Rows(source, _columns(records), records, numbers)
+
+
+def _json_line(source: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = _parse_json(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}:{number}: not valid JSON ({_reason(error)}): {shorten(line)}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{source}:{number}: a row must be a JSON object, found {quote(record)}")
+    return record
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    """A text file, packed or not."""
+    if path.suffix == ".gz":
+        with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as packed:
+            yield packed
+    else:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+
+
+def stream_json_lines(source: str, path: Path) -> Iterator[dict[str, Any]]:
+    """Read the objects of a file of JSON lines one at a time, packed or not.
+
+    Raises:
+        UserError: A line is no JSON object; with the line.
+    """
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _json_line(source, number, line)
+
+
+def stream_table(source: str, path: Path) -> Iterator[dict[str, Any]]:
+    """Read the records of a table one at a time, packed or not; values are texts, None where there is none.
+
+    Raises:
+        UserError: A record has another number of values than the header has names; with the line.
+    """
+    with _opened(path) as file, _any_field_size():
+        reader = csv.reader(file, delimiter="\t" if extension(path) == ".tsv" else ",", strict=True)
+        header = next(reader, [])
+        for fields in reader:
+            if len(fields) not in (0, len(header)):
+                raise UserError(
+                    f"{source}:{reader.line_num}: {len(fields)} values, but the header names {len(header)} columns: "
+                    f"{quote(fields)}"
+                )
+            if fields:
+                yield {name: value or None for name, value in zip(header, fields, strict=True)}
 
 
 def _read_csv(source: str, path: Path) -> Rows:
