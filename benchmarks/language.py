@@ -2,10 +2,11 @@
 
     python benchmarks/language.py MODEL DATA            # runs that have a record are not repeated
     python benchmarks/language.py --table               # print the table of docs/language-models.md from the records
+    python benchmarks/language.py --judge e2e           # let the kept runs of a set answer test prompts
 
 MODEL is a folder with SmolLM2-135M-Instruct, DATA one with e2e_nlg, gsm8k and dolly_open_qa as JSON lines. Each run is
 one call of `loralloc train`, one thread. One record a run goes to benchmarks/results/language.jsonl: test loss of every
-row, seconds and peak memory of the whole command.
+row, seconds and peak memory of the whole command. What answers are worth goes to language-answers.jsonl beside it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from loralloc.tasks.generation import Prompt, score
 from loralloc.tasks.metrics import paired_difference
 
 RESULTS = Path(__file__).parent / "results" / "language.jsonl"
+ANSWERS = Path(__file__).parent / "results" / "language-answers.jsonl"
 STEPS, BATCH, SEEDS, AVERAGE = 80, 4, (0, 1, 2), 8
 TRAIN_ROWS, TEST_ROWS = 2000, 150
 
@@ -160,18 +162,21 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/language"), help="where the runs are kept")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--judge", action="store_true", help="let the kept runs answer test prompts")
+    parser.add_argument("--judge", nargs="*", help="let the kept runs of these sets (all) answer test prompts")
     options = parser.parse_args()
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     records = [json.loads(line) for line in lines]
     if options.table:
         print(table(records))
         return
-    if options.judge:
+    if options.judge is not None:
         for record in records:
             name = f"{record['set']}-{record['method']}-{record['seed']}"
-            if (options.runs / name).is_dir():
-                print(name, json.dumps(judge(options.runs / name, record["set"])), flush=True)
+            if record["set"] in (options.judge or SETS) and (options.runs / name).is_dir():
+                worth = judge(options.runs / name, record["set"])
+                told = {key: record[key] for key in ("set", "method", "seed")} | {"worth": worth}
+                with ANSWERS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(told) + "\n")
         return
     done = {(record["set"], record["method"], record["seed"]) for record in records}
     options.runs.mkdir(parents=True, exist_ok=True)
