@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ Rows = Sequence[Mapping[str, Any]]
 RECIPE, TRACE, LOG = "recipe.yaml", "trace.jsonl", "log.jsonl"
 
 
-class Recorded:
+class Recorded(ABC):
     """The memory of an allocation run, and its report.
 
     Attributes:
@@ -60,9 +61,9 @@ class Recorded:
         row = {name: float(value) for name, value in values.items()}
         self._rows.append({"step": self.step, **row, **(self.statistics() if "loss" in row else {})})
 
+    @abstractmethod
     def statistics(self) -> dict[str, float]:
         """Return the rank statistics for a training log."""
-        raise NotImplementedError
 
     def write_report(self, folder: str | Path) -> Path:
         """Write what is known of a finished run, and its page, for a loop of one's own.
