@@ -72,6 +72,20 @@ def test_generation_that_cannot_be(text: str, write: Write) -> None:
         assert "evaluate.generate needs prompts, and in plain text everything is learned" in said
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("{after: x}", "evaluate.generate.after is for exact_match: add it to evaluate.generate.metrics"),
+        ("{top_p: 0.5}", "evaluate.generate.top_p is for chance, and temperature 0 has none: set"),
+    ],
+)
+def test_settings_of_answers_that_would_mean_nothing(settings: str, expected: str, write: Write, here: Path) -> None:
+    recipe = write_data("chat", write, here)
+    assert expected in refused("train", recipe, "--evaluate.generate", settings)
+    right = "{after: x, metrics: [exact_match], top_p: 0.5, temperature: 1.0}"
+    done("train", recipe, "--evaluate.generate", right, "--dry-run")
+
+
 @pytest.mark.usefixtures("unreported")
 def test_a_chat(write: Write, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_data("streamed", write, here)
@@ -104,6 +118,16 @@ def test_an_estimate(kind: str, write: Write, here: Path) -> None:
         assert part in lines["memory"]
     assert "s a step, at most" in lines["time"]
     assert [path.name for path in here.iterdir() if path.is_dir()] == []
+
+
+def test_an_estimate_does_nothing_beside_steps(write: Write, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("loralloc.training.trainer.RunTrainer.evaluate", never)
+    monkeypatch.setattr("loralloc.training.checkpoint.mark_complete", never)
+    often = ("--eval_every", 1, "--save_every", 1, "--training.trainer", "{push_to_hub: true, report_to: tensorboard}")
+    assert "s a step" in done("estimate", write_data("chat", write, here), *often)
 
 
 def test_what_would_be_refused_is_not_estimated(recipe: Path) -> None:

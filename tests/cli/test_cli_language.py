@@ -15,6 +15,7 @@ from .deaths import differences, killed_at
 Write = Callable[[str], Path]
 
 TEXT = "  text: text\n"
+WORDS = ("chosen", "rejected")
 TURNS = [
     [{"role": "user", "content": "the film"}, {"role": "assistant", "content": reply}] * 2 for reply in ("fine", "dull")
 ]
@@ -231,6 +232,17 @@ def test_tools_without_a_chat(write: Write, here: Path) -> None:
     assert "data.tools is for chats, and these rows are texts; take it out" in refused(
         "train", recipe, "--data.tools", "x"
     )
+
+
+@pytest.mark.parametrize("kind", ["chat", "preference"])
+def test_keys_of_texts_where_there_are_chats(kind: str, write: Write, here: Path) -> None:
+    recipe = write_data(kind, write, here)
+    if kind == "preference":
+        row = {key: [{"role": "user", "content": "the"}, {"role": "assistant", "content": key}] for key in WORDS}
+        for name in ("train", "held-out"):
+            (here / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 8, encoding="utf-8")
+    assert "data.chat: false is for texts, and " in refused("train", recipe, "--data.chat", "false")
+    done("train", recipe, "--data.chat", "true", "--dry-run")
 
 
 @pytest.mark.parametrize("words", [("--data.learn", "last"), ("--data.chat", "true")])

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loralloc.recipe import stages
 from loralloc.recipe.from_recipe import task_data
-from loralloc.recipe.passthrough import TOLD_TO_OTHERS, TRAINER, with_options, without
+from loralloc.recipe.passthrough import OF_THE_EXPORTED_ALONE, TOLD_TO_OTHERS, TRAINER, with_options, without
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
@@ -99,7 +99,7 @@ def estimate(recipe: Recipe) -> Estimate:
         UserError: The run would be refused.
     """
     processes.refuse_several("loralloc estimate")
-    recipe = with_options(recipe, TRAINER, without(recipe.training.trainer, TOLD_TO_OTHERS))
+    recipe = _training_alone(recipe)
     data = task_data(recipe)
     each = recipe.training.batch_size * recipe.training.accumulation
     base = sum(parameter.numel() for parameter in data.model.parameters())
@@ -127,6 +127,13 @@ def estimate(recipe: Recipe) -> Estimate:
         peak=peak,
         peak_of=peak_of,
     )
+
+
+def _training_alone(recipe: Recipe) -> Recipe:
+    """The recipe without what happens beside its steps: evaluations, checkpoints, trackers, the Hub."""
+    quiet = with_options(recipe, TRAINER, without(recipe.training.trainer, (*OF_THE_EXPORTED_ALONE, *TOLD_TO_OTHERS)))
+    aside = {"eval_every": None, "save_every": None, "keep_best": False, "early_stopping": None}
+    return quiet.model_copy(update={"training": quiet.training.model_copy(update=aside)})
 
 
 def _prepare(recipe: Recipe, data: TaskData, each: int, folder: RunFolder) -> tuple[Stage, list[int]]:

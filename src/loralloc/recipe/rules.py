@@ -50,6 +50,7 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     yield from _broken_judging(tree)
     if get(tree, "evaluate", "generate") is not None and tree.get("task") not in ("causal-lm", None):
         yield ("evaluate", "generate"), f"evaluate.generate is for task causal-lm, but the task is {tree.get('task')}"
+    yield from _broken_generation(get(tree, "evaluate", "generate"))
     if get(tree, "evaluate", "generate") is not None and get(tree, "data", "packing") == "wrapped":
         yield (
             ("evaluate", "generate"),
@@ -85,6 +86,18 @@ def _broken_judging(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield (
             ("training", "keep_best"),
             "training.keep_best is training.trainer.load_best_model_at_end, and more: leave that out",
+        )
+
+
+def _broken_generation(settings: Any) -> Iterator[tuple[Key, str]]:
+    """Settings of answers that another one makes meaningless."""
+    if get(settings, "after") is not None and "exact_match" not in (get(settings, "metrics") or ()):
+        key = ("evaluate", "generate", "after")
+        yield key, "evaluate.generate.after is for exact_match: add it to evaluate.generate.metrics"
+    if get(settings, "top_p") not in (None, 1, 1.0) and not get(settings, "temperature"):
+        yield (
+            ("evaluate", "generate", "top_p"),
+            "evaluate.generate.top_p is for chance, and temperature 0 has none: set evaluate.generate.temperature",
         )
 
 

@@ -323,8 +323,7 @@ def _answer(
 ) -> list[str]:
     settings, model, random = recipe.evaluate.generate, cast(Any, trainer.model), random_state()
     assert settings is not None
-    model.to(trainer.args.device)
-    try:
+    try:  # the trainer has put the model where it computes
         torch.manual_seed(recipe.training.seed)
         with evaluating(model), screen.generating(len(prompts)) as told:
             return generate(model, data.tokenizer, prompts, settings, 2 * recipe.training.batch_size, told)

@@ -110,9 +110,7 @@ class Encoder:
         """
         tokens = self._tokens(rows, form)
         if self._packing(form) == "wrapped":
-            joined = to_dataset(map(_example, tokens), List(Value("int32")))
-            blocks = pack_dataset(joined, self._data.max_length, "wrapped")
-            return blocks.filter(lambda block: any(label != IGNORED for label in block["labels"][1:]))
+            return self._blocks(to_dataset(map(_example, tokens), List(Value("int32"))))
         return to_dataset(fit(tokens, rows, self._data.max_length), List(Value("int32")))
 
     def stream(self, seed: int) -> IterableDataset:
@@ -139,25 +137,24 @@ class Encoder:
         if first is None:
             raise UserError(f"{self._data.train} is empty: it has no rows.")
         packing = self._packing(read_form(first, self._data))
-        return pack_dataset(stream, self._data.max_length, "wrapped") if packing == "wrapped" else stream
+        return self._blocks(stream) if packing == "wrapped" else stream
 
-    @property
-    def _bins(self) -> str | None:
-        """The strategy by which TRL packs whole examples; None where it packs nothing."""
-        return self._data.packing if self._data.packing == "bfd" else None
+    def _blocks(self, examples: Any) -> Any:
+        """Join examples and cut them into blocks; those in which nothing is learned are left out."""
+        blocks: Any = pack_dataset(examples, self._data.max_length, "wrapped")
+        return blocks.filter(lambda block: any(label != IGNORED for label in block["labels"][1:]))
 
     def packed(self, examples: Dataset) -> int:
         """How many rows the trainer makes of some examples."""
-        if self._bins is None:
+        if self._data.packing != "bfd":
             return len(examples)
-        return len(pack_dataset(examples.select_columns(["input_ids", "labels"]), self._data.max_length, self._bins))
+        return len(pack_dataset(examples.select_columns(["input_ids", "labels"]), self._data.max_length, "bfd"))
 
     def trained_with(self) -> dict[str, Any]:
         """What the trainer is given."""
-        if self._bins is None:
-            arguments: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
-        else:
-            arguments = {"packing": True, "packing_strategy": self._bins, "eval_packing": False}
+        arguments: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+        if self._data.packing == "bfd":
+            arguments = {"packing": True, "packing_strategy": "bfd", "eval_packing": False}
             arguments["max_length"] = self._data.max_length
         return {
             "arguments": arguments,
@@ -172,6 +169,8 @@ class Encoder:
 
     def _tokens(self, rows: Rows, form: Form) -> Iterator[Tokens]:
         tokenizer, data = self._tokenizer, self._data
+        if isinstance(form, Chats) and data.chat is False:
+            raise UserError(f"data.chat: false is for texts, and the rows of {rows.source} are chats; take it out")
         if isinstance(form, Pairs) and data.chat is not False and (data.chat or tokenizer.chat_template is not None):
             form = Chats(form.chats())
         if isinstance(form, Chats):

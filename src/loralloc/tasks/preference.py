@@ -170,6 +170,8 @@ def _examples(pairs: dict[str, Side], data: PreferenceData, tokenizer: PreTraine
         role = {"prompt": "user"}
         pairs = {key: [turn(role.get(key, "assistant"), str(value)) for value in side] for key, side in pairs.items()}
         texts = False
+    elif not texts and data.chat is False:
+        raise UserError("data.chat: false is for texts, and these rows are chats; take it out")
     if not texts:
         check_template(tokenizer, name)
     rows = [extract_prompt(row) if "prompt" not in row else row for row in Dataset.from_dict({**pairs}).to_list()]
