@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import transformers
 from pydantic import ValidationError
+from recipe_texts import CLASSIFICATION, Write, problems
 
 from loralloc.adapter.from_plan import DECIDED
-from loralloc.errors import UserError
 from loralloc.recipe.passthrough import (
     LOAD,
     OPTIONS,
@@ -32,41 +31,13 @@ from loralloc.recipe.schema import complete_recipe, dump_recipe, load_recipe, re
 from loralloc.recipe.source import dotted
 from loralloc.tasks.spec import TASKS
 
-RECIPE = """\
-task: sequence-classification
-model:
-  name: demo:minilm
-data:
-  train: data/train.jsonl
-  text: sentence
-  label: label
-method:
-  name: adalora
-  budget:
-    average_rank: 8
-training:
-  steps: 300
-output: runs/a
-"""
 TASK = "sequence-classification"
-Write = Callable[[str], Path]
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    monkeypatch.chdir(tmp_path)
-
-    def write(added: str = "") -> Path:
-        Path("recipe.yaml").write_text(RECIPE + added, encoding="utf-8")
-        return Path("recipe.yaml")
-
-    return write
-
-
-def problems(path: Path, *flags: str) -> list[str]:
-    with pytest.raises(UserError) as error:
-        load_recipe(path, flags)
-    return str(error.value).split("\n")
+def write(write: Write) -> Write:
+    """Adds to the recipe of a classifier."""
+    return lambda added="": write(CLASSIFICATION + added)
 
 
 def found(key: tuple[str, ...], given: Mapping[str, Any], **more: Any) -> list[str]:
@@ -243,7 +214,7 @@ class TestFlags:
     def test_drop_the_key_whose_place_they_take(self, write: Write) -> None:
         path = write("lora:\n  peft:\n    use_rslora: true")
         assert load_recipe(path, ["--schedule", "cosine"]).training.schedule == "cosine"
-        path.write_text(RECIPE.replace("steps: 300", "steps: 300\n  schedule: cosine"), encoding="utf-8")
+        path.write_text(CLASSIFICATION.replace("steps: 300", "steps: 300\n  schedule: cosine"), encoding="utf-8")
         training = load_recipe(path, ["--lr_scheduler_type", "polynomial"]).training
         assert (training.schedule, training.trainer) == (None, {"lr_scheduler_type": "polynomial"})
 
@@ -273,7 +244,7 @@ class TestRecipe:
             "model:\n  name: m\n  load: {token: true, max_memory: {0: 10GiB, cpu: 1}, revision: '1'}\n"
         )
         path = write()
-        path.write_text(RECIPE.replace("model:\n  name: demo:minilm\n", "") + written, encoding="utf-8")
+        path.write_text(CLASSIFICATION.replace("model:\n  name: demo:minilm\n", "") + written, encoding="utf-8")
         recipe = load_recipe(path, ["--optim_args", "betas=0.9", "--neftune_noise_alpha", "5", "--run_name", "a b"])
         assert recipe.lora.peft == {"rank_pattern": {"query": 16, "layer.1.*key": 2}, "layers_pattern": None}
         path.write_text(dump_recipe(recipe), encoding="utf-8")

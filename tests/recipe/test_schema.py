@@ -2,68 +2,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from pydantic import ValidationError
+from recipe_texts import CLASSIFICATION, LANGUAGE_MODEL, Write, edit, problems
 
 from loralloc.errors import UserError, closest
 from loralloc.methods.registry import sections
 from loralloc.recipe.rules import listed
 from loralloc.recipe.schema import complete_recipe, load_recipe, recipe_keys
-
-CLASSIFICATION = """\
-task: sequence-classification
-model:
-  name: demo:minilm
-data:
-  train: data/train.jsonl
-  text: sentence
-  label: label
-method:
-  name: adalora
-  budget:
-    average_rank: 8
-training:
-  steps: 300
-output: runs/a
-"""
-LANGUAGE_MODEL = """\
-task: causal-lm
-model: {name: small}
-data:
-  train: data/train.jsonl
-  text: text
-method: {name: lora}
-training: {steps: 300}
-output: runs/a
-"""
-
-Write = Callable[[str], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    monkeypatch.chdir(tmp_path)
-
-    def write(text: str) -> Path:
-        Path("recipe.yaml").write_text(text, encoding="utf-8")
-        return Path("recipe.yaml")
-
-    return write
-
-
-def edit(old: str, new: str, text: str = CLASSIFICATION) -> str:
-    assert text.count(old) == 1
-    return text.replace(old, new)
-
-
-def problems(path: Path, *flags: str) -> list[str]:
-    with pytest.raises(UserError) as error:
-        load_recipe(path, flags)
-    return str(error.value).split("\n")
 
 
 class TestLoading:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from test_schema import LANGUAGE_MODEL, Write, edit, write
+from recipe_texts import LANGUAGE_MODEL, Write, edit
 
 from loralloc.errors import UserError
 from loralloc.recipe.schema import load_recipe
-
-__all__ = ["write"]  # a fixture
 
 
 def test_columns_of_language_models_need_not_be_named(write: Write) -> None:
