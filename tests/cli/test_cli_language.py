@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -218,6 +219,22 @@ def test_a_stream_without_rows_or_without_anything_to_learn(write: Write, here: 
     assert "in none of the streamed rows is anything to learn" in refused("train", recipe)
     (here / "train.jsonl").write_text("", encoding="utf-8")
     assert "train.jsonl is empty: it has no rows" in refused("train", recipe)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_record_of_a_streamed_table_with_another_number_of_values(packed: bool, write: Write, here: Path) -> None:
+    recipe = write_data("streamed", write, here)
+    text, name = "prompt,completion\nthe ,yes\nthe ,yes,no\n", "table.csv.gz" if packed else "table.csv"
+    (here / name).write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    said = refused("train", recipe, "--data.train", name)
+    assert f'{name}:3: 3 values, but the header names 2 columns: ["the ", "yes", "no"]' in said
+
+
+def test_tools_are_not_learned_by_preference(write: Write, here: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    recipe = preferences(write, here, prompt=[ASKED], chosen=[call], rejected=[{**call, "content": "fine"}])
+    said = refused("train", recipe)
+    assert 'train.jsonl:1: column "chosen" (data.chosen): calls of tools cannot be learned by preference here' in said
 
 
 def test_what_only_the_trainer_knows_of_its_options(write: Write, here: Path) -> None:

@@ -62,5 +62,16 @@ def test_columns_that_mean_nothing() -> None:
         read_form(rows_of({"body": "a", "title": "b"}), SimpleNamespace(**NOTHING))
 
 
+def test_completions_that_are_chats_without_an_answer() -> None:
+    message = r'train.jsonl:1: column "completion" \(data.completion\) has no turn of the assistant'
+    with pytest.raises(UserError, match=message):
+        read_form(rows_of({"prompt": [USER, ANSWER], "completion": [USER]}), SimpleNamespace(**NOTHING))
+
+
+def test_tools_beside_texts() -> None:
+    with pytest.raises(UserError, match=r"data.tools is for chats, and these rows are texts; take it out"):
+        read_form(rows_of({"text": "a", "t": []}), SimpleNamespace(**{**NOTHING, "tools": "t"}))
+
+
 def test_pairs_become_chats_of_two_turns() -> None:
     assert Pairs(["a"], ["b"]).chats() == [Chat([USER, ANSWER], start=1)]
