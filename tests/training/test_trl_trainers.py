@@ -51,9 +51,11 @@ def naive(model: Any, rows: Dataset) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_every_example_counts_by_itself(packing: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_every_example_counts_by_itself_and_in_its_place(packing: bool, strategy: str, tmp_path: Path) -> None:
     model, rows = tiny_peft("llama"), examples()
     settings: dict[str, Any] = {"packing": True, "packing_strategy": "bfd", "eval_packing": False} if packing else {}
+    settings["train_sampling_strategy"] = strategy
     trainer = RunSFTTrainer(
         model=model,
         args=SFTConfig(str(tmp_path), max_length=32, **settings, **QUIET),

@@ -216,7 +216,8 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
 def _sample(stage: Stage) -> dict[str, Any]:
     """A batch of two validation examples, as far as it goes into the model."""
     trainer, rows = stage.trainer, cast(Dataset, stage.trainer.eval_dataset)
-    batch = trainer.data_collator([rows[index] for index in range(min(2, len(rows)))])
+    columns = cast(Any, trainer.train_dataset).column_names or rows.column_names  # metrics may need more columns
+    batch = trainer.data_collator([{key: rows[i][key] for key in columns} for i in range(min(2, len(rows)))])
     taken = inspect.signature(stage.model.get_base_model().forward).parameters
     return {key: value for key, value in batch.items() if key in taken}
 

@@ -51,6 +51,20 @@ class ModelSection(Protocol):
 Logits = torch.Tensor | tuple[torch.Tensor, ...]
 
 
+class Evaluated(EvalPrediction):
+    """What an evaluation has found: predictions and targets of every example, in order, and the examples.
+
+    Args:
+        predictions: What the trainer's prediction step gives, one row an example.
+        label_ids: Targets, one row an example.
+        examples: The examples, also with the columns that do not go into the model.
+    """
+
+    def __init__(self, predictions: Any, label_ids: Any, examples: Any) -> None:
+        super().__init__(predictions, label_ids)
+        self.examples = examples
+
+
 @dataclass(frozen=True)
 class TaskData:
     """Model, data and metrics of a run, as a Trainer takes them."""
@@ -62,18 +76,18 @@ class TaskData:
     train: Dataset | IterableDataset
     """Training examples as the trainer takes them; without a length where they are streamed."""
     validation: Dataset
-    """Validation examples."""
+    """Validation examples. Like those to test on, they may have more columns than training examples, for metrics."""
     test: Dataset | None
     """Test examples, if the recipe names any."""
     metric: str
     """The metric to report first; one of those that an evaluation gives."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What the trainer's constructor is given: how batches are made, and metrics."""
+    """What the trainer's constructor is given: how batches are made, and metrics as a function of `Evaluated`."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """What the class of the trainer's arguments is given beyond what every task's is."""
-    example_losses: Callable[[EvalPrediction], NDArray[np.floating]] | None = None
+    example_losses: Callable[[Evaluated], NDArray[np.floating]] | None = None
     """The loss of every example of an evaluation, by which two runs can be told apart; None where there is none."""
-    predictions: Callable[[EvalPrediction], list[dict[str, Any]]] | None = None
+    predictions: Callable[[Evaluated], list[dict[str, Any]]] | None = None
     """What is predicted for every example of an evaluation, for people; None where nothing is."""
     also: Mapping[str, Dataset] = field(default_factory=dict)
     """More examples to evaluate on at the end, by name."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
+from torch.utils.data import SequentialSampler
 from transformers import (
     EvalPrediction,
     PrinterCallback,
@@ -25,6 +26,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from loralloc.files import write_atomically
+from loralloc.tasks.base import Evaluated
 from loralloc.training import checkpoint as saved
 from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
@@ -45,12 +47,12 @@ class RunTrainer(Base):
     Attributes:
         begun: When training began, on `time.perf_counter`'s clock; a resumed run counts what went before.
         guard: Skips bad steps, and counts them; None where an allocation does.
-        evaluated: Predictions and targets of the last evaluation; None before the first.
+        evaluated: Predictions, targets and examples of the last evaluation; None before the first.
         meter: Counts what is trained on; rows of the log with a loss say how fast, and how much memory it takes.
     """
 
     begun: float = 0.0
-    evaluated: EvalPrediction | None = None
+    evaluated: Evaluated | None = None
     counts: Literal["tokens", "examples"] = "examples"
 
     def __init__(
@@ -59,14 +61,17 @@ class RunTrainer(Base):
         log: Path,
         guard: SkipBadSteps | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        compute_metrics: Callable[[Evaluated], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.guard = guard
+        self.guard, self._metrics_of = guard, compute_metrics
         self.meter = Meter(self.counts)
         first = [] if guard is None else [guard]
         # The last callback: when it declares a checkpoint complete, all others have written.
         super().__init__(*args, callbacks=[*first, *callbacks, LogFile(log), _Completion(self)], **kwargs)
         self.remove_callback(PrinterCallback)
+        if compute_metrics is not None:
+            self.compute_metrics = self._judge
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the card of a run tells of the adapter that is exported."""
@@ -76,10 +81,11 @@ class RunTrainer(Base):
         """Seconds since training began."""
         return time.perf_counter() - self.begun
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
+        self._examples = self.eval_dataset if eval_dataset is None else eval_dataset
         with self._left_as_it_is(), self._trackers_wait(), self.meter.paused():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def window(self) -> dict[str, Any]:
         """What the next row of the log will tell of the steps since the last one, JSON-able; for checkpoints."""
@@ -103,8 +109,13 @@ class RunTrainer(Base):
         """Evaluate, and keep what was predicted."""
         output = super().evaluation_loop(*args, **kwargs)
         if output.predictions is not None and output.label_ids is not None:
-            self.evaluated = EvalPrediction(output.predictions, output.label_ids)
+            self.evaluated = Evaluated(output.predictions, output.label_ids, self._examples)
         return output
+
+    def _judge(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Compute metrics of what a Trainer tells, and of the examples, which it does not."""
+        assert self._metrics_of is not None
+        return self._metrics_of(Evaluated(prediction.predictions, prediction.label_ids, self._examples))
 
     @contextmanager
     def _trackers_wait(self) -> Iterator[None]:
@@ -135,6 +146,10 @@ class RunTrainer(Base):
             vars(model).clear()
             vars(model).update(attributes)
             prepared[:], self.model_wrapped = models, wrapped
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Keep the examples in order, also where those of like length train together: metrics look at them again."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """Draw groups of examples of like length from the seed and the epoch: a resumed run must find the same."""
