@@ -246,6 +246,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
 
 
 def test_a_layer_compiles_into_one_graph() -> None:
+    torch._dynamo.reset()
     _, sites = gated("llama")
     site = sites[0]
     x = inputs_of(site, 3, 5)
@@ -258,6 +259,7 @@ def test_a_layer_compiles_into_one_graph() -> None:
 
 
 def test_the_whole_model_compiles_into_one_graph_and_closing_ranks_compiles_nothing_anew() -> None:
+    torch._dynamo.reset()  # what other tests have compiled of the same code decides what is compiled of it here
     model = get_peft_model(tiny_bert(layers=1), lora_config("bert"))
     train_adapter(model)
     sites = attach_gates(model)
@@ -269,7 +271,9 @@ def test_the_whole_model_compiles_into_one_graph_and_closing_ranks_compiles_noth
         for site in sites:
             site.set_scale(torch.arange(site.rank) < open_ranks)
         expected = adapter_gradients(model, batch)
-        torch.testing.assert_close(adapter_gradients(compiled, batch), expected, rtol=1e-4, atol=1e-6)
+        with torch._dynamo.config.patch(error_on_recompile=open_ranks == 2):  # the error says why
+            actual = adapter_gradients(compiled, batch)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     assert counter.frame_count == 1
 
 
