@@ -90,6 +90,19 @@ class TestBest:
         assert "report.html" in done("report", here / "run")
         assert "evaluations begin at step 19" in done("train", recipe, *STOP, "--dry-run", "--output", "another")
 
+    def test_by_a_metric_of_the_recipes_choice(self, write: Write, here: Path) -> None:
+        recipe = write(PLAIN + "evaluate: {{metric: matthews}}\n")
+        done("train", recipe, *KEEP)
+        values = {row["step"]: row["eval_matthews"] for row in log_rows(here / "run") if "eval_matthews" in row}
+        found = read_json(here / "run" / "metrics.json")
+        assert found["metric"] == "matthews"
+        assert found["validation"]["matthews"] == max(values.values())
+        assert found["reference"].keys() == {"untrained"}  # the majority class is a reference of the accuracy
+        said = refused("train", recipe, "--evaluate.metric", "pearson", "--replace")
+        assert "evaluate.metric: this run has no metric pearson; it has loss, accuracy, macro_f1, matthews." in said
+        said = refused("train", recipe, "--evaluate.metric", "macro", "--replace")
+        assert "evaluate.metric must be accuracy, macro_f1, matthews, pearson, spearman or mse, found macro." in said
+
     def test_by_another_metric(self, write: Write, here: Path) -> None:
         done("train", write(PLAIN), *KEEP, "--metric_for_best_model", "loss")
         losses = {row["step"]: row["eval_loss"] for row in log_rows(here / "run") if "eval_loss" in row}

@@ -76,7 +76,7 @@ OTHER_TASKS = {
     f"data.{key}" for task in TASKS.values() for key in task.keys if key not in ClassificationData.model_fields
 }
 GENERATION = {f"evaluate.generate.{key}" for key in GenerateConfig.model_fields}
-JUDGING = {"training.keep_best", "training.early_stopping"}
+JUDGING = {"training.keep_best", "training.early_stopping", "evaluate.metric"}
 ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS, *GENERATION, *JUDGING}
 """The task and what has a meaning for another one, the folder, which a verb is given, and what needs other keys beside
 it: `test_cli_best.py` has these."""

@@ -55,7 +55,12 @@ def task_data(recipe: Recipe) -> TaskData:
         check_metrics(settings.metrics)
         held_out: Any = data.validation if data.test is None else data.test
         read_prompts(held_out, data.tokenizer, settings.samples, recipe.data.max_length)
-    return replace(data, also=also)
+    return judged_by(recipe.evaluate.metric, replace(data, also=also))
+
+
+def judged_by(metric: str | None, data: TaskData) -> TaskData:
+    """Let a metric of the recipe's choice come first; what needs no training is known of the task's own alone."""
+    return data if metric in (None, data.metric) else replace(data, metric=metric, reference={})
 
 
 def _model_section(recipe: Recipe) -> ModelConfig:
@@ -118,19 +123,16 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     return adapted
 
 
-HEADS = ("classifier", "score")
-"""How the names of heads end that PEFT trains in full, whatever the recipe says, where a task has labels."""
-
-
 def _with_heads(excluded: str | list[str] | None, recipe: Recipe, model: PreTrainedModel) -> str | list[str] | None:
-    """What gets no adapter, and the heads beside it.
+    """What gets no adapter, and the task's heads beside it, which PEFT trains in full whatever the recipe says.
 
     DistilBERT's `pre_classifier` is trained in full like `classifier`, which PEFT cannot do with an adapted layer.
     """
-    if not TASKS[recipe.task].labelled:
+    ends = TASKS[recipe.task].heads
+    if not ends:
         return excluded
     names = [name for name, _ in model.named_modules()]
-    heads = [name for name in names if name.endswith(HEADS)]
+    heads = [name for name in names if name.endswith(ends)]
     inside = [name for name in names if any(name == head or name.startswith(f"{head}.") for head in heads)]
     if isinstance(excluded, str):
         return "|".join([f"({excluded})", *map(re.escape, inside)])

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from loralloc.errors import closest
 from loralloc.methods.settings import BudgetSection
 from loralloc.recipe.sections import DataConfig, LoraSection
 from loralloc.recipe.source import Key, dotted
@@ -47,6 +48,7 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 key = (*section, chosen[-1]) if chosen else section
                 yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {listed_keys}"
     yield from _broken_columns(tree)
+    yield from _broken_metric(tree)
     yield from _broken_judging(tree)
     if get(tree, "evaluate", "generate") is not None and tree.get("task") not in ("causal-lm", None):
         yield ("evaluate", "generate"), f"evaluate.generate is for task causal-lm, but the task is {tree.get('task')}"
@@ -64,6 +66,14 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             f"method.budget.average_rank is {target}, but no layer can exceed lora.r, which is {capacity}. "
             "Lower the one or raise the other (AdaLoRA starts at about 1.5 times its target)",
         )
+
+
+def _broken_metric(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """A metric that the task does not have."""
+    metric, task = get(tree, "evaluate", "metric"), TASKS.get(str(tree.get("task")))
+    if is_text(metric) and task is not None and metric not in task.metrics:
+        near = closest(metric, task.metrics)
+        yield ("evaluate", "metric"), f"evaluate.metric must be {listed(task.metrics)}, found {metric}.{near}"
 
 
 def _broken_judging(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:

@@ -128,6 +128,9 @@ class GenerateConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What is evaluated beyond the task's own metrics."""
+    """How a run is judged, and what is evaluated beyond the task's own metrics."""
 
+    metric: Text | None = Field(
+        default=None, description="what a run is judged by, of the task's metrics; null: the task's first"
+    )
     generate: GenerateConfig | None = Field(default=None, description="answers to held-out prompts; null: none")

@@ -101,11 +101,16 @@ class Stage:
         return generation(self.recipe, self.data, self.trainer, self.screen)
 
     def check_metric(self, found: Mapping[str, float]) -> None:
-        """Refuse a metric that the best model cannot be told by, once an evaluation has shown which there are.
+        """Refuse a metric that a run cannot be judged by, once an evaluation has shown which there are.
 
         Raises:
             UserError: With those that there are.
         """
+        if self.data.metric not in found:
+            raise UserError(
+                f"evaluate.metric: this run has no metric {self.data.metric}; it has {', '.join(found)}."
+                f"{closest(self.data.metric, found)}"
+            )
         name = str(self.trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
         if name not in found:
             raise UserError(

@@ -142,6 +142,7 @@ class Task:
         metrics: The metrics that a run may be judged by, and whether more is better.
         shortest: The least `max_length`, and why.
         labelled: Whether the size of the head depends on the data.
+        heads: How the names of heads end that are trained in full, and get no adapter.
         recognised: Whether the columns need not be named where their names are common ones.
         trainer: The class of transformers or TRL that trains it.
         own_loss: Whether its loss is the one that the model returns for a batch with labels, which methods that look
@@ -158,6 +159,7 @@ class Task:
     metrics: Mapping[str, bool]
     shortest: tuple[int, str] = (1, "")
     labelled: bool = False
+    heads: tuple[str, ...] = ()
     recognised: bool = False
     trainer: Literal["Trainer", "SFTTrainer", "DPOTrainer"] = "Trainer"
     own_loss: bool = True
@@ -177,8 +179,9 @@ TASKS: Mapping[str, Task] = {
         forms=(("text", "label"),),
         model_class="AutoModelForSequenceClassification",
         peft_type="SEQ_CLS",
-        metrics={"accuracy": True, "pearson": True},
+        metrics=dict.fromkeys(("accuracy", "macro_f1", "matthews", "pearson", "spearman"), True) | {"mse": False},
         labelled=True,
+        heads=("classifier", "score"),
     ),
     "causal-lm": Task(
         label="causal language modelling",
@@ -187,7 +190,7 @@ TASKS: Mapping[str, Task] = {
         forms=(("text",), ("prompt", "completion"), ("messages",)),
         model_class="AutoModelForCausalLM",
         peft_type="CAUSAL_LM",
-        metrics={"perplexity": False},
+        metrics={"perplexity": False, "token_accuracy": True},
         shortest=(2, "a single token has no next one to predict"),
         recognised=True,
         trainer="SFTTrainer",
@@ -200,7 +203,7 @@ TASKS: Mapping[str, Task] = {
         forms=(("chosen", "rejected"),),
         model_class="AutoModelForCausalLM",
         peft_type="CAUSAL_LM",
-        metrics={"loss": False},
+        metrics={"loss": False, "reward_accuracy": True, "reward_margin": True},
         shortest=(2, "a single token has no next one to predict"),
         recognised=True,
         trainer="DPOTrainer",
