@@ -237,8 +237,9 @@ def test_tools_are_not_learned_by_preference(write: Write, here: Path) -> None:
     assert 'train.jsonl:1: column "chosen" (data.chosen): calls of tools cannot be learned by preference here' in said
 
 
-def test_what_only_the_trainer_knows_of_its_options(write: Write, here: Path) -> None:
-    recipe = write_data("chat", write, here)
+@pytest.mark.parametrize("kind", ["chat", "preference"])  # one refuses when it is built, one at its first loss
+def test_what_only_the_trainer_knows_of_its_options(kind: str, write: Write, here: Path) -> None:
+    recipe = write_data(kind, write, here)
     said = refused("train", recipe, "--training.trainer.loss_type", "bogus")
     assert "training.trainer" in said
     assert "bogus" in said

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -94,7 +94,8 @@ class Stage:
 
     def evaluate(self, prefix: str, split: Dataset | None = None) -> dict[str, float]:
         """Evaluate on a split, by default the test data or, without them, the validation data."""
-        return evaluate(self.trainer, self.data, prefix, self.screen, split)
+        with _refusing_options(self.recipe):
+            return evaluate(self.trainer, self.data, prefix, self.screen, split)
 
     def generate(self) -> Generation | None:
         """Let the model answer held-out prompts, where the recipe asks for that."""
@@ -256,13 +257,20 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
 def _trainer(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, **options: Any) -> RunTrainer:
     arguments = training_arguments(recipe, folder.checkpoints, {**data.arguments, **best_arguments(recipe, data)})
     held_out = data.validation if len(data.validation) else None
-    try:
+    with _refusing_options(recipe):
         return trainer_class(recipe)(
             model=model, args=arguments, eval_dataset=held_out, log=folder.log, **data.options, **options
         )
+
+
+@contextmanager
+def _refusing_options(recipe: Recipe) -> Iterator[None]:
+    """Turn what a trainer says of its options, as it is built or when it first computes a loss, into a message."""
+    try:
+        yield
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # what the trainer's class alone knows of its options
+    except (ValueError, TypeError, ImportError) as error:
         if not recipe.training.trainer:
             raise
         raise UserError(f"training.trainer: {str(error).splitlines()[0]}") from error
