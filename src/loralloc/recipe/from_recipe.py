@@ -78,7 +78,7 @@ def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Data
     if source is None:
         return data.train, None
     if source == "validation":
-        return data.train, data.validation
+        return data.train, data.learned_validation or data.validation
     assert isinstance(data.train, Dataset)
     labels = data.train["labels"] if data.classes else None
     held_out = cut(len(data.train), source, seed, labels)
@@ -176,14 +176,20 @@ def _planned_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
 
 def _common(recipe: Recipe) -> dict[str, Any]:
     """What a plan does not decide."""
-    lora = recipe.lora
+    lora, task = recipe.lora, TASKS[recipe.task]
     return {
         "lora_dropout": lora.dropout,
-        "modules_to_save": copy(lora.modules_to_save),  # PEFT appends the names of heads to it
-        "task_type": TaskType[TASKS[recipe.task].peft_type],
+        "modules_to_save": _saved(recipe),
+        "task_type": None if task.peft_type is None else TaskType[task.peft_type],
         "revision": recipe.model.load.get("revision"),
         **values(PEFT, recipe.task, lora.peft),
     }
+
+
+def _saved(recipe: Recipe) -> list[str] | None:
+    """What is trained in full: PEFT adds the heads of the tasks that it knows."""
+    heads = TASKS[recipe.task].heads if TASKS[recipe.task].peft_type is None else ()
+    return [*(recipe.lora.modules_to_save or ()), *heads] or None
 
 
 def trainer_class(recipe: Recipe) -> type[RunTrainer]:

@@ -89,6 +89,8 @@ class TaskData:
     """The loss of every example of an evaluation, by which two runs can be told apart; None where there is none."""
     predictions: Callable[[Evaluated], list[dict[str, Any]]] | None = None
     """What is predicted for every example of an evaluation, for people; None where nothing is."""
+    learned_validation: Dataset | None = None
+    """Validation examples as they are learned from, for methods that do; None where that is how they are evaluated."""
     also: Mapping[str, Dataset] = field(default_factory=dict)
     """More examples to evaluate on at the end, by name."""
     packed: Callable[[Dataset], int] = len

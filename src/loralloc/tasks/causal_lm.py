@@ -171,26 +171,61 @@ class Encoder:
         tokenizer, data = self._tokenizer, self._data
         if isinstance(form, Chats) and data.chat is False:
             raise UserError(f"data.chat: false is for texts, and the rows of {rows.source} are chats; take it out")
-        if isinstance(form, Pairs) and data.chat is not False and (data.chat or tokenizer.chat_template is not None):
-            form = Chats(form.chats())
+        if isinstance(form, Pairs) and (data.learn == "all" or as_chats(tokenizer, data.chat)):
+            return tokenize_answers(tokenizer, form, rows, data.chat, self._name)
         if isinstance(form, Chats):
             check_template(tokenizer, self._name)
             return tokenize_chats(tokenizer, form.chats, rows, data.learn)
-        if data.learn == "last" or (data.chat and isinstance(form, Texts)):
+        if data.learn == "last" or data.chat:
             key = "learn: last" if data.learn == "last" else "chat: true"
             raise UserError(f"data.{key} is for chats, and the rows of {rows.source} are texts; take it out")
-        if tokenizer.eos_token is None:
-            raise UserError(
-                f'The tokenizer of model "{self._name}" has no end-of-sequence token to end a text with. '
-                "Set eos_token in its tokenizer_config.json."
-            )
-        if isinstance(form, Pairs):
-            return tokenize_pairs(tokenizer, form.prompts, form.completions)
+        assert isinstance(form, Texts)
+        check_end(tokenizer, self._name)
         if not any(text.strip() for text in form.texts):
             raise UserError(
                 f'{rows.source} has no text: column "{data.text or "text"}" (data.text) is empty in every row.'
             )
         return tokenize_texts(tokenizer, form.texts)
+
+
+def tokenize_answers(
+    tokenizer: PreTrainedTokenizerBase, pairs: Pairs, rows: Rows, chat: bool | None, name: str
+) -> Iterator[Tokens]:
+    """Tokenize prompts with their answers, which are learned: as a chat of two turns, or as they are.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        pairs: Prompts and answers.
+        rows: Where they came from, for messages.
+        chat: Whether they become turns; None: where the tokenizer has a template.
+        name: Name of the model, for messages.
+
+    Raises:
+        UserError: The tokenizer renders no chats, or has no end-of-sequence token.
+    """
+    if as_chats(tokenizer, chat):
+        check_template(tokenizer, name)
+        return tokenize_chats(tokenizer, pairs.chats(), rows)
+    check_end(tokenizer, name)
+    return tokenize_pairs(tokenizer, pairs.prompts, pairs.completions)
+
+
+def as_chats(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
+    """Whether prompts and answers become turns of a chat, by a recipe's `data.chat`."""
+    return tokenizer.chat_template is not None if chat is None else chat
+
+
+def check_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that cannot end a text.
+
+    Raises:
+        UserError: It has no end-of-sequence token.
+    """
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f'The tokenizer of model "{name}" has no end-of-sequence token to end a text with. '
+            "Set eos_token in its tokenizer_config.json."
+        )
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[Tokens]:

@@ -89,10 +89,15 @@ class ClassificationData(DataSection):
 COLUMNS = '; or a template of columns, such as "{instruction}\\n\\n{input}"'
 
 
-class ChatData(DataSection):
-    """The keys of tasks that render chats."""
+class PromptData(DataSection):
+    """The key of tasks that ask for something."""
 
     prompt: Text | None = Field(default=None, description=f"column with the prompt, a text or a chat{COLUMNS}")
+
+
+class ChatData(PromptData):
+    """The keys of tasks that render chats."""
+
     chat: bool | None = Field(
         default=None,
         description="whether prompts and answers become turns of the model's chat template; null: where it has one",
@@ -128,6 +133,32 @@ class PreferenceData(ChatData):
     rejected: Text | None = Field(default=None, description=f"column with the worse answer{COLUMNS}")
 
 
+def _check_choices(value: Any) -> Any:
+    if is_text(value) or (isinstance(value, list) and len(value) >= 2 and all(map(is_text, value))):
+        return value
+    raise ValueError("must be a column, or a list of at least two columns or texts")
+
+
+class ChoiceData(PromptData):
+    """The keys of multiple choice with a head: a question, its choices, and which one is right."""
+
+    choices: Annotated[
+        str | list[str] | None, BeforeValidator(_check_choices, json_schema_input_type=Text | list[Text] | None)
+    ] = Field(
+        default=None,
+        description="column with the list of choices; or a list of columns (or templates), one a choice; or of texts "
+        "that are the choices of every question, such as [no, yes]",
+    )
+    answer: Text | None = Field(
+        default=None,
+        description="column with the right choice: its number from 0, its letter, its label, or its text",
+    )
+
+
+class LikelihoodChoiceData(ChatData, ChoiceData):
+    """The keys of multiple choice by likelihood."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One task.
@@ -138,7 +169,7 @@ class Task:
         data: Its section of a recipe.
         forms: Columns that must be named together; where there are several forms, exactly one of them.
         model_class: The class in transformers that has its head.
-        peft_type: What PEFT calls it.
+        peft_type: What PEFT calls it; None for what it has no name for.
         metrics: The metrics that a run may be judged by, and whether more is better.
         shortest: The least `max_length`, and why.
         labelled: Whether the size of the head depends on the data.
@@ -155,7 +186,7 @@ class Task:
     data: type[DataSection]
     forms: tuple[tuple[str, ...], ...]
     model_class: str
-    peft_type: str
+    peft_type: str | None
     metrics: Mapping[str, bool]
     shortest: tuple[int, str] = (1, "")
     labelled: bool = False
@@ -209,6 +240,28 @@ TASKS: Mapping[str, Task] = {
         trainer="DPOTrainer",
         arguments="trl.DPOConfig",
         own_loss=False,
+    ),
+    "multiple-choice": Task(
+        label="multiple choice by likelihood",
+        module="loralloc.tasks.multiple_choice",
+        data=LikelihoodChoiceData,
+        forms=(("prompt", "choices", "answer"),),
+        model_class="AutoModelForCausalLM",
+        peft_type="CAUSAL_LM",
+        metrics={"accuracy": True, "accuracy_token": True, "accuracy_character": True},
+        shortest=(2, "a single token has no next one to predict"),
+        trainer="SFTTrainer",
+        arguments="trl.SFTConfig",
+    ),
+    "multiple-choice-head": Task(
+        label="multiple choice",
+        module="loralloc.tasks.multiple_choice_head",
+        data=ChoiceData,
+        forms=(("prompt", "choices", "answer"),),
+        model_class="AutoModelForMultipleChoice",
+        peft_type=None,
+        metrics={"accuracy": True},
+        heads=("classifier",),
     ),
 }
 

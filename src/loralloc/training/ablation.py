@@ -53,6 +53,8 @@ class _Part:
     samples: int
     tokens: int
     logits: int
+    choices: int = 1
+    """Rows of one sample in the model: those of multiple choice have one for each choice."""
 
     def repeated(self, copies: int) -> _Part:
         """The samples again and again, copy after copy."""
@@ -67,7 +69,7 @@ class _Part:
         """One sample."""
         inputs = {k: v[index : index + 1] if self._per_sample(k, v) else v for k, v in self.inputs.items()}
         tokens, logits = self.tokens // self.samples, self.logits // self.samples
-        return _Part(inputs, self.labels[index : index + 1], 1, tokens, logits)
+        return _Part(inputs, self.labels[index : index + 1], 1, tokens, logits, self.choices)
 
     def _per_sample(self, key: str, value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.samples and key != "logits_to_keep"
@@ -236,8 +238,10 @@ class AblationScorer:
     def _part(self, batch: Mapping[str, Any]) -> _Part:
         inputs, labels = self._loss.split(batch)
         _check_rows(inputs)
-        length = max(value.shape[1] for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1)
-        return _Part(inputs, labels, len(labels), len(labels) * length, self._loss.logits(labels))
+        choices = _choices(inputs)
+        lengths = [value.shape[1] for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
+        length = max(lengths) if choices == 1 else choices * inputs["input_ids"].shape[2]
+        return _Part(inputs, labels, len(labels), len(labels) * length, self._loss.logits(labels), choices)
 
     def _reference(self, index: int, which: int) -> States | None:
         """The hidden states of a reference on a part, kept or computed; None where the model cannot be walked."""
@@ -320,7 +324,7 @@ class AblationScorer:
         of_sites = gates.split(self._ranks, 1)
         idle = [False] * len(of_sites) if gates.requires_grad else self._idle(of_sites)
         replaced = [
-            None if off else own[:, None].to(site.gate.device)
+            None if off else own[:, None].repeat_interleave(part.choices, 0).to(site.gate.device)
             for site, own, off in zip(self._sites, of_sites, idle, strict=True)
         ]
         with gates_replaced(self._sites, replaced):
@@ -343,6 +347,12 @@ def _pass(rows: Tensor, site: int, reference: States) -> _Pass:
     start = reference.block(site)
     products = {other: reference.products[other] for other in reference.unchanged(site)} if reference.products else {}
     return _Pass(rows, start, reference.hidden[start - 1] if start else None, products)
+
+
+def _choices(inputs: Mapping[str, Any]) -> int:
+    """Rows that a model makes of one sample: inputs of multiple choice are [n, choices, length]."""
+    ids = inputs.get("input_ids")
+    return ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 3 else 1
 
 
 def _check_rows(inputs: Mapping[str, Any]) -> None:

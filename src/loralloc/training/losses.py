@@ -57,6 +57,8 @@ class SampleLoss:
         """
         name = getattr(self.model, "loss_type", None)
         config = getattr(self.model, "config", None)
+        if type(self.model).__name__.endswith("ForMultipleChoice"):  # for which transformers has no name
+            return "class"
         if name == "ForSequenceClassification":
             count, known = config.num_labels, config.problem_type  # type: ignore[union-attr]
             found = "class" if labels.dtype in (torch.long, torch.int) else "several classes"

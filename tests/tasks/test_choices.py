@@ -1,0 +1,110 @@
+"""Questions with choices: every way in which data say which choice is right, and every row that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from loralloc.errors import UserError
+from loralloc.tasks.choices import Question, chance, read_questions
+from loralloc.tasks.data import read_rows
+
+Read = Callable[..., list[Question]]
+
+ROW: dict[str, Any] = {"prompt": "the film is", "choices": ["good", "bad", "a film"], "answer": 1}
+
+
+@pytest.fixture
+def read(write: Callable[..., str], data_section: Callable[..., Any]) -> Read:
+    def make(*rows: dict[str, Any], **given: Any) -> list[Question]:
+        names = {"prompt": "prompt", "choices": "choices", "answer": "answer", **given}
+        return read_questions(read_rows(write(rows)), data_section("train.jsonl", **names))
+
+    return make
+
+
+LABELLED = {"text": ["good", "bad", "a film"], "label": ["1", "2", "3"]}
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        (ROW["choices"], 1),
+        (ROW["choices"], "1"),
+        (ROW["choices"], "B"),
+        (ROW["choices"], "(b)"),
+        (ROW["choices"], "bad"),
+        (LABELLED, "2"),
+        (LABELLED, 2),
+        (LABELLED, "bad"),
+        (["1", "0"], "0"),  # a text before a number
+        (["A", "B"], "B"),
+        (["no", "yes"], True),
+    ],
+)
+def test_the_right_choice(read: Read, choices: Any, answer: object) -> None:
+    (question,) = read({**ROW, "choices": choices, "answer": answer})
+    assert question.right == 1
+    assert question.prompt == "the film is"
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        (ROW["choices"], 3),
+        (ROW["choices"], -1),
+        (ROW["choices"], "D"),
+        (ROW["choices"], "7"),
+        (ROW["choices"], "no"),
+        (ROW["choices"], 1.0),
+        (LABELLED, "A"),
+        (LABELLED, 0),
+        (LABELLED, "0"),
+    ],
+)
+def test_an_answer_that_is_no_choice(read: Read, choices: Any, answer: object) -> None:
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:2: column \"answer\" \(data\.answer\) must hold the number of the"
+    ):
+        read(ROW, {**ROW, "choices": choices, "answer": answer})
+
+
+def test_choices_in_columns_of_their_own(read: Read) -> None:
+    row = {"prompt": "a", "one": "good", "two": "bad", "answer": 1}
+    (question,) = read(row, choices=["one", "{two} film"])
+    assert question == Question("a", ("good", "bad film"), 1)
+
+
+def test_the_same_choices_for_every_question(read: Read) -> None:
+    questions = read(*({"prompt": "a", "answer": answer} for answer in (True, False)), choices=["no", "yes"])
+    assert [question.choices for question in questions] == [("no", "yes")] * 2
+    assert [question.right for question in questions] == [1, 0]
+
+
+def test_a_column_beside_what_is_none(read: Read) -> None:
+    with pytest.raises(UserError, match=r'has no column "too" \(data\.choices\)'):
+        read({"prompt": "a", "one": "good", "two": "bad", "answer": 1}, choices=["one", "too"])
+
+
+@pytest.mark.parametrize(
+    ("choices", "told"),
+    [
+        ("good", "must hold a list of texts, or"),
+        (["good", 1], "must hold a list of texts, or"),
+        (["good"], "a question needs two or more data.choices"),
+        ([], "a question needs two or more data.choices"),
+        (["good", " "], "choice 2 is empty"),
+        (["good", "good"], "a choice stands twice"),
+        ({"text": ["good", "bad"], "label": ["A"]}, "2 choices, but 1 labels"),
+    ],
+)
+def test_choices_that_cannot_be_read(read: Read, choices: Any, told: str) -> None:
+    with pytest.raises(UserError, match=r"train\.jsonl:2: ") as error:
+        read(ROW, {**ROW, "choices": choices, "answer": "good"})
+    assert told in str(error.value)
+
+
+def test_guessing() -> None:
+    assert chance([Question("a", ("b", "c"), 0), Question("a", ("b", "c", "d", "e"), 0)]) == (1 / 2 + 1 / 4) / 2
