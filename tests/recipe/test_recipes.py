@@ -14,12 +14,14 @@ from loralloc.tasks.spec import TASKS, DataSection
 
 COMMENTED_OUT = re.compile(r"^( *)# ( *[a-z_0-9]+:(?: |$))")
 CONTROLS = ("depth_linear", "random", "truncate", "uniform")
-NAMES = sorted(
+NAMES = [
     f"{folder}/{method}"
-    for folder in (*TASKS, "demo")
-    for method in ("adalora", "lora", *(() if folder == "demo" else ("ablora", "allora", "autolora", *CONTROLS)))
+    for folder in sorted((*TASKS, "demo"))
+    for method in sorted(
+        ("adalora", "lora", *(() if folder == "demo" else ("ablora", "allora", "autolora", *CONTROLS)))
+    )
     if method not in ("ablora", "autolora") or TASKS[folder].own_loss
-)
+]
 
 
 def test_the_list_is_complete_and_sorted() -> None:

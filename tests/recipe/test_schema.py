@@ -13,6 +13,10 @@ from loralloc.errors import UserError, closest
 from loralloc.methods.registry import sections
 from loralloc.recipe.rules import listed
 from loralloc.recipe.schema import complete_recipe, load_recipe, recipe_keys
+from loralloc.tasks.spec import TASKS
+
+PROMPTED = listed(name for name, task in TASKS.items() if "prompt" in task.keys)
+"""The tasks that have prompts."""
 
 
 class TestLoading:
@@ -155,9 +159,9 @@ class TestErrors:
             ("  label: label\n", "", 'recipe.yaml:4: missing "label" in "data": column with the label '
              "(sequence-classification)"),
             ("label: label", "label: label\n  prompt: q",
-             "recipe.yaml:8: data.prompt is for task causal-lm or preference, but the task is sequence-classification"),
+             f"recipe.yaml:8: data.prompt is for task {PROMPTED}, but the task is sequence-classification"),
             ("task: sequence-classification", "task: classification",
-             'recipe.yaml:1: task must be sequence-classification, causal-lm or preference, got "classification"'),
+             f'recipe.yaml:1: task must be {listed(TASKS)}, got "classification"'),
             ("steps: 300", "steps: 300\n  steps: 400",
              'recipe.yaml:14: "steps" is set twice, first at recipe.yaml:13. Keep one of the two'),
             ("steps: 300", "steps: 300\n  [a, b]: 1", "recipe.yaml:14: a key must be a single word"),

@@ -134,7 +134,7 @@ class PreferenceData(ChatData):
 
 
 def _check_choices(value: Any) -> Any:
-    if is_text(value) or (isinstance(value, list) and len(value) >= 2 and all(map(is_text, value))):
+    if value is None or is_text(value) or (isinstance(value, list) and len(value) >= 2 and all(map(is_text, value))):
         return value
     raise ValueError("must be a column, or a list of at least two columns or texts")
 
