@@ -14,8 +14,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
 from loralloc.errors import UserError
+from loralloc.tasks.classes import label_names
 from loralloc.tasks.data import read_rows
-from loralloc.tasks.sequence_classification import label_names
 
 TEXTS, LABELS = ["one", "two"], ["x", "y"]
 

@@ -16,15 +16,11 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from loralloc.errors import UserError
 from loralloc.tasks.base import TaskData, first_output
+from loralloc.tasks.classes import label_names, numbers
+from loralloc.tasks.classification_metrics import classification_metrics, regression_metrics
 from loralloc.tasks.pretrained import load_model, load_tokenizer, locate
 from loralloc.tasks.rows import Rows
-from loralloc.tasks.sequence_classification import (
-    classification_metrics,
-    label_names,
-    numbers,
-    prepare,
-    regression_metrics,
-)
+from loralloc.tasks.sequence_classification import prepare
 
 GOOD, BAD = {"text": "the film is good", "label": "yes"}, {"text": "the film is bad a b", "label": "no"}
 ROWS = [GOOD, BAD] * 6 + [GOOD] * 4
@@ -276,7 +272,10 @@ def test_metrics_of_logits() -> None:
     logits = np.array([[2.0, 1.0], [0.0, 1.0], [np.nan, 0.0], [0.0, 3.0]])
     metrics = classification_metrics(EvalPrediction(logits, np.array([0, 0, 0, 1])))
     assert metrics["accuracy"] == 0.5  # where a logit is not a number, the prediction is wrong
-    assert set(metrics) == {"accuracy", "macro_f1", "matthews"}
+    assert set(metrics) == {"accuracy", "macro_f1", "matthews", "f1"}
+    assert metrics["f1"] == 2 / 3  # of the second class: one hit, one that is the first class, none missed
+    three = classification_metrics(EvalPrediction(np.eye(3), np.array([0, 1, 1])))
+    assert set(three) == {"accuracy", "macro_f1", "matthews"}
 
 
 def test_metrics_of_a_regression() -> None:

@@ -80,8 +80,8 @@ def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Data
     if source == "validation":
         return data.train, data.learned_validation or data.validation
     assert isinstance(data.train, Dataset)
-    labels = data.train["labels"] if data.classes else None
-    held_out = cut(len(data.train), source, seed, labels)
+    labels = data.train["labels"] if data.classes else [None]
+    held_out = cut(len(data.train), source, seed, labels if isinstance(labels[0], int) else None)
     if not held_out:
         raise UserError(
             f"{len(data.train)} training examples are too few to hold {source:g} of them out for method.validation"

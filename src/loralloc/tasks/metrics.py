@@ -24,12 +24,19 @@ def accuracy(predicted: Ints, target: Ints) -> float:
     return float(np.mean(predicted == target))
 
 
+def f1(predicted: NDArray[np.bool_], target: NDArray[np.bool_]) -> float:
+    """2·TP / (2·TP + FP + FN) of what is true or not; 0 where nothing is.
+
+    >>> f1(np.array([True, True, False]), np.array([True, False, False]))
+    0.6666666666666666
+    """
+    both = int(predicted.sum() + target.sum())
+    return float(2 * (predicted & target).sum() / both) if both else 0.0
+
+
 def macro_f1(predicted: Ints, target: Ints) -> float:
     """Mean over the classes that occur, as a prediction or a target, of 2·TP / (2·TP + FP + FN)."""
-    classes = np.union1d(predicted, target)
-    hit = predicted == target
-    scores = [2 * np.sum(hit & (target == c)) / (np.sum(predicted == c) + np.sum(target == c)) for c in classes]
-    return float(np.mean(scores))
+    return float(np.mean([f1(predicted == c, target == c) for c in np.union1d(predicted, target)]))
 
 
 def matthews(predicted: Ints, target: Ints) -> float:

@@ -14,10 +14,10 @@ from loralloc.errors import UserError
 from loralloc.tasks import metrics
 from loralloc.tasks.base import Evaluated, ModelSection, TaskData, evaluation_of, first_output
 from loralloc.tasks.choices import Question, chance, read_questions
+from loralloc.tasks.classification_metrics import example_losses
 from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import Rows
-from loralloc.tasks.sequence_classification import example_losses
 from loralloc.tasks.spec import ChoiceData
 
 

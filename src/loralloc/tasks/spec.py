@@ -80,9 +80,15 @@ class ClassificationData(DataSection):
 
     text: Text | None = Field(default=None, description="column with the text")
     text_pair: Text | None = Field(default=None, description="column with a second text (sequence-classification)")
-    label: Text | None = Field(default=None, description="column with the label (sequence-classification)")
+    label: Text | None = Field(
+        default=None, description="column with the label (sequence-classification), or with a list of several"
+    )
     labels: Labels = Field(
         default=None, description="null: found in the training data; or the list of labels; or regression"
+    )
+    class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
+        default=None,
+        description="what classes count in the training loss: balanced (the rarer, the more), or a mapping of some",
     )
 
 
