@@ -1,12 +1,12 @@
 """Every task on real data: AdaLoRA beside plain LoRA at the same final budget, and the head alone as the floor.
 
-    python benchmarks/tasks.py DATA                     # MiniLM: tags, questions, pairs, choices; what has a record is kept
+    python benchmarks/tasks.py DATA                     # MiniLM: tags, questions, pairs, choices; records are kept
     python benchmarks/tasks.py DATA --model MODEL       # ARC by likelihood with a causal model, such as SmolLM2-135M
     python benchmarks/tasks.py --table                  # print the table of docs/tasks.md from the records
 
-DATA is a folder with bc5cdr, wnut17, squad, qnli, boolq and commonsense_arc_* as packed JSON lines. Each run is one call
-of `loralloc train`, one thread; the head alone is trained by the same Trainer in this process. One record a run goes to
-benchmarks/results/tasks.jsonl: test metrics, the loss of every test row, seconds.
+DATA is a folder with bc5cdr, wnut17, squad, qnli, boolq and commonsense_arc_* as packed JSON lines. Each run is one
+call of `loralloc train`, one thread; the head alone is trained by the same Trainer in this process. One record a run
+goes to benchmarks/results/tasks.jsonl: test metrics, the loss of every test row, seconds.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers import set_seed
 from loralloc import __version__
 from loralloc.recipe.from_recipe import task_data, trainer_class, training_arguments
 from loralloc.recipe.schema import load_recipe
+from loralloc.recipe.stages import without_times
 from loralloc.tasks.metrics import paired_difference
 from loralloc.tasks.spec import TASKS
 
@@ -158,22 +159,21 @@ def head_alone(recipe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         found = trainer.evaluate(data.test, metric_key_prefix="test")
     assert data.example_losses is not None
     assert trainer.evaluated is not None
-    test = {key.removeprefix("test_"): value for key, value in found.items() if not key.endswith(("runtime", "second"))}
-    losses = data.example_losses(trainer.evaluated).tolist()
     return {
         "metric": data.metric,
-        "test": test,
+        "test": without_times(found, "test"),
         "parameters": 0,
         "untrained": None,
-        "seconds": seconds,
-        "losses": losses,
+        "seconds": round(seconds, 1),
+        "losses": data.example_losses(trainer.evaluated).tolist(),
     }
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """The records as a table: a row for each set, with the paired difference of the two runs."""
     lines = [
-        "| set | model | metric | untrained | head alone | LoRA | AdaLoRA | loss a row, AdaLoRA - LoRA (95 %) | seconds |",
+        "| set | model | metric | untrained | head alone | LoRA | AdaLoRA | loss a row, AdaLoRA - LoRA (95 %) "
+        "| seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     by = {(record["model"], record["set"], record["method"]): record for record in records}
@@ -196,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", type=Path)
     parser.add_argument("--model", default="demo:minilm")
+    parser.add_argument("--sets", nargs="*", help="these alone")
     parser.add_argument("--runs", type=Path, default=Path("runs/tasks"), help="where the runs are kept")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -208,7 +209,8 @@ def main() -> None:
     label = Path(options.model).name
     done = {(record["model"], record["set"], record["method"]) for record in records}
     options.runs.mkdir(parents=True, exist_ok=True)
-    for name, chosen in (LIKELIHOOD if causal else SETS).items():
+    sets = LIKELIHOOD if causal else SETS
+    for name, chosen in {name: sets[name] for name in options.sets or sets}.items():
         for method in ("lora", "adalora", *(() if causal else (FLOOR,))):
             if (label, name, method) in done:
                 continue
