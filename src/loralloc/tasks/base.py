@@ -131,18 +131,19 @@ def first_output(logits: Logits, labels: torch.Tensor) -> torch.Tensor:
     return logits[0] if isinstance(logits, tuple) else logits
 
 
-def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value) -> Dataset:
+def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value | None, **columns: List | Value) -> Dataset:
     """Collect tokenized examples.
 
     Args:
         examples: Mappings with `labels`, `input_ids` and what else the tokenizer gave; at least one, all with
             the same keys.
-        label: Type of `labels`.
+        label: Type of `labels`; None where there are none.
+        columns: Types of what else is neither ids nor a mask.
 
     Returns:
         The examples in memory, in the smallest fitting integer types.
     """
-    types = {"input_ids": List(Value("int32")), "labels": label}
+    types = {"input_ids": List(Value("int32")), "labels": label, **columns}
     iterator = iter(examples)
     chunks = []
     while chunk := list(islice(iterator, CHUNK)):
