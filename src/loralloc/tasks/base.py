@@ -143,7 +143,7 @@ def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value | None
     Returns:
         The examples in memory, in the smallest fitting integer types.
     """
-    types = {"input_ids": List(Value("int32")), "labels": label, **columns}
+    types: dict[str, Any] = {"input_ids": List(Value("int32")), "labels": label, **columns}
     iterator = iter(examples)
     chunks = []
     while chunk := list(islice(iterator, CHUNK)):

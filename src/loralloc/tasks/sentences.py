@@ -188,14 +188,12 @@ def _read_places(where: str, text: str, value: Any) -> list[Span]:
 
 
 def _read_place(where: str, text: str, record: Any) -> Span:
-    found = [record.get(name) for name in Span._fields] if isinstance(record, dict) else [None]
-    if not (
-        len(found) == 3 and type(found[0]) is type(found[1]) is int and isinstance(found[2], str) and found[2].strip()
-    ):
+    start, end, label = (record.get(name) if isinstance(record, dict) else None for name in Span._fields)
+    if type(start) is not int or type(end) is not int or not isinstance(label, str) or not label.strip():
         raise UserError(
             f"{where} must hold spans with start and end, whole numbers, and label, a text: {quote(record)}"
         )
-    span = Span(*found)
+    span = Span(start, end, label)
     if not 0 <= span.start <= span.end <= len(text):
         raise UserError(
             f"{where} has the span {span.start} to {span.end} ({span.label}), outside of its text of {len(text)} "

@@ -208,7 +208,8 @@ class _Encoder:
     def _windows(self, sentences: Sentences) -> Iterator[tuple[Window, dict[int, int]]]:
         """The windows, each with the tokens that have a label, and of which word."""
         words: list[list[str]] = sentences.words
-        if "ByteLevel" in repr(self.tokenizer.backend_tokenizer.pre_tokenizer):  # pyright: ignore[reportAttributeAccessIssue]
+        backend: Any = self.tokenizer.backend_tokenizer
+        if "ByteLevel" in repr(backend.pre_tokenizer):
             # Its tokens hold the space before a word; without one, words would be tokenized as if glued together.
             words = [[f" {word}" if word else word for word in row] for row in words]
         made = windows(
@@ -256,11 +257,10 @@ def _where_judged(of_row: Sequence[Window]) -> list[dict[int, int]]:
     """
     best: dict[int, tuple[int, int, int]] = {}
     for number, window in enumerate(of_row):
-        words = window.encoding.word_ids
-        real = [token for token, word in enumerate(words) if word is not None]
+        real = [(token, word) for token, word in enumerate(window.encoding.word_ids) if word is not None]
         before = None
-        for order, token in enumerate(real):
-            word, context = words[token], min(order, len(real) - 1 - order)
+        for order, (token, word) in enumerate(real):
+            context = min(order, len(real) - 1 - order)
             if word != before and (word not in best or context > best[word][0]):
                 best[word] = (context, number, token)
             before = word
