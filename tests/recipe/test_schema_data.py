@@ -74,7 +74,7 @@ QUESTIONS = edit(
         (QUESTIONS, "max_length: 64\n  stride: 70",
          "9: data.stride is 70, but windows have data.max_length tokens, which is 64"),
         (WORDS, "text: c\n  spans: d",
-         "7: data needs exactly one of tokens with tags, text with spans for task token-classification; got tokens and"),
+         "7: data needs exactly one of tokens with tags, text with spans for task token-classification; got tokens"),
         (WORDS, "spans: c", "7: data.spans needs data.text as well"),
         (WORDS, "scheme: iob", "7: data.scheme must be"),
         (WORDS, "max_length: 2", "7: data.max_length must be at least 3: a word stands between two special tokens"),

@@ -147,8 +147,8 @@ def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value | None
     iterator = iter(examples)
     chunks = []
     while chunk := list(islice(iterator, CHUNK)):
-        columns = {key: [example[key] for example in chunk] for key in chunk[0]}
+        table = {key: [example[key] for example in chunk] for key in chunk[0]}
         # What is neither ids nor labels is a mask or a segment number.
-        features = Features({key: types.get(key, List(Value("int8"))) for key in columns})
-        chunks.append(Dataset.from_dict(columns, features=features))
+        features = Features({key: types.get(key, List(Value("int8"))) for key in table})
+        chunks.append(Dataset.from_dict(table, features=features))
     return concatenate_datasets(chunks)
