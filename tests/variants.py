@@ -32,6 +32,7 @@ FAST: Mapping[str, int] = {
     "cli/test_cli_train.py::test_looking_more_often_changes_nothing": 1,
     "cli/test_cli_trained.py::test_bf16_on_a_cpu_trains": 1,
     "cli/test_cli_trained.py::test_the_command_that_the_message_names_exports_what_was_trained": 1,
+    "cli/test_cli_words.py::test_a_killed_run_goes_on_as_if_nothing_had_happened": 1,
     "methods/test_ablora.py::test_a_round_is_that_of_the_naive_twin": 3,
     "methods/test_adalora_parity.py::test_as_published_the_first_steps_stay_far_behind": 1,
     "methods/test_adalora_parity.py::test_first_steps_of_adam_go_as_far_as_loras": 0,

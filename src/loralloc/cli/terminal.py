@@ -171,6 +171,8 @@ STYLES = {"context": "", "learned": "green", "rejected": "strike red"}
 """How the parts of an example look."""
 MOST_SHOWN = 1500
 """Characters shown of one part of an example."""
+MOST_COLUMNS = 6
+"""Metrics that stand side by side; 80 characters hold no more."""
 
 
 def _middle_out(text: str) -> str:
@@ -182,8 +184,14 @@ def _middle_out(text: str) -> str:
 def show_metrics(
     splits: Mapping[str, Mapping[str, float]], reference: Mapping[str, float] | None = None, metric: str = ""
 ) -> None:
-    """Show a table of metrics, a row per split; references count in the column of the main metric."""
+    """Show a table of metrics, a row per split, or a column where there are many metrics.
+
+    References count beside the main metric.
+    """
     names = list(dict.fromkeys(name for values in splits.values() for name in values))
+    if len(names) > MOST_COLUMNS:
+        console.print(_tall_table(names, splits, {name: {metric: value} for name, value in (reference or {}).items()}))
+        return
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in names:
@@ -195,6 +203,19 @@ def show_metrics(
             f"[dim]{escape(name)}[/]", *(f"[dim]{figure(value)}[/]" if key == metric else "" for key in names)
         )
     console.print(table)
+
+
+def _tall_table(names: Sequence[str], *columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row per metric; a column per split, and dim ones for references."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for style, group in zip(("", "dim"), columns, strict=True):
+        for name in group:
+            table.add_column(escape(name), justify="right", style=style, header_style=style)
+    for name in names:
+        values = [one.get(name) for group in columns for one in group.values()]
+        table.add_row(escape(name), *map(figure, values))
+    return table
 
 
 def show_generation(record: Mapping[str, Any]) -> None:

@@ -130,6 +130,7 @@ OPTIONS = (
             "include_for_metrics": ONCE,
             "fp16_full_eval": "it converts the model itself, before it is trained; set training.trainer.fp16",
             "bf16_full_eval": "it converts the model itself, before it is trained; set training.bf16",
+            "remove_unused_columns": "examples have columns that metrics need and no model takes",
             "label_names": "the task names its labels",
             "length_column_name": "examples have no such column; lengths are counted",
             "eval_packing": "every example is evaluated by itself",

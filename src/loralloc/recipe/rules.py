@@ -128,6 +128,7 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("data", "max_length"), f"data.max_length must be at least {least}: {reason}"
     if "streaming" in task.keys:
         yield from _broken_stream(tree, data)
+    yield from _broken_words(data)
     if task.recognised and not any(set_keys & set(form) for form in task.forms):
         return
     if len(task.forms) == 1:
@@ -147,6 +148,18 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 if key not in set_keys:
                     partner = next(other for other in form if other in set_keys)
                     yield ("data", partner), f"data.{partner} needs data.{key} as well"
+
+
+def _broken_words(data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """Windows that would never move on, and a scheme of tags where there are none."""
+    stride, length = data.get("stride"), data.get("max_length", DataConfig.model_fields["max_length"].default)
+    if is_number(stride) and is_number(length) and stride >= length:
+        yield (
+            ("data", "stride"),
+            f"data.stride is {stride}, but windows have data.max_length tokens, which is {length}, and share fewer",
+        )
+    if data.get("spans") is not None and data.get("scheme") not in (None, "bio"):
+        yield ("data", "scheme"), "data.scheme is for data.tags; data.spans become BIO tags: take data.scheme out"
 
 
 def _broken_stream(tree: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:

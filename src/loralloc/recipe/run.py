@@ -216,7 +216,9 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
 def _sample(stage: Stage) -> dict[str, Any]:
     """A batch of two validation examples, as far as it goes into the model."""
     trainer, rows = stage.trainer, cast(Dataset, stage.trainer.eval_dataset)
-    columns = cast(Any, trainer.train_dataset).column_names or rows.column_names  # metrics may need more columns
+    # Metrics may need more columns than are trained on, and what is packed has more than what is not.
+    known = cast(Any, trainer.train_dataset).column_names or rows.column_names
+    columns = [name for name in rows.column_names if name in known]
     batch = trainer.data_collator([{key: rows[i][key] for key in columns} for i in range(min(2, len(rows)))])
     taken = inspect.signature(stage.model.get_base_model().forward).parameters
     return {key: value for key, value in batch.items() if key in taken}

@@ -133,23 +133,24 @@ def first_output(logits: Logits, labels: torch.Tensor) -> torch.Tensor:
     return logits[0] if isinstance(logits, tuple) else logits
 
 
-def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value) -> Dataset:
+def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value | None, **columns: List | Value) -> Dataset:
     """Collect tokenized examples.
 
     Args:
         examples: Mappings with `labels`, `input_ids` and what else the tokenizer gave; at least one, all with
             the same keys.
-        label: Type of `labels`.
+        label: Type of `labels`; None where there are none.
+        columns: Types of what else is neither ids nor a mask.
 
     Returns:
         The examples in memory, in the smallest fitting integer types.
     """
-    types = {"input_ids": List(Value("int32")), "labels": label}
+    types: dict[str, Any] = {"input_ids": List(Value("int32")), "labels": label, **columns}
     iterator = iter(examples)
     chunks = []
     while chunk := list(islice(iterator, CHUNK)):
-        columns = {key: [example[key] for example in chunk] for key in chunk[0]}
+        table = {key: [example[key] for example in chunk] for key in chunk[0]}
         # What is neither ids nor labels is a mask or a segment number.
-        features = Features({key: types.get(key, List(Value("int8"))) for key in columns})
-        chunks.append(Dataset.from_dict(columns, features=features))
+        features = Features({key: types.get(key, List(Value("int8"))) for key in table})
+        chunks.append(Dataset.from_dict(table, features=features))
     return concatenate_datasets(chunks)

@@ -201,6 +201,27 @@ def _load_weights(kind: Any, checkpoint: Checkpoint, seed: int, options: Mapping
     return load_quantized(load, checkpoint.load_in, heads(kind, config, checkpoint.trust_remote_code))
 
 
+def replaces_head(checkpoint: Checkpoint, config: PreTrainedConfig, kind: str, count: int) -> bool:
+    """Tell whether the checkpoint's own head must give way to one for other labels; the log says so.
+
+    Args:
+        checkpoint: The model.
+        config: Its configuration.
+        kind: How the names of classes with the head end, such as `ForSequenceClassification`.
+        count: Outputs that the data need.
+    """
+    trained = any(name.endswith(kind) for name in config.architectures or [])
+    if not trained or config.num_labels == count:
+        return False
+    logger.warning(
+        'The head of model "%s" has %d outputs, the data need %d: it is replaced by a new one.',
+        checkpoint.name,
+        config.num_labels,
+        count,
+    )
+    return True
+
+
 def check_length(max_length: int, config: PreTrainedConfig, name: str) -> None:
     """Refuse examples longer than the model's positions.
 

@@ -19,7 +19,7 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> 
 
     Args:
         tokenizer: The model's tokenizer.
-        example: Ids with labels, one label for all of them, or a prompt with two answers.
+        example: Ids with labels, one label for all of them, the ends of an answer, or a prompt with two answers.
 
     Returns:
         Its pieces, in their order.
@@ -29,7 +29,8 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> 
         context, chosen = _pieces(tokenizer, [prompt, example["chosen_ids"]])
         _, rejected = _pieces(tokenizer, [prompt, example["rejected_ids"]])
         return [(context, "context"), (chosen, "learned"), (rejected, "rejected")]
-    ids, labels = example["input_ids"], example["labels"]
+    ids = example["input_ids"]
+    labels = _answer_labels(example) if "start_positions" in example else example["labels"]
     if not isinstance(labels, Sequence):
         return [*zip(_pieces(tokenizer, [ids]), ["context"], strict=True), (f" → {labels}", "learned")]
     runs = [
@@ -37,6 +38,12 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> 
     ]
     texts = _pieces(tokenizer, [tokens for _, tokens in runs])
     return [(text, "learned" if keep else "context") for text, (keep, _) in zip(texts, runs, strict=True)]
+
+
+def _answer_labels(example: Mapping[str, Any]) -> list[int]:
+    """Of a question with its text, a label for each token of the answer; the first token stands for none."""
+    answer = range(example["start_positions"], example["end_positions"] + 1)
+    return [token if place in answer else IGNORED for place, token in enumerate(example["input_ids"])]
 
 
 def _is_learned(token: tuple[int, int]) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loralloc.setting_types import Between0And1, Count, Positive, Section, Text, is_text
+from loralloc.setting_types import Between0And1, Count, Number, Positive, Section, Text, Whole, is_text
 
 
 def _check_share_or_path(value: Any) -> Any:
@@ -165,6 +165,51 @@ class LikelihoodChoiceData(ChatData, ChoiceData):
     """The keys of multiple choice by likelihood."""
 
 
+class WindowedData(DataSection):
+    """What tasks share that look at every place of a long text."""
+
+    stride: Whole | None = Field(
+        default=None,
+        description="tokens that two windows of a text longer than max_length share; null: max_length // 3 for "
+        "questions, and no windows for words: what is longer is cut",
+    )
+
+
+class TokenClassificationData(WindowedData):
+    """The keys of token classification."""
+
+    tokens: Text | None = Field(
+        default=None, description="column with the words of a sentence: a list, or a text parted by white space"
+    )
+    tags: Text | None = Field(default=None, description="column with a tag for every word, in the same form")
+    text: Text | None = Field(default=None, description="column with the text")
+    spans: Text | None = Field(
+        default=None, description="column with a list of {start, end, label}: character offsets, the end exclusive"
+    )
+    scheme: Literal["bio", "iob1", "bilou", "plain"] | None = Field(
+        default=None,
+        description="how tags write spans of words; plain: every tag stands alone; null: found in the tags",
+    )
+
+
+class QuestionData(WindowedData):
+    """The keys of question answering."""
+
+    question: Text | None = Field(default=None, description="column with the question")
+    context: Text | None = Field(default=None, description="column with the text that holds the answer")
+    answers: Text | None = Field(
+        default=None,
+        description="column with the answers: {text: [...], answer_start: [...]}, or a list of {text, answer_start}; "
+        "empty where the text holds none",
+    )
+    answer_length: Count = Field(default=30, description="tokens of an answer, at most")
+    no_answer_threshold: Number = Field(
+        default=0.0,
+        description="how much higher no answer must score than the best one to be predicted, where training data "
+        "have questions without an answer",
+    )
+
+
 @dataclass(frozen=True)
 class Task:
     """One task.
@@ -219,6 +264,28 @@ TASKS: Mapping[str, Task] = {
         metrics=dict.fromkeys(("accuracy", "macro_f1", "matthews", "pearson", "spearman"), True) | {"mse": False},
         labelled=True,
         heads=("classifier", "score"),
+    ),
+    "token-classification": Task(
+        label="token classification",
+        module="loralloc.tasks.token_classification",
+        data=TokenClassificationData,
+        forms=(("tokens", "tags"), ("text", "spans")),
+        model_class="AutoModelForTokenClassification",
+        peft_type="TOKEN_CLS",
+        metrics=dict.fromkeys(("f1", "precision", "recall", "accuracy", "macro_f1"), True),
+        shortest=(3, "a word stands between two special tokens"),
+        labelled=True,
+        heads=("classifier", "score"),
+    ),
+    "question-answering": Task(
+        label="question answering",
+        module="loralloc.tasks.question_answering",
+        data=QuestionData,
+        forms=(("question", "context", "answers"),),
+        model_class="AutoModelForQuestionAnswering",
+        peft_type="QUESTION_ANS",
+        metrics=dict.fromkeys(("f1", "exact_match"), True),
+        heads=("qa_outputs",),
     ),
     "causal-lm": Task(
         label="causal language modelling",
