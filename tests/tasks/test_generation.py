@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
+from loralloc.recipe.sections import GenerateConfig
 from loralloc.tasks.generation import (
     Prompt,
     check_metrics,
@@ -34,7 +34,8 @@ def example(prompt: str, answer: str, then: str = "") -> dict[str, list[int]]:
 
 
 def settings(**given: Any) -> Any:
-    return SimpleNamespace(**{"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, **given})
+    section = GenerateConfig(max_new_tokens=6)
+    return section.model_copy(update=given)
 
 
 @pytest.fixture(scope="module")

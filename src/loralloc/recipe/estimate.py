@@ -22,7 +22,7 @@ from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.recipe.stages import Stage
-from loralloc.tasks.base import TaskData, length_of
+from loralloc.tasks.base import TaskData, has_target, length_of
 from loralloc.training import processes
 from loralloc.training.meter import peak_memory
 
@@ -152,10 +152,10 @@ def _prepare(recipe: Recipe, data: TaskData, each: int, folder: RunFolder) -> tu
 
 
 def _tokens(example: Mapping[str, Any]) -> int:
-    """Tokens that go through the model for an example; of a preference, both answers behind the prompt."""
+    """Tokens that go through the model for an example: source and target, or both answers behind their prompt."""
     if "prompt_ids" in example:
         return 2 * len(example["prompt_ids"]) + len(example["chosen_ids"]) + len(example["rejected_ids"])
-    return len(example["input_ids"])
+    return len(example["input_ids"]) + (len(example["labels"]) if has_target(example) else 0)
 
 
 class _StopAfter(TrainerCallback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from numpy.typing import NDArray
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+from loralloc.methods.validation import IGNORED
 from loralloc.tasks.spec import GREATER_IS_BETTER
 
 CHUNK = 1000
@@ -110,6 +111,14 @@ def evaluation_of(examples: Dataset, **settings: Any) -> TaskData:
     """Make the data of an evaluation alone: examples to test on, none to train on."""
     none = examples.select(())
     return TaskData(train=none, validation=none, test=examples, **settings)
+
+
+def has_target(example: Mapping[str, Any]) -> bool:
+    """Whether the labels of a tokenized example are a sequence of their own, and not its ids or one of them all."""
+    ids, labels = example["input_ids"], example["labels"]
+    if not isinstance(labels, Sequence):
+        return False
+    return len(ids) != len(labels) or any(one not in (IGNORED, token) for token, one in zip(ids, labels, strict=True))
 
 
 def length_of(examples: Dataset | IterableDataset) -> int | None:

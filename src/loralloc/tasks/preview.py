@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from loralloc.methods.validation import IGNORED
+from loralloc.tasks.base import has_target
 
 Part = tuple[str, Literal["context", "learned", "rejected"]]
 """A piece of text, and what it is: context, learned, or the answer that a preference is learned against."""
@@ -19,7 +20,7 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> 
 
     Args:
         tokenizer: The model's tokenizer.
-        example: Ids with labels, one label for all of them, or a prompt with two answers.
+        example: Ids with labels, one label for all of them, another sequence as labels, or a prompt with two answers.
 
     Returns:
         Its pieces, in their order.
@@ -32,6 +33,9 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> 
     ids, labels = example["input_ids"], example["labels"]
     if not isinstance(labels, Sequence):
         return [*zip(_pieces(tokenizer, [ids]), ["context"], strict=True), (f" → {labels}", "learned")]
+    if has_target(example):
+        source, target = (_pieces(tokenizer, [part])[0] for part in (ids, labels))
+        return [(f"{source} → ", "context"), (target, "learned")]
     runs = [
         (keep, [token for token, _ in run]) for keep, run in groupby(zip(ids, labels, strict=True), key=_is_learned)
     ]
