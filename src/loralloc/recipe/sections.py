@@ -121,7 +121,7 @@ class GenerateConfig(Section):
     num_beams: Count = Field(default=1, description="beams of a beam search; 1 for none")
     length_penalty: float = Field(
         default=1.0,
-        description="exponent of the length that a beam's score is divided by; above 1 favours long answers",
+        description="exponent of the length that divides a beam's score; more favours long answers",
     )
     min_new_tokens: Whole = Field(default=0, description="tokens of an answer, at least")
     no_repeat_ngram_size: Whole = Field(default=0, description="no so many tokens in a row occur twice; 0: they may")

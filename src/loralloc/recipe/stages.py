@@ -36,8 +36,8 @@ from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.tasks.base import TaskData, length_of
 from loralloc.tasks.generation import Generation, Prompt, check_metrics, generate, read_prompts, score
-from loralloc.tasks.spec import TASKS
 from loralloc.tasks.preview import parts_of
+from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 from loralloc.training.checkpoint import check_processes, drop_after, newest_complete

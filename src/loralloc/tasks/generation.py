@@ -1,8 +1,8 @@
 """What a model writes: answers to held-out prompts, and what they are worth.
 
-Of a causal language model, prompts and references come from tokenized examples: what stands before the first learned token is the prompt, what is
-learned up to the next context is the reference. Of an encoder with a decoder, they are its sources and targets
-(`training.seq2seq_trainer` lets it write). Examples with the same prompt are one prompt with several references.
+Of a causal language model, prompts and references come from tokenized examples: what stands before the first learned
+token is the prompt, what is learned up to the next context is the reference. Of an encoder with a decoder, they are its
+sources and targets, and its trainer lets it write. Examples with the same prompt are one, with several references.
 """
 
 from __future__ import annotations

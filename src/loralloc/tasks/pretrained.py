@@ -245,8 +245,8 @@ def check_stacks(task: str, config: PreTrainedConfig, name: str) -> None:
     needed = TASKS[task].peft_type == "SEQ_2_SEQ_LM"
     if needed and not both:
         raise UserError(
-            f'Task {task} needs an encoder with a decoder, such as T5 or BART, and model "{name}" ({kind}) has one stack '
-            "of layers; a decoder writes with task: causal-lm, an encoder sorts texts with task: sequence-classification"
+            f'Task {task} needs an encoder with a decoder, such as T5 or BART; model "{name}" ({kind}) is one of the '
+            "two; a decoder learns with task: causal-lm, an encoder with task: sequence-classification"
         )
     if both and not needed:
         raise UserError(

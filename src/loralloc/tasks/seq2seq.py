@@ -198,7 +198,7 @@ def read_sources(examples: Dataset, count: int | None) -> list[tuple[int, Prompt
 
 
 def predictions(prediction: Evaluated) -> list[dict[str, Any]]:
-    """Of every example its texts, the mean loss of the target's tokens, their number, and how many were the likeliest."""
+    """Of every example its texts, and what is known of the target's tokens; see `token_predictions`."""
     examples = prediction.examples
     rows = zip(examples["source"], examples["target"], token_predictions(prediction), strict=True)
     return [{"source": source, "target": target, **figures} for source, target, figures in rows]

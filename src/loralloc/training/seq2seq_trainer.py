@@ -16,9 +16,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from loralloc.methods.validation import IGNORED
 from loralloc.tasks.generation import (
-    Generation,
     GenerateSection,
-    Prompt,
+    Generation,
     check_metrics,
     decode,
     generation_config,
