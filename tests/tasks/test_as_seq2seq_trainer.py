@@ -156,17 +156,17 @@ def test_answers_are_those_of_generate(way: str, encoder_decoder: str, tmp_path:
     assert len(set(answers)) > 1
 
 
-def test_chance_has_the_seed_of_the_run(t5: str, tmp_path: Path) -> None:
-    answers = []
-    for temperature in (0.0, 1.5, 1.5):
-        settings = {"max_new_tokens": 8, "temperature": temperature}
-        stage = stage_of(t5, tmp_path, generate=settings)
-        before = torch.get_rng_state()
+def test_chance_has_the_seed_of_the_run_and_leaves_no_trace(t5: str, tmp_path: Path) -> None:
+    answers, states = [], []
+    for temperature in (None, 0.0, 1.5, 1.5):
+        settings = {} if temperature is None else {"generate": {"max_new_tokens": 8, "temperature": temperature}}
+        stage = stage_of(t5, tmp_path, **settings)
         stage.evaluate("eval")
-        assert torch.equal(before, torch.get_rng_state())
-        assert stage.trainer.written is not None
-        answers.append(stage.trainer.written.answers)
-    assert answers[0] != answers[1] == answers[2]
+        states.append(torch.get_rng_state())
+        answers.append(stage.trainer.written and stage.trainer.written.answers)
+    assert answers[0] is None
+    assert answers[1] != answers[2] == answers[3]
+    assert all(torch.equal(states[0], state) for state in states)
 
 
 def test_training_does_not_notice_that_evaluations_write(encoder_decoder: str, tmp_path: Path) -> None:

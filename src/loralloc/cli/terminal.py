@@ -213,7 +213,7 @@ def _rank_table(plan: RankPlan) -> Table:
     """Ranks as layer × module type; modules without a layer stand below."""
     grid = arrange(plan.modules)
     table = Table(title="Ranks", title_justify="left", box=None, pad_edge=False)
-    table.add_column("layer", justify="right")
+    table.add_column("layer", justify="right", no_wrap=True)
     for name in short_names(grid.types).values():
         table.add_column(escape(name), justify="right", overflow="fold")
     for row, (stack, layer) in zip(grid.row_names, grid.rows, strict=True):
