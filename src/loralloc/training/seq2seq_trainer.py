@@ -56,7 +56,8 @@ class RunSeq2SeqTrainer(RunTrainer, Seq2SeqTrainer):
         self._writing: GenerationConfig | None = None
         collator = DataCollatorForSeq2Seq(processing_class, model=model.get_base_model())
         super().__init__(model, processing_class=processing_class, data_collator=collator, **kwargs)
-        self.args.predict_with_generate = generate is not None
+        arguments: Any = self.args
+        arguments.predict_with_generate = generate is not None
 
     def prediction_step(
         self,
@@ -91,8 +92,9 @@ class RunSeq2SeqTrainer(RunTrainer, Seq2SeqTrainer):
 
     def _answer(self, settings: GenerateSection) -> Generation:
         """Answer the first sources; random states are the same before and after."""
-        sources, random = read_sources(self._examples, settings.samples), random_state()
-        loader = self.get_test_dataloader(self._examples.select([index for index, _ in sources]))
+        examples: Any = self._examples
+        sources, random = read_sources(examples, settings.samples), random_state()
+        loader = self.get_test_dataloader(examples.select([index for index, _ in sources]))
         try:
             torch.manual_seed(self.args.seed)
             with self._writes(settings):
