@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
+from loralloc.cli.progress import Progress
 from loralloc.recipe.schema import load_recipe
 
 from .command import SEQ2SEQ, done, log_rows, ranks, read_json, read_rows, refused
@@ -194,3 +195,16 @@ def test_options_of_its_trainer_are_taken(write: Write, here: Path) -> None:
 def test_target_columns_are_needed(write: Write) -> None:
     said = refused("train", write(SEQ2SEQ.replace("  target: completion\n", "")))
     assert 'missing "target" in "data": column with the text that is to be written' in said
+
+
+def test_the_bar_starts_anew_where_answers_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    """An evaluation that also answers has two passes, of different length."""
+    clock, loaders = iter(range(0, 1000, 20)), ([0] * 3, [0] * 2)
+    with patch("loralloc.cli.progress.clock", lambda: float(next(clock))):
+        bar = Progress(None)
+        with bar.evaluating("test data"):
+            for loader in loaders:
+                for _ in loader:
+                    bar.on_prediction_step(*[None] * 3, eval_dataloader=loader)  # type: ignore[arg-type]
+    shown = [line.split()[3] for line in capsys.readouterr().out.splitlines() if "evaluating test data" in line]
+    assert shown == ["1/3", "2/3", "3/3", "1/2", "2/2"]
