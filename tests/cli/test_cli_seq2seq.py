@@ -185,9 +185,7 @@ def test_options_of_its_trainer_are_taken(write: Write, here: Path) -> None:
     recipe = write(SEQ2SEQ)
     done("train", recipe, "--training.trainer.label_smoothing_factor", 0.1, "--steps", 4)
     done("train", recipe, "--steps", 4, "--output", "plain")
-    smooth, plain = (
-        [row["loss"] for row in log_rows(here / name) if "loss" in row] for name in ("run", "plain")
-    )
+    smooth, plain = ([row["loss"] for row in log_rows(here / name) if "loss" in row] for name in ("run", "plain"))
     assert smooth != plain
     assert load_recipe(recipe).task == "seq2seq"
 
