@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("unreported")
 
 
 def test_answers_come_from_evaluations_and_nothing_is_written_twice(write: Write, here: Path) -> None:
-    """Of the untrained model, at step 25, after the last step, and of what is exported: four evaluations, four passes."""
+    """Of the untrained model, at step 25, after the last step, and of what is exported: four of each."""
     passes: list[int] = []
     generate = T5ForConditionalGeneration.generate
 

@@ -157,7 +157,8 @@ class TestErrors:
             ("label: label", "label: label\n  prompt: q",
              "recipe.yaml:8: data.prompt is for task causal-lm or preference, but the task is sequence-classification"),
             ("task: sequence-classification", "task: classification",
-             'recipe.yaml:1: task must be sequence-classification, causal-lm, preference or seq2seq, got "classification"'),
+             "recipe.yaml:1: task must be sequence-classification, causal-lm, preference or seq2seq, got "
+             '"classification"'),
             ("steps: 300", "steps: 300\n  steps: 400",
              'recipe.yaml:14: "steps" is set twice, first at recipe.yaml:13. Keep one of the two'),
             ("steps: 300", "steps: 300\n  [a, b]: 1", "recipe.yaml:14: a key must be a single word"),
