@@ -82,6 +82,7 @@ FAST: Mapping[str, int] = {
     "test_kernel_linear.py::test_derivatives_agree_with_differences": 8,
     "training/test_ablation.py::test_every_way_is_the_naive_one": 3,
     "training/test_ablation.py::test_the_ways_agree_with_each_other_in_fp64": 1,
+    "training/test_ablation_stacks.py::test_every_way_is_the_naive_one": 8,
     "training/test_ablation_walk.py::test_hooks_of_others_run_once": 1,
     "training/test_autolora_trainer.py::test_a_step_computed_again_is_the_step": 2,
     "training/test_autolora_trainer.py::test_a_term_that_the_trainer_adds_is_refused_where_a_step_is_computed_again": 2,

@@ -28,6 +28,7 @@ from loralloc.report.grid import arrange
 from loralloc.tasks import labels
 from loralloc.tasks.base import TaskData, length_of
 from loralloc.tasks.preview import Part
+from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 
@@ -90,7 +91,8 @@ class Terminal(Screen):
             console.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
         console.print(f"  adapter   {sites} modules, {trainable:,} trainable parameters at the start (heads included)")
         count, each = processes.world_size(), recipe.training.batch_size * recipe.training.accumulation
-        tokens = count * each * recipe.data.max_length
+        targets = recipe.data.target_length if "target_length" in TASKS[recipe.task].keys else 0
+        tokens = count * each * (recipe.data.max_length + targets)
         console.print(f"  steps     {steps:,} of {count * each} examples, {tokens:,} tokens at most")
         if count > 1:
             console.print(f"  processes {count}, each with {each} examples a step")
@@ -232,12 +234,12 @@ def _rank_table(plan: RankPlan) -> Table:
     """Ranks as layer × module type; modules without a layer stand below."""
     grid = arrange(plan.modules)
     table = Table(title="Ranks", title_justify="left", box=None, pad_edge=False)
-    table.add_column("layer", justify="right")
+    table.add_column("layer", justify="right", no_wrap=True)
     for name in short_names(grid.types).values():
         table.add_column(escape(name), justify="right", overflow="fold")
-    for stack, layer in grid.rows:
+    for row, (stack, layer) in zip(grid.row_names, grid.rows, strict=True):
         names = [grid.cells.get((stack, layer, kind)) for kind in grid.types]
-        table.add_row(str(layer), *("" if name is None else str(plan.modules[name].rank) for name in names))
+        table.add_row(escape(row), *("" if name is None else str(plan.modules[name].rank) for name in names))
     for name in grid.others:
         table.add_row(escape(name), str(plan.modules[name].rank))
     return table

@@ -101,6 +101,10 @@ OPTIONS = (
             "assistant_only_loss": "data.learn",
             "model_init_kwargs": "model.load",
             "trust_remote_code": "model.trust_remote_code",
+            "predict_with_generate": "evaluate.generate",
+            "generation_config": "evaluate.generate",
+            "generation_max_length": "evaluate.generate.max_new_tokens",
+            "generation_num_beams": "evaluate.generate.num_beams",
         },
         instead={
             "lr_scheduler_type": ("training", "schedule"),
@@ -131,6 +135,7 @@ OPTIONS = (
             "fp16_full_eval": "it converts the model itself, before it is trained; set training.trainer.fp16",
             "bf16_full_eval": "it converts the model itself, before it is trained; set training.bf16",
             "remove_unused_columns": "examples have columns that metrics need and no model takes",
+            "sortish_sampler": "the Trainer does not read it; set training.trainer.train_sampling_strategy",
             "label_names": "the task names its labels",
             "length_column_name": "examples have no such column; lengths are counted",
             "eval_packing": "every example is evaluated by itself",

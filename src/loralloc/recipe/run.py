@@ -30,10 +30,11 @@ from loralloc.recipe.passthrough import TOLD_TO_OTHERS, TRAINER, with_options, w
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
-from loralloc.recipe.stages import Generation, Stage
+from loralloc.recipe.stages import Stage
 from loralloc.recipe.trial import check_values
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData, length_of
+from loralloc.tasks.generation import Generation
 from loralloc.tasks.quantization import stored_config
 from loralloc.training import processes
 from loralloc.training.trainer import RunTrainer

@@ -93,6 +93,8 @@ class TaskData:
     """Validation examples as they are learned from, for methods that do; None where that is how they are evaluated."""
     also: Mapping[str, Dataset] = field(default_factory=dict)
     """More examples to evaluate on at the end, by name."""
+    targets_apart: bool = False
+    """Whether the labels of an example are a sequence of their own, which a decoder writes, and not beside its ids."""
     packed: Callable[[Dataset], int] = len
     """How many rows the trainer makes of some examples."""
     reference: Mapping[str, float] = field(default_factory=dict)

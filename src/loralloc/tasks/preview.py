@@ -14,12 +14,14 @@ Part = tuple[str, Literal["context", "learned", "rejected"]]
 """A piece of text, and what it is: context, learned, or the answer that a preference is learned against."""
 
 
-def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> list[Part]:
+def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], targets_apart: bool = False) -> list[Part]:
     """Turn an example as a trainer has it back into text.
 
     Args:
         tokenizer: The model's tokenizer.
-        example: Ids with labels, one label for all of them, the ends of an answer, or a prompt with two answers.
+        example: Ids with labels, one label for all of them, another sequence as labels, the ends of an answer, a
+            prompt with two answers, or the ids of several choices.
+        targets_apart: Whether the labels are another sequence.
 
     Returns:
         Its pieces, in their order.
@@ -31,8 +33,14 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> 
         return [(context, "context"), (chosen, "learned"), (rejected, "rejected")]
     ids = example["input_ids"]
     labels = _answer_labels(example) if "start_positions" in example else example["labels"]
+    if isinstance(ids[0], Sequence):
+        choices = [_pieces(tokenizer, [choice])[0] for choice in ids]
+        return [(f"{text}\n", "learned" if n == labels else "context") for n, text in enumerate(choices)]
     if not isinstance(labels, Sequence):
         return [*zip(_pieces(tokenizer, [ids]), ["context"], strict=True), (f" → {labels}", "learned")]
+    if targets_apart:
+        source, target = (_pieces(tokenizer, [part])[0] for part in (ids, labels))
+        return [(f"{source} → ", "context"), (target, "learned")]
     runs = [
         (keep, [token for token, _ in run]) for keep, run in groupby(zip(ids, labels, strict=True), key=_is_learned)
     ]

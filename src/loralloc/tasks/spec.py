@@ -210,6 +210,14 @@ class QuestionData(WindowedData):
     )
 
 
+class Seq2SeqData(DataSection):
+    """The keys of sequence to sequence. `max_length` is the source's."""
+
+    source: Text | None = Field(default=None, description=f"column with the text that is read{COLUMNS}")
+    target: Text | None = Field(default=None, description=f"column with the text that is to be written{COLUMNS}")
+    target_length: Count = Field(default=128, description="tokens kept of each target")
+
+
 @dataclass(frozen=True)
 class Task:
     """One task.
@@ -225,6 +233,7 @@ class Task:
         shortest: The least `max_length`, and why.
         labelled: Whether the size of the head depends on the data.
         heads: How the names of heads end that are trained in full, and get no adapter.
+        generates: Whether its model writes texts, so that `evaluate.generate` means something.
         recognised: Whether the columns need not be named where their names are common ones.
         trainer: The class of transformers or TRL that trains it.
         own_loss: Whether its loss is the one that the model returns for a batch with labels, which methods that look
@@ -242,8 +251,9 @@ class Task:
     shortest: tuple[int, str] = (1, "")
     labelled: bool = False
     heads: tuple[str, ...] = ()
+    generates: bool = False
     recognised: bool = False
-    trainer: Literal["Trainer", "SFTTrainer", "DPOTrainer"] = "Trainer"
+    trainer: Literal["Trainer", "Seq2SeqTrainer", "SFTTrainer", "DPOTrainer"] = "Trainer"
     own_loss: bool = True
     arguments: str = "transformers.TrainingArguments"
 
@@ -252,6 +262,14 @@ class Task:
         """Its own keys of a recipe's `data` section."""
         return tuple(name for name in self.data.model_fields if name not in DataSection.model_fields)
 
+
+WRITTEN: Mapping[str, tuple[str, ...]] = {
+    "exact_match": ("exact_match",),
+    "bleu": ("bleu",),
+    "chrf": ("chrf",),
+    "rouge": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+}
+"""What answers are compared with references by (`evaluate.generate.metrics`), and the figures that each gives."""
 
 TASKS: Mapping[str, Task] = {
     "sequence-classification": Task(
@@ -296,6 +314,7 @@ TASKS: Mapping[str, Task] = {
         peft_type="CAUSAL_LM",
         metrics={"perplexity": False, "token_accuracy": True},
         shortest=(2, "a single token has no next one to predict"),
+        generates=True,
         recognised=True,
         trainer="SFTTrainer",
         arguments="trl.SFTConfig",
@@ -335,6 +354,19 @@ TASKS: Mapping[str, Task] = {
         peft_type=None,
         metrics={"accuracy": True},
         heads=("classifier",),
+    ),
+    "seq2seq": Task(
+        label="sequence to sequence",
+        module="loralloc.tasks.seq2seq",
+        data=Seq2SeqData,
+        forms=(("source", "target"),),
+        model_class="AutoModelForSeq2SeqLM",
+        peft_type="SEQ_2_SEQ_LM",
+        metrics={"perplexity": False, "token_accuracy": True}
+        | dict.fromkeys((figure for figures in WRITTEN.values() for figure in figures), True),
+        generates=True,
+        trainer="Seq2SeqTrainer",
+        arguments="transformers.Seq2SeqTrainingArguments",
     ),
 }
 

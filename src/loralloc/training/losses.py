@@ -15,7 +15,10 @@ from torch.nn import functional
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
 
-Kind = Literal["next token", "token", "class", "regression", "several classes", "span"]
+Kind = Literal["next token", "token", "shifted token", "class", "regression", "several classes", "span"]
+"""What is predicted; a shifted token is a decoder's beside an encoder, which sees the labels one place later."""
+
+TOKENS = ("next token", "token", "shifted token")
 
 _KINDS: Mapping[str | None, Kind] = {
     "ForCausalLM": "next token",
@@ -67,6 +70,8 @@ class SampleLoss:
             count, known = config.num_labels, config.problem_type  # type: ignore[union-attr]
             found = "class" if labels.dtype in (torch.long, torch.int) else "several classes"
             return _CLASSES[known] if known is not None else "regression" if count == 1 else found
+        if getattr(config, "is_encoder_decoder", False) and name in ("ForConditionalGeneration", None):
+            return "shifted token"
         if name not in _KINDS or labels.dim() != 2:
             raise UserError(
                 f"the loss of {type(self.model).__name__} cannot be taken sample by sample (its kind is {name}, its "
@@ -89,6 +94,8 @@ class SampleLoss:
             raise UserError(f"a validation batch must hold labels as a tensor; it has {', '.join(inputs) or 'nothing'}")
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             inputs["use_cache"] = False
+        if self.kind(labels) == "shifted token" and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         if self.kind(labels) == "next token":
             labels = labels[:, 1:]
             where = (labels != IGNORED).any(0).nonzero()[:, 0]
@@ -98,12 +105,12 @@ class SampleLoss:
 
     def count(self, labels: Tensor) -> int:
         """Number of labels that the mean is over."""
-        in_text = self.kind(labels) in ("next token", "token", "span")
+        in_text = self.kind(labels) in (*TOKENS, "span")
         return int((labels != IGNORED).sum()) if in_text else labels.numel()
 
     def logits(self, labels: Tensor) -> int:
         """About how many logits a batch with these labels has."""
-        if self.kind(labels) not in ("next token", "token"):
+        if self.kind(labels) not in TOKENS:
             return labels.numel()
         tagged = getattr(self.model, "loss_type", None) == "ForTokenClassification"
         return labels.numel() * int(getattr(self.model.config, "num_labels" if tagged else "vocab_size", 1))
