@@ -99,6 +99,18 @@ def test_methods_that_look_at_data(task: str, method: str, prepared: Callable[[s
     assert sum(ranks(here / "run").values()) == 2 * KINDS[task][1]
 
 
+@pytest.mark.parametrize("task", KINDS)
+def test_a_rehearsal_shows_what_is_learned_and_an_estimate_counts_it(
+    task: str, prepared: Callable[[str], Path]
+) -> None:
+    recipe = prepared(task)
+    said = done("train", recipe, "--dry-run")
+    assert "the film was" in said
+    assert ("fine" in said, "dull" in said) == (True, task == "multiple-choice-head")
+    tokens = {"multiple-choice": 10, "multiple-choice-head": 2 * 7}[task]  # turns of a chat; two pairs
+    assert f"48 examples, {48 * tokens} tokens" in done("estimate", recipe)
+
+
 def test_keys_of_other_tasks(prepared: Callable[[str], Path]) -> None:
     said = refused("train", prepared("multiple-choice-head"), "--data.chat", "true")
     assert (
