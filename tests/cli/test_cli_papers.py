@@ -1,0 +1,88 @@
+"""Every recipe of the papers, trained for ten steps on a tiny model of its architecture and made-up rows."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from loralloc.recipe.schema import Recipe, load_recipe
+from loralloc.recipes import list_recipes
+
+from .command import WORDS, done, ranks, write_rows
+from .paper_models import save_tiny, tiny_of
+
+NAMES = [name for name in list_recipes() if name.startswith("papers/")]
+TEXTS = ("text", "text_pair", "prompt", "completion", "choices")
+
+
+def columns(recipe: Recipe) -> Iterator[str]:
+    """The columns that a recipe reads as text, alone or in templates."""
+    for value in filter(None, (getattr(recipe.data, key) for key in TEXTS)):
+        for entry in [value] if isinstance(value, str) else value:
+            yield from re.findall(r"\{(\w+)\}", entry) or [entry]
+
+
+def made_up(recipe: Recipe, count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows with the columns that a recipe names, and labels that take turns."""
+    generator = random.Random(seed)
+    label = recipe.data.label or recipe.data.answer
+    kind = float if recipe.data.labels == "regression" else int
+    texts = [{column: " ".join(generator.choices(WORDS, k=5)) for column in columns(recipe)} for _ in range(count)]
+    return [{**row, **({label: kind(i % 2)} if label else {})} for i, row in enumerate(texts)]
+
+
+def shortened(recipe: Recipe, matrices: int) -> list[object]:
+    """The words that make ten steps of a recipe's run, with every phase that it has."""
+    words: list[object] = ["--training.steps", 10, "--training.batch_size", 4, "--training.accumulation", 1,
+                           "--training.warmup", 2, "--data.max_length", 32, "--data.test", "null",
+                           "--data.also", "null", "--model.dtype", "float32", "--training.bf16", "false"]  # fmt: skip
+    method = recipe.method
+    if method.name == "adalora":
+        total = method.budget.total_rank * matrices // 72
+        words += ["--method.warmup", 2, "--method.cooldown", 4, "--interval", 1, "--total_rank", total]
+    elif method.name == "ablora":
+        words += ["--rounds", 2, "--eval_every", 5, "--save_every", 5]
+    elif method.name == "autolora":
+        words += ["--search", 10]
+    if recipe.evaluate.generate is not None:
+        words += ["--evaluate.generate.samples", 2, "--evaluate.generate.max_new_tokens", 4]
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unreported")
+@pytest.mark.filterwarnings("ignore:ALLoRA:UserWarning", "ignore:fan_in_fan_out:UserWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_steps_end_in_an_adapter_with_all_that_is_new(name: str, here: Path) -> None:
+    done("init", name)
+    file = (here / Path(name).name).with_suffix(".yaml")
+    recipe = load_recipe(file)
+    tiny = tiny_of(recipe.model.name)
+    base = save_tiny(tiny, here / "base")
+    for seed, split in enumerate(("train", "validation")):
+        write_rows(here / f"{split}.jsonl", made_up(recipe, 48 // (seed + 1), seed))
+    done("train", file, "--model.name", base, "--data.train", "train.jsonl", "--data.validation", "validation.jsonl",
+         "--output", "run", *shortened(recipe, tiny.matrices))  # fmt: skip
+    found = ranks(here / "run")
+    if recipe.method.name in ("adalora", "ablora"):
+        assert len(found) == tiny.matrices
+        assert sum(found.values()) == 8 * len(found)
+    stored = load_file(here / "run" / "adapter" / "adapter_model.safetensors")
+    assert any(tensor.any() for key, tensor in stored.items() if ".lora_B." in key)
+    assert new_parameters(recipe, base) <= {key.removeprefix("base_model.model.") for key in stored}
+
+
+def new_parameters(recipe: Recipe, base: Path) -> set[str]:
+    """What a checkpoint lacks: drawn at random, so that it must be trained and kept."""
+    if recipe.task != "sequence-classification":
+        return set()
+    _, loaded = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, output_loading_info=True)
+    assert loaded["missing_keys"]
+    return set(loaded["missing_keys"])
