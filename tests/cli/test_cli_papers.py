@@ -9,16 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from torch import Tensor
 
 from loralloc.recipe.schema import Recipe, load_recipe
 from loralloc.recipes import list_recipes
+from loralloc.tasks.spec import TASKS
 
 from .command import WORDS, done, ranks, write_rows
 from .paper_models import save_tiny, tiny_of
 
 NAMES = [name for name in list_recipes() if name.startswith("papers/")]
+pytestmark = [
+    pytest.mark.usefixtures("unreported"),
+    pytest.mark.filterwarnings("ignore:ALLoRA:UserWarning", "ignore:fan_in_fan_out:UserWarning"),
+]
+
 TEXTS = ("text", "text_pair", "prompt", "completion", "choices")
 
 
@@ -45,8 +52,7 @@ def shortened(recipe: Recipe, matrices: int) -> list[object]:
                            "--data.also", "null", "--model.dtype", "float32", "--training.bf16", "false"]  # fmt: skip
     method = recipe.method
     if method.name == "adalora":
-        total = method.budget.total_rank * matrices // 72
-        words += ["--method.warmup", 2, "--method.cooldown", 4, "--interval", 1, "--total_rank", total]
+        words += ["--method.warmup", 2, "--method.cooldown", 4, "--interval", 1, "--total_rank", 8 * matrices]
     elif method.name == "ablora":
         words += ["--rounds", 2, "--eval_every", 5, "--save_every", 5]
     elif method.name == "autolora":
@@ -56,11 +62,8 @@ def shortened(recipe: Recipe, matrices: int) -> list[object]:
     return words
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("unreported")
-@pytest.mark.filterwarnings("ignore:ALLoRA:UserWarning", "ignore:fan_in_fan_out:UserWarning")
-@pytest.mark.parametrize("name", NAMES)
-def test_ten_steps_end_in_an_adapter_with_all_that_is_new(name: str, here: Path) -> None:
+def trained(name: str, here: Path, *words: object) -> tuple[Recipe, Path]:
+    """Copy a recipe and train ten steps of it into ./run; the recipe and the folder of the base model."""
     done("init", name)
     file = (here / Path(name).name).with_suffix(".yaml")
     recipe = load_recipe(file)
@@ -69,20 +72,37 @@ def test_ten_steps_end_in_an_adapter_with_all_that_is_new(name: str, here: Path)
     for seed, split in enumerate(("train", "validation")):
         write_rows(here / f"{split}.jsonl", made_up(recipe, 48 // (seed + 1), seed))
     done("train", file, "--model.name", base, "--data.train", "train.jsonl", "--data.validation", "validation.jsonl",
-         "--output", "run", *shortened(recipe, tiny.matrices))  # fmt: skip
-    found = ranks(here / "run")
+         "--output", "run", *shortened(recipe, tiny.matrices), *words)  # fmt: skip
+    return recipe, base
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_steps_end_in_an_adapter_with_all_that_is_new(name: str, here: Path) -> None:
+    recipe, base = trained(name, here)
     if recipe.method.name in ("adalora", "ablora"):
-        assert len(found) == tiny.matrices
+        found = ranks(here / "run")
+        assert len(found) == tiny_of(recipe.model.name).matrices
         assert sum(found.values()) == 8 * len(found)
-    stored = load_file(here / "run" / "adapter" / "adapter_model.safetensors")
+    stored = stored_tensors(here)
     assert any(tensor.any() for key, tensor in stored.items() if ".lora_B." in key)
-    assert new_parameters(recipe, base) <= {key.removeprefix("base_model.model.") for key in stored}
+    assert new_parameters(recipe, base) <= stored.keys()
+
+
+@pytest.mark.slow
+def test_the_pooler_of_deberta_would_be_missing_without_its_entry(here: Path) -> None:
+    recipe, base = trained("papers/adalora-cola", here, "--lora.modules_to_save", "null")
+    assert new_parameters(recipe, base) - stored_tensors(here).keys() == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+def stored_tensors(here: Path) -> dict[str, Tensor]:
+    """The tensors of the exported adapter, by the base model's names."""
+    stored = load_file(here / "run" / "adapter" / "adapter_model.safetensors")
+    return {key.removeprefix("base_model.model."): tensor for key, tensor in stored.items()}
 
 
 def new_parameters(recipe: Recipe, base: Path) -> set[str]:
     """What a checkpoint lacks: drawn at random, so that it must be trained and kept."""
-    if recipe.task != "sequence-classification":
-        return set()
-    _, loaded = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, output_loading_info=True)
-    assert loaded["missing_keys"]
+    kind = getattr(transformers, TASKS[recipe.task].model_class)
+    _, loaded = kind.from_pretrained(base, output_loading_info=True)
+    assert bool(loaded["missing_keys"]) == bool(TASKS[recipe.task].heads)
     return set(loaded["missing_keys"])
