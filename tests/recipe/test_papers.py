@@ -118,6 +118,22 @@ def test_what_the_table_points_at_exists() -> None:
     assert [link for link in links if not (FOLDER / link).exists()] == []
 
 
+def test_the_flags_of_the_table_are_taken() -> None:
+    """In a recipe of the paper under which they stand."""
+    _, *papers = (FOLDER / "README.md").read_text(encoding="utf-8").split("\n## ")
+    flags = [(name, words) for text in papers for name, words in flags_of(text)]
+    assert len(flags) == 4
+    for name, words in flags:
+        assert load_recipe(list_recipes()[name], words) != load_recipe(list_recipes()[name])
+
+
+def flags_of(paper: str) -> Iterator[tuple[str, list[str]]]:
+    """The first recipe of a paper's table, with each flag that stands there by itself."""
+    first = re.search(r"\]\(([\w-]+)\.yaml\)", paper)
+    assert first
+    yield from ((f"papers/{first[1]}", found.split()) for found in re.findall(r"`(--[^`]+)`", paper))
+
+
 @pytest.mark.parametrize("task", ADALORA)
 class TestAdaLoRA:
     def test_a_run_has_the_papers_steps_phases_and_budgets(self, task: str) -> None:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from loralloc.errors import UserError
 from loralloc.tasks.base import ModelSection
@@ -106,10 +107,19 @@ def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
                 f'Model "{checkpoint.name}" is neither a folder nor was its {part} downloaded before. {out_of_reach()}'
             ) from error
         reason = shorten(str(error).strip().split("\n")[0], 300)
-        untrusted = "trust_remote_code" in str(error) and not checkpoint.trust_remote_code
-        cure = " If you trust its code, set model.trust_remote_code: true." if untrusted else ""
+        cure = _cure(str(error), checkpoint)
         options = f" with model.load ({', '.join(checkpoint.load)})" if checkpoint.load else ""
         raise UserError(f'The {part} of model "{checkpoint.name}" cannot be loaded{options}: {reason}{cure}') from error
+
+
+def _cure(reason: str, checkpoint: Checkpoint) -> str:
+    """What helps against the two failures whose own words do not say."""
+    if "trust_remote_code" in reason and not checkpoint.trust_remote_code:
+        return " If you trust its code, set model.trust_remote_code: true."
+    # Without the packages that read SentencePiece models, transformers takes one for a tiktoken file and asks for that.
+    if "tiktoken" in reason and not (is_sentencepiece_available() and is_protobuf_available()):
+        return ' If it is a SentencePiece model, install the extra: pip install "loralloc[sentencepiece]".'
+    return ""
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
