@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import encoder_decoders
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -57,6 +58,9 @@ training:
 output: run
 """
 LANGUAGE = RECIPE.replace("sequence-classification", "causal-lm").replace("  label: label\n", "")
+SEQ2SEQ = LANGUAGE.replace("causal-lm", "seq2seq").replace(
+    "  text: text\n", "  source: text\n  target: completion\n  target_length: 8\n"
+)
 PLAIN = RECIPE.replace("name: adalora\n  budget:\n    average_rank: 2", "name: lora")
 
 
@@ -145,6 +149,12 @@ def save_decoder(folder: Path, width: int = 16, dtype: torch.dtype = torch.float
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     return folder
+
+
+def save_t5(folder: Path) -> Path:
+    """A T5 of two layers each way."""
+    tokenizer = _tokenizer(encoder_decoders.TEMPLATES["t5"], None, **encoder_decoders.SPECIAL)
+    return encoder_decoders.save("t5", folder, tokenizer)
 
 
 def examples(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .command import RECIPE, done, examples, save_decoder, save_encoder, write_rows
+from .command import RECIPE, done, examples, save_decoder, save_encoder, save_t5, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +18,11 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="session")
+def encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="session")
@@ -39,15 +44,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def write(here: Path, encoder: Path, decoder: Path, data: Path) -> Callable[[str], Path]:
+def write(here: Path, encoder: Path, decoder: Path, encoder_decoder: Path, data: Path) -> Callable[[str], Path]:
     """Writes a recipe into the current directory."""
 
     def make(text: str = RECIPE) -> Path:
         path = here / "recipe.yaml"
-        path.write_text(
-            text.format(encoder=decoder if text.startswith("task: causal-lm") else encoder, data=data),
-            encoding="utf-8",
-        )
+        model = {"task: causal-lm": decoder, "task: seq2seq": encoder_decoder}.get(text.partition("\n")[0], encoder)
+        path.write_text(text.format(encoder=model, data=data), encoding="utf-8")
         return path
 
     return make

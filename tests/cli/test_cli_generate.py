@@ -67,7 +67,8 @@ def test_predictions_of_a_language_model_and_of_preferences(write: Write, here: 
 def test_generation_that_cannot_be(text: str, write: Write) -> None:
     said = refused("train", write(text), *GENERATE)
     if text == RECIPE:
-        assert "evaluate.generate is for task causal-lm, but the task is sequence-classification" in said
+        expected = "evaluate.generate is for task causal-lm or seq2seq, but the task is sequence-classification"
+        assert expected in said
     else:
         assert "evaluate.generate needs prompts, and in plain text everything is learned" in said
 
@@ -77,12 +78,17 @@ def test_generation_that_cannot_be(text: str, write: Write) -> None:
     [
         ("{after: x}", "evaluate.generate.after is for exact_match: add it to evaluate.generate.metrics"),
         ("{top_p: 0.5}", "evaluate.generate.top_p is for chance, and temperature 0 has none: set"),
+        ("{length_penalty: 2.0}", "evaluate.generate.length_penalty compares beams, and there is one: set"),
+        ("{min_new_tokens: 129}", "evaluate.generate.min_new_tokens is 129, above max_new_tokens, which is 128; lower"),
     ],
 )
 def test_settings_of_answers_that_would_mean_nothing(settings: str, expected: str, write: Write, here: Path) -> None:
     recipe = write_data("chat", write, here)
     assert expected in refused("train", recipe, "--evaluate.generate", settings)
-    right = "{after: x, metrics: [exact_match], top_p: 0.5, temperature: 1.0}"
+    right = (
+        "{after: x, metrics: [exact_match], top_p: 0.5, temperature: 1.0, num_beams: 2, length_penalty: 2.0, "
+        "min_new_tokens: 128}"
+    )
     done("train", recipe, "--evaluate.generate", right, "--dry-run")
 
 

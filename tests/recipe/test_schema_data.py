@@ -1,9 +1,9 @@
-"""Promises: what the data sections of language models allow, and what speaks against it is told with its line."""
+"""Promises: what the data sections of tasks allow, and what speaks against it is told with its line."""
 
 from __future__ import annotations
 
 import pytest
-from recipe_texts import LANGUAGE_MODEL, Write, edit
+from recipe_texts import LANGUAGE_MODEL, Write, edit, problems
 
 from loralloc.errors import UserError
 from loralloc.recipe.schema import load_recipe
@@ -58,3 +58,48 @@ def test_sources_that_are_none(write: Write, train: str) -> None:
         "a.jsonl",
         "b.jsonl",
     ]
+
+
+WORDS = edit("text: text", "tokens: a\n  tags: b", edit("causal-lm", "token-classification", LANGUAGE_MODEL))
+QUESTIONS = edit(
+    "text: text", "question: a\n  context: b\n  answers: c", edit("causal-lm", "question-answering", LANGUAGE_MODEL)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "new", "expected"),
+    [
+        (WORDS, "stride: 128",
+         "7: data.stride is 128, but windows have data.max_length tokens, which is 128, and share fewer"),
+        (QUESTIONS, "max_length: 64\n  stride: 70",
+         "9: data.stride is 70, but windows have data.max_length tokens, which is 64"),
+        (WORDS, "text: c\n  spans: d",
+         "7: data needs exactly one of tokens with tags, text with spans for task token-classification; got tokens"),
+        (WORDS, "spans: c", "7: data.spans needs data.text as well"),
+        (WORDS, "scheme: iob", "7: data.scheme must be"),
+        (WORDS, "max_length: 2", "7: data.max_length must be at least 3: a word stands between two special tokens"),
+        (WORDS, "answer_length: 5",
+         "7: data.answer_length is for task question-answering, but the task is token-classification"),
+        (QUESTIONS, "tags: b", "8: data.tags is for task token-classification, but the task is question-answering"),
+        (QUESTIONS, "answer_length: 0", "8: data.answer_length must be"),
+    ],
+)  # fmt: skip
+def test_words_and_questions(write: Write, text: str, new: str, expected: str) -> None:
+    load_recipe(write(text))
+    last = "tags: b" if text is WORDS else "answers: c"
+    found = problems(write(edit(last, f"{last}\n  {new}", text)))
+    assert any(line.startswith(f"recipe.yaml:{expected}") for line in found), found
+
+
+def test_a_scheme_is_for_tags(write: Write) -> None:
+    spans = edit("tokens: a\n  tags: b", "text: a\n  spans: b\n  scheme: bilou", WORDS)
+    assert problems(write(spans)) == [
+        "recipe.yaml:7: data.scheme is for data.tags; data.spans become BIO tags: take data.scheme out"
+    ]
+    assert load_recipe(write(edit("scheme: bilou", "scheme: bio", spans))).data.spans == "b"
+    assert load_recipe(write(edit("tags: b", "tags: b\n  scheme: bilou", WORDS))).data.scheme == "bilou"
+
+
+def test_every_column_of_questions_is_needed(write: Write) -> None:
+    (line,) = problems(write(edit("  answers: c\n", "", QUESTIONS)))
+    assert 'missing "answers" in "data": column with the answers' in line

@@ -57,6 +57,12 @@ TASKS = st.one_of(
             DATA,
         ),
     }),
+    st.fixed_dictionaries({
+        "task": st.just("seq2seq"),
+        "data": merged(
+            st.fixed_dictionaries({"train": TEXT, "source": TEXT, "target": TEXT}), some(target_length=COUNT), DATA
+        ),
+    }),
 )  # fmt: skip
 BUDGET = st.one_of(
     st.fixed_dictionaries({"average_rank": st.floats(0.1, 12) | st.integers(1, 12)}),

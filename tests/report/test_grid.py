@@ -61,3 +61,12 @@ def test_no_name_is_lost_and_none_appears_twice() -> None:
     names = ["a.3.x", "a.03.x", "a.3.y", "b", "7", ""]
     grid = arrange(names)
     assert sorted([*grid.cells.values(), *grid.others]) == sorted(names)
+
+
+def test_rows_are_named_by_their_stack_where_there_are_two() -> None:
+    assert arrange(["encoder.block.0.q", "encoder.block.1.q", "decoder.block.0.q"]).row_names == [
+        "encoder.block 0",
+        "encoder.block 1",
+        "decoder.block 0",
+    ]
+    assert arrange(bert(2)).row_names == ["0", "1"]

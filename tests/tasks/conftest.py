@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_models import build_tokenizer, save_decoder, save_encoder
+from tiny_models import build_tokenizer, save_decoder, save_encoder, save_encoder_decoder
 
 from loralloc.recipe.sections import DataConfig
 
@@ -66,3 +66,15 @@ def write(tmp_path: Path) -> Callable[[Iterable[Mapping[str, Any]], str], str]:
         return str(path)
 
     return make
+
+
+@pytest.fixture(scope="session", params=["t5", "bart"])
+def encoder_decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of an encoder with a decoder and its tokenizer: a T5, then a BART of 32 positions."""
+    return save_encoder_decoder(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a T5 and its tokenizer."""
+    return save_encoder_decoder("t5", tmp_path_factory.mktemp("t5"))

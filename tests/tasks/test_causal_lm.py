@@ -20,9 +20,7 @@ from loralloc.tasks.base import TaskData
 from loralloc.tasks.causal_lm import (
     IGNORED,
     Encoder,
-    example_losses,
     fit,
-    language_model_metrics,
     prepare,
     tokenize_pairs,
     tokenize_texts,
@@ -30,6 +28,7 @@ from loralloc.tasks.causal_lm import (
 from loralloc.tasks.forms import read_form
 from loralloc.tasks.rows import Rows
 from loralloc.tasks.spec import LanguageModelData
+from loralloc.tasks.token_sums import example_losses, language_model_metrics
 
 Section = Callable[..., Any]
 Write = Callable[..., str]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
+from loralloc.recipe.sections import GenerateConfig
 from loralloc.tasks.generation import (
     Prompt,
     check_metrics,
+    ends,
     exact_match,
     final_answer,
     generate,
@@ -34,7 +35,8 @@ def example(prompt: str, answer: str, then: str = "") -> dict[str, list[int]]:
 
 
 def settings(**given: Any) -> Any:
-    return SimpleNamespace(**{"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, **given})
+    section = GenerateConfig(max_new_tokens=6)
+    return section.model_copy(update=given)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,35 @@ def test_an_answer_depends_on_its_prompt_alone(model: LlamaForCausalLM) -> None:
         assert generate(model, TOKENIZER, prompts, settings(), batch_size=size) == alone
     naive = model.generate(torch.tensor([prompts[1].ids]), max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert TOKENIZER.decode(naive[0, 5:], skip_special_tokens=True).strip() == alone[1]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_beams": 3, "length_penalty": 3.0},
+        {"num_beams": 3, "length_penalty": -3.0},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 24},
+    ],
+    ids=str,
+)
+def test_beams_and_lengths_are_those_of_generate(given: dict[str, Any], model: LlamaForCausalLM) -> None:
+    prompts = read_prompts([example(text, "yes") for text in ("a b", "c d e", "film")], TOKENIZER, None, 64)
+    plain = generate(model, TOKENIZER, prompts, settings(max_new_tokens=24), batch_size=2)
+    found = generate(model, TOKENIZER, prompts, settings(max_new_tokens=24, **given), batch_size=2)
+    assert found != plain
+    options: dict[str, Any] = {"max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": ends(model, TOKENIZER)}
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt.ids])
+        naive = model.generate(ids, attention_mask=torch.ones_like(ids), **options, **given)
+        assert TOKENIZER.decode(naive[0, len(prompt.ids) :], skip_special_tokens=True).strip() == answer
+
+
+def test_line_breaks_count_for_rouge_lsum_alone() -> None:
+    pytest.importorskip("rouge_score")
+    prompts = [Prompt((1,), "", ("a b c\nd e f",))]
+    found = score(["d e f\na b c"], prompts, ["rouge"], None)
+    assert (found["rougeL"], found["rougeLsum"]) == (0.5, 1.0)
 
 
 def test_chance_has_a_seed(model: LlamaForCausalLM) -> None:

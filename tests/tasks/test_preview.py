@@ -28,3 +28,14 @@ def test_one_label_for_all() -> None:
 def test_two_answers() -> None:
     example = {"prompt_ids": ids_of("a b"), "chosen_ids": ids_of("yes"), "rejected_ids": ids_of("no")}
     assert parts_of(TOKENIZER, example) == [("a b", "context"), (" yes", "learned"), (" no", "rejected")]
+
+
+def test_tags_are_beside_their_words() -> None:
+    ids = ids_of("a b yes")  # the number of a tag may be that of another token
+    parts = parts_of(TOKENIZER, {"input_ids": ids, "labels": [ids[1], IGNORED, 0]})
+    assert parts == [("a", "learned"), (" b", "context"), (" yes", "learned")]
+
+
+def test_choices() -> None:
+    example = {"input_ids": [ids_of("a yes"), ids_of("a no")], "labels": 1}
+    assert parts_of(TOKENIZER, example) == [("a yes\n", "context"), ("a no\n", "learned")]

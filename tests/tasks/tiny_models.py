@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import encoder_decoders
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -57,3 +58,9 @@ def save_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast, width: int = 
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def save_encoder_decoder(kind: encoder_decoders.Kind, folder: Path) -> str:
+    """A T5 or a BART of two layers each way."""
+    tokenizer = build_tokenizer(encoder_decoders.TEMPLATES[kind], None, **encoder_decoders.SPECIAL)
+    return str(encoder_decoders.save(kind, folder, tokenizer))

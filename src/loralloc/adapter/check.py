@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loralloc.errors import UserError
+from loralloc.outputs import logits_of
 from loralloc.peft_layers import bare_base, evaluating
 from loralloc.plain_lora import plain_sites
 from loralloc.quantized import dequantized
@@ -145,11 +146,7 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     try:
-        outputs = model(**inputs)
-        found = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
-        found = outputs[0] if found is None else found
-        if found.dim() == 0:
-            raise ValueError("it returns a loss and no logits")
+        return logits_of(model(**inputs))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise UserError(
@@ -157,7 +154,6 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
             f"({type(error).__name__}: {reason}). The trained model is as it was; export it again with batch={{...}}: "
             "a few of your data as the model's forward takes them"
         ) from error
-    return found
 
 
 def compare(expected: Tensor, actual: Tensor, ulps: int = 4, stored: torch.dtype = torch.float32) -> Checked:

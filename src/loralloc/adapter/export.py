@@ -135,7 +135,7 @@ def _export(
         base=config.base_model_name_or_path or getattr(base, "name_or_path", "") or "BASE_MODEL",
         revision=config.revision,
         has_head=bool(getattr(config, "modules_to_save", None)),
-        generates=bool(getattr(base, "can_generate", lambda: False)()),
+        generates=_is_served(base),
     )
 
 
@@ -239,3 +239,9 @@ def move_into_place(folder: Path, path: Path) -> None:
         shutil.rmtree(old)
     else:
         folder.rename(path)
+
+
+def _is_served(base: Any) -> bool:
+    """Whether servers of language models take the model: one that generates, and has no encoder beside its decoder."""
+    both = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return not both and bool(getattr(base, "can_generate", lambda: False)())

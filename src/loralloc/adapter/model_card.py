@@ -39,7 +39,7 @@ class Export:
         base: Folder or name of the base model, where it is known.
         revision: The version of it, where one was named.
         has_head: Whether modules are saved in full besides the adapter, such as the head of a classifier.
-        generates: Whether the model generates text, so that servers of language models take it.
+        generates: Whether the model is a decoder that generates text, so that servers of language models take it.
     """
 
     path: Path

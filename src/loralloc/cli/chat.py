@@ -25,7 +25,10 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; more lets chance in.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the likeliest tokens to choose from.")] = 1.0,
 ) -> None:
-    """Talk to the adapter of a finished run, as stock PEFT loads it; without a chat template, texts are continued."""
+    """Talk to the adapter of a finished run, as stock PEFT loads it; without a chat template, texts are continued.
+
+    An encoder with a decoder answers every line by itself.
+    """
     from loralloc.recipe.run_folder import RunFolder
     from loralloc.tasks.locations import model_folder
     from loralloc.tasks.spec import TASKS
@@ -33,7 +36,8 @@ def chat(
     folder = RunFolder.finished(run)
     recipe = folder.peek_recipe()
     model_folder(recipe.model.name)
-    if TASKS[recipe.task].peft_type != "CAUSAL_LM":
+    both = TASKS[recipe.task].peft_type == "SEQ_2_SEQ_LM"
+    if not both and TASKS[recipe.task].peft_type != "CAUSAL_LM":
         raise UserError(f"{run} is a run of task {recipe.task}, which writes nothing; loralloc evaluate judges it")
     from loralloc.cli import terminal
     from loralloc.recipe.from_recipe import load_for_export
@@ -49,8 +53,9 @@ def chat(
         with model.disable_adapter() if base else nullcontext():
             return write(model, tokenizer, messages, settings, templated=templated)
 
-    templated = tokenizer.chat_template is not None and recipe.data.chat is not False and recipe.data.text is None
-    fill = _prompt_of(recipe.data.prompt)
+    chats = not both and recipe.data.chat is not False and recipe.data.text is None
+    templated = tokenizer.chat_template is not None and chats
+    fill = _prompt_of(recipe.data.source if both else recipe.data.prompt)
     if prompt is not None:
         answer([{"role": "user", "content": fill(prompt)}])
     else:
@@ -118,4 +123,5 @@ def write(
     settings = {**settings, "max_new_tokens": min(settings["max_new_tokens"], longest)}
     marks = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends(model, tokenizer)}
     written = model.generate(**inputs, streamer=streamer, **marks, **settings)
-    return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    prompt = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    return str(tokenizer.decode(written[0, prompt:], skip_special_tokens=True))

@@ -53,10 +53,10 @@ def evaluate(
         trainer = stages.make_evaluator(recipe, loaded, model, Path(scratch), screen)
         results = {}
         if data is None:
+            # The last evaluation is the one that is written: of the test data or, without them, the validation data.
+            also = {name: stages.evaluate(trainer, loaded, "also", screen, more) for name, more in loaded.also.items()}
             results["validation"] = stages.evaluate(trainer, loaded, "eval", screen, loaded.validation)
-            results |= {
-                name: stages.evaluate(trainer, loaded, "also", screen, more) for name, more in loaded.also.items()
-            }
+            results |= also
         if loaded.test is not None:
             results["test" if data is None else data] = stages.evaluate(trainer, loaded, "test", screen, loaded.test)
         answered = stages.generation(recipe, loaded, trainer, screen)

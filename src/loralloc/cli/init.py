@@ -25,7 +25,7 @@ def init(
     """List the recipes that come with loralloc, or copy one to edit."""
     if name is None:
         for recipe, path in list_recipes().items():
-            typer.echo(f"{recipe:32} {purpose(path)}")
+            typer.echo(f"{recipe:34} {purpose(path)}")
         typer.echo("\nCopy one with: loralloc init NAME")
         return
     text = recipe_text(name)

@@ -222,15 +222,18 @@ class Progress(TrainerCallback):
             yield
 
     def _begin_evaluation(self, what: str) -> None:
-        self._what, self._batches, self._said = what, Pace("batch", 0), clock()
+        self._what, self._batches, self._said, self._loader = what, Pace("batch", 0), clock(), None
         self._evaluation = _bar.add_task(what, total=None, pace="", news="")
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show how far the evaluation is."""
-        batches = self._batches
-        batches.total = len(kwargs["eval_dataloader"])
+        loader = kwargs["eval_dataloader"]
+        if self._loader is not None and loader is not self._loader:  # the same evaluation goes on with answers
+            self._batches = Pace("batch", 0)
+        self._loader, batches = loader, self._batches
+        batches.total = len(loader)
         batches.end()
         _bar.update(self._evaluation, total=batches.total, completed=batches.done, pace=str(batches))
         if not console.is_terminal and clock() - self._said >= QUIET_SECONDS:

@@ -28,6 +28,7 @@ from loralloc.report.grid import arrange
 from loralloc.tasks import labels
 from loralloc.tasks.base import TaskData, length_of
 from loralloc.tasks.preview import Part
+from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 
@@ -90,7 +91,8 @@ class Terminal(Screen):
             console.print(f"  [yellow]warning[/]   {escape(warning)}", soft_wrap=True)
         console.print(f"  adapter   {sites} modules, {trainable:,} trainable parameters at the start (heads included)")
         count, each = processes.world_size(), recipe.training.batch_size * recipe.training.accumulation
-        tokens = count * each * recipe.data.max_length
+        targets = recipe.data.target_length if "target_length" in TASKS[recipe.task].keys else 0
+        tokens = count * each * (recipe.data.max_length + targets)
         console.print(f"  steps     {steps:,} of {count * each} examples, {tokens:,} tokens at most")
         if count > 1:
             console.print(f"  processes {count}, each with {each} examples a step")
@@ -171,6 +173,8 @@ STYLES = {"context": "", "learned": "green", "rejected": "strike red"}
 """How the parts of an example look."""
 MOST_SHOWN = 1500
 """Characters shown of one part of an example."""
+MOST_COLUMNS = 6
+"""Metrics that stand side by side; 80 characters hold no more."""
 
 
 def _middle_out(text: str) -> str:
@@ -182,8 +186,14 @@ def _middle_out(text: str) -> str:
 def show_metrics(
     splits: Mapping[str, Mapping[str, float]], reference: Mapping[str, float] | None = None, metric: str = ""
 ) -> None:
-    """Show a table of metrics, a row per split; references count in the column of the main metric."""
+    """Show a table of metrics, a row per split, or a column where there are many metrics.
+
+    References count beside the main metric.
+    """
     names = list(dict.fromkeys(name for values in splits.values() for name in values))
+    if len(names) > MOST_COLUMNS:
+        console.print(_tall_table(names, splits, {name: {metric: value} for name, value in (reference or {}).items()}))
+        return
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in names:
@@ -195,6 +205,19 @@ def show_metrics(
             f"[dim]{escape(name)}[/]", *(f"[dim]{figure(value)}[/]" if key == metric else "" for key in names)
         )
     console.print(table)
+
+
+def _tall_table(names: Sequence[str], *columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row per metric; a column per split, and dim ones for references."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for style, group in zip(("", "dim"), columns, strict=True):
+        for name in group:
+            table.add_column(escape(name), justify="right", style=style, header_style=style)
+    for name in names:
+        values = [one.get(name) for group in columns for one in group.values()]
+        table.add_row(escape(name), *map(figure, values))
+    return table
 
 
 def show_generation(record: Mapping[str, Any]) -> None:
@@ -211,12 +234,12 @@ def _rank_table(plan: RankPlan) -> Table:
     """Ranks as layer × module type; modules without a layer stand below."""
     grid = arrange(plan.modules)
     table = Table(title="Ranks", title_justify="left", box=None, pad_edge=False)
-    table.add_column("layer", justify="right")
+    table.add_column("layer", justify="right", no_wrap=True)
     for name in short_names(grid.types).values():
         table.add_column(escape(name), justify="right", overflow="fold")
-    for stack, layer in grid.rows:
+    for row, (stack, layer) in zip(grid.row_names, grid.rows, strict=True):
         names = [grid.cells.get((stack, layer, kind)) for kind in grid.types]
-        table.add_row(str(layer), *("" if name is None else str(plan.modules[name].rank) for name in names))
+        table.add_row(escape(row), *("" if name is None else str(plan.modules[name].rank) for name in names))
     for name in grid.others:
         table.add_row(escape(name), str(plan.modules[name].rank))
     return table

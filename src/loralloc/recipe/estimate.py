@@ -144,18 +144,20 @@ def _prepare(recipe: Recipe, data: TaskData, each: int, folder: RunFolder) -> tu
         stage = stages.prepare_training(recipe, data, folder, Screen(), after_search=False)
     train: Any = stage.trainer.train_dataset
     rows: Any = train if isinstance(train, Dataset) else islice(iter(train), DRAWN)
-    lengths = [_tokens(row) for row in rows]
+    lengths = [_tokens(row, data.targets_apart) for row in rows]
     if isinstance(train, Dataset):
         order = sorted(range(len(train)), key=lengths.__getitem__, reverse=True)
         stage.trainer.train_dataset = train.select(order[:each] * (STEPS + 1))
     return stage, lengths
 
 
-def _tokens(example: Mapping[str, Any]) -> int:
-    """Tokens that go through the model for an example; of a preference, both answers behind the prompt."""
+def _tokens(example: Mapping[str, Any], targets_apart: bool) -> int:
+    """Tokens that go through the model for an example: source and target, both answers, or all choices."""
     if "prompt_ids" in example:
         return 2 * len(example["prompt_ids"]) + len(example["chosen_ids"]) + len(example["rejected_ids"])
-    return len(example["input_ids"])
+    ids = example["input_ids"]
+    read = sum(map(len, ids)) if isinstance(ids[0], list) else len(ids)
+    return read + (len(example["labels"]) if targets_apart else 0)
 
 
 class _StopAfter(TrainerCallback):

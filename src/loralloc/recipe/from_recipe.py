@@ -38,6 +38,7 @@ from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, l
 from loralloc.tasks.rows import cut
 from loralloc.tasks.spec import GREATER_IS_BETTER, TASKS
 from loralloc.training import processes
+from loralloc.training.seq2seq_trainer import RunSeq2SeqTrainer
 from loralloc.training.trainer import PlainTrainer, RunTrainer
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -53,8 +54,9 @@ def task_data(recipe: Recipe) -> TaskData:
     }
     if (settings := recipe.evaluate.generate) is not None:
         check_metrics(settings.metrics)
-        held_out: Any = data.validation if data.test is None else data.test
-        read_prompts(held_out, data.tokenizer, settings.samples, recipe.data.max_length)
+        if TASKS[recipe.task].trainer != "Seq2SeqTrainer":  # whose rows all have a source
+            held_out: Any = data.validation if data.test is None else data.test
+            read_prompts(held_out, data.tokenizer, settings.samples, recipe.data.max_length)
     return judged_by(recipe.evaluate.metric, replace(data, also=also))
 
 
@@ -197,6 +199,8 @@ def trainer_class(recipe: Recipe) -> type[RunTrainer]:
     name = TASKS[recipe.task].trainer
     if name == "Trainer":
         return PlainTrainer
+    if name == "Seq2SeqTrainer":
+        return RunSeq2SeqTrainer
     from loralloc.training import trl_trainers  # takes seconds, which only tasks that need it should cost
 
     return {"SFTTrainer": trl_trainers.RunSFTTrainer, "DPOTrainer": trl_trainers.RunDPOTrainer}[name]

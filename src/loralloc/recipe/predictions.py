@@ -9,8 +9,8 @@ from typing import Any
 
 from loralloc.errors import UserError
 from loralloc.files import finite, write_atomically
-from loralloc.recipe.stages import Generation
 from loralloc.tasks.base import TaskData
+from loralloc.tasks.generation import Generation
 from loralloc.training.trainer import RunTrainer
 
 

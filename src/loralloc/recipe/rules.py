@@ -9,10 +9,10 @@ from pydantic.fields import FieldInfo
 
 from loralloc.errors import closest
 from loralloc.methods.settings import BudgetSection
-from loralloc.recipe.sections import DataConfig, LoraSection
+from loralloc.recipe.sections import DataConfig, GenerateConfig, LoraSection
 from loralloc.recipe.source import Key, dotted
 from loralloc.setting_types import is_number, is_text
-from loralloc.tasks.spec import TASKS
+from loralloc.tasks.spec import TASKS, WRITTEN
 
 EXCLUSIVE: dict[Key, tuple[str, ...]] = {
     ("method", "budget"): tuple(BudgetSection.model_fields),
@@ -50,8 +50,9 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     yield from _broken_columns(tree)
     yield from _broken_metric(tree)
     yield from _broken_judging(tree)
-    if get(tree, "evaluate", "generate") is not None and tree.get("task") not in ("causal-lm", None):
-        yield ("evaluate", "generate"), f"evaluate.generate is for task causal-lm, but the task is {tree.get('task')}"
+    writers, task = [name for name, task in TASKS.items() if task.generates], tree.get("task")
+    if get(tree, "evaluate", "generate") is not None and task not in (*writers, None):
+        yield ("evaluate", "generate"), f"evaluate.generate is for task {listed(writers)}, but the task is {task}"
     yield from _broken_generation(get(tree, "evaluate", "generate"))
     if get(tree, "evaluate", "generate") is not None and get(tree, "data", "packing") == "wrapped":
         yield (
@@ -74,6 +75,13 @@ def _broken_metric(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     if is_text(metric) and task is not None and metric not in task.metrics:
         near = closest(metric, task.metrics)
         yield ("evaluate", "metric"), f"evaluate.metric must be {listed(task.metrics)}, found {metric}.{near}"
+    elif is_text(metric) and task is not None:
+        source = next((name for name, figures in WRITTEN.items() if metric in figures), None)
+        if source is not None and source not in (get(tree, "evaluate", "generate", "metrics") or ()):
+            yield (
+                ("evaluate", "metric"),
+                f"evaluate.metric: {metric} judges what the model writes; add {source} to evaluate.generate.metrics",
+            )
 
 
 def _broken_judging(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
@@ -109,6 +117,18 @@ def _broken_generation(settings: Any) -> Iterator[tuple[Key, str]]:
             ("evaluate", "generate", "top_p"),
             "evaluate.generate.top_p is for chance, and temperature 0 has none: set evaluate.generate.temperature",
         )
+    if get(settings, "length_penalty") not in (None, 1, 1.0) and get(settings, "num_beams") in (None, 1):
+        yield (
+            ("evaluate", "generate", "length_penalty"),
+            "evaluate.generate.length_penalty compares beams, and there is one: set evaluate.generate.num_beams",
+        )
+    least, most = get(settings, "min_new_tokens"), get(settings, "max_new_tokens")
+    most = GenerateConfig.model_fields["max_new_tokens"].default if most is None else most
+    if is_number(least) and is_number(most) and least > most:
+        yield (
+            ("evaluate", "generate", "min_new_tokens"),
+            f"evaluate.generate.min_new_tokens is {least}, above max_new_tokens, which is {most}; lower it",
+        )
 
 
 def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
@@ -128,6 +148,7 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("data", "max_length"), f"data.max_length must be at least {least}: {reason}"
     if "streaming" in task.keys:
         yield from _broken_stream(tree, data)
+    yield from _broken_words(data)
     if task.recognised and not any(set_keys & set(form) for form in task.forms):
         return
     if len(task.forms) == 1:
@@ -147,6 +168,18 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 if key not in set_keys:
                     partner = next(other for other in form if other in set_keys)
                     yield ("data", partner), f"data.{partner} needs data.{key} as well"
+
+
+def _broken_words(data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """Windows that would never move on, and a scheme of tags where there are none."""
+    stride, length = data.get("stride"), data.get("max_length", DataConfig.model_fields["max_length"].default)
+    if is_number(stride) and is_number(length) and stride >= length:
+        yield (
+            ("data", "stride"),
+            f"data.stride is {stride}, but windows have data.max_length tokens, which is {length}, and share fewer",
+        )
+    if data.get("spans") is not None and data.get("scheme") not in (None, "bio"):
+        yield ("data", "scheme"), "data.scheme is for data.tags; data.spans become BIO tags: take data.scheme out"
 
 
 def _broken_stream(tree: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:

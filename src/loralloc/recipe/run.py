@@ -30,10 +30,11 @@ from loralloc.recipe.passthrough import TOLD_TO_OTHERS, TRAINER, with_options, w
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
-from loralloc.recipe.stages import Generation, Stage
+from loralloc.recipe.stages import Stage
 from loralloc.recipe.trial import check_values
 from loralloc.report import write_report
 from loralloc.tasks.base import TaskData, length_of
+from loralloc.tasks.generation import Generation
 from loralloc.tasks.quantization import stored_config
 from loralloc.training import processes
 from loralloc.training.trainer import RunTrainer
@@ -216,7 +217,9 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
 def _sample(stage: Stage) -> dict[str, Any]:
     """A batch of two validation examples, as far as it goes into the model."""
     trainer, rows = stage.trainer, cast(Dataset, stage.trainer.eval_dataset)
-    columns = cast(Any, trainer.train_dataset).column_names or rows.column_names  # metrics may need more columns
+    # Metrics may need more columns than are trained on, and what is packed has more than what is not.
+    known = cast(Any, trainer.train_dataset).column_names or rows.column_names
+    columns = [name for name in rows.column_names if name in known]
     batch = trainer.data_collator([{key: rows[i][key] for key in columns} for i in range(min(2, len(rows)))])
     taken = inspect.signature(stage.model.get_base_model().forward).parameters
     return {key: value for key, value in batch.items() if key in taken}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from loralloc.recipe.passthrough import LOAD, PEFT, TRAINER, options_schema
-from loralloc.setting_types import AtLeastZero, Count, Phase, Positive, Section, Seed, Share, Text, is_text
+from loralloc.setting_types import AtLeastZero, Count, Phase, Positive, Section, Seed, Share, Text, Whole, is_text
 from loralloc.tasks.spec import TASKS
 
 
@@ -111,13 +111,20 @@ class TrainingConfig(Section):
 
 
 class GenerateConfig(Section):
-    """Answers to held-out prompts, before training and after it. Only for task causal-lm."""
+    """Answers to held-out prompts, before training and after it; of task seq2seq, in every evaluation."""
 
     max_new_tokens: Count = Field(default=128, description="tokens of an answer, at most")
     temperature: AtLeastZero = Field(default=0.0, description="0 takes the likeliest token; more lets chance in")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="share of the likeliest tokens that chance chooses from"
     )
+    num_beams: Count = Field(default=1, description="beams of a beam search; 1 for none")
+    length_penalty: float = Field(
+        default=1.0,
+        description="exponent of the length that divides a beam's score; more favours long answers",
+    )
+    min_new_tokens: Whole = Field(default=0, description="tokens of an answer, at least")
+    no_repeat_ngram_size: Whole = Field(default=0, description="no so many tokens in a row occur twice; 0: they may")
     metrics: list[Literal["exact_match", "bleu", "chrf", "rouge"]] = Field(
         default=[], description="what answers are compared with the references by"
     )

@@ -35,8 +35,9 @@ from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.tasks.base import TaskData, length_of
-from loralloc.tasks.generation import Prompt, check_metrics, generate, read_prompts, score
+from loralloc.tasks.generation import Generation, Prompt, check_metrics, generate, read_prompts, score
 from loralloc.tasks.preview import parts_of
+from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 from loralloc.training.checkpoint import check_processes, drop_after, newest_complete
@@ -90,7 +91,7 @@ class Stage:
         with self.screen.training(), suppress(_ReadyToTrainError):
             self.trainer.train()
         first: Any = islice(iter(cast(Any, self.trainer.train_dataset)), PREVIEWED)
-        self.screen.preview([parts_of(self.data.tokenizer, example) for example in first])
+        self.screen.preview([parts_of(self.data.tokenizer, example, self.data.targets_apart) for example in first])
 
     def evaluate(self, prefix: str, split: Dataset | None = None) -> dict[str, float]:
         """Evaluate on a split, by default the test data or, without them, the validation data."""
@@ -257,6 +258,8 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
 def _trainer(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, **options: Any) -> RunTrainer:
     arguments = training_arguments(recipe, folder.checkpoints, {**data.arguments, **best_arguments(recipe, data)})
     held_out = data.validation if len(data.validation) else None
+    if TASKS[recipe.task].trainer == "Seq2SeqTrainer":
+        options["generate"] = recipe.evaluate.generate
     with _refusing_options(recipe):
         return trainer_class(recipe)(
             model=model, args=arguments, eval_dataset=held_out, log=folder.log, **data.options, **options
@@ -293,28 +296,14 @@ def evaluate(
     return found
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What a model has written.
-
-    Attributes:
-        prompts: What it was asked.
-        answers: What it has answered.
-        metrics: What that is worth.
-    """
-
-    prompts: list[Prompt]
-    answers: list[str]
-    metrics: dict[str, float]
-
-
 def generation(recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Screen) -> Generation | None:
     """Let a model answer the prompts of the test data or, without them, of the validation data.
 
-    The first process answers, the others wait. Random states and modes are the same before and after.
+    Where the trainer generates in evaluations, these are the answers of the last one. Else the first process answers,
+    and the others wait. Random states and modes are the same before and after.
 
     Returns:
-        The answers; None where the recipe asks for none, and in the other processes.
+        The answers; None where the recipe asks for none, and in processes that wait.
 
     Raises:
         UserError: The data have no prompts, or a metric's library is not installed.
@@ -322,6 +311,8 @@ def generation(recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Scre
     settings = recipe.evaluate.generate
     if settings is None:
         return None
+    if trainer.written is not None:
+        return trainer.written
     check_metrics(settings.metrics)
     held_out: Any = data.validation if data.test is None else data.test
     prompts = read_prompts(held_out, data.tokenizer, settings.samples, recipe.data.max_length)

@@ -173,8 +173,7 @@ def heat_figure(run: RunRecord, grid: Grid, highest: int) -> Figure:
 
     modules = run.plan.modules
     columns = [*grid.types, *(["other"] if grid.others else [])]
-    several = len(grid.stacks) > 1
-    rows = [f"{stack} {layer}" if several else f"{layer}" for stack, layer in grid.rows] + list(grid.others)
+    rows = grid.row_names + list(grid.others)
     side = 0.5 + 0.075 * max(map(len, rows))
     width, height = side + 0.95 * len(columns) + 0.2, 0.55 + 0.3 * len(rows) + 0.15
     figure = Figure(figsize=(width, height))

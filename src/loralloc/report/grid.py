@@ -29,6 +29,12 @@ class Grid:
         """Stacks of layers: one for most models, two for an encoder with a decoder."""
         return tuple(dict.fromkeys(stack for stack, _ in self.rows))
 
+    @property
+    def row_names(self) -> list[str]:
+        """What each row is called: its layer, behind the stack where there are several."""
+        several = len(self.stacks) > 1
+        return [f"{stack} {layer}" if several else f"{layer}" for stack, layer in self.rows]
+
     def column(self, module_type: str) -> list[str]:
         """Return the modules of one type, from the first layer to the last."""
         keys = ((stack, layer, module_type) for stack, layer in self.rows)

@@ -65,7 +65,8 @@ def headline(run: RunRecord) -> list[Headline]:
 
 
 def _metric(run: RunRecord) -> Headline:
-    name = str(run.metrics.get("metric") or "metric").replace("_", " ").capitalize()
+    name = str(run.metrics.get("metric") or "metric").replace("_", " ")
+    name = name[:1].upper() + name[1:]  # rougeL keeps its L
     values = wording.metric_values(run)
     measured = [data for data in ("test", "validation") if data in values]
     if not measured:

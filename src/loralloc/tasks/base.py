@@ -93,6 +93,8 @@ class TaskData:
     """Validation examples as they are learned from, for methods that do; None where that is how they are evaluated."""
     also: Mapping[str, Dataset] = field(default_factory=dict)
     """More examples to evaluate on at the end, by name."""
+    targets_apart: bool = False
+    """Whether the labels of an example are a sequence of their own, which a decoder writes, and not beside its ids."""
     packed: Callable[[Dataset], int] = len
     """How many rows the trainer makes of some examples."""
     reference: Mapping[str, float] = field(default_factory=dict)
@@ -133,23 +135,24 @@ def first_output(logits: Logits, labels: torch.Tensor) -> torch.Tensor:
     return logits[0] if isinstance(logits, tuple) else logits
 
 
-def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value) -> Dataset:
+def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value | None, **columns: List | Value) -> Dataset:
     """Collect tokenized examples.
 
     Args:
         examples: Mappings with `labels`, `input_ids` and what else the tokenizer gave; at least one, all with
             the same keys.
-        label: Type of `labels`.
+        label: Type of `labels`; None where there are none.
+        columns: Types of what else is neither ids nor a mask.
 
     Returns:
         The examples in memory, in the smallest fitting integer types.
     """
-    types = {"input_ids": List(Value("int32")), "labels": label}
+    types: dict[str, Any] = {"input_ids": List(Value("int32")), "labels": label, **columns}
     iterator = iter(examples)
     chunks = []
     while chunk := list(islice(iterator, CHUNK)):
-        columns = {key: [example[key] for example in chunk] for key in chunk[0]}
+        table = {key: [example[key] for example in chunk] for key in chunk[0]}
         # What is neither ids nor labels is a mask or a segment number.
-        features = Features({key: types.get(key, List(Value("int8"))) for key in columns})
-        chunks.append(Dataset.from_dict(columns, features=features))
+        features = Features({key: types.get(key, List(Value("int8"))) for key in table})
+        chunks.append(Dataset.from_dict(table, features=features))
     return concatenate_datasets(chunks)

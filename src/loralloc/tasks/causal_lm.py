@@ -16,22 +16,28 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, IterableDataset, List, Value
-from numpy.typing import NDArray
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length, pack_dataset
 
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
-from loralloc.tasks import metrics
 from loralloc.tasks.base import ModelSection, TaskData, evaluation_of, to_dataset
 from loralloc.tasks.chat import Tokens, check_template, tokenize_chats
 from loralloc.tasks.data import load_splits, read_rows, stream_rows
 from loralloc.tasks.forms import Chats, Form, Pairs, Texts, read_form
-from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate
+from loralloc.tasks.pretrained import (
+    check_end,
+    check_length,
+    check_stacks,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate,
+)
 from loralloc.tasks.rows import Rows
 from loralloc.tasks.spec import LanguageModelData
+from loralloc.tasks.token_sums import example_losses, language_model_metrics, token_predictions
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +66,9 @@ def prepare(model: ModelSection, data: LanguageModelData, seed: int) -> TaskData
     forms = [(rows, read_form(rows, data)) for rows in splits.all()]
 
     checkpoint = locate(model)
-    check_length(data.max_length, load_config(checkpoint), model.name)
+    config = load_config(checkpoint)
+    check_stacks("causal-lm", config, model.name)
+    check_length(data.max_length, config, model.name)
     tokenizer = load_tokenizer(checkpoint)
     encoder = Encoder(tokenizer, data, model.name)
     encoded = [encoder.dataset(rows, form) for rows, form in forms]
@@ -161,7 +169,7 @@ class Encoder:
             "options": {"processing_class": self._tokenizer, "compute_metrics": language_model_metrics},
             "metric": "perplexity",
             "example_losses": example_losses,
-            "predictions": predictions,
+            "predictions": token_predictions,
         }
 
     def _packing(self, form: Form) -> str:
@@ -213,19 +221,6 @@ def tokenize_answers(
 def as_chats(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
     """Whether prompts and answers become turns of a chat, by a recipe's `data.chat`."""
     return tokenizer.chat_template is not None if chat is None else chat
-
-
-def check_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a tokenizer that cannot end a text.
-
-    Raises:
-        UserError: It has no end-of-sequence token.
-    """
-    if tokenizer.eos_token is None:
-        raise UserError(
-            f'The tokenizer of model "{name}" has no end-of-sequence token to end a text with. '
-            "Set eos_token in its tokenizer_config.json."
-        )
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[Tokens]:
@@ -311,30 +306,3 @@ def fit(tokenized: Iterable[Tokens], rows: Rows, max_length: int) -> Iterator[Ex
 def _example(tokens: Tokens) -> Example:
     ids, learn = tokens
     return {"input_ids": ids, "labels": [i if keep else IGNORED for i, keep in zip(ids, learn, strict=True)]}
-
-
-def language_model_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Compute perplexity and accuracy over the learned tokens.
-
-    Every token counts the same, unlike in a Trainer's `eval_loss`, which averages over batches.
-
-    Args:
-        prediction: Sums of every example: loss, learned tokens, and those that were the likeliest, `[n, 3]`.
-
-    Returns:
-        `perplexity` and `token_accuracy`.
-    """
-    losses, tokens, hits = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-    return {"perplexity": metrics.perplexity(losses / tokens), "token_accuracy": float(hits / tokens)}
-
-
-def example_losses(prediction: EvalPrediction) -> NDArray[np.floating]:
-    """The mean loss of every example's learned tokens, [n]; see `language_model_metrics`."""
-    sums = np.asarray(prediction.predictions, dtype=np.float64)
-    return sums[:, 0] / sums[:, 1]
-
-
-def predictions(prediction: EvalPrediction) -> list[dict[str, Any]]:
-    """Of every example the mean loss of its learned tokens, their number, and how many were the likeliest."""
-    rows = np.asarray(prediction.predictions, dtype=np.float64).tolist()
-    return [{"loss": loss / tokens, "tokens": int(tokens), "likeliest": int(hits)} for loss, tokens, hits in rows]

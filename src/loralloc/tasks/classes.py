@@ -208,7 +208,7 @@ def label_sets(rows: Rows, column: str) -> list[list[str]]:
 
 def _numbered_classes(rows: Rows, column: str) -> list[str]:
     """The names of classes that a Hub data set numbers, also in lists; none where it does not."""
-    kind = rows.records.features[column] if isinstance(rows.records, Dataset) else None
+    kind = rows.records.features.get(column) if isinstance(rows.records, Dataset) else None
     kind = getattr(kind, "feature", kind)
     return kind.names if isinstance(kind, ClassLabel) else []
 

@@ -1,7 +1,8 @@
-"""What a language model writes: answers to held-out prompts, and what they are worth.
+"""What a model writes: answers to held-out prompts, and what they are worth.
 
-Prompts and references come from tokenized examples: what stands before the first learned token is the prompt, what is
-learned up to the next context is the reference. Examples with the same prompt are one prompt with several references.
+Of a causal language model, prompts and references come from tokenized examples: what stands before the first learned
+token is the prompt, what is learned up to the next context is the reference. Of an encoder with a decoder, they are its
+sources and targets, and its trainer lets it write. Examples with the same prompt are one, with several references.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
+from loralloc.tasks.pretrained import positions
+from loralloc.tasks.spec import WRITTEN
 
 LIBRARIES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge": "rouge_score"}
 """The libraries that compute a metric; they come with the extra `generation`."""
@@ -31,6 +34,14 @@ class GenerateSection(Protocol):
     def temperature(self) -> float: ...  # noqa: D102
     @property
     def top_p(self) -> float: ...  # noqa: D102
+    @property
+    def num_beams(self) -> int: ...  # noqa: D102
+    @property
+    def length_penalty(self) -> float: ...  # noqa: D102
+    @property
+    def min_new_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def no_repeat_ngram_size(self) -> int: ...  # noqa: D102
     @property
     def metrics(self) -> Sequence[str]: ...  # noqa: D102
     @property
@@ -52,6 +63,21 @@ class Prompt:
     ids: tuple[int, ...]
     text: str
     references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model has written.
+
+    Attributes:
+        prompts: What it was asked.
+        answers: What it has answered.
+        metrics: What that is worth.
+    """
+
+    prompts: list[Prompt]
+    answers: list[str]
+    metrics: dict[str, float]
 
 
 def read_prompts(
@@ -84,16 +110,17 @@ def read_prompts(
             )
         stop = next((at for at in range(start, len(learned)) if not learned[at]), len(learned))
         answer = references.setdefault(tuple(example["input_ids"][:start]), [])
-        answer.append(_decode(tokenizer, example["input_ids"][start:stop]))
+        answer.append(decode(tokenizer, example["input_ids"][start:stop]))
     if not references:
         raise UserError(
             f"evaluate.generate: every held-out answer is cut by data.max_length, which is {max_length}; raise it"
         )
     chosen = list(references.items())[:count]
-    return [Prompt(ids, _decode(tokenizer, ids), tuple(answers)) for ids, answers in chosen]
+    return [Prompt(ids, decode(tokenizer, ids), tuple(answers)) for ids, answers in chosen]
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of tokens, without special ones and without white space around it."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
@@ -119,17 +146,8 @@ def generate(
     Returns:
         One answer a prompt, in their order.
     """
-    longest = max(len(prompt.ids) for prompt in prompts)
     pad: Any = tokenizer.pad_token_id
-    config = GenerationConfig(
-        max_new_tokens=min(settings.max_new_tokens, room(model, longest)),
-        do_sample=settings.temperature > 0,
-        temperature=settings.temperature or None,
-        top_p=settings.top_p if settings.temperature else None,
-        top_k=0 if settings.temperature else None,  # all tokens: transformers keeps 50 unless told
-        eos_token_id=ends(model, tokenizer),
-        pad_token_id=pad,
-    )
+    config = generation_config(model, tokenizer, settings, max(len(prompt.ids) for prompt in prompts))
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
     for at in range(0, len(order), batch_size):
@@ -137,23 +155,50 @@ def generate(
         batch = _left_padded([prompts[index].ids for index in chosen], pad, model.device)
         written = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
         for index, ids in zip(chosen, written.tolist(), strict=True):
-            answers[index] = _decode(tokenizer, ids)
+            answers[index] = decode(tokenizer, ids)
         told(at + len(chosen))
     return answers
 
 
+def generation_config(
+    model: Any, tokenizer: PreTrainedTokenizerBase, settings: GenerateSection, prompt: int
+) -> GenerationConfig:
+    """Say how to generate; what this leaves open is the model's own, such as the token that a decoder starts with.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        settings: The recipe's section.
+        prompt: Tokens of the longest prompt.
+    """
+    most = min(settings.max_new_tokens, room(model, prompt))
+    return GenerationConfig(
+        max_new_tokens=most,
+        min_new_tokens=min(settings.min_new_tokens, most) or None,
+        min_length=0,  # BART models for summaries bring one of their own
+        num_beams=settings.num_beams,
+        length_penalty=settings.length_penalty,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
+        do_sample=settings.temperature > 0,
+        temperature=settings.temperature or None,
+        top_p=settings.top_p if settings.temperature else None,
+        top_k=0 if settings.temperature else None,  # all tokens: transformers keeps 50 unless told
+        eos_token_id=ends(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def room(model: Any, prompt: int) -> int:
-    """Tokens that a model has positions for behind a prompt.
+    """Tokens that a model has positions for behind a prompt; a decoder beside an encoder has but its first token there.
 
     Raises:
         UserError: The prompt takes all of them.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and prompt >= positions:
-        raise UserError(
-            f"the model has {positions} positions, and a prompt of {prompt} tokens leaves none for an answer"
-        )
-    return 10**9 if positions is None else positions - prompt
+    there = positions(model.config, "decoder")
+    before = 1 if model.config.is_encoder_decoder else prompt
+    if there is not None and before >= there:
+        raise UserError(f"the model has {there} positions, and a prompt of {prompt} tokens leaves none for an answer")
+    return 10**9 if there is None else there - before
 
 
 def ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
@@ -196,7 +241,8 @@ def score(
         answers: One a prompt.
         prompts: The prompts.
         metrics: Of `exact_match` (share of answers equal to a reference), `bleu` and `chrf` (0 to 100, sacrebleu's
-            defaults), `rouge` (mean F1 of rouge1, rouge2 and rougeL with the best reference, 0 to 1).
+            defaults), `rouge` (mean F1 of rouge1, rouge2, rougeL and, line by line, rougeLsum, each with the best
+            reference, 0 to 1).
         after: A marker, such as `####`: `exact_match` compares what follows the last one.
 
     Returns:
@@ -239,7 +285,8 @@ def final_answer(text: str, after: str | None) -> str | None:
 def _bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     import sacrebleu
 
-    return {"bleu": sacrebleu.corpus_bleu(answers, _streams(references)).score}
+    # `force` alone keeps it from warning of texts that are written in tokens, which is how some data are.
+    return {"bleu": sacrebleu.corpus_bleu(answers, _streams(references), force=True).score}
 
 
 def _chrf(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -257,7 +304,7 @@ def _streams(references: Sequence[Sequence[str]]) -> Any:
 def _rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     from rouge_score.rouge_scorer import RougeScorer
 
-    names = ("rouge1", "rouge2", "rougeL")
+    names = WRITTEN["rouge"]
     scorer = RougeScorer(names, use_stemmer=True)
     scores = [scorer.score_multi(accepted, answer) for accepted, answer in zip(references, answers, strict=True)]
     return {name: sum(one[name].fmeasure for one in scores) / len(scores) for name in names}

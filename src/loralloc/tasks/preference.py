@@ -21,7 +21,7 @@ from loralloc.tasks.chat import check_template
 from loralloc.tasks.conversations import Message, read_messages
 from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.forms import read_texts, turn
-from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate
+from loralloc.tasks.pretrained import check_length, check_stacks, load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import Rows, quote
 from loralloc.tasks.spec import PreferenceData
 from loralloc.tasks.templates import is_template
@@ -50,7 +50,9 @@ def prepare(model: ModelSection, data: PreferenceData, seed: int) -> TaskData:
     read = [read_pairs(rows, data) for rows in splits.all()]
 
     checkpoint = locate(model)
-    check_length(data.max_length, load_config(checkpoint), model.name)
+    config = load_config(checkpoint)
+    check_stacks("preference", config, model.name)
+    check_length(data.max_length, config, model.name)
     tokenizer = load_tokenizer(checkpoint)
     train, validation, *test = [_examples(pairs, data, tokenizer, model.name) for pairs in read]
 

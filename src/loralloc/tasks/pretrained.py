@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -211,17 +211,89 @@ def _load_weights(kind: Any, checkpoint: Checkpoint, seed: int, options: Mapping
     return load_quantized(load, checkpoint.load_in, heads(kind, config, checkpoint.trust_remote_code))
 
 
-def check_length(max_length: int, config: PreTrainedConfig, name: str) -> None:
+def replaces_head(checkpoint: Checkpoint, config: PreTrainedConfig, kind: str, count: int) -> bool:
+    """Tell whether the checkpoint's own head must give way to one for other labels; the log says so.
+
+    Args:
+        checkpoint: The model.
+        config: Its configuration.
+        kind: How the names of classes with the head end, such as `ForSequenceClassification`.
+        count: Outputs that the data need.
+    """
+    trained = any(name.endswith(kind) for name in config.architectures or [])
+    if not trained or config.num_labels == count:
+        return False
+    logger.warning(
+        'The head of model "%s" has %d outputs, the data need %d: it is replaced by a new one.',
+        checkpoint.name,
+        config.num_labels,
+        count,
+    )
+    return True
+
+
+def check_length(length: int, config: PreTrainedConfig, name: str, key: str = "max_length") -> None:
     """Refuse examples longer than the model's positions.
 
     Args:
-        max_length: Longest example, in tokens.
+        length: Longest example, in tokens.
+        config: Configuration of the model.
+        name: Name of the model.
+        key: The key of `data` that says the length.
+
+    Raises:
+        UserError: The length is too great.
+    """
+    limit = positions(config, "decoder" if key == "target_length" else "encoder")
+    if limit is not None and length > limit:
+        raise UserError(f'data.{key} is {length}, but model "{name}" has {limit} positions.')
+
+
+def positions(config: PreTrainedConfig, stack: Literal["encoder", "decoder"]) -> int | None:
+    """Tokens that a model can place; None where positions are relative (T5), or not known.
+
+    Args:
+        config: Configuration of the model.
+        stack: Which of the two, where their numbers differ (LED); other models have one.
+    """
+    text = config.get_text_config()
+    own = getattr(text, f"max_{stack}_position_embeddings", None)
+    return getattr(text, "max_position_embeddings", None) if own is None else own
+
+
+def check_stacks(task: str, config: PreTrainedConfig, name: str) -> None:
+    """Refuse a model with one stack of layers where a task needs encoder and decoder, and the other way round.
+
+    Args:
+        task: One of `TASKS`.
         config: Configuration of the model.
         name: Name of the model.
 
     Raises:
-        UserError: `max_length` is too great.
+        UserError: With the task that fits.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
-        raise UserError(f'data.max_length is {max_length}, but model "{name}" has {limit} positions.')
+    kind, both = getattr(config, "model_type", "unknown"), bool(getattr(config, "is_encoder_decoder", False))
+    needed = TASKS[task].peft_type == "SEQ_2_SEQ_LM"
+    if needed and not both:
+        raise UserError(
+            f'Task {task} needs an encoder with a decoder, such as T5 or BART; model "{name}" ({kind}) is one of the '
+            "two; a decoder learns with task: causal-lm, an encoder with task: sequence-classification"
+        )
+    if both and not needed:
+        raise UserError(
+            f'Task {task} needs a decoder alone, and model "{name}" ({kind}) is an encoder with a decoder; '
+            "set task: seq2seq, with data.source and data.target"
+        )
+
+
+def check_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that cannot end a text.
+
+    Raises:
+        UserError: It has no end-of-sequence token.
+    """
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f'The tokenizer of model "{name}" has no end-of-sequence token to end a text with. '
+            "Set eos_token in its tokenizer_config.json."
+        )

@@ -14,12 +14,14 @@ Part = tuple[str, Literal["context", "learned", "rejected"]]
 """A piece of text, and what it is: context, learned, or the answer that a preference is learned against."""
 
 
-def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> list[Part]:
+def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], targets_apart: bool = False) -> list[Part]:
     """Turn an example as a trainer has it back into text.
 
     Args:
         tokenizer: The model's tokenizer.
-        example: Ids with labels, one label for all of them, or a prompt with two answers.
+        example: Ids with labels, one label for all of them, another sequence as labels, the ends of an answer, a
+            prompt with two answers, or the ids of several choices.
+        targets_apart: Whether the labels are another sequence.
 
     Returns:
         Its pieces, in their order.
@@ -29,14 +31,27 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any]) -> 
         context, chosen = _pieces(tokenizer, [prompt, example["chosen_ids"]])
         _, rejected = _pieces(tokenizer, [prompt, example["rejected_ids"]])
         return [(context, "context"), (chosen, "learned"), (rejected, "rejected")]
-    ids, labels = example["input_ids"], example["labels"]
+    ids = example["input_ids"]
+    labels = _answer_labels(example) if "start_positions" in example else example["labels"]
+    if isinstance(ids[0], Sequence):
+        choices = [_pieces(tokenizer, [choice])[0] for choice in ids]
+        return [(f"{text}\n", "learned" if n == labels else "context") for n, text in enumerate(choices)]
     if not isinstance(labels, Sequence):
         return [*zip(_pieces(tokenizer, [ids]), ["context"], strict=True), (f" → {labels}", "learned")]
+    if targets_apart:
+        source, target = (_pieces(tokenizer, [part])[0] for part in (ids, labels))
+        return [(f"{source} → ", "context"), (target, "learned")]
     runs = [
         (keep, [token for token, _ in run]) for keep, run in groupby(zip(ids, labels, strict=True), key=_is_learned)
     ]
     texts = _pieces(tokenizer, [tokens for _, tokens in runs])
     return [(text, "learned" if keep else "context") for text, (keep, _) in zip(texts, runs, strict=True)]
+
+
+def _answer_labels(example: Mapping[str, Any]) -> list[int]:
+    """Of a question with its text, a label for each token of the answer; the first token stands for none."""
+    answer = range(example["start_positions"], example["end_positions"] + 1)
+    return [token if place in answer else IGNORED for place, token in enumerate(example["input_ids"])]
 
 
 def _is_learned(token: tuple[int, int]) -> bool:

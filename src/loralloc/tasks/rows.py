@@ -29,6 +29,21 @@ def quote(value: object) -> str:
     return shorten(json.dumps(value, ensure_ascii=False, default=str))
 
 
+def records_of(value: object) -> list[Any] | None:
+    """Read a list of records, which data sets also write as a record of lists; None for what is neither.
+
+    >>> records_of({"text": ["a", "b"], "start": [0, 4]})
+    [{'text': 'a', 'start': 0}, {'text': 'b', 'start': 4}]
+    """
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, Mapping) or not value or not all(isinstance(column, list) for column in value.values()):
+        return None
+    if len({len(column) for column in value.values()}) > 1:
+        return None
+    return [dict(zip(value, values, strict=True)) for values in zip(*value.values(), strict=True)]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of one source."""

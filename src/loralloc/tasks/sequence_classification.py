@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +11,12 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from loralloc.errors import UserError
 from loralloc.tasks.base import CHUNK, ModelSection, TaskData, evaluation_of, first_output, to_dataset
-from loralloc.tasks.classes import Goal, class_weights, read_goal, read_targets
+from loralloc.tasks.classes import class_weights, read_goal, read_targets
 from loralloc.tasks.classification_metrics import JUDGES, example_losses, predictions
 from loralloc.tasks.data import read_rows
-from loralloc.tasks.pretrained import Checkpoint, check_length, load_config, load_model, load_tokenizer, locate
+from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate, replaces_head
 from loralloc.tasks.rows import Rows
 from loralloc.tasks.spec import ClassificationData
-
-logger = logging.getLogger(__name__)
 
 
 def prepare(model: ModelSection, data: ClassificationData, seed: int) -> TaskData:
@@ -48,7 +45,8 @@ def prepare(model: ModelSection, data: ClassificationData, seed: int) -> TaskDat
     config = load_config(checkpoint)
     check_length(data.max_length, config, model.name)
     tokenizer = load_tokenizer(checkpoint)
-    options = {**goal.options, "ignore_mismatched_sizes": _replaces_head(checkpoint, config, goal)}
+    replaced = replaces_head(checkpoint, config, "ForSequenceClassification", goal.options["num_labels"])
+    options = {**goal.options, "ignore_mismatched_sizes": replaced}
 
     def load() -> PreTrainedModel:
         classifier = load_model("sequence-classification", checkpoint, tokenizer, seed, **options)
@@ -133,21 +131,6 @@ def _read_texts(rows: Rows, data: ClassificationData) -> list[list[str]]:
     """Read the one or two columns of text."""
     columns = {"data.text": data.text, "data.text_pair": data.text_pair}
     return [rows.strings(column, key) for key, column in columns.items() if column is not None]
-
-
-def _replaces_head(checkpoint: Checkpoint, config: Any, goal: Goal) -> bool:
-    """Tell whether the checkpoint's own classifier must give way to one for other labels."""
-    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    count = goal.options["num_labels"]
-    if not trained or config.num_labels == count:
-        return False
-    logger.warning(
-        'The head of model "%s" has %d outputs, the data need %d: it is replaced by a new one.',
-        checkpoint.name,
-        config.num_labels,
-        count,
-    )
-    return True
 
 
 def _tokenize(

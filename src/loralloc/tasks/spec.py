@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loralloc.setting_types import Between0And1, Count, Positive, Section, Text, is_text
+from loralloc.setting_types import Between0And1, Count, Number, Positive, Section, Text, Whole, is_text
 
 
 def _check_share_or_path(value: Any) -> Any:
@@ -165,6 +165,59 @@ class LikelihoodChoiceData(ChatData, ChoiceData):
     """The keys of multiple choice by likelihood."""
 
 
+class WindowedData(DataSection):
+    """What tasks share that look at every place of a long text."""
+
+    stride: Whole | None = Field(
+        default=None,
+        description="tokens that two windows of a text longer than max_length share; null: max_length // 3 for "
+        "questions, and no windows for words: what is longer is cut",
+    )
+
+
+class TokenClassificationData(WindowedData):
+    """The keys of token classification."""
+
+    tokens: Text | None = Field(
+        default=None, description="column with the words of a sentence: a list, or a text parted by white space"
+    )
+    tags: Text | None = Field(default=None, description="column with a tag for every word, in the same form")
+    text: Text | None = Field(default=None, description="column with the text")
+    spans: Text | None = Field(
+        default=None, description="column with a list of {start, end, label}: character offsets, the end exclusive"
+    )
+    scheme: Literal["bio", "iob1", "bilou", "plain"] | None = Field(
+        default=None,
+        description="how tags write spans of words; plain: every tag stands alone; null: found in the tags",
+    )
+
+
+class QuestionData(WindowedData):
+    """The keys of question answering."""
+
+    question: Text | None = Field(default=None, description="column with the question")
+    context: Text | None = Field(default=None, description="column with the text that holds the answer")
+    answers: Text | None = Field(
+        default=None,
+        description="column with the answers: {text: [...], answer_start: [...]}, or a list of {text, answer_start}; "
+        "empty where the text holds none",
+    )
+    answer_length: Count = Field(default=30, description="tokens of an answer, at most")
+    no_answer_threshold: Number = Field(
+        default=0.0,
+        description="how much higher no answer must score than the best one to be predicted, where training data "
+        "have questions without an answer",
+    )
+
+
+class Seq2SeqData(DataSection):
+    """The keys of sequence to sequence. `max_length` is the source's."""
+
+    source: Text | None = Field(default=None, description=f"column with the text that is read{COLUMNS}")
+    target: Text | None = Field(default=None, description=f"column with the text that is to be written{COLUMNS}")
+    target_length: Count = Field(default=128, description="tokens kept of each target")
+
+
 @dataclass(frozen=True)
 class Task:
     """One task.
@@ -180,6 +233,7 @@ class Task:
         shortest: The least `max_length`, and why.
         labelled: Whether the size of the head depends on the data.
         heads: How the names of heads end that are trained in full, and get no adapter.
+        generates: Whether its model writes texts, so that `evaluate.generate` means something.
         recognised: Whether the columns need not be named where their names are common ones.
         trainer: The class of transformers or TRL that trains it.
         own_loss: Whether its loss is the one that the model returns for a batch with labels, which methods that look
@@ -197,8 +251,9 @@ class Task:
     shortest: tuple[int, str] = (1, "")
     labelled: bool = False
     heads: tuple[str, ...] = ()
+    generates: bool = False
     recognised: bool = False
-    trainer: Literal["Trainer", "SFTTrainer", "DPOTrainer"] = "Trainer"
+    trainer: Literal["Trainer", "Seq2SeqTrainer", "SFTTrainer", "DPOTrainer"] = "Trainer"
     own_loss: bool = True
     arguments: str = "transformers.TrainingArguments"
 
@@ -207,6 +262,14 @@ class Task:
         """Its own keys of a recipe's `data` section."""
         return tuple(name for name in self.data.model_fields if name not in DataSection.model_fields)
 
+
+WRITTEN: Mapping[str, tuple[str, ...]] = {
+    "exact_match": ("exact_match",),
+    "bleu": ("bleu",),
+    "chrf": ("chrf",),
+    "rouge": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+}
+"""What answers are compared with references by (`evaluate.generate.metrics`), and the figures that each gives."""
 
 TASKS: Mapping[str, Task] = {
     "sequence-classification": Task(
@@ -220,6 +283,28 @@ TASKS: Mapping[str, Task] = {
         labelled=True,
         heads=("classifier", "score"),
     ),
+    "token-classification": Task(
+        label="token classification",
+        module="loralloc.tasks.token_classification",
+        data=TokenClassificationData,
+        forms=(("tokens", "tags"), ("text", "spans")),
+        model_class="AutoModelForTokenClassification",
+        peft_type="TOKEN_CLS",
+        metrics=dict.fromkeys(("f1", "precision", "recall", "accuracy", "macro_f1"), True),
+        shortest=(3, "a word stands between two special tokens"),
+        labelled=True,
+        heads=("classifier", "score"),
+    ),
+    "question-answering": Task(
+        label="question answering",
+        module="loralloc.tasks.question_answering",
+        data=QuestionData,
+        forms=(("question", "context", "answers"),),
+        model_class="AutoModelForQuestionAnswering",
+        peft_type="QUESTION_ANS",
+        metrics=dict.fromkeys(("f1", "exact_match"), True),
+        heads=("qa_outputs",),
+    ),
     "causal-lm": Task(
         label="causal language modelling",
         module="loralloc.tasks.causal_lm",
@@ -229,6 +314,7 @@ TASKS: Mapping[str, Task] = {
         peft_type="CAUSAL_LM",
         metrics={"perplexity": False, "token_accuracy": True},
         shortest=(2, "a single token has no next one to predict"),
+        generates=True,
         recognised=True,
         trainer="SFTTrainer",
         arguments="trl.SFTConfig",
@@ -268,6 +354,19 @@ TASKS: Mapping[str, Task] = {
         peft_type=None,
         metrics={"accuracy": True},
         heads=("classifier",),
+    ),
+    "seq2seq": Task(
+        label="sequence to sequence",
+        module="loralloc.tasks.seq2seq",
+        data=Seq2SeqData,
+        forms=(("source", "target"),),
+        model_class="AutoModelForSeq2SeqLM",
+        peft_type="SEQ_2_SEQ_LM",
+        metrics={"perplexity": False, "token_accuracy": True}
+        | dict.fromkeys((figure for figures in WRITTEN.values() for figure in figures), True),
+        generates=True,
+        trainer="Seq2SeqTrainer",
+        arguments="transformers.Seq2SeqTrainingArguments",
     ),
 }
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from loralloc.errors import UserError
 from loralloc.gating import Site, gates_replaced
 from loralloc.methods.validation import NO_LABELS, check_loss, loss_of
+from loralloc.outputs import logits_of
 from loralloc.peft_layers import evaluating
 from loralloc.training.losses import SampleLoss
 from loralloc.training.prefix_reuse import States, Watcher, computing, find_blocks, frozen, skipped
@@ -200,7 +201,7 @@ class AblationScorer:
             raise UserError(
                 f"{type(self._loss.model).__name__} computes the loss {own:.4g} where that of a "
                 f'"{self._loss.kind(part.labels)}" is {mine:.4g}: scoring by ablation needs the loss of each sample, '
-                "and knows those of language models, classifiers and regression"
+                "and knows those of language models, classifiers, regression and answers in a text"
             )
 
     def check_walk(self) -> bool:
@@ -328,7 +329,7 @@ class AblationScorer:
             for site, own, off in zip(self._sites, of_sites, idle, strict=True)
         ]
         with gates_replaced(self._sites, replaced):
-            return self._loss(self._model(**part.inputs).logits, part.labels)
+            return self._loss(logits_of(self._model(**part.inputs)), part.labels)
 
     @staticmethod
     def _idle(of_sites: Sequence[Tensor]) -> list[bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,14 +15,21 @@ from torch.nn import functional
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
 
-Kind = Literal["next token", "token", "class", "regression", "several classes"]
+Kind = Literal["next token", "token", "shifted token", "class", "regression", "several classes", "span"]
+"""What is predicted; a shifted token is a decoder's beside an encoder, which sees the labels one place later."""
+
+TOKENS = ("next token", "token", "shifted token")
 
 _KINDS: Mapping[str | None, Kind] = {
     "ForCausalLM": "next token",
     None: "next token",  # transformers' own fallback, GPT-2's for one
     "ForMaskedLM": "token",
     "ForTokenClassification": "token",
+    "ForQuestionAnswering": "span",
 }
+
+POSITIONS = ("start_positions", "end_positions")
+"""The labels of a model of answers in a text: the first and the last token of the answer."""
 
 _CLASSES: Mapping[str | None, Kind] = {
     "regression": "regression",
@@ -63,11 +70,13 @@ class SampleLoss:
             count, known = config.num_labels, config.problem_type  # type: ignore[union-attr]
             found = "class" if labels.dtype in (torch.long, torch.int) else "several classes"
             return _CLASSES[known] if known is not None else "regression" if count == 1 else found
+        if getattr(config, "is_encoder_decoder", False) and name in ("ForConditionalGeneration", None):
+            return "shifted token"
         if name not in _KINDS or labels.dim() != 2:
             raise UserError(
                 f"the loss of {type(self.model).__name__} cannot be taken sample by sample (its kind is {name}, its "
                 f"labels have {labels.dim()} dimensions): scoring by ablation knows language models, token and "
-                "sequence classifiers, and regression"
+                "sequence classifiers, regression, and answers in a text"
             )
         return _KINDS[name]
 
@@ -79,10 +88,14 @@ class SampleLoss:
         """
         inputs = dict(batch)
         labels = inputs.pop("labels", None)
+        if all(isinstance(inputs.get(name), Tensor) for name in POSITIONS):
+            labels = _ends([inputs.pop(name) for name in POSITIONS], inputs)
         if not isinstance(labels, Tensor):
             raise UserError(f"a validation batch must hold labels as a tensor; it has {', '.join(inputs) or 'nothing'}")
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             inputs["use_cache"] = False
+        if self.kind(labels) == "shifted token" and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         if self.kind(labels) == "next token":
             labels = labels[:, 1:]
             where = (labels != IGNORED).any(0).nonzero()[:, 0]
@@ -92,13 +105,15 @@ class SampleLoss:
 
     def count(self, labels: Tensor) -> int:
         """Number of labels that the mean is over."""
-        return int((labels != IGNORED).sum()) if self.kind(labels) in ("next token", "token") else labels.numel()
+        in_text = self.kind(labels) in (*TOKENS, "span")
+        return int((labels != IGNORED).sum()) if in_text else labels.numel()
 
     def logits(self, labels: Tensor) -> int:
         """About how many logits a batch with these labels has."""
-        config = getattr(self.model, "config", None)
-        wide = self.kind(labels) in ("next token", "token")
-        return labels.numel() * int(getattr(config, "vocab_size", 1)) if wide else labels.numel()
+        if self.kind(labels) not in TOKENS:
+            return labels.numel()
+        tagged = getattr(self.model, "loss_type", None) == "ForTokenClassification"
+        return labels.numel() * int(getattr(self.model.config, "num_labels" if tagged else "vocab_size", 1))
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return [n], the sum over each sample's labels."""
@@ -111,12 +126,24 @@ class SampleLoss:
             return loss(logits, target, reduction="none").sum(1)
         if kind == "class":
             return functional.cross_entropy(logits, labels.view(-1), reduction="none")
+        if kind == "span":
+            return functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").sum(1)
         if kind == "next token":
             logits = logits[:, : labels.shape[1]]  # without `logits_to_keep`, the last position predicts nothing
         losses = functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return losses.view(labels.shape).sum(1)
+
+
+def _ends(positions: Sequence[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+    """The first and the last token of each answer, [n, 2], as transformers' loss takes them.
+
+    What lies behind the tokens is ignored; what lies before the first one means the first one.
+    """
+    length = max(value.shape[1] for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1)
+    ends = torch.stack([position.reshape(len(position)) for position in positions], dim=1).clamp(min=0)
+    return torch.where(ends < length, ends, IGNORED)
 
 
 def next_log_probs(logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import find_batch_size
 
+from loralloc.methods.validation import IGNORED
 from loralloc.training import processes
 
 MIB = 2**20
@@ -42,6 +43,8 @@ class Meter:
             self._count += find_batch_size(inputs) or 0
         elif (mask := inputs.get("attention_mask")) is not None:
             self._count += mask.sum()
+            if "decoder_input_ids" in inputs:  # the decoder's tokens come to the encoder's
+                self._count += (inputs["labels"] != IGNORED).sum()
         else:  # rows without padding
             self._count += inputs["input_ids"].numel()
 

@@ -20,7 +20,7 @@ from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.validation import IGNORED, check_batch, check_labels, check_loss, loss_of
 from loralloc.training.ablation import AblationScorer
-from loralloc.training.losses import next_log_probs
+from loralloc.training.losses import SampleLoss, next_log_probs
 
 Batch = Mapping[str, Any]
 
@@ -223,7 +223,8 @@ class ObservedData:
 
     def _can_walk(self, batch: Batch) -> bool:
         """Whether ablations may start in the middle of the model. One sample tells, once B has been trained."""
-        most = int((batch["labels"] != IGNORED).reshape(size_of(batch), -1).sum(1).argmax())
+        _, labels = SampleLoss.of(self.model).split(batch)
+        most = int((labels != IGNORED).reshape(len(labels), -1).sum(1).argmax())
         sample = samples_of(batch, slice(most, most + 1))
         return AblationScorer(self.model, self.sites, [sample], self._scoring).check_walk()
 

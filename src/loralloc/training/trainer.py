@@ -27,6 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from loralloc.files import write_atomically
 from loralloc.tasks.base import Evaluated
+from loralloc.tasks.generation import Generation
 from loralloc.training import checkpoint as saved
 from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
@@ -48,11 +49,13 @@ class RunTrainer(Base):
         begun: When training began, on `time.perf_counter`'s clock; a resumed run counts what went before.
         guard: Skips bad steps, and counts them; None where an allocation does.
         evaluated: Predictions, targets and examples of the last evaluation; None before the first.
+        written: What the model has written in the last evaluation; None where evaluations let it write nothing.
         meter: Counts what is trained on; rows of the log with a loss say how fast, and how much memory it takes.
     """
 
     begun: float = 0.0
     evaluated: Evaluated | None = None
+    written: Generation | None = None
     counts: Literal["tokens", "examples"] = "examples"
 
     def __init__(
