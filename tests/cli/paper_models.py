@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     DebertaV2Config,
@@ -44,6 +46,17 @@ DEBERTA: Mapping[str, Any] = {  # as in microsoft/deberta-v3-base: query and key
     "position_biased_input": False,
     "type_vocab_size": 0,
 }
+BART: Mapping[str, Any] = {
+    "d_model": 32,
+    **{
+        f"{part}_{key}": value
+        for part in ("encoder", "decoder")
+        for key, value in {"layers": 2, "attention_heads": 2, "ffn_dim": 64}.items()
+    },
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 3,
+    "forced_eos_token_id": 3,
+}
 
 
 class Tiny(NamedTuple):
@@ -60,6 +73,7 @@ TINY: Mapping[str, Tiny] = {
     "deberta-v3": Tiny(DebertaV2Config, DebertaV2Model, {**WIDE, **DEBERTA}, 12, encoder=True),
     "roberta": Tiny(RobertaConfig, RobertaModel, {**WIDE, "type_vocab_size": 1}, 12, encoder=True),
     "arctic": Tiny(BertConfig, BertModel, WIDE, 12, encoder=True),
+    "bart": Tiny(BartConfig, BartForConditionalGeneration, BART, 32, encoder=True),
     "gpt2": Tiny(GPT2Config, GPT2LMHeadModel, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}, 8),
     "llama": Tiny(LlamaConfig, LlamaForCausalLM, {**WIDE, "num_key_value_heads": 2}, 14),
     "qwen2": Tiny(Qwen2Config, Qwen2ForCausalLM, {**WIDE, "num_key_value_heads": 2, "tie_word_embeddings": True}, 14),

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:ALLoRA:UserWarning", "ignore:fan_in_fan_out:UserWarning"),
 ]
 
-TEXTS = ("text", "text_pair", "prompt", "completion", "choices")
+TEXTS = ("text", "text_pair", "prompt", "completion", "choices", "source", "target", "question", "context")
 
 
 def columns(recipe: Recipe) -> Iterator[str]:
@@ -41,8 +41,17 @@ def made_up(recipe: Recipe, count: int, seed: int) -> list[dict[str, Any]]:
     generator = random.Random(seed)
     label = recipe.data.label or recipe.data.answer
     kind = float if recipe.data.labels == "regression" else int
-    texts = [{column: " ".join(generator.choices(WORDS, k=5)) for column in columns(recipe)} for _ in range(count)]
-    return [{**row, **({label: kind(i % 2)} if label else {})} for i, row in enumerate(texts)]
+    rows = []
+    for i in range(count):
+        row: dict[str, Any] = {column: " ".join(generator.choices(WORDS, k=5)) for column in columns(recipe)}
+        if label:
+            row[label] = kind(i % 2)
+        if recipe.task == "question-answering":
+            row["answers"] = {"text": row["context"].split()[:1], "answer_start": [0]}
+        if recipe.task == "token-classification":
+            row |= {"tokens": generator.choices(WORDS, k=4), "tags": ["B-DNA", "I-DNA", "O", "B-RNA"]}
+        rows.append(row)
+    return rows
 
 
 def shortened(recipe: Recipe, matrices: int) -> list[object]:
@@ -57,6 +66,10 @@ def shortened(recipe: Recipe, matrices: int) -> list[object]:
         words += ["--rounds", 2, "--eval_every", 5, "--save_every", 5]
     elif method.name == "autolora":
         words += ["--search", 10]
+    if recipe.data.stride is not None:
+        words += ["--data.stride", 8]
+    if recipe.task == "seq2seq":
+        words += ["--data.target_length", 16]
     if recipe.evaluate.generate is not None:
         words += ["--evaluate.generate.samples", 2, "--evaluate.generate.max_new_tokens", 4]
     return words
