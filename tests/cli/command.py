@@ -153,7 +153,7 @@ def save_decoder(folder: Path, width: int = 16, dtype: torch.dtype = torch.float
 
 def save_t5(folder: Path) -> Path:
     """A T5 of two layers each way."""
-    tokenizer = _tokenizer(encoder_decoders.TEMPLATES["t5"], None, **encoder_decoders.SPECIAL)
+    tokenizer = build_tokenizer(encoder_decoders.TEMPLATES["t5"], None, **encoder_decoders.SPECIAL)
     return encoder_decoders.save("t5", folder, tokenizer)
 
 
