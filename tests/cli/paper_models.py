@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ class Tiny(NamedTuple):
 TINY: Mapping[str, Tiny] = {
     "deberta-v3": Tiny(DebertaV2Config, DebertaV2Model, {**WIDE, **DEBERTA}, 12, encoder=True),
     "roberta": Tiny(RobertaConfig, RobertaModel, {**WIDE, "type_vocab_size": 1}, 12, encoder=True),
-    "arctic": Tiny(BertConfig, BertModel, WIDE, 12, encoder=True),
+    "arctic": Tiny(BertConfig, partial(BertModel, add_pooling_layer=False), WIDE, 12, encoder=True),
     "bart": Tiny(BartConfig, BartForConditionalGeneration, BART, 32, encoder=True),
     "gpt2": Tiny(GPT2Config, GPT2LMHeadModel, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}, 8),
     "llama": Tiny(LlamaConfig, LlamaForCausalLM, {**WIDE, "num_key_value_heads": 2}, 14),
