@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -75,7 +76,8 @@ def commands(name: str) -> Iterator[list[str]]:
     """The flags of the commands in a header that have any."""
     file = re.escape(f"{name.removeprefix('papers/')}.yaml")
     yield from (
-        words.split() for words in re.findall(rf"^#   .{{11}} loralloc train {file} (.+)$", recipe_text(name), re.M)
+        shlex.split(words)
+        for words in re.findall(rf"^#   .{{11}} loralloc train {file} (.+)$", recipe_text(name), re.M)
     )
 
 
@@ -146,7 +148,7 @@ def flags_of(paper: str) -> Iterator[tuple[str, list[str]]]:
     """The first recipe of a paper's table, with each flag that stands there by itself."""
     first = re.search(r"\]\(([\w-]+)\.yaml\)", paper)
     assert first
-    yield from ((f"papers/{first[1]}", found.split()) for found in re.findall(r"`(--[^`]+)`", paper))
+    yield from ((f"papers/{first[1]}", shlex.split(found)) for found in re.findall(r"`(--[^`]+)`", paper))
 
 
 @pytest.mark.parametrize("task", [*ADALORA, *SQUAD])

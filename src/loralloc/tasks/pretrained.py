@@ -179,13 +179,15 @@ def load_model(
         options: More arguments of `from_pretrained`.
 
     Returns:
-        The model, on the CPU unless `device_map` is among the arguments; a quantised one where it computes.
+        The model, on the CPU unless `device_map` is among the arguments; a quantised one where it computes. Its
+        `new_parameters` are the names of those that the checkpoint does not have.
 
     Raises:
         UserError: It cannot be loaded, or does not fit the tokenizer, or cannot be quantised.
     """
     with _loading("weights", checkpoint), torch.random.fork_rng(devices=[]):
-        model = _load_weights(getattr(transformers, TASKS[task].model_class), checkpoint, seed, options)
+        model, found = _load_weights(getattr(transformers, TASKS[task].model_class), checkpoint, seed, options)
+    model.new_parameters = frozenset(found["missing_keys"])
     prepare_quantized(checkpoint.name, model)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -197,13 +199,13 @@ def load_model(
     return model
 
 
-def _load_weights(kind: Any, checkpoint: Checkpoint, seed: int, options: Mapping[str, Any]) -> Any:
-    """Make a model, quantised or not; what is new in it depends on the seed alone."""
+def _load_weights(kind: Any, checkpoint: Checkpoint, seed: int, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Make a model, quantised or not, and tell what the checkpoint has of it; the rest depends on the seed alone."""
 
     def load(**more: Any) -> Any:
         torch.default_generator.manual_seed(seed)
         arguments = {**checkpoint.load, **checkpoint.options, **options, **more}
-        return kind.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, **arguments)
+        return kind.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, output_loading_info=True, **arguments)
 
     if checkpoint.load_in is None:
         return load()
