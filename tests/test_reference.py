@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,7 +73,8 @@ def name_of(node: Mapping[str, Any]) -> Mapping[str, Any]:
         ("method.budget.average_rank", [8, 0.5, None], [0]),
         ("data.validation", [0.1, "dev.jsonl"], [0, 1.5, ""]),
         ("data.labels", ["regression", ["a", "b"], None], [["a"], "classes"]),
-        ("training.trainer", [{"optim": "sgd"}], ["sgd", None]),
+        ("training.trainer", [{"optim": "sgd"}], ["sgd", None, {"optimizer": "sgd"}]),
+        ("data.also", [{"other": "other.jsonl"}], [{"other": 1}]),
     ],
 )
 def test_the_schema_has_ranges_that_a_function_checks(
@@ -88,7 +89,7 @@ def test_the_schema_has_ranges_that_a_function_checks(
 def test_packaged_recipes_fit_the_schema(schema: dict[str, Any], path: Path) -> None:
     tree = read_recipe_file(path).tree
     known = properties(schema, tree["method"]["name"])
-    for key, value in leaves(tree):
+    for key, value in leaves(tree, known):
         assert fits(value, known[key]), key
     assert set(schema["required"]) <= set(tree)
 
@@ -116,10 +117,11 @@ def _walk(node: Mapping[str, Any], defined: Mapping[str, Any], method: str, pref
                 yield from _walk(section, defined, method, f"{prefix}{key}.")
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], known: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys without keys below them; a mapping whose keys the user chooses is one value."""
     for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and any(other.startswith(f"{prefix}{key}.") for other in known):
+            yield from leaves(value, known, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -147,6 +149,10 @@ def fits(value: Any, node: Mapping[str, Any]) -> bool:
             and not value <= node.get("exclusiveMinimum", float("-inf"))
             and not value >= node.get("exclusiveMaximum", float("inf"))
         )
+    if isinstance(value, dict):
+        named, others = node.get("properties", {}), node.get("additionalProperties", {})
+        kinds = {key: named.get(key, others) for key in value}
+        return all(kind is not False and ("type" not in kind or fits(value[key], kind)) for key, kind in kinds.items())
     if isinstance(value, list):
         return len(value) >= node.get("minItems", 0) and all(fits(item, node["items"]) for item in value)
     choices = node.get("enum", [node.get("const", value)])

@@ -20,6 +20,7 @@ FAST: Mapping[str, int] = {
     "cli/test_cli_early.py::test_modules_that_do_not_exist": 4,
     "cli/test_cli_errors.py::TestTracebacks::test_a_learning_rate_that_diverges": 1,
     "cli/test_cli_methods.py::test_trains_allocates_and_exports": 1,
+    "cli/test_cli_papers.py::test_ten_steps_end_in_an_adapter_with_all_that_is_new": 3,
     "cli/test_cli_passthrough.py::TestResuming::test_goes_on_as_if_nothing_had_happened": 2,
     "cli/test_cli_search.py::test_a_budget_instead_of_the_threshold": 0,
     "cli/test_cli_search.py::test_a_finished_search_is_kept_also_without_checkpoints": 0,

@@ -100,7 +100,8 @@ def refused(*words: object) -> str:
     return result.err.removeprefix("error: ").strip()
 
 
-def _tokenizer(single: str, pair: str | None, **special: str) -> PreTrainedTokenizerFast:
+def build_tokenizer(single: str, pair: str | None, **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word of `WORDS`, and the special tokens by role."""
     tokens = list(dict.fromkeys(special.values()))
     vocabulary = {token: i for i, token in enumerate([*tokens, *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=special["unk_token"]))
@@ -113,7 +114,7 @@ def _tokenizer(single: str, pair: str | None, **special: str) -> PreTrainedToken
 def save_encoder(folder: Path) -> Path:
     """A BERT of two layers without a head, with its usual dropout; weights wide enough to matter."""
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = _tokenizer("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", **special)
+    tokenizer = build_tokenizer("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", **special)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
@@ -132,7 +133,7 @@ def save_encoder(folder: Path) -> Path:
 def save_decoder(folder: Path, width: int = 16, dtype: torch.dtype = torch.float32) -> Path:
     """A Llama of two layers, with a chat template."""
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = _tokenizer("<s> $A", None, **special)
+    tokenizer = build_tokenizer("<s> $A", None, **special)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -152,7 +153,7 @@ def save_decoder(folder: Path, width: int = 16, dtype: torch.dtype = torch.float
 
 def save_t5(folder: Path) -> Path:
     """A T5 of two layers each way."""
-    tokenizer = _tokenizer(encoder_decoders.TEMPLATES["t5"], None, **encoder_decoders.SPECIAL)
+    tokenizer = build_tokenizer(encoder_decoders.TEMPLATES["t5"], None, **encoder_decoders.SPECIAL)
     return encoder_decoders.save("t5", folder, tokenizer)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import build_tokenizer, save_decoder
+from transformers import DebertaV2Config
 
 from loralloc.errors import UserError
 from loralloc.tasks import pretrained
@@ -120,6 +121,20 @@ def test_a_tokenizer_that_cannot_pad(tmp_path: Path, model_section: Section) -> 
     folder = save_decoder(tmp_path, build_tokenizer("$A", None, unk_token="<unk>"))
     with pytest.raises(UserError, match=r"neither a padding nor an end-of-sequence token. Set pad_token in its"):
         load_tokenizer(locate(model_section(folder)))
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_sentencepiece_model_that_nothing_can_read(
+    installed: bool, tmp_path: Path, model_section: Section, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeBERTaV3's tokenizer comes in this form alone; installed packages do not make a broken one whole."""
+    DebertaV2Config().save_pretrained(tmp_path)
+    (tmp_path / "spm.model").write_bytes(b"not a model of SentencePiece")
+    monkeypatch.setattr("loralloc.tasks.pretrained.is_sentencepiece_available", lambda: installed)
+    with pytest.raises(UserError, match=r'The tokenizer of model ".*" cannot be loaded: .*tiktoken') as error:
+        load_tokenizer(locate(model_section(str(tmp_path))))
+    cure = 'If it is a SentencePiece model, install the extra: pip install "loralloc[sentencepiece]".'
+    assert str(error.value).endswith(cure) == (not installed)
 
 
 def test_a_tokenizer_of_another_model(decoder: str, encoder: str, model_section: Section) -> None:

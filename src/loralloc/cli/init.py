@@ -16,7 +16,9 @@ from loralloc.recipes import list_recipes, recipe_text
 def init(
     name: Annotated[
         str | None,
-        typer.Argument(help="Recipe to copy, TASK/METHOD; without it, list them.", autocompletion=completion.recipes),
+        typer.Argument(
+            help="Recipe to copy, TASK/METHOD or papers/NAME; without it, list them.", autocompletion=completion.recipes
+        ),
     ] = None,
     to: Annotated[Path | None, typer.Option(help="File to write; by default METHOD.yaml here.")] = None,
 ) -> None:

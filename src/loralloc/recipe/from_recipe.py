@@ -29,7 +29,7 @@ from loralloc.recipe.passthrough import LOAD, PEFT, TRAINER, imported, values
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.sections import ModelConfig
-from loralloc.recipe.targets import check_entries, check_patterns, linear_modules
+from loralloc.recipe.targets import check_entries, check_new, check_patterns, linear_modules
 from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
@@ -112,6 +112,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
             f"{linear_modules(model)} ({str(error).splitlines()[0]})"
         ) from error
     assert isinstance(adapted, PeftModel)
+    check_new(model, adapted)
     sites = list(plain_sites(adapted))
     check_plain(adapted, sites[0].adapter, [(site.name, site.layer) for site in sites])
     check_patterns(lora, [site.name for site in sites])

@@ -75,7 +75,7 @@ def _broken_metric(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     if is_text(metric) and task is not None and metric not in task.metrics:
         near = closest(metric, task.metrics)
         yield ("evaluate", "metric"), f"evaluate.metric must be {listed(task.metrics)}, found {metric}.{near}"
-    elif is_text(metric) and task is not None:
+    elif is_text(metric) and task is not None and task.generates:
         source = next((name for name, figures in WRITTEN.items() if metric in figures), None)
         if source is not None and source not in (get(tree, "evaluate", "generate", "metrics") or ()):
             yield (

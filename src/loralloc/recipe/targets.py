@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -91,6 +91,30 @@ def _check_trainable(entries: Sequence[str], model: nn.Module) -> None:
                 f"lora.modules_to_save: {found} is quantised (model.load_in), and what is quantised cannot be trained "
                 f'in full; take "{entry}" out, or load the model without model.load_in'
             )
+
+
+def check_new(model: nn.Module, adapted: nn.Module) -> None:
+    """Refuse an adapter that leaves out what is not in the checkpoint: who loads it would draw that anew.
+
+    Args:
+        model: The base model; its `new_parameters` are the names of what the checkpoint lacks.
+        adapted: The same with its adapter.
+
+    Raises:
+        UserError: With the modules that must be trained in full.
+    """
+    new: Iterable[str] = getattr(model, "new_parameters", ())
+    trained = {
+        name.replace("modules_to_save.default.", "").removeprefix("base_model.model.")
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    left = dict.fromkeys(name.rpartition(".")[0] for name in sorted(new) if name not in trained)
+    if left:
+        raise UserError(
+            f"lora.modules_to_save: the checkpoint has no weights of {', '.join(left)}; drawn at random, they would "
+            f"neither be trained nor exported. Add them to lora.modules_to_save: [{', '.join(left)}]"
+        )
 
 
 def linear_modules(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ def list_recipes() -> dict[str, Path]:
     True
     """
     folder = Path(__file__).parent
-    files = sorted(folder.glob("*/*.yaml"))
+    files = sorted(folder.glob("*/*.yaml"), key=lambda file: file.with_suffix(""))
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
@@ -25,7 +25,7 @@ def recipe_text(name: str) -> str:
     """Read a packaged recipe.
 
     Args:
-        name: Its name, such as `causal-lm/adalora`.
+        name: Its name, such as `causal-lm/adalora` or `papers/adalora-cola`.
 
     Returns:
         The YAML, comments included.

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from loralloc.errors import UserError
 from loralloc.tasks.base import ModelSection
@@ -106,10 +107,19 @@ def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
                 f'Model "{checkpoint.name}" is neither a folder nor was its {part} downloaded before. {out_of_reach()}'
             ) from error
         reason = shorten(str(error).strip().split("\n")[0], 300)
-        untrusted = "trust_remote_code" in str(error) and not checkpoint.trust_remote_code
-        cure = " If you trust its code, set model.trust_remote_code: true." if untrusted else ""
+        cure = _cure(str(error), checkpoint)
         options = f" with model.load ({', '.join(checkpoint.load)})" if checkpoint.load else ""
         raise UserError(f'The {part} of model "{checkpoint.name}" cannot be loaded{options}: {reason}{cure}') from error
+
+
+def _cure(reason: str, checkpoint: Checkpoint) -> str:
+    """What helps against the two failures whose own words do not say."""
+    if "trust_remote_code" in reason and not checkpoint.trust_remote_code:
+        return " If you trust its code, set model.trust_remote_code: true."
+    # Without the packages that read SentencePiece models, transformers takes one for a tiktoken file and asks for that.
+    if "tiktoken" in reason and not (is_sentencepiece_available() and is_protobuf_available()):
+        return ' If it is a SentencePiece model, install the extra: pip install "loralloc[sentencepiece]".'
+    return ""
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -169,13 +179,15 @@ def load_model(
         options: More arguments of `from_pretrained`.
 
     Returns:
-        The model, on the CPU unless `device_map` is among the arguments; a quantised one where it computes.
+        The model, on the CPU unless `device_map` is among the arguments; a quantised one where it computes. Its
+        `new_parameters` are the names of those that the checkpoint does not have.
 
     Raises:
         UserError: It cannot be loaded, or does not fit the tokenizer, or cannot be quantised.
     """
     with _loading("weights", checkpoint), torch.random.fork_rng(devices=[]):
-        model = _load_weights(getattr(transformers, TASKS[task].model_class), checkpoint, seed, options)
+        model, found = _load_weights(getattr(transformers, TASKS[task].model_class), checkpoint, seed, options)
+    model.new_parameters = frozenset(found["missing_keys"])
     prepare_quantized(checkpoint.name, model)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -187,13 +199,13 @@ def load_model(
     return model
 
 
-def _load_weights(kind: Any, checkpoint: Checkpoint, seed: int, options: Mapping[str, Any]) -> Any:
-    """Make a model, quantised or not; what is new in it depends on the seed alone."""
+def _load_weights(kind: Any, checkpoint: Checkpoint, seed: int, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Make a model, quantised or not, and tell what the checkpoint has of it; the rest depends on the seed alone."""
 
     def load(**more: Any) -> Any:
         torch.default_generator.manual_seed(seed)
         arguments = {**checkpoint.load, **checkpoint.options, **options, **more}
-        return kind.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, **arguments)
+        return kind.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, output_loading_info=True, **arguments)
 
     if checkpoint.load_in is None:
         return load()

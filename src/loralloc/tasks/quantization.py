@@ -68,21 +68,23 @@ def heads(kind: Any, config: PreTrainedConfig, trust_remote_code: bool) -> list[
     return [name for name, child in others if any(isinstance(part, nn.Linear) for part in child.modules())]
 
 
-def load_quantized(load: Callable[..., Any], load_in: str, kept: Sequence[str]) -> PreTrainedModel:
+def load_quantized(
+    load: Callable[..., tuple[PreTrainedModel, dict[str, Any]]], load_in: str, kept: Sequence[str]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model, quantised.
 
     A layer that the checkpoint does not have, such as the pooler of an encoder trained without one, is new: there is
     nothing in it to quantise, and transformers leaves one behind that computes nothing. It stays as it is.
 
     Args:
-        load: Calls `from_pretrained` with more options.
+        load: Calls `from_pretrained` with more options; returns the model and what was found in the checkpoint.
         load_in: `4bit` or `8bit`.
         kept: Modules that stay as they are.
     """
-    model, found = load(quantization_config=quantization_config(load_in, kept), output_loading_info=True)
+    model, found = load(quantization_config=quantization_config(load_in, kept))
     new = [name for name, _ in quantized_layers(model) if f"{name}.weight" in found["missing_keys"]]
     if not new:
-        return model
+        return model, found
     del model  # before another one takes its place
     return load_quantized(load, load_in, [*kept, *new])
 
