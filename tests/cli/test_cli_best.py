@@ -99,9 +99,9 @@ class TestBest:
         assert found["validation"]["matthews"] == max(values.values())
         assert found["reference"].keys() == {"untrained"}  # the majority class is a reference of the accuracy
         said = refused("train", recipe, "--evaluate.metric", "pearson", "--replace")
-        assert "evaluate.metric: this run has no metric pearson; it has loss, accuracy, macro_f1, matthews." in said
+        assert "evaluate.metric: this run has no metric pearson; it has loss, accuracy, macro_f1, matthews, f1." in said
         said = refused("train", recipe, "--evaluate.metric", "macro", "--replace")
-        assert "evaluate.metric must be accuracy, macro_f1, matthews, pearson, spearman or mse, found macro." in said
+        assert "evaluate.metric must be accuracy, f1, macro_f1, micro_f1, matthews, pearson, spearman or mse, " in said
 
     def test_by_another_metric(self, write: Write, here: Path) -> None:
         done("train", write(PLAIN), *KEEP, "--metric_for_best_model", "loss")
@@ -110,7 +110,7 @@ class TestBest:
         assert found["validation"]["loss"] == pytest.approx(min(losses.values()))
         said = refused("train", write(PLAIN), *KEEP, "--metric_for_best_model", "acuracy", "--replace")
         assert (
-            'a run has no metric acuracy; it has loss, accuracy, macro_f1, matthews. Did you mean "accuracy"?' in said
+            'a run has no metric acuracy; it has loss, accuracy, macro_f1, matthews, f1. Did you mean "accuracy"?' in said
         )
 
     def test_after_a_search(self, write: Write, here: Path) -> None:

@@ -279,7 +279,10 @@ TASKS: Mapping[str, Task] = {
         forms=(("text", "label"),),
         model_class="AutoModelForSequenceClassification",
         peft_type="SEQ_CLS",
-        metrics=dict.fromkeys(("accuracy", "macro_f1", "matthews", "pearson", "spearman"), True) | {"mse": False},
+        metrics={
+            **dict.fromkeys(("accuracy", "f1", "macro_f1", "micro_f1", "matthews", "pearson", "spearman"), True),
+            "mse": False,
+        },
         labelled=True,
         heads=("classifier", "score"),
     ),
