@@ -110,7 +110,8 @@ class TestBest:
         assert found["validation"]["loss"] == pytest.approx(min(losses.values()))
         said = refused("train", write(PLAIN), *KEEP, "--metric_for_best_model", "acuracy", "--replace")
         assert (
-            'a run has no metric acuracy; it has loss, accuracy, macro_f1, matthews, f1. Did you mean "accuracy"?' in said
+            'a run has no metric acuracy; it has loss, accuracy, macro_f1, matthews, f1. Did you mean "accuracy"?'
+            in said
         )
 
     def test_after_a_search(self, write: Write, here: Path) -> None:

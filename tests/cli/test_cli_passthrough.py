@@ -185,7 +185,7 @@ class TestBestModel:
         words = ["--load_best_model_at_end", "true", "--metric_for_best_model", "acuracy", "--eval_every", 2]
         assert refused("train", recipe, *words, "--save_every", 2, "--eval_delay", 11).endswith(
             "training.trainer.metric_for_best_model: a run has no metric acuracy; it has loss, accuracy, macro_f1, "
-            'matthews. Did you mean "accuracy"?'
+            'matthews, f1. Did you mean "accuracy"?'
         )
 
 

@@ -157,7 +157,7 @@ class TestErrors:
             ("label: label", "label: label\n  validation: 1",
              "recipe.yaml:8: data.validation must be a fraction between 0 and 1, such as 0.1, or a path, got 1"),
             ("  label: label\n", "", 'recipe.yaml:4: missing "label" in "data": column with the label '
-             "(sequence-classification)"),
+             "(sequence-classification), or with a list of several"),
             ("label: label", "label: label\n  prompt: q",
              f"recipe.yaml:8: data.prompt is for task {PROMPTED}, but the task is sequence-classification"),
             ("task: sequence-classification", "task: classification",
