@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForMultipleChoice
+from transformers import AutoModelForMultipleChoice, BartConfig
 
 from .command import BAD, GOOD, RECIPE, done, ranks, read_json, read_rows, refused, write_rows
 from .deaths import differences, killed_at
@@ -90,6 +90,14 @@ def test_the_exported_head_is_stock_pefts(prepared: Callable[[str], Path], here:
 
 
 @pytest.mark.usefixtures("unreported")
+def test_an_adapter_with_a_head_of_choices_is_exported_anew(prepared: Callable[[str], Path], here: Path) -> None:
+    done("train", prepared("multiple-choice-head"), "--steps", 4)
+    for profile in ("ragged", "uniform", "merged"):
+        done("export", "run", "--profile", profile, "--to", f"run/{profile}")
+        assert list((here / "run" / profile).glob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("unreported")
 @pytest.mark.parametrize("method", ["ablora", "autolora"])
 @pytest.mark.parametrize("task", KINDS)
 def test_methods_that_look_at_data(task: str, method: str, prepared: Callable[[str], Path], here: Path) -> None:
@@ -118,6 +126,14 @@ def test_keys_of_other_tasks(prepared: Callable[[str], Path]) -> None:
     )
     said = refused("train", prepared("multiple-choice"), "--data.answer", "null")
     assert "data.answer" in said
+
+
+def test_a_model_with_two_stacks(prepared: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = prepared("multiple-choice")
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    BartConfig(vocab_size=40, **sizes).save_pretrained(tmp_path / "bart")
+    said = refused("train", recipe, "--model.name", tmp_path / "bart")
+    assert "Task multiple-choice needs a decoder alone" in said
 
 
 def test_choices_of_an_odd_kind(prepared: Callable[[str], Path]) -> None:

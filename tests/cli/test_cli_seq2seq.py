@@ -181,6 +181,14 @@ def test_what_cannot_be_is_refused(words: tuple[str, ...], expected: str, write:
     assert expected in refused("train", write(SEQ2SEQ), *words)
 
 
+def test_accumulated_batches_are_one_batch(write: Write, here: Path) -> None:
+    words = ("--steps", 3, "--log_every", 1, "--lora.dropout", 0)
+    done("train", write(SEQ2SEQ), *words, "--batch_size", 8)
+    done("train", write(SEQ2SEQ), *words, "--batch_size", 2, "--accumulation", 4, "--output", "parts")
+    whole, parts = ([row["loss"] for row in log_rows(here / name) if "loss" in row] for name in ("run", "parts"))
+    assert parts == pytest.approx(whole, rel=0.1)  # a mean of means; without the division it would be four times that
+
+
 def test_options_of_its_trainer_are_taken(write: Write, here: Path) -> None:
     recipe = write(SEQ2SEQ)
     done("train", recipe, "--training.trainer.label_smoothing_factor", 0.1, "--steps", 4)

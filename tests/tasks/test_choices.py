@@ -40,6 +40,12 @@ LABELLED = {"text": ["good", "bad", "a film"], "label": ["1", "2", "3"]}
         (LABELLED, 2),
         (LABELLED, "bad"),
         (["1", "0"], "0"),  # a text before a number
+        (ROW["choices"], 1.0),
+        (ROW["choices"], " bad"),
+        ({"text": ["good", "bad"], "label": ["A", "B"]}, 1),
+        ({"text": ["good", "bad"], "label": ["A", "B"]}, "1"),
+        ([{"text": "good", "label": "A"}, {"text": "bad", "label": "B"}], "B"),
+        (LABELLED, "B"),
         (["A", "B"], "B"),
         (["no", "yes"], True),
     ],
@@ -58,10 +64,10 @@ def test_the_right_choice(read: Read, choices: Any, answer: object) -> None:
         (ROW["choices"], "D"),
         (ROW["choices"], "7"),
         (ROW["choices"], "no"),
-        (ROW["choices"], 1.0),
-        (LABELLED, "A"),
-        (LABELLED, 0),
-        (LABELLED, "0"),
+        (ROW["choices"], 1.5),
+        (LABELLED, "D"),
+        (LABELLED, 4),
+        (LABELLED, [1]),
     ],
 )
 def test_an_answer_that_is_no_choice(read: Read, choices: Any, answer: object) -> None:
@@ -75,6 +81,11 @@ def test_choices_in_columns_of_their_own(read: Read) -> None:
     row = {"prompt": "a", "one": "good", "two": "bad", "answer": 1}
     (question,) = read(row, choices=["one", "{two} film"])
     assert question == Question("a", ("good", "bad film"), 1)
+
+
+def test_columns_that_say_the_same(read: Read) -> None:
+    with pytest.raises(UserError, match=r'train\.jsonl:1: a choice \(data\.choices\) stands twice: \["good", "good"\]'):
+        read({"prompt": "a", "one": "good", "two": "good", "answer": 1}, choices=["one", "two"])
 
 
 def test_the_same_choices_for_every_question(read: Read) -> None:
@@ -96,7 +107,7 @@ def test_a_column_beside_what_is_none(read: Read) -> None:
         (["good"], "a question needs two or more data.choices"),
         ([], "a question needs two or more data.choices"),
         (["good", " "], "choice 2 is empty"),
-        (["good", "good"], "a choice stands twice"),
+        (["good", "good"], "stands twice"),
         ({"text": ["good", "bad"], "label": ["A"]}, "2 choices, but 1 labels"),
     ],
 )

@@ -52,6 +52,15 @@ def test_questions_and_choices_are_pairs_and_the_longer_is_cut(task: Callable[..
     assert words[0] == "[CLS] a a a a a [SEP] b c [SEP]"
 
 
+def test_choices_that_would_be_cut(task: Callable[..., TaskData]) -> None:
+    rows = [{"prompt": "a", "choices": ["b c d", "d"], "answer": 0}] * 8
+    assert len(task(rows, max_length=7).train) == 6  # [CLS] a [SEP] b c d [SEP]
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:\d: a choice has 3 tokens, and of data\.max_length, which is 6, sp"
+    ):
+        task(rows, max_length=6)
+
+
 def test_metrics_and_predictions(task: Callable[..., TaskData]) -> None:
     data = task()
     examples = data.validation

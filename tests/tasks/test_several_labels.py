@@ -107,7 +107,7 @@ class TestSeveralLabels:
 
 class TestWeights:
     def test_the_training_loss_is_the_weighted_mean_and_others_are_not(self, task: Callable[..., TaskData]) -> None:
-        data = task(RARE, class_weights={"rare": 3.0})
+        data = task(RARE, class_weights={"common": 1, "rare": 3})
         plain = task(RARE)
         batch = data.options["data_collator"]([data.train[i] for i in range(6)])
         for model in (data.model, plain.model):

@@ -88,8 +88,8 @@ def test_a_word_without_a_token_keeps_its_place(task: Prepare) -> None:
     row = {"tokens": ["a", "", "b"], "tags": ["O", "B-X", "B-Y"]}
     prepared = task(ROWS, [row, {"tokens": [""], "tags": ["B-X"]}])
     first, second = prepared.predictions(answered(prepared))  # type: ignore[misc]
-    assert first == {"words": ["a", "", "b"], "tags": ["O", "B-X", "B-Y"], "predicted": ["O", "O", "B-Y"]}
-    assert second["predicted"] == ["O"]
+    assert first == {"words": ["a", "", "b"], "tags": ["O", "B-X", "B-Y"], "predicted": ["O", None, "B-Y"]}
+    assert second["predicted"] == [None]
     found = metrics(prepared)
     assert (found["f1"], found["precision"], found["recall"], found["accuracy"]) == (0.5, 1, 1 / 3, 0.5)
     assert (found["f1_X"], found["recall_X"], found["f1_Y"], found["precision_Y"]) == (0, 0, 1, 1)
@@ -107,7 +107,9 @@ def test_words_that_are_cut_off_are_told_and_missed(task: Prepare, caplog: pytes
     assert found["recall_X"] == 6 / 10
     assert found["precision"] == 1
     assert found["accuracy"] == 9 / 13
-    assert prepared.predictions(answered(prepared))[0]["predicted"] == ["B-X"] * 6 + ["O"] * 4  # type: ignore[misc]
+    assert prepared.predictions(answered(prepared))[0]["predicted"] == ["B-X"] * 6 + [None] * 4  # type: ignore[misc]
+    outside = task(ROWS, [{"tokens": ["a"] * 10, "tags": ["O"] * 10}], max_length=8)
+    assert metrics(outside)["accuracy"] == 6 / 10  # what was not read is not right, whatever its tag
 
 
 @pytest.mark.parametrize("stride", [0, 1, 3, 5])
@@ -135,6 +137,20 @@ def test_in_windows_every_word_is_judged_once_where_it_has_most_context(task: Pr
     assert len(training) == 4 * (len(glued) + 3)
 
 
+@pytest.mark.parametrize("stride", [7, 8])
+def test_windows_that_would_share_all_their_tokens(task: Prepare, stride: int) -> None:
+    with pytest.raises(UserError, match=rf"data.stride is {stride}, and windows share fewer .* special tokens leave 7"):
+        task(ROWS, ROWS, max_length=9, stride=stride)
+    task(ROWS, ROWS, max_length=9, stride=6)
+
+
+def test_json_lists_in_text(task: Prepare) -> None:
+    listed = {"tokens": '["a", "b"]', "tags": '["B-X", "O"]'}
+    prepared = task([listed, {"tokens": "a b", "tags": "O B-X"}] * 2, [listed, {"tokens": "[ a ]", "tags": "O O O"}])
+    shown = prepared.predictions(answered(prepared))  # type: ignore[misc]
+    assert [row["words"] for row in shown] == [["a", "b"], ["[", "a", "]"]]
+
+
 def test_a_schemes_tags_are_learned_in_one_form(task: Prepare) -> None:
     iob1 = [{"tokens": "a b c d", "tags": "I-X I-X O I-X"}, {"tokens": "a b", "tags": "O I-Y"}] * 4
     prepared = task(iob1, iob1[:2])
@@ -154,6 +170,7 @@ def test_tags_that_stand_alone_are_judged_word_by_word(task: Prepare) -> None:
     found = metrics(prepared, 0)  # label 0 becomes the tag 2; 14 words of 20 are left of the long sentence
     assert found["accuracy"] == pytest.approx((24 - 6 - 1) / 24)
     assert set(found) == {"accuracy", "macro_f1"}
+    assert metrics(prepared)["macro_f1"] == pytest.approx((2 * 16 / (2 * 16 + 6) + 1 + 1) / 3)  # cut off is no tag
     shown = prepared.predictions(answered(prepared))  # type: ignore[misc]
     assert shown[2]["predicted"] == ["3"] * 14 + [None] * 6
 
@@ -170,7 +187,7 @@ def test_metrics_are_those_of_the_predictions(task: Prepare) -> None:
     pairs = [pair for row in shown for pair in zip(row["tags"], row["predicted"], strict=True)]
     assert found["accuracy"] == np.mean([tag == predicted for tag, predicted in pairs])
     evaluated.predictions = np.full_like(evaluated.predictions, np.nan)  # type: ignore[type-var]
-    assert {tag for row in prepared.predictions(evaluated) for tag in row["predicted"]} == {"O"}  # type: ignore[misc]
+    assert {tag for row in prepared.predictions(evaluated) for tag in row["predicted"]} == {None}  # type: ignore[misc]
 
 
 def test_losses_are_the_models_own(task: Prepare) -> None:
@@ -279,7 +296,9 @@ GOOD = {"tokens": "a b", "tags": "B-X O"}
             {"tokens": ["a", 2], "tags": "O O"},
             r'train.jsonl:2: item 2 of column "tokens" \(data.tokens\) is no text: 2',
         ),
-        ({"tokens": 5, "tags": "O O"}, r"train.jsonl:2: .* must hold a list of texts, or a text .* found int 5"),
+        ({"tokens": 5, "tags": "O O"}, r"train.jsonl:2: .* must hold a list of texts .* or a text .* found int 5"),
+        ({"tokens": "a b", "tags": "['O', 'B-X']"}, r"train.jsonl:2: .* must hold a list of texts \(in JSON, where"),
+        ({"tokens": "a b", "tags": ["O", -100]}, r"train.jsonl:2: item 2 .* is no text: -100"),
         ({"tokens": "a", "tags": "NOUN"}, r"train.jsonl: the tags are of several schemes \(B-X, NOUN, O\)"),
     ],
 )

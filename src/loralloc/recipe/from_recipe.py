@@ -57,7 +57,26 @@ def task_data(recipe: Recipe) -> TaskData:
         if TASKS[recipe.task].trainer != "Seq2SeqTrainer":  # whose rows all have a source
             held_out: Any = data.validation if data.test is None else data.test
             read_prompts(held_out, data.tokenizer, settings.samples, recipe.data.max_length)
+    _check_smoothing(recipe, data)
     return judged_by(recipe.evaluate.metric, replace(data, also=also))
+
+
+def _check_smoothing(recipe: Recipe, data: TaskData) -> None:
+    """Refuse smoothed labels where the Trainer would leave them as they are, or would leave out the classes' weights.
+
+    Raises:
+        UserError: With the reason.
+    """
+    if not recipe.training.trainer.get("label_smoothing_factor"):
+        return
+    problem = getattr(data.model.config, "problem_type", None)
+    reason = None
+    if getattr(recipe.data, "class_weights", None) is not None:
+        reason = "the Trainer would leave out data.class_weights; take one of the two out"
+    elif recipe.task == "question-answering" or problem in ("multi_label_classification", "regression"):
+        reason = "the Trainer smooths where a row or a token has one class, and these have none; take it out"
+    if reason is not None:
+        raise UserError(f"training.trainer.label_smoothing_factor: {reason}")
 
 
 def judged_by(metric: str | None, data: TaskData) -> TaskData:
@@ -282,7 +301,10 @@ def load_for_export(
     checkpoint = locate(section.model_copy(update={"load_in": None}) if to_merge else section)
     kept = replace(checkpoint, path=str(folder.model), local_only=True, load={})
     tokenizer = load_tokenizer(kept)
-    options = {"config": load_config(kept), "ignore_mismatched_sizes": True}
+    config = load_config(kept)
+    # The run's own padding token may be the one that ends texts, whose embedding some models would set to zero.
+    config.pad_token_id = load_config(checkpoint).pad_token_id
+    options = {"config": config, "ignore_mismatched_sizes": True}
     base = load_model(recipe.task, checkpoint, tokenizer, recipe.training.seed, **options)
     return _with_adapter(base, folder), tokenizer
 

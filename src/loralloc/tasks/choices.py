@@ -48,6 +48,8 @@ def read_questions(rows: Rows, data: ChoiceData) -> list[Question]:
     for i, (choices, labels) in enumerate(_read_choices(rows, data.choices)):
         if len(choices) < 2:
             raise UserError(f"{rows.place(i)}: a question needs two or more data.choices, found {quote(choices)}")
+        if len(set(choices)) < len(choices):
+            raise UserError(f"{rows.place(i)}: a choice (data.choices) stands twice: {quote(choices)}")
         right = right_choice(answers[i], choices, labels)
         if right is None:
             raise UserError(
@@ -59,7 +61,7 @@ def read_questions(rows: Rows, data: ChoiceData) -> list[Question]:
 
 
 def right_choice(answer: object, choices: Sequence[str], labels: Sequence[str]) -> int | None:
-    """Find the choice that an answer means: by its label, its text, its number from 0, or its letter, in this order.
+    """Find the choice that an answer means: the first that fits of its label, text, number from 0, and letter.
 
     Args:
         answer: What the data say.
@@ -72,22 +74,19 @@ def right_choice(answer: object, choices: Sequence[str], labels: Sequence[str]) 
     >>> right_choice("B", ["no", "yes"], []), right_choice("2", ["no", "yes"], ["1", "2"])
     (1, 1)
     """
-    if isinstance(answer, bool | int):
-        number = int(answer)
-        if labels and not isinstance(answer, bool):
-            return labels.index(str(number)) if str(number) in labels else None
-        return number if 0 <= number < len(choices) else None
-    if not isinstance(answer, str):
+    if isinstance(answer, float) and answer.is_integer():  # how pandas writes whole numbers beside a gap
+        answer = int(answer)
+    if not isinstance(answer, str | int):
         return None
-    for names in (labels, choices):
-        if answer in names:
-            return list(names).index(answer)
-    if labels:
-        return None
-    if answer.isdecimal():
-        return int(answer) if int(answer) < len(choices) else None
-    letter = string.ascii_uppercase.find(answer.strip(" .()").upper()) if len(answer.strip(" .()")) == 1 else -1
-    return letter if 0 <= letter < len(choices) else None
+    said = answer.strip() if isinstance(answer, str) else str(int(answer))
+    for names in (labels, choices if isinstance(answer, str) else ()):
+        if said in names:
+            return list(names).index(said)
+    if said.isdecimal():
+        return int(said) if int(said) < len(choices) else None
+    letter = said.strip(" .()").upper()
+    place = string.ascii_uppercase.find(letter) if len(letter) == 1 else -1
+    return place if 0 <= place < len(choices) else None
 
 
 def _read_choices(rows: Rows, named: str | list[str]) -> list[tuple[list[str], list[str]]]:
@@ -105,6 +104,8 @@ def _read_choices(rows: Rows, named: str | list[str]) -> list[tuple[list[str], l
 def _listed(value: object, where: str) -> tuple[list[str], list[str]]:
     """The choices of one row: a list of texts, or texts with labels as ARC has them."""
     labels: list[Any] = []
+    if isinstance(value, list) and value and all(isinstance(choice, Mapping) for choice in value):
+        value = {key: [choice.get(key) for choice in value] for key in ("text", "label") if key in value[0]}
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
         value, labels = value["text"], list(value.get("label") or [])
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
@@ -116,8 +117,6 @@ def _listed(value: object, where: str) -> tuple[list[str], list[str]]:
     for n, choice in enumerate(value, 1):
         if not choice.strip():
             raise UserError(f"{where}: choice {n} is empty: {quote(value)}")
-    if len(set(value)) < len(value):
-        raise UserError(f"{where}: a choice stands twice: {quote(value)}")
     return value, [str(label) for label in labels]
 
 

@@ -200,7 +200,7 @@ def label_sets(rows: Rows, column: str) -> list[list[str]]:
         if None in names or len(set(names)) < len(names):
             raise UserError(
                 f'{rows.place(i)}: column "{column}" (data.label) must hold a list of labels, each a text or a whole '
-                f"number and there once, found {quote(value)}: the first row has a list"
+                f"number and there once, found {quote(value)}"
             )
         sets.append([name for name in names if name is not None])
     return sets
@@ -292,8 +292,8 @@ def _to_vectors(
     rows: Rows, sets: Sequence[Sequence[str]], index: Mapping[str, int], *, listed: bool
 ) -> list[list[float]]:
     """One number per class, 1 where a row has it."""
-    vectors = []
     for i, names in enumerate(sets):
-        found = set(_to_indices(rows.select([i] * len(names)), names, index, listed=listed))
-        vectors.append([float(n in found) for n in range(len(index))])
-    return vectors
+        if not index.keys() >= set(names):
+            _to_indices(rows.select([i] * len(names)), names, index, listed=listed)  # says which
+    found = [{index[name] for name in names} for names in sets]
+    return [[float(n in row) for n in range(len(index))] for row in found]

@@ -25,7 +25,7 @@ from loralloc.tasks.chat import Tokens
 from loralloc.tasks.choices import Question, chance, read_questions
 from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.forms import Pairs
-from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate
+from loralloc.tasks.pretrained import check_length, check_stacks, load_config, load_model, load_tokenizer, locate
 from loralloc.tasks.rows import Rows
 from loralloc.tasks.spec import LikelihoodChoiceData
 
@@ -50,7 +50,9 @@ def prepare(model: ModelSection, data: LikelihoodChoiceData, seed: int) -> TaskD
     read = [(rows, read_questions(rows, data)) for rows in splits.all()]
 
     checkpoint = locate(model)
-    check_length(data.max_length, load_config(checkpoint), model.name)
+    config = load_config(checkpoint)
+    check_stacks("multiple-choice", config, model.name)
+    check_length(data.max_length, config, model.name)
     tokenizer = load_tokenizer(checkpoint)
     learned = [_right_answers(tokenizer, rows, questions, data, model.name) for rows, questions in read[:2]]
     judged = [_all_choices(tokenizer, rows, questions, data, model.name) for rows, questions in read[1:]]

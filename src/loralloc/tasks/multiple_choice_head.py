@@ -46,12 +46,11 @@ def prepare(model: ModelSection, data: ChoiceData, seed: int) -> TaskData:
     tokenizer = load_tokenizer(checkpoint)
 
     def load() -> PreTrainedModel:
-        chooser = load_model("multiple-choice-head", checkpoint, tokenizer, seed)
-        chooser.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]  # see sequence_classification
-        return chooser
+        return load_model("multiple-choice-head", checkpoint, tokenizer, seed)
 
     chooser = load()
-    encoded = [_encode(tokenizer, questions, data.max_length, chooser) for questions in read]
+    sources = zip(splits.all(), read, strict=True)
+    encoded = [_encode(tokenizer, rows, questions, data.max_length, chooser) for rows, questions in sources]
     return TaskData(
         model=chooser,
         again=load,
@@ -71,7 +70,7 @@ def prepare_evaluation(
     rows = read_rows(source)
     questions = read_questions(rows, data)
     _check_counts(rows, questions, len(questions[0].choices))
-    encoded = _encode(tokenizer, questions, data.max_length, model)
+    encoded = _encode(tokenizer, rows, questions, data.max_length, model)
     return evaluation_of(encoded, model=model, tokenizer=tokenizer, **_trained_with(tokenizer))
 
 
@@ -107,18 +106,33 @@ def _check_counts(rows: Rows, questions: Sequence[Question], count: int) -> None
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], max_length: int, model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    questions: Sequence[Question],
+    max_length: int,
+    model: PreTrainedModel,
 ) -> Dataset:
-    """Tokenize pairs of a question and a choice, keeping what the model's forward takes; the longer loses its end."""
+    """Tokenize pairs of a question and a choice, keeping what the model's forward takes; long questions lose their end.
+
+    Raises:
+        UserError: A choice leaves no room for a question: choices that are cut cannot be compared.
+    """
     taken = inspect.signature(model.forward).parameters.keys()
-    rows = []
-    for question in questions:
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    examples = []
+    for i, question in enumerate(questions):
         choices = list(question.choices)
+        longest = max(len(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices)
+        if longest >= room:
+            raise UserError(
+                f"{rows.place(i)}: a choice has {longest} tokens, and of data.max_length, which is {max_length}, "
+                f"special tokens leave {room} for it and its question; raise it"
+            )
         prompts = [question.prompt] * len(choices)
-        encoded = tokenizer(prompts, choices, truncation=True, max_length=max_length)
+        encoded = tokenizer(prompts, choices, truncation="only_first", max_length=max_length)
         kept = {key: value for key, value in encoded.items() if key in taken}
-        rows.append({**kept, "labels": question.right, "prompt": question.prompt, "choices": choices})
-    return Dataset.from_list(rows)
+        examples.append({**kept, "labels": question.right, "prompt": question.prompt, "choices": choices})
+    return Dataset.from_list(examples)
 
 
 def choice_metrics(evaluated: Evaluated) -> dict[str, float]:

@@ -188,6 +188,10 @@ def load_model(
     with _loading("weights", checkpoint), torch.random.fork_rng(devices=[]):
         model, found = _load_weights(getattr(transformers, TASKS[task].model_class), checkpoint, seed, options)
     model.new_parameters = frozenset(found["missing_keys"])
+    if TASKS[task].trainer in ("Trainer", "Seq2SeqTrainer"):
+        # Such a loss is a mean over the batch, but forward takes any keyword, so a Trainer believes that it divides by
+        # the number of items in all accumulated batches, and leaves the division out.
+        model.accepts_loss_kwargs = False
     prepare_quantized(checkpoint.name, model)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -260,7 +264,8 @@ def positions(config: PreTrainedConfig, stack: Literal["encoder", "decoder"]) ->
     """
     text = config.get_text_config()
     own = getattr(text, f"max_{stack}_position_embeddings", None)
-    return getattr(text, "max_position_embeddings", None) if own is None else own
+    found = getattr(text, "max_position_embeddings", None) if own is None else own
+    return found if found is not None and found > 0 else None  # XLNet says -1
 
 
 def check_stacks(task: str, config: PreTrainedConfig, name: str) -> None:

@@ -74,8 +74,6 @@ def prepare(model: ModelSection, data: QuestionData, seed: int) -> TaskData:
     def load() -> PreTrainedModel:
         reader = load_model("question-answering", checkpoint, tokenizer, seed)
         setattr(reader.config, SILENT, silent)
-        # The loss is a mean over the batch, whatever a Trainer accumulates; see sequence classification.
-        reader.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
         return reader
 
     reader = load()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -104,11 +106,11 @@ def in_scheme(sentences: Sentences, scheme: Scheme) -> Sentences:
 def _lists(rows: Rows, column: str, key: str, read: Callable[[Any], str | None]) -> Iterator[list[str]]:
     """A column of lists of texts, or of texts parted by white space."""
     for i, value in enumerate(rows.values(column, key)):
-        parts = value.split() if isinstance(value, str) else value
+        parts = _parted(value) if isinstance(value, str) else value
         if not isinstance(parts, list):
             raise UserError(
-                f'{rows.place(i)}: column "{column}" ({key}) must hold a list of texts, or a text parted by white '
-                f"space, found {type(value).__name__} {quote(value)}"
+                f'{rows.place(i)}: column "{column}" ({key}) must hold a list of texts (in JSON, where a text '
+                f"holds it), or a text parted by white space, found {type(value).__name__} {quote(value)}"
             )
         texts = [read(part) for part in parts]
         if None in texts:
@@ -117,6 +119,16 @@ def _lists(rows: Rows, column: str, key: str, read: Callable[[Any], str | None])
                 f'{rows.place(i)}: item {place + 1} of column "{column}" ({key}) is no text: {quote(parts[place])}'
             )
         yield [text for text in texts if text is not None]
+
+
+def _parted(text: str) -> list[Any] | None:
+    """The words of a text: of a JSON list, as some write it into CSV, or what white space parts; None for Python's."""
+    if re.fullmatch(r"\s*\[\s*'.*'\s*\]\s*", text, re.S):
+        return None
+    if re.fullmatch(r'\s*\[\s*".*"\s*\]\s*', text, re.S):
+        with suppress(ValueError):
+            return list(json.loads(text))
+    return text.split()
 
 
 def _word(value: Any) -> str | None:
@@ -130,7 +142,7 @@ def _tag_reader(rows: Rows, column: str) -> Callable[[Any], str | None]:
     names = inner.names if isinstance(inner, ClassLabel) else []
 
     def read(value: Any) -> str | None:
-        if type(value) is int:
+        if type(value) is int and value >= 0:  # -100 is what others write for no tag
             return names[value] if 0 <= value < len(names) else str(value)
         return value if isinstance(value, str) and value.strip() else None
 

@@ -150,7 +150,7 @@ def encode(rows: Rows, pairs: Pairs, tokenizer: PreTrainedTokenizerBase, data: S
                 cut["max_length"] += 1
                 read = tokenizer(source, truncation=True, max_length=data.max_length)
             labels = list(tokenizer(text_target=target, verbose=False)["input_ids"])
-            if labels[-1] != tokenizer.eos_token_id:
+            if tokenizer.eos_token_id not in labels:  # mBART puts a language behind it
                 labels.append(tokenizer.eos_token_id)
             cut["target_length"] += len(labels) > data.target_length
             kept = {key: read[key] for key in ("input_ids", "attention_mask")}

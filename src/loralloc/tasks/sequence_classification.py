@@ -50,9 +50,6 @@ def prepare(model: ModelSection, data: ClassificationData, seed: int) -> TaskDat
 
     def load() -> PreTrainedModel:
         classifier = load_model("sequence-classification", checkpoint, tokenizer, seed, **options)
-        # A classifier's loss is a mean over the batch, but its forward takes any keyword, so a Trainer believes that
-        # it divides by the number of items in all accumulated batches and leaves the division out.
-        classifier.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
         if weights is not None:
             weigh_classes(classifier, weights)
         return classifier
@@ -109,13 +106,13 @@ def _trained_with(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, pr
 def weigh_classes(model: PreTrainedModel, weights: Sequence[float]) -> None:
     """Let some classes count more in a classifier's training loss: the weighted mean over the batch.
 
-    Evaluations, and methods that look at held-out data, keep the plain mean.
+    Evaluations keep the plain mean, and so does ABLoRA; AutoLoRA's loss of held-out data is one of training.
 
     Args:
         model: The classifier.
         weights: One weight per class.
     """
-    of_classes = torch.tensor(weights)
+    of_classes = torch.tensor(weights, dtype=torch.float32)
 
     def reweigh(module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         labels = kwargs.get("labels")

@@ -98,7 +98,9 @@ COLUMNS = '; or a template of columns, such as "{instruction}\\n\\n{input}"'
 class PromptData(DataSection):
     """The key of tasks that ask for something."""
 
-    prompt: Text | None = Field(default=None, description=f"column with the prompt, a text or a chat{COLUMNS}")
+    prompt: Text | None = Field(
+        default=None, description=f"column with the prompt, a text or (not for choices) a chat{COLUMNS}"
+    )
 
 
 class ChatData(PromptData):

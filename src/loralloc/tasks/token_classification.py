@@ -80,9 +80,6 @@ def prepare(model: ModelSection, data: TokenClassificationData, seed: int) -> Ta
 
     def load() -> PreTrainedModel:
         tagger = load_model("token-classification", checkpoint, tokenizer, seed, **options)
-        # The loss is a mean over the batch, but forward takes any keyword, so a Trainer believes that it divides by
-        # the number of items in all accumulated batches and leaves the division out.
-        tagger.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
         return tagger
 
     tagger = load()
@@ -301,9 +298,9 @@ class Judge:
         predicted = np.array([tag or "" for row in rows for tag in row.predicted])
         accuracy = metrics.accuracy(predicted, target)
         if self.scheme == "plain":
-            index = {name: i for i, name in enumerate(("", *self.names))}
-            classes = [np.array([index[tag] for tag in tags]) for tags in (predicted, target)]
-            return {"accuracy": accuracy, "macro_f1": metrics.macro_f1(*classes)}
+            occurring = set(target) | set(predicted) - {""}  # a word that was cut off has no tag
+            each = [metrics.f1(predicted == tag, target == tag) for tag in occurring]
+            return {"accuracy": accuracy, "macro_f1": float(np.mean(each))}
         spans = span_metrics(
             [spans_of(row.tags) for row in rows], [spans_of([tag or OUTSIDE for tag in row.predicted]) for row in rows]
         )
@@ -333,12 +330,11 @@ class Judge:
         rows = []
         for of_row in by_row(examples["row"]):
             first = examples[of_row[0]]
-            missed = OUTSIDE if self.scheme != "plain" else None
-            predicted: list[str | None] = [missed] * len(first["words"])
+            predicted: list[str | None] = [None] * len(first["words"])
             for window in of_row:
                 tags = chosen[window][labels[window] != IGNORED]
                 for word, tag in zip(examples[window]["places"], tags, strict=True):
-                    predicted[word] = self.names[tag] if tag >= 0 else missed
+                    predicted[word] = self.names[tag] if tag >= 0 else None
             rows.append(_Judged(first["words"], first["tags"], predicted, first["text"]))
         return rows
 

@@ -66,7 +66,16 @@ def windows(
 
     Yields:
         The windows, row after row and in the order of the text; at least one a row.
+
+    Raises:
+        UserError: Windows would share all their tokens.
     """
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+    if stride is not None and stride >= room:
+        raise UserError(
+            f"data.stride is {stride}, and windows share fewer tokens than they have: of data.max_length, which is "
+            f"{max_length}, special tokens leave {room}"
+        )
     for start in range(0, len(texts), CHUNK):
         encoded = tokenizer(
             texts[start : start + CHUNK],  # type: ignore[arg-type]
