@@ -114,6 +114,8 @@ def test_a_rehearsal_shows_what_is_learned_and_an_estimate_counts_it(
     recipe = prepared(task)
     said = done("train", recipe, "--dry-run")
     assert "the film was" in said
+    texts = {"multiple-choice": 1, "multiple-choice-head": 2}[task]
+    assert f"8 examples, {8 * texts * 16} tokens at most" in said
     assert ("fine" in said, "dull" in said) == (True, task == "multiple-choice-head")
     tokens = {"multiple-choice": 10, "multiple-choice-head": 2 * 7}[task]  # turns of a chat; two pairs
     assert f"48 examples, {48 * tokens} tokens" in done("estimate", recipe)

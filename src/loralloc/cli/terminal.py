@@ -92,7 +92,7 @@ class Terminal(Screen):
         console.print(f"  adapter   {sites} modules, {trainable:,} trainable parameters at the start (heads included)")
         count, each = processes.world_size(), recipe.training.batch_size * recipe.training.accumulation
         targets = recipe.data.target_length if "target_length" in TASKS[recipe.task].keys else 0
-        tokens = count * each * (recipe.data.max_length + targets)
+        tokens = count * each * (_choices(data) * recipe.data.max_length + targets)
         console.print(f"  steps     {steps:,} of {count * each} examples, {tokens:,} tokens at most")
         if count > 1:
             console.print(f"  processes {count}, each with {each} examples a step")
@@ -181,6 +181,12 @@ def _middle_out(text: str) -> str:
     """Leave the middle of a long text out."""
     half = MOST_SHOWN // 2
     return text if len(text) <= MOST_SHOWN else f"{text[:half]} [{len(text) - 2 * half:,} characters] {text[-half:]}"
+
+
+def _choices(data: TaskData) -> int:
+    """Texts that a model reads of one example: multiple choice with a head has one for each choice."""
+    ids = data.validation[0].get("input_ids") if len(data.validation) else None
+    return len(ids) if ids and isinstance(ids[0], list) else 1
 
 
 def show_metrics(
