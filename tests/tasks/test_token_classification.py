@@ -169,7 +169,7 @@ def test_tags_that_stand_alone_are_judged_word_by_word(task: Prepare) -> None:
     assert (prepared.metric, prepared.reference) == ("accuracy", {"majority": 22 / 24})
     found = metrics(prepared, 0)  # label 0 becomes the tag 2; 14 words of 20 are left of the long sentence
     assert found["accuracy"] == pytest.approx((24 - 6 - 1) / 24)
-    assert set(found) == {"accuracy", "macro_f1"}
+    assert set(found) == {"accuracy", "macro_f1", "loss"}
     assert metrics(prepared)["macro_f1"] == pytest.approx((2 * 16 / (2 * 16 + 6) + 1 + 1) / 3)  # cut off is no tag
     shown = prepared.predictions(answered(prepared))  # type: ignore[misc]
     assert shown[2]["predicted"] == ["3"] * 14 + [None] * 6
@@ -200,6 +200,10 @@ def test_losses_are_the_models_own(task: Prepare) -> None:
         logits = prepared.model(**batch).logits.numpy()
     evaluated = Evaluated(logits, batch["labels"].numpy(), prepared.validation)
     assert prepared.example_losses(evaluated) == pytest.approx(single, abs=1e-5)  # type: ignore[misc]
+    whole = prepared.model(**batch).loss.item()
+    assert prepared.options["compute_metrics"](evaluated)["loss"] == pytest.approx(whole, abs=1e-5)
+    empty = task(ROWS, [ONE, {"tokens": [""], "tags": ["O"]}])  # its batch alone would have a loss that is no number
+    assert np.isfinite(metrics(empty)["loss"])
 
 
 SPANS = [

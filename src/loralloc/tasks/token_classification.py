@@ -291,20 +291,20 @@ class Judge:
 
         Returns:
             Of spans, `f1`, `precision` and `recall` of all and of each type (`f1_TYPE`); of tags that stand alone,
-            `macro_f1`; and the `accuracy` of words.
+            `macro_f1`; the `accuracy` of words; and `loss`, the mean over all words that have a token.
         """
-        rows = self._read(evaluated)
+        rows, (losses, judged) = self._read(evaluated), word_losses(evaluated)
         target = np.array([tag for row in rows for tag in row.tags])
         predicted = np.array([tag or "" for row in rows for tag in row.predicted])
-        accuracy = metrics.accuracy(predicted, target)
+        found = {"accuracy": metrics.accuracy(predicted, target), "loss": float(losses[judged].mean())}
         if self.scheme == "plain":
             occurring = set(target) | set(predicted) - {""}  # a word that was cut off has no tag
             each = [metrics.f1(predicted == tag, target == tag) for tag in occurring]
-            return {"accuracy": accuracy, "macro_f1": float(np.mean(each))}
+            return {**found, "macro_f1": float(np.mean(each))}
         spans = span_metrics(
             [spans_of(row.tags) for row in rows], [spans_of([tag or OUTSIDE for tag in row.predicted]) for row in rows]
         )
-        return {**spans, "accuracy": accuracy}
+        return {**spans, **found}
 
     def predictions(self, evaluated: Evaluated) -> list[dict[str, Any]]:
         """What is predicted for every sentence: a tag a word, null where it was cut off; and spans of a text."""
@@ -349,12 +349,16 @@ class _Judged:
     text: str
 
 
+def word_losses(evaluated: Evaluated) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
+    """Return (the loss of every token, [windows, length], 0 where it has no label; whether it has one)."""
+    logits, labels = np.asarray(evaluated.predictions), np.asarray(evaluated.label_ids)
+    judged, losses = labels != IGNORED, np.zeros(labels.shape)
+    losses[judged] = metrics.cross_entropy(logits[judged], labels[judged])
+    return losses, judged
+
+
 def example_losses(evaluated: Evaluated) -> NDArray[np.floating]:
     """The mean loss of the words of every sentence, [n]; 0 where none has a token."""
-    logits, labels = np.asarray(evaluated.predictions), np.asarray(evaluated.label_ids)
-    losses = []
-    for of_row in by_row(evaluated.examples["row"]):
-        learned = labels[of_row] != IGNORED
-        found = metrics.cross_entropy(logits[of_row][learned], labels[of_row][learned])
-        losses.append(found.mean() if len(found) else 0.0)
-    return np.array(losses)
+    losses, judged = word_losses(evaluated)
+    rows = by_row(evaluated.examples["row"])
+    return np.array([losses[row].sum() / max(1, judged[row].sum()) for row in rows])
