@@ -447,22 +447,3 @@ class TestFolderRules:
 
     def test_resume_of_nothing(self, recipe: Path) -> None:
         assert "there is no folder run" in refused("train", recipe, "--resume")
-
-
-SMOOTH = ("--training.trainer.label_smoothing_factor", 0.1)
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (("--data.class_weights", "balanced"), "would leave out data.class_weights; take one of the two out"),
-        (("--data.labels", "regression", "--data.label", "number"), "has one class, and these have none; take it out"),
-    ],
-)
-def test_smoothed_labels_where_there_are_none(words: tuple[str, ...], expected: str, recipe: Path, here: Path) -> None:
-    write_rows(here / "numbers.jsonl", [{**row, "number": n} for n, row in enumerate(examples(16))])
-    words = (*words, "--data.train", "numbers.jsonl", "--data.validation", "0.25")
-    said = refused("train", recipe, *words, *SMOOTH)
-    assert said.startswith("training.trainer.label_smoothing_factor: the Trainer ")
-    assert expected in said
-    done("train", recipe, *words, "--dry-run")
