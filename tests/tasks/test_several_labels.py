@@ -55,6 +55,7 @@ class TestSeveralLabels:
         expected = binary_cross_entropy_with_logits(output.logits, torch.tensor([row["labels"] for row in rows]))
         torch.testing.assert_close(output.loss, expected)
         assert data.metric == "micro_f1"
+        assert data.greater_is_better
         counts = {name: sum(labels[n] for labels in data.train["labels"]) for n, name in enumerate(NAMES)}
         assert data.classes == counts
         assert data.reference == {}
