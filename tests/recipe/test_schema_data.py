@@ -103,3 +103,24 @@ def test_a_scheme_is_for_tags(write: Write) -> None:
 def test_every_column_of_questions_is_needed(write: Write) -> None:
     (line,) = problems(write(edit("  answers: c\n", "", QUESTIONS)))
     assert 'missing "answers" in "data": column with the answers' in line
+
+
+class TestClassWeights:
+    @pytest.mark.parametrize(
+        ("written", "found"),
+        [
+            ("balanced", "balanced"),
+            ("{good: 2, bad: 0.5}", {"good": 2, "bad": 0.5}),
+            ("{0: 1, 1: 5}", {"0": 1, "1": 5}),
+            ("{true: 2}", {"true": 2}),
+        ],
+    )
+    def test_classes_go_by_their_names(self, write: Write, written: str, found: object) -> None:
+        path = write(edit("  label: label", f"  label: label\n  class_weights: {written}"))
+        assert load_recipe(path).data.class_weights == found
+
+    @pytest.mark.parametrize("written", ["heavy", "{}", "{good: 0}", "{good: x}", "[1, 2]", "3"])
+    def test_what_is_no_weights(self, write: Write, written: str) -> None:
+        path = write(edit("  label: label", f"  label: label\n  class_weights: {written}"))
+        (told,) = problems(path)
+        assert "data.class_weights must be balanced, or a mapping from classes to numbers above 0" in told

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loralloc.setting_types import Between0And1, Count, Number, Positive, Section, Text, Whole, is_text
+from loralloc.setting_types import Between0And1, Count, Number, Positive, Section, Text, Whole, is_number, is_text
 
 
 def _check_share_or_path(value: Any) -> Any:
@@ -33,6 +33,21 @@ Classes = Annotated[list[str | int | bool], Field(min_length=2)]
 Labels = Annotated[
     Literal["regression"] | list[str | int | bool] | None,
     BeforeValidator(_check_labels, json_schema_input_type=Literal["regression"] | Classes | None),
+]
+
+
+def _check_weights(value: Any) -> Any:
+    if value is None or value == "balanced":
+        return value
+    if isinstance(value, Mapping) and value and all(is_number(weight) and weight > 0 for weight in value.values()):
+        # As classes are named: a truth value by its word, a number by its digits.
+        return {str(name).lower() if isinstance(name, bool) else str(name): value[name] for name in value}
+    raise ValueError("must be balanced, or a mapping from classes to numbers above 0")
+
+
+ClassWeights = Annotated[
+    Literal["balanced"] | dict[str, float | int] | None,
+    BeforeValidator(_check_weights, json_schema_input_type=Literal["balanced"] | dict[str, Positive] | None),
 ]
 
 
@@ -86,7 +101,7 @@ class ClassificationData(DataSection):
     labels: Labels = Field(
         default=None, description="null: found in the training data; or the list of labels; or regression"
     )
-    class_weights: Literal["balanced"] | dict[str, Positive] | None = Field(
+    class_weights: ClassWeights = Field(
         default=None,
         description="what classes count in the training loss: balanced (the rarer, the more), or a mapping of some",
     )
