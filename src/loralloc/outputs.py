@@ -11,6 +11,11 @@ ENDS = ("start_logits", "end_logits")
 """What a model of answers in a text returns instead of logits: how likely each token begins and ends the answer."""
 
 
+def has_choices(model: Any) -> bool:
+    """Whether a model reads several texts for each example and scores them; transformers has no other mark of it."""
+    return type(model).__name__.endswith("ForMultipleChoice")
+
+
 def logits_of(output: Any) -> Tensor:
     """Return the logits that a model has computed, or else its first output.
 

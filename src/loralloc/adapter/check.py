@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loralloc.errors import UserError
-from loralloc.outputs import logits_of
+from loralloc.outputs import has_choices, logits_of
 from loralloc.peft_layers import bare_base, evaluating
 from loralloc.plain_lora import plain_sites
 from loralloc.quantized import dequantized
@@ -237,7 +237,7 @@ def _made_up(model: PeftModel) -> dict[str, Tensor]:
     if isinstance(end, int) and end < config.vocab_size:
         ids[ids == end] = (end + 1) % config.vocab_size  # classifiers look for as many ends in every sample
         ids[:, -1] = end
-    if type(inner).__name__.endswith("ForMultipleChoice"):
+    if has_choices(inner):
         ids = torch.stack([ids, ids.flip(1)], dim=1)  # two choices
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**batch, "decoder_input_ids": ids} if inner.config.is_encoder_decoder else batch

@@ -8,7 +8,6 @@ part of what is compared.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,8 +28,6 @@ from loralloc.tasks.pretrained import check_length, check_stacks, load_config, l
 from loralloc.tasks.rows import Rows
 from loralloc.tasks.spec import LikelihoodChoiceData
 
-logger = logging.getLogger(__name__)
-
 
 def prepare(model: ModelSection, data: LikelihoodChoiceData, seed: int) -> TaskData:
     """Make everything a Trainer needs to answer multiple-choice questions with a causal language model.
@@ -46,6 +43,7 @@ def prepare(model: ModelSection, data: LikelihoodChoiceData, seed: int) -> TaskD
     Raises:
         UserError: The recipe, the data or the model is at fault.
     """
+    # All data are read and checked before the model is loaded: a mistake should show in a second.
     splits = load_splits(data, seed)
     read = [(rows, read_questions(rows, data)) for rows in splits.all()]
 
@@ -164,15 +162,18 @@ def scores(evaluated: Evaluated) -> dict[str, list[NDArray[np.floating]]]:
     """
     losses, tokens = np.asarray(evaluated.predictions, dtype=np.float64)[:, :2].T
     characters = np.array([len(choice) for choice in evaluated.examples["choice"]])
-    starts = np.flatnonzero(np.diff(evaluated.examples["question"])) + 1
     by = {"accuracy": -losses, "accuracy_token": -losses / tokens, "accuracy_character": -losses / characters}
-    return {name: np.split(values, starts) for name, values in by.items()}
+    return {name: _by_question(values, evaluated) for name, values in by.items()}
+
+
+def _by_question(values: NDArray[Any], evaluated: Evaluated) -> list[NDArray[Any]]:
+    """Part what is known of every choice by the questions."""
+    return np.split(values, np.flatnonzero(np.diff(evaluated.examples["question"])) + 1)
 
 
 def _right(evaluated: Evaluated) -> list[int]:
     """The right choice of every question."""
-    starts = np.flatnonzero(np.diff(evaluated.examples["question"])) + 1
-    return [int(right.argmax()) for right in np.split(np.array(evaluated.examples["right"]), starts)]
+    return [int(right.argmax()) for right in _by_question(np.array(evaluated.examples["right"]), evaluated)]
 
 
 def choice_metrics(evaluated: Evaluated) -> dict[str, float]:

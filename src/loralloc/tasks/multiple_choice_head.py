@@ -35,6 +35,7 @@ def prepare(model: ModelSection, data: ChoiceData, seed: int) -> TaskData:
     Raises:
         UserError: The recipe, the data or the model is at fault.
     """
+    # All data are read and checked before the model is loaded: a mistake should show in a second.
     splits = load_splits(data, seed)
     read = [read_questions(rows, data) for rows in splits.all()]
     count = len(read[0][0].choices)

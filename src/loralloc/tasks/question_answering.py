@@ -86,10 +86,7 @@ def prepare(model: ModelSection, data: QuestionData, seed: int) -> TaskData:
         train=encoder.training(sources[0]),
         validation=encoder.evaluation(sources[1]),
         test=encoder.evaluation(sources[2]) if splits.test is not None else None,
-        options=_trained_with(tokenizer, judge),
-        example_losses=example_losses,
-        predictions=judge.predictions,
-        metric="f1",
+        **_trained_with(tokenizer, judge),
     )
 
 
@@ -104,19 +101,22 @@ def prepare_evaluation(
         encoder.evaluation(questions),
         model=model,
         tokenizer=tokenizer,
-        options=_trained_with(tokenizer, judge),
-        example_losses=example_losses,
-        predictions=judge.predictions,
-        metric="f1",
+        **_trained_with(tokenizer, judge),
     )
 
 
 def _trained_with(tokenizer: PreTrainedTokenizerBase, judge: Judge) -> dict[str, Any]:
-    """What the trainer is given."""
-    return {
+    """What the trainer is given, and how its evaluations are read."""
+    options = {
         "data_collator": DataCollatorWithPadding(tokenizer),
         "preprocess_logits_for_metrics": both_ends,
         "compute_metrics": judge.metrics,
+    }
+    return {
+        "options": options,
+        "metric": "f1",
+        "example_losses": example_losses,
+        "predictions": judge.predictions,
     }
 
 

@@ -92,10 +92,7 @@ def prepare(model: ModelSection, data: TokenClassificationData, seed: int) -> Ta
         train=encoder.training(sources[0]),
         validation=encoder.evaluation(sources[1]),
         test=encoder.evaluation(sources[2]) if splits.test is not None else None,
-        options=_trained_with(tokenizer, judge),
-        example_losses=example_losses,
-        predictions=judge.predictions,
-        metric="accuracy" if scheme == "plain" else "f1",
+        **_trained_with(tokenizer, judge),
         reference=_majority(sources[0], sources[-1]) if scheme == "plain" else {},
     )
 
@@ -116,20 +113,23 @@ def prepare_evaluation(
         _Encoder(tokenizer, data, names, keys).evaluation(sentences),
         model=model,
         tokenizer=tokenizer,
-        options=_trained_with(tokenizer, judge),
-        example_losses=example_losses,
-        predictions=judge.predictions,
-        metric="accuracy" if scheme == "plain" else "f1",
+        **_trained_with(tokenizer, judge),
     )
 
 
 def _trained_with(tokenizer: PreTrainedTokenizerBase, judge: Judge) -> dict[str, Any]:
-    """What the trainer is given."""
+    """What the trainer is given, and how its evaluations are read."""
     collator = DataCollatorForTokenClassification(tokenizer)
-    return {
+    options = {
         "data_collator": collator,
         "preprocess_logits_for_metrics": first_output,
         "compute_metrics": judge.metrics,
+    }
+    return {
+        "options": options,
+        "metric": judge.metric,
+        "example_losses": example_losses,
+        "predictions": judge.predictions,
     }
 
 
@@ -285,6 +285,11 @@ class Judge:
 
     names: tuple[str, ...]
     scheme: Scheme
+
+    @property
+    def metric(self) -> str:
+        """The first of its metrics."""
+        return "accuracy" if self.scheme == "plain" else "f1"
 
     def metrics(self, evaluated: Evaluated) -> dict[str, float]:
         """Compute what an evaluation is worth.

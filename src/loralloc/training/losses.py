@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
+from loralloc.outputs import has_choices
 
 Kind = Literal["next token", "token", "shifted token", "class", "regression", "several classes", "span"]
 """What is predicted; a shifted token is a decoder's beside an encoder, which sees the labels one place later."""
@@ -64,7 +65,7 @@ class SampleLoss:
         """
         name = getattr(self.model, "loss_type", None)
         config = getattr(self.model, "config", None)
-        if type(self.model).__name__.endswith("ForMultipleChoice"):  # for which transformers has no name
+        if has_choices(self.model):
             return "class"
         if name == "ForSequenceClassification":
             count, known = config.num_labels, config.problem_type  # type: ignore[union-attr]

@@ -55,6 +55,7 @@ class RunTrainer(Base):
 
     begun: float = 0.0
     evaluated: Evaluated | None = None
+    _examples: Any = None
     written: Generation | None = None
     counts: Literal["tokens", "examples"] = "examples"
 
