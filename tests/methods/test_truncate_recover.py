@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loralloc import Budget, Truncate, UserError, attach
 from loralloc.budget import CutSchedule
+from loralloc.training.run import AllocationRun
 
 RECOVER, BUDGET = 10, Budget(total_rank=5)
 CUT, WARM_UP = STEPS - RECOVER, RECOVER // 10
@@ -28,7 +29,22 @@ def loop(optimizer=adam, recover: float = RECOVER, **options) -> Loop:
 
 def open_factors(run: Loop) -> list[tuple[Tensor, Tensor]]:
     kept = [site.scale != 0 for site in run.sites]
-    return [(site.A[k].detach().clone(), site.B[:, k].detach().clone()) for site, k in zip(run.sites, kept, strict=True)]
+    return [
+        (site.A[k].detach().clone(), site.B[:, k].detach().clone()) for site, k in zip(run.sites, kept, strict=True)
+    ]
+
+
+def own_loop(run: AllocationRun, name: str, optimizer: torch.optim.Optimizer, steps: int, shown=(True, True)) -> None:
+    for step in range(steps):
+        run.model(**labelled_batch(name, seed=step)).loss.backward()
+        run.before_step(optimizer if shown[0] else None)
+        optimizer.step()
+        run.after_step(optimizer if shown[1] else None)
+        optimizer.zero_grad()
+
+
+def adamw(run: AllocationRun) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad], lr=0.01)
 
 
 @pytest.mark.parametrize("build", [adam, sgd, adagrad])
@@ -60,12 +76,7 @@ def test_the_learning_rate_rises_over_a_tenth_of_the_recovery() -> None:
     run = attach(tiny_peft("llama"), Truncate(Budget(total_rank=5), recover=40), total_steps=60)
     optimizer, seen = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=1.0), []
     optimizer.register_step_pre_hook(lambda own, *_: seen.append(own.param_groups[0]["lr"]))
-    for step in range(30):
-        run.model(**labelled_batch("llama", seed=step)).loss.backward()
-        run.before_step(optimizer)
-        optimizer.step()
-        run.after_step(optimizer)
-        optimizer.zero_grad()
+    own_loop(run, "llama", optimizer, 30)
     assert seen == pytest.approx([1.0] * 20 + [0.2, 0.4, 0.6, 0.8] + [1.0] * 6)
 
 
@@ -106,13 +117,7 @@ def test_a_compact_run_is_the_same_run() -> None:
     for compact in (False, True):
         model = tiny_peft("llama").double()
         run = attach(model, Truncate(Budget(total_rank=5), recover=6), 12, compact=compact)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        for step in range(12):
-            model(**labelled_batch("llama", seed=step)).loss.backward()
-            run.before_step(optimizer)
-            optimizer.step()
-            run.after_step(optimizer)
-            optimizer.zero_grad()
+        own_loop(run, "llama", adamw(run), 12)
         ranks = [len(site.A) for site in run.sites]
         assert (sum(ranks) == 5) == compact
         run.finish()
@@ -124,28 +129,18 @@ def test_heads_keep_their_moments_and_the_adapter_does_not() -> None:
     model = tiny_peft("bert")
     run = attach(model, Truncate(Budget(total_rank=5), recover=6), 12)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.01)
-    for step in range(6):
-        model(**labelled_batch("bert", seed=step)).loss.backward()
-        run.before_step(optimizer)
-        optimizer.step()
-        run.after_step(optimizer)
-        optimizer.zero_grad()
+    optimizer = adamw(run)
+    own_loop(run, "bert", optimizer, 6)
     known = {name for name, p in trained.items() if p in optimizer.state}
     assert known == {name for name in trained if "lora_" not in name} != set()
 
 
 def test_an_optimizer_that_is_not_shown_is_asked_for() -> None:
-    for shown in ((False, False), (False, True)):
+    for shown, steps in (((False, False), 3), ((False, True), 4)):
         run = attach(tiny_peft("llama"), Truncate(Budget(total_rank=5), recover=20), 24)
-        optimizer = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad], lr=0.01)
         with pytest.raises(UserError, match=r"^the method has written new factors, .* run\.after_step\(optimizer\)$"):
-            for step in range(8):
-                run.model(**labelled_batch("llama", seed=step)).loss.backward()
-                run.before_step(optimizer if shown[0] else None)
-                optimizer.step()
-                run.after_step(optimizer if shown[1] else None)
-        assert run.step == (3 if shown == (False, False) else 4)
+            own_loop(run, "llama", adamw(run), 8, shown)
+        assert run.step == steps
 
 
 def test_steps_must_be_left_before_the_cut() -> None:

@@ -82,7 +82,10 @@ class Truncate(Method):
         recover, steps = value("method", "recover"), value("training", "steps")
         if isinstance(recover, int) and is_number(steps) and recover >= steps:
             key = ("method", "recover")
-            yield key, f"method.recover is {recover} of {steps} steps: keep it below, so that all ranks are trained first"
+            yield (
+                key,
+                f"method.recover is {recover} of {steps} steps: keep it below, so that all ranks are trained first",
+            )
 
     def schedule(self, total_steps: int, start: int, target: int) -> CutSchedule:
         """Return all ranks up to the cut, and the budget after it.
