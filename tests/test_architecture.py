@@ -28,6 +28,7 @@ PACKAGE = ROOT / "src" / "loralloc"
 
 LAYERS = (  # top to bottom; the units of one layer are siblings
     ("cli", "testing"),
+    ("frontier",),
     ("recipe",),
     ("training",),
     ("report",),

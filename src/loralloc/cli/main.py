@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from loralloc._version import __version__
-from loralloc.cli import chat, demo, env, estimate, evaluate, export, init, report, schema, train, truncate
+from loralloc.cli import chat, demo, env, estimate, evaluate, export, frontier, init, report, schema, train, truncate
 from loralloc.errors import UserError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("export")(export.export)
 app.command("truncate")(truncate.truncate)
+app.command("frontier")(frontier.frontier)
 app.command("report")(report.report)
 app.command("schema")(schema.schema)
 app.command("env")(env.env)

@@ -306,20 +306,30 @@ def load_for_export(
     config.pad_token_id = load_config(checkpoint).pad_token_id
     options = {"config": config, "ignore_mismatched_sizes": True}
     base = load_model(recipe.task, checkpoint, tokenizer, recipe.training.seed, **options)
-    return _with_adapter(base, folder), tokenizer
+    return load_adapter(base, folder.weights), tokenizer
 
 
-def _with_adapter(base: PreTrainedModel, folder: RunFolder) -> PeftModel:
+def load_adapter(base: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> PeftModel:
+    """Load an adapter with stock PEFT.
+
+    Args:
+        base: The base model.
+        adapter: Folder of the adapter.
+        trainable: Whether its weights are to have gradients.
+
+    Raises:
+        UserError: It cannot be loaded, or does not fit the base model.
+    """
     try:
-        return PeftModel.from_pretrained(base, str(folder.weights))
+        return PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder.weights} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{adapter} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData]:
     """Load the base model and the data of a run and, with stock PEFT, the adapter it exported."""
     data = task_data(recipe)
-    return _with_adapter(data.model, folder), data
+    return load_adapter(data.model, folder.weights), data
 
 
 def load_with_data(folder: RunFolder, recipe: Recipe, source: str) -> tuple[PeftModel, TaskData]:

@@ -24,6 +24,7 @@ from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
 from loralloc.recipe import stages
 from loralloc.recipe.card import card_facts
+from loralloc.recipe.cuts import evaluate_cuts
 from loralloc.recipe.from_recipe import task_data
 from loralloc.recipe.outcome import Outcome
 from loralloc.recipe.passthrough import TOLD_TO_OTHERS, TRAINER, with_options, without
@@ -77,7 +78,7 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
     if stages.searches(recipe):
         search_plan, data = _search(recipe, data, folder, resume, screen)
     with processes.together():
-        trained_recipe = recipe if search_plan is None else stages.retraining_recipe(recipe, folder)
+        trained_recipe = recipe if search_plan is None else stages.retraining_recipe(recipe, folder.search.plan)
         stage = stages.prepare_training(trained_recipe, data, folder, screen, after_search=search_plan is not None)
     if not resume and search_plan is None:
         processes.on_main(folder.create, recipe)
@@ -228,6 +229,7 @@ def _sample(stage: Stage) -> dict[str, Any]:
 def _final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: float) -> dict[str, Any]:
     data = stage.data
     also = {name: stage.evaluate("also", examples) for name, examples in data.also.items()}
+    cuts = evaluate_cuts(stage)
     validation = stage.evaluate("eval", data.validation)
     test = None if data.test is None else stage.evaluate("test", data.test)
     _write_losses(stage)  # of the last evaluation: the test data or, without them, the validation data
@@ -238,6 +240,7 @@ def _final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: floa
         "validation": validation,
         "test": test,
         "also": also,
+        "cuts": cuts,
         "reference": {**data.reference, "untrained": untrained},
         "classes": dict(data.classes),
         "train_seconds": round(seconds, 1),

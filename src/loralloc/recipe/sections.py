@@ -140,4 +140,8 @@ class EvaluateConfig(Section):
     metric: Text | None = Field(
         default=None, description="what a run is judged by, of the task's metrics; null: the task's first"
     )
+    cuts: Whole = Field(
+        default=5,
+        description="smaller sizes at which the finished adapter is evaluated, each half of the last; 0: none",
+    )
     generate: GenerateConfig | None = Field(default=None, description="answers to held-out prompts; null: none")

@@ -44,11 +44,21 @@ from loralloc.training.checkpoint import check_processes, drop_after, newest_com
 from loralloc.training.step_data import random_state, set_random_state
 from loralloc.training.trainer import Agreement, RunTrainer, SkipBadSteps
 
-EVALUATED = {"untrained": "the untrained model", "eval": "validation data", "test": "test data", "also": "more data"}
+EVALUATED = {
+    "untrained": "the untrained model",
+    "cut": "a smaller adapter",
+    "eval": "validation data",
+    "test": "test data",
+    "also": "more data",
+}
 """What an evaluation is about, by the prefix of its figures in the log."""
 
 PREVIEWED = 2
 """Examples that a rehearsal shows."""
+
+
+RECOVERY_WARM_UP = 0.1
+"""Share of a recovery in which the learning rate rises."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +167,10 @@ def prepare_search(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Sc
     assert held_out is not None
     assert isinstance(data.train, Dataset)
     steps = search_steps(recipe, data.packed(data.train))
-    trainer = without(recipe.training.trainer, OF_THE_EXPORTED_ALONE)
-    settings = {"steps": steps, "epochs": None, "eval_every": None, "trainer": trainer}
-    settings |= {"keep_best": False, "early_stopping": None}
-    searching = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
     parts = replace(data, train=train, validation=held_out, test=None)
-    stage = _prepare(searching, parts, folder.search, screen, make_method(recipe.method, held_out), steps)
+    stage = _prepare(
+        shortened(recipe, steps), parts, folder.search, screen, make_method(recipe.method, held_out), steps
+    )
     screen.start(recipe, data, stage.model, steps)
     screen.search(steps, len(cast(Dataset, train)), len(held_out))
     return stage
@@ -181,11 +189,33 @@ def prepare_training(recipe: Recipe, data: TaskData, folder: RunFolder, screen: 
     return stage
 
 
-def retraining_recipe(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """Return the recipe of what follows a search: plain LoRA at the ranks that it has found, on all training data."""
+def prepare_recovery(
+    recipe: Recipe, plan: Path, data: TaskData, folder: RunFolder, screen: Screen, steps: int
+) -> Stage:
+    """Load and check everything that it takes to train an adapter on for some steps at the ranks of a plan.
+
+    The adapter is a fresh one: what it starts from is for the caller to write into it.
+    """
+    recovering = shortened(retraining_recipe(recipe, plan), steps)
+    alone = {"save_every": None, "compact": False, "warmup": RECOVERY_WARM_UP}
+    alone["trainer"] = without(recovering.training.trainer, TOLD_TO_OTHERS)
+    recovering = recovering.model_copy(update={"training": recovering.training.model_copy(update=alone)})
+    return _prepare(recovering, data, folder, screen, None, steps)
+
+
+def retraining_recipe(recipe: Recipe, plan: Path) -> Recipe:
+    """Return the recipe of a training after a search: plain LoRA at the ranks of a plan, on all training data."""
     plain = sections()[PLAIN_LORA](name=PLAIN_LORA)
     following = with_options(recipe, PEFT, without(recipe.lora.peft, PLANNED))
-    return following.model_copy(update={"method": plain, "plan": str(folder.search.plan.resolve())})
+    return following.model_copy(update={"method": plain, "plan": str(plan.resolve())})
+
+
+def shortened(recipe: Recipe, steps: int) -> Recipe:
+    """Return the recipe of a training of so many steps that is not the run's own: nothing is evaluated or pushed."""
+    trainer = without(recipe.training.trainer, OF_THE_EXPORTED_ALONE)
+    settings = {"steps": steps, "epochs": None, "eval_every": None, "trainer": trainer}
+    settings |= {"keep_best": False, "early_stopping": None}
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
 
 
 def total_steps(recipe: Recipe, examples: int | None) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loralloc.report import figures
 from loralloc.report.grid import Grid, arrange
-from loralloc.report.run_record import RunRecord
+from loralloc.report.run_record import RunRecord, number
 from loralloc.trace import Trace
 
 if TYPE_CHECKING:
@@ -66,7 +66,26 @@ def charts(run: RunRecord, highest: int) -> list[Chart]:
         ]
     if run.train or run.evaluations:
         drawn.append(Chart("loss", "Loss", _loss_caption(run), figures.loss_figure(run)))
+    if sizes := loss_over_size(run):
+        drawn.append(Chart("sizes", "Smaller adapters", SIZES_CAPTION, figures.sizes_figure(sizes)))
     return drawn
+
+
+SIZES_CAPTION = (
+    "Validation loss of this adapter, cut to fewer ranks by its singular values, with no more training: an upper bound "
+    "of what smaller ones can do. loralloc frontier trains each size a little more, and recommends one."
+)
+
+
+def loss_over_size(run: RunRecord) -> list[tuple[float, float]]:
+    """Return (average rank, validation loss) of the adapter's smaller sizes, and of itself, from small to large."""
+    found = run.metrics.get("cuts")
+    cuts = [cut for cut in found if isinstance(cut, dict)] if isinstance(found, list) else []
+    sizes = [(number(cut.get("average_rank")), number((cut.get("metrics") or {}).get("loss"))) for cut in cuts]
+    whole = number((run.metrics.get("validation") or {}).get("loss"))
+    sizes.insert(0, (run.plan.total_rank / len(run.plan.modules), whole))
+    known = [size for size in sizes if all(map(math.isfinite, size))]
+    return known[::-1] if len(known) > 1 else []
 
 
 def side_charts(run: RunRecord) -> list[Chart]:

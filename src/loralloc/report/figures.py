@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loralloc.naming import short_names
-from loralloc.report.axes import EndLabel, end_labels, shade_phases, short_number, step_axes
+from loralloc.report.axes import (
+    ABOVE,
+    BELOW,
+    HEIGHT,
+    LEFT,
+    WIDTH,
+    EndLabel,
+    end_labels,
+    shade_phases,
+    short_number,
+    step_axes,
+)
 from loralloc.report.grid import Grid
 from loralloc.report.palette import LIGHT, RAMP, RAMP_STEPS, SERIES, TEXT_ON_RAMP, step_of
 from loralloc.report.run_record import RunRecord
@@ -163,6 +174,24 @@ def series_figure(run: RunRecord, name: str, title: str, *, from_zero: bool = Fa
         axes.set_ylim(0, max([value for value in values if math.isfinite(value)], default=0) * 1.16 or 1)
     if run.trace:
         shade_phases(axes, run.trace, run)
+    return figure
+
+
+def sizes_figure(sizes: Sequence[tuple[float, float]]) -> Figure:
+    """Loss over the average rank, both as they were found; the last size is the adapter itself."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    axes = figure.add_axes((LEFT, BELOW / HEIGHT, 0.97 - LEFT, 1 - (BELOW + ABOVE) / HEIGHT))
+    axes.set_title("validation loss")
+    averages, losses = zip(*sizes, strict=True)
+    axes.plot(averages, losses, color=LIGHT["series-1"], marker="o", markersize=4)
+    axes.set_xscale("log")
+    axes.set_xticks(averages, [f"{average:.2g}" for average in averages])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("average rank", loc="right", labelpad=1)
+    axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
     return figure
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from loralloc.files import write_atomically
 from loralloc.report import figures, wording
@@ -71,10 +71,13 @@ def _write_pngs(run: RunRecord, drawn: dict[str, Figure]) -> None:
             path.unlink(missing_ok=True)
 
 
-def templates() -> Environment:
-    """Return the templates; a name that no value was given for is an error."""
+def templates(package: str = "loralloc.report") -> Environment:
+    """Return the templates of a package, and the report's, of which they use pieces.
+
+    A name that no value was given for is an error.
+    """
     environment = Environment(
-        loader=PackageLoader("loralloc.report"),
+        loader=ChoiceLoader([PackageLoader(name) for name in dict.fromkeys((package, "loralloc.report"))]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -139,7 +139,7 @@ class RankAllocation(TrainerCallback):
         run.check_optimizer(kwargs["optimizer"])
         if run.data is not None:
             data = self.method.examples
-            run.data.validation = _validation_batches(data, kwargs["train_dataloader"], args)
+            run.data.validation = validation_batches(data, kwargs["train_dataloader"], args)
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.steps_until_final)
         if state.global_step > 0:
@@ -271,7 +271,7 @@ def _go_before_reports(callback: TrainerCallback) -> None:
     callbacks.insert(flow + 1, callback)  # it asks what the flow has decided
 
 
-def _validation_batches(data: Any, training: Any, args: TrainingArguments) -> CollatedBatches:
+def validation_batches(data: Any, training: Any, args: TrainingArguments) -> CollatedBatches:
     """Batches of a method's validation data, made as the Trainer makes its own.
 
     Raises:

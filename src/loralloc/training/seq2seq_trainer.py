@@ -59,6 +59,15 @@ class RunSeq2SeqTrainer(RunTrainer, Seq2SeqTrainer):
         arguments: Any = self.args
         arguments.predict_with_generate = generate is not None
 
+    @contextmanager
+    def without_answers(self) -> Iterator[None]:
+        """Evaluate by the targets alone inside."""
+        generate, self._generate = self._generate, None
+        try:
+            yield
+        finally:
+            self._generate = generate
+
     def prediction_step(
         self,
         model: Any,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,6 +90,10 @@ class RunTrainer(Base):
         self._examples = self.eval_dataset if eval_dataset is None else eval_dataset
         with self._left_as_it_is(), self._trackers_wait(), self.meter.paused():
             return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def without_answers(self) -> AbstractContextManager[None]:
+        """Let the model write no answers in the evaluations inside, where it would."""
+        return nullcontext()
 
     def window(self) -> dict[str, Any]:
         """What the next row of the log will tell of the steps since the last one, JSON-able; for checkpoints."""

@@ -1,0 +1,114 @@
+"""`loralloc frontier`: quality over size, from one run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loralloc.adapter.folders import check_target
+from loralloc.cli import completion
+from loralloc.errors import UserError
+
+if TYPE_CHECKING:
+    from loralloc.frontier.run import Settings
+    from loralloc.frontier.source import Source
+
+
+class Order(StrEnum):
+    """The orders of loralloc.frontier.orders, spelled out so that --help imports no torch."""
+
+    singular_value = "singular_value"
+    sensitivity = "sensitivity"
+    ablation = "ablation"
+
+
+def frontier(
+    run: Annotated[
+        Path, typer.Argument(help="The run folder, or the folder of any LoRA adapter.", autocompletion=completion.runs)
+    ],
+    recover: Annotated[
+        float, typer.Option(help="Share of the run's steps that each size is trained on after the cut; 0 for none.")
+    ] = 0.2,
+    order: Annotated[
+        Order,
+        typer.Option(
+            help="What is given up first: small singular values, or what the loss on validation data needs least."
+        ),
+    ] = Order.singular_value,
+    ranks: Annotated[
+        str | None, typer.Option(help="Average ranks to try, such as 8,4,2,1; by default twelve, down to 1/32.")
+    ] = None,
+    export: Annotated[
+        float | None,
+        typer.Option(metavar="AVERAGE_RANK", help="Write the adapter of this size; measured first if it is not there."),
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="With --export: folder to write; by default FRONTIER/adapter.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Of an adapter without a run: the recipe with its base model and data.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the frontier; by default RUN/frontier.")] = None,
+) -> None:
+    """Cut a trained adapter to many sizes, train each a little more, and say which size is small enough."""
+    from loralloc.cli.checks import check_inputs
+    from loralloc.frontier.source import Source
+
+    if not 0 <= recover < 1:
+        raise UserError(f"--recover is a share of the run's steps, from 0 to below 1, got {recover:g}")
+    if to is not None and export is None:
+        raise UserError("--to is where --export writes: give the average rank to export as well")
+    averages = None if ranks is None else _averages(ranks)
+    source = Source.of(run, recipe, output)
+    target = (to or source.folder / "adapter").resolve()
+    if export is not None:
+        check_target(target)
+    check_inputs(source.recipe)
+    from loralloc.cli import terminal
+    from loralloc.frontier.run import Settings
+
+    terminal.quiet_libraries()
+    settings = Settings(order.value, recover, averages)
+    source.folder.mkdir(parents=True, exist_ok=True)
+    if export is None:
+        _measure(source, settings)
+    else:
+        _export(source, settings, export, target)
+
+
+def _averages(words: str) -> list[float]:
+    """Average ranks as they are written on the command line."""
+    try:
+        return [float(word) for word in words.replace(",", " ").split()]
+    except ValueError as error:
+        raise UserError(f"--ranks: give average ranks such as 8,4,2,1; {words!r} are none") from error
+
+
+def _measure(source: Source, settings: Settings) -> None:
+    from loralloc.cli import terminal
+    from loralloc.frontier.page import point_in_words, write_page
+    from loralloc.frontier.run import make_frontier
+
+    found = make_frontier(source, settings, terminal.Terminal(), lambda one: typer.echo(point_in_words(one)))
+    found.save(source.folder / "frontier.json")
+    typer.echo(found.verdict())
+    typer.echo(f"page:   {write_page(found, source.folder)}")
+    typer.echo(f"export: loralloc frontier {source.named} --export {found.average(found.choice):.3g}")
+
+
+def _export(source: Source, settings: Settings, average: float, target: Path) -> None:
+    from loralloc.cli import terminal
+    from loralloc.frontier.export import as_measured, export_point
+    from loralloc.frontier.page import point_in_words
+    from loralloc.frontier.run import folder_of, make_frontier
+
+    settings = as_measured(source.folder, settings, average)
+    found = make_frontier(source, settings, terminal.Terminal(), lambda one: typer.echo(point_in_words(one)))
+    exported = export_point(source, folder_of(source, found.choice.ranks) / "adapter", target)
+    typer.echo(f"wrote {exported.path} ({found.choice.ranks:,} ranks, the largest {exported.max_rank})")
+    typer.echo(f"checked: reloaded by stock PEFT, largest difference of a logit {exported.difference:.1e}")
+    for line in exported.serving:
+        typer.echo(f"serve:  {line}")

@@ -1,0 +1,1 @@
+"""Quality over size, from one run: smaller adapters out of a trained one, and which of them is small enough."""

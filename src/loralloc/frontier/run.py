@@ -1,0 +1,235 @@
+"""What `loralloc frontier` does: cut a trained adapter at many budgets, let each cut recover, and recommend one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from loralloc._version import __version__
+from loralloc.adapter.terms import Terms
+from loralloc.allocate import keep_top
+from loralloc.errors import UserError
+from loralloc.frontier.budgets import chosen, compare_points, recommend, spread
+from loralloc.frontier.orders import Order, score_terms
+from loralloc.frontier.point import Measured, Point, PointFolder
+from loralloc.frontier.result import Frontier
+from loralloc.frontier.source import Source
+from loralloc.plain_lora import plain_sites
+from loralloc.plan import ModuleRank, RankPlan
+from loralloc.quantized import leave_memory
+from loralloc.recipe import stages
+from loralloc.recipe.from_recipe import load_adapter, task_data
+from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.screen import Screen
+from loralloc.tasks.base import TaskData
+from loralloc.training import processes
+from loralloc.training.callback import validation_batches
+from loralloc.training.trainer import RunTrainer
+
+DEFAULT_RECOVERY = 0.2
+"""Share of a run's steps that each cut is trained on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a frontier is made.
+
+    Attributes:
+        order: In which order terms are given up.
+        recover: Share of the run's steps that each cut is trained on; 0 for none.
+        averages: Average ranks to try; None for twelve, from all of them downwards.
+    """
+
+    order: Order = "singular_value"
+    recover: float = DEFAULT_RECOVERY
+    averages: Sequence[float] | None = None
+
+
+def make_frontier(source: Source, settings: Settings, screen: Screen, told: Callable[[Point], None]) -> Frontier:
+    """Measure every point of a frontier; those that are there already are kept.
+
+    Args:
+        source: The adapter.
+        settings: How.
+        screen: Shows evaluations and trainings.
+        told: Called with every point that is done.
+
+    Raises:
+        UserError: The task has no loss for each example, there are too few of them, or a budget is out of range.
+    """
+    processes.refuse_several("loralloc frontier")
+    data = task_data(source.recipe)
+    if data.example_losses is None:
+        raise UserError(
+            f"task {source.recipe.task} has no loss for each example, by which sizes could be compared; "
+            "loralloc truncate cuts its adapters"
+        )
+    if len(data.validation) < 2:
+        raise UserError("data.validation: sizes are compared by the losses of validation examples; give more than one")
+    model = load_adapter(data.model, source.adapter, trainable=True)  # as scores by gradients ask for
+    steps = _recovery_steps(source, settings, data)
+    with TemporaryDirectory(prefix="loralloc-") as scratch:
+        trainer = stages.make_evaluator(source.recipe, data, model, Path(scratch), screen)
+        model = _adapted(trainer)
+        terms = Terms.of(model)
+        scores = score_terms(settings.order, model, terms, _batches(settings.order, trainer, data))
+        bench = _Bench(source, data, trainer, terms, scores, screen, _of(source, settings, steps))
+        modules = source.modules or len(terms.sites)
+        points = [bench.cut(ranks) for ranks in _budgets(settings, modules, terms.count)]
+        if steps:
+            points = bench.recover(points, steps, told)
+        else:
+            for point in points:
+                bench.keep(point)
+                told(point)
+    worse = compare_points([point.best.array for point in points])
+    best = recommend([point.ranks for point in points], worse)
+    return Frontier(source, settings.order, settings.recover, steps, data.metric, points, worse, best, modules)
+
+
+def _budgets(settings: Settings, modules: int, total: int) -> list[int]:
+    return spread(total) if settings.averages is None else chosen(settings.averages, modules, total)
+
+
+def _recovery_steps(source: Source, settings: Settings, data: TaskData) -> int:
+    if not settings.recover:
+        return 0
+    steps = source.steps
+    if steps is None:
+        rows = data.packed(data.train) if isinstance(data.train, Dataset) else None
+        steps = stages.total_steps(source.recipe, rows)
+    return max(1, round(settings.recover * steps))
+
+
+def _of(source: Source, settings: Settings, steps: int) -> dict[str, Any]:
+    """What a kept point must have been made of."""
+    return {"adapter": source.fingerprint(), "order": settings.order, "steps": steps, "loralloc": __version__}
+
+
+def _adapted(trainer: RunTrainer) -> PeftModel:
+    assert isinstance(trainer.model, PeftModel)
+    return trainer.model
+
+
+def _batches(order: Order, trainer: RunTrainer, data: TaskData) -> Sequence[Any]:
+    """Validation examples in batches, as methods look at them."""
+    if order == "singular_value":
+        return ()
+    examples = data.validation if data.learned_validation is None else data.learned_validation
+    return validation_batches(examples, trainer.get_train_dataloader(), trainer.args)
+
+
+def folder_of(source: Source, ranks: int) -> Path:
+    """Where the point of so many ranks is kept."""
+    return source.folder / "points" / f"{ranks}-ranks"
+
+
+@dataclass
+class _Bench:
+    """Where points are made: the adapter as it was trained, and what evaluates it."""
+
+    source: Source
+    data: TaskData
+    trainer: RunTrainer
+    terms: Terms
+    scores: Tensor
+    screen: Screen
+    of: dict[str, Any]
+
+    def cut(self, ranks: int) -> Point:
+        """Keep so many ranks, and evaluate."""
+        keep, folder = keep_top(self.scores, ranks), self._folder(ranks)
+        if (kept := folder.read()) is not None:
+            return kept
+        folder.root.mkdir(parents=True, exist_ok=True)
+        plan = self._plan(keep)
+        plan.save(folder.plan)
+        with self.terms.cut(keep):
+            begun = time.perf_counter()
+            measured = self._measure(self.trainer, begun)
+            _adapted(self.trainer).save_pretrained(str(folder.adapter))
+        size = self.terms.sites[0].A.element_size()
+        return Point(ranks, plan.parameters, plan.parameters * size, max(plan.ranks.values()), measured)
+
+    def recover(self, points: Sequence[Point], steps: int, told: Callable[[Point], None]) -> list[Point]:
+        """Train each cut for so many steps; the adapter that they were cut from leaves memory first."""
+        heads = {
+            name: tensor.clone()
+            for name, tensor in get_peft_model_state_dict(_adapted(self.trainer)).items()
+            if ".lora_" not in name
+        }
+        leave_memory(self.data.model)
+        done = []
+        for point in points:
+            if point.recovered is None:
+                point = self._recovered(point, steps, heads)
+                self.keep(point)
+            told(point)
+            done.append(point)
+        return done
+
+    def keep(self, point: Point) -> None:
+        """Write a point down, so that it need not be measured again."""
+        self._folder(point.ranks).write(point)
+
+    def _folder(self, ranks: int) -> PointFolder:
+        return PointFolder(folder_of(self.source, ranks), self.of)
+
+    def _plan(self, keep: Tensor) -> RankPlan:
+        """The ranks of a cut, and the scale that the run has trained with."""
+        modules = {
+            site.name: ModuleRank(rank, len(site.A), site.A.shape[1], len(site.B), self._scale(site.name, site.scaling))
+            for site, rank in zip(self.terms.sites, self.terms.kept_ranks(keep), strict=True)
+        }
+        provenance = {"loralloc": __version__, "order": self.of["order"], "source": str(self.source.adapter)}
+        return RankPlan("frontier", modules, {"total_rank": int(keep.sum())}, provenance=provenance)
+
+    def _scale(self, name: str, otherwise: float) -> float:
+        return self.source.scales.get(name, otherwise)
+
+    def _measure(self, trainer: RunTrainer, begun: float) -> Measured:
+        found = stages.evaluate(trainer, self.data, "eval", self.screen, self.data.validation)
+        assert self.data.example_losses is not None
+        assert trainer.evaluated is not None
+        losses = tuple(round(float(loss), 7) for loss in self.data.example_losses(trainer.evaluated))
+        return Measured(found, losses, round(time.perf_counter() - begun, 2))
+
+    def _recovered(self, point: Point, steps: int, heads: dict[str, Tensor]) -> Point:
+        """Train a cut as a fresh run of so many steps would be, from the kept terms on."""
+        assert self.data.again is not None
+        folder, data = self._folder(point.ranks), replace(self.data, model=self.data.again())
+        with TemporaryDirectory(prefix="loralloc-") as scratch:
+            stage = stages.prepare_recovery(
+                self.source.recipe, folder.plan, data, RunFolder(Path(scratch)), self.screen, steps
+            )
+            self._put(point.ranks, stage.model, heads)
+            begun = time.perf_counter()
+            stage.train(resume=False)
+            point = replace(point, recovered=self._measure(stage.trainer, begun))
+            if point.gained:
+                stage.model.save_pretrained(str(folder.adapter))
+        leave_memory(data.model)
+        return point
+
+    @torch.no_grad()
+    def _put(self, ranks: int, model: PeftModel, heads: dict[str, Tensor]) -> None:
+        """Write the kept terms, and the heads as they were trained, into a fresh adapter."""
+        keep = keep_top(self.scores, ranks)
+        scales = [self._scale(site.name, site.scaling) for site in self.terms.sites]
+        names = [site.name for site in self.terms.sites]
+        factors = dict(zip(names, self.terms.factors(keep, scales), strict=True))
+        for site in plain_sites(model):
+            A, B = factors[site.name]
+            site.A.copy_(A)
+            site.B.copy_(B)
+        if heads:
+            set_peft_model_state_dict(model, heads)

@@ -1,0 +1,92 @@
+"""What a frontier is made of: a finished run, or any plain LoRA adapter with a recipe for its data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loralloc.adapter.folders import ADAPTER_WEIGHTS, check_adapter_folder
+from loralloc.errors import UserError
+from loralloc.plan import RankPlan
+from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter, and what it takes to train it on.
+
+    Attributes:
+        adapter: Folder of the adapter.
+        recipe: Its task, data and settings.
+        folder: Where the frontier is written.
+        scales: What B A was multiplied by while training, by module; empty where nobody wrote it down.
+        modules: Modules that were adapted, also those that kept no rank; None where that is not known.
+        steps: Optimizer steps of its training; None likewise.
+        seconds: How long that took; None likewise.
+    """
+
+    adapter: Path
+    recipe: Recipe
+    folder: Path
+    scales: Mapping[str, float]
+    modules: int | None
+    steps: int | None
+    seconds: float | None
+
+    @classmethod
+    def of(cls, path: Path, recipe: Path | None, output: Path | None) -> Source:
+        """Find out what a path names.
+
+        Args:
+            path: A run folder, or the folder of an adapter.
+            recipe: The recipe that an adapter has no run folder for.
+            output: Folder to write; by default RUN/frontier.
+
+        Raises:
+            UserError: It is neither, the run has not finished, or a recipe or an output is missing or too much.
+        """
+        if (path / "recipe.yaml").is_file() or not path.is_dir():
+            if recipe is not None:
+                raise UserError(f"--recipe: the run {path} has its own recipe; leave it out")
+            return cls._of_run(path, output)
+        check_adapter_folder(path)
+        if recipe is None:
+            raise UserError(
+                f"{path} is an adapter without a run: name the recipe that says which base model and data it is for, "
+                "--recipe recipe.yaml"
+            )
+        if output is None:
+            raise UserError(f"{path} is an adapter without a run: name a folder to write, --output FOLDER")
+        return cls(path, load_recipe(recipe), output, {}, None, None, None)
+
+    @classmethod
+    def _of_run(cls, path: Path, output: Path | None) -> Source:
+        folder = RunFolder.finished(path)
+        if folder.weights != folder.adapter:
+            raise UserError(f"{path} has no adapter: its export failed; loralloc export {path} writes it")
+        plan, metrics = RankPlan.load(folder.plan), _read(folder.metrics)
+        scales = {name: module.scale for name, module in plan.modules.items()}
+        recipe, steps = folder.load_recipe(), plan.provenance.get("steps")
+        seconds = metrics.get("train_seconds")
+        return cls(folder.adapter, recipe, output or path / "frontier", scales, len(plan.modules), steps, seconds)
+
+    @property
+    def named(self) -> str:
+        """How the command line names it."""
+        run = self.adapter.parent
+        if (run / "recipe.yaml").is_file():
+            return str(run)
+        return f"{self.adapter} --recipe RECIPE --output {self.folder}"
+
+    def fingerprint(self) -> str:
+        """Tell adapters apart: the start of a hash of its weights."""
+        digest = hashlib.sha256((self.adapter / ADAPTER_WEIGHTS).read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

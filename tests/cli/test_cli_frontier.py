@@ -1,0 +1,145 @@
+"""`loralloc frontier`: from a run, or from any adapter, to a curve, a recommendation and an adapter of any size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loralloc.adapter.truncation import truncate_adapter
+from loralloc.budget import Budget
+from loralloc.plan import RankPlan
+
+from .command import done, read_json, refused
+
+SLOW = pytest.mark.slow
+
+
+def points(folder: Path) -> list[dict]:
+    return read_json(folder / "frontier.json")["points"]
+
+
+def updates(adapter: Path) -> dict[str, torch.Tensor]:
+    """B A of every module as stock PEFT computes it, from the files."""
+    config, tensors = (
+        json.loads((adapter / "adapter_config.json").read_text()),
+        load_file(adapter / "adapter_model.safetensors"),
+    )
+    found = {}
+    for key in [key for key in tensors if ".lora_A." in key]:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        A, B = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        alpha = next((v for k, v in config["alpha_pattern"].items() if name.endswith(k)), config["lora_alpha"])
+        found[name] = alpha / len(A) * B @ A
+    return found
+
+
+class TestOfARun:
+    def test_cuts_at_every_size_and_writes_what_it_found(self, run: Path) -> None:
+        said = done("frontier", run, "--recover", 0, "--ranks", "2,1,0.5")
+        record, folder = read_json(run / "frontier" / "frontier.json"), run / "frontier"
+        modules = record["modules"]
+        assert [point["ranks"] for point in record["points"]] == [2 * modules, modules, modules // 2]
+        assert record["verdict"] in said
+        page = (folder / "frontier.html").read_text()
+        assert record["verdict"] in page
+        assert page.count("<tr>") == 4
+        assert (folder / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+        whole, validation = record["points"][0]["cut"]["metrics"], read_json(run / "metrics.json")["validation"]
+        assert whole == pytest.approx(validation, abs=1e-5)  # the run itself: it was trained at rank 2 on average
+        for point in record["points"]:
+            plan = RankPlan.load(folder / "points" / f"{point['ranks']}-ranks" / "ranks.json")
+            assert (plan.total_rank, plan.parameters) == (point["ranks"], point["parameters"])
+            assert max(plan.ranks.values()) == point["largest_rank"]
+            assert point["bytes"] == 4 * point["parameters"]
+
+    def test_the_order_of_singular_values_is_truncation(self, run: Path) -> None:
+        done("frontier", run, "--recover", 0, "--ranks", "1")
+        (point,) = points(run / "frontier")
+        truncate_adapter(run / "adapter", run.parent / "small", Budget(total_rank=point["ranks"]))
+        expected = updates(run.parent / "small")
+        done("frontier", run, "--export", 1)
+        found = updates(run / "frontier" / "adapter")
+        assert found.keys() == expected.keys()
+        for name, update in found.items():
+            torch.testing.assert_close(update, expected[name], rtol=0, atol=1e-6)
+
+    def test_a_size_is_not_measured_twice(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        done("frontier", run, "--recover", 0, "--ranks", "2,1")
+        first = points(run / "frontier")
+        evaluated = []
+        original = np.mean
+        monkeypatch.setattr("loralloc.recipe.stages.evaluate", lambda *args: evaluated.append(args) or original([]))
+        done("frontier", run, "--recover", 0, "--ranks", "2,1")
+        assert points(run / "frontier") == first
+        assert not evaluated
+
+    @SLOW
+    def test_lets_every_size_recover_and_exports_one(self, run: Path) -> None:
+        said = done("frontier", run, "--recover", 0.5, "--ranks", "2,1", "--order", "ablation")
+        folder = run / "frontier"
+        record = read_json(folder / "frontier.json")
+        assert record["recovery"]["steps"] > 1
+        for point in record["points"]:
+            assert point["cut"]["metrics"] != point["recovered"]["metrics"]
+        again = done("frontier", run, "--recover", 0.5, "--ranks", "2,1", "--order", "ablation")
+        assert read_json(folder / "frontier.json")["points"] == record["points"]
+        assert "step 1/" in said
+        assert "step 1/" not in again
+        exported = done("frontier", run, "--export", 1)  # as it was measured
+        assert "largest difference of a logit" in exported
+        small = RankPlan.load(folder / "points" / f"{record['points'][1]['ranks']}-ranks" / "ranks.json")
+        ranks = {name: len(update) for name, update in updates(folder / "adapter").items()}
+        assert ranks.keys() == {name for name, rank in small.ranks.items() if rank}
+
+    @SLOW
+    def test_a_recovery_is_a_training_from_the_cut_on(self, run: Path) -> None:
+        """Two frontiers of the same run are the same, to the bit."""
+        other = Path(shutil.copytree(run, run.parent / "other"))
+        for folder in (run, other):
+            done("frontier", folder, "--recover", 0.5, "--ranks", "1")
+        one, two = (updates(next(folder.glob("frontier/points/*/adapter"))) for folder in (run, other))
+        assert all(torch.equal(update, two[name]) for name, update in one.items())
+
+
+@SLOW
+def test_of_any_adapter_with_its_recipe(run: Path, recipe: Path) -> None:
+    shutil.copytree(run / "adapter", "alone")
+    done("frontier", "alone", "--recipe", recipe, "--output", "curve", "--recover", 0.5, "--ranks", "2,1")
+    record = read_json(Path("curve/frontier.json"))
+    assert [point["average_rank"] for point in record["points"]] == [2, 1]
+    assert record["recovery"]["steps"] > 1
+
+
+class TestRefusals:
+    def test_what_it_takes_to_make_one(self, run: Path, recipe: Path) -> None:
+        shutil.copytree(run / "adapter", "alone")
+        assert "alone is an adapter without a run: name the recipe that says" in refused("frontier", "alone")
+        assert "name a folder to write, --output FOLDER" in refused("frontier", "alone", "--recipe", recipe)
+        assert f"--recipe: the run {run} has its own recipe; leave it out" in refused(
+            "frontier", run, "--recipe", recipe
+        )
+        assert "there is no folder nowhere" in refused("frontier", "nowhere")
+        assert "--recover is a share of the run's steps, from 0 to below 1, got 1" in refused(
+            "frontier", run, "--recover", 1
+        )
+        assert "--ranks: give average ranks such as 8,4,2,1; 'few' are none" in refused(
+            "frontier", run, "--ranks", "few"
+        )
+        assert "--to is where --export writes" in refused("frontier", run, "--to", "there")
+
+    def test_sizes_that_it_does_not_have(self, run: Path) -> None:
+        message = refused("frontier", run, "--recover", 0, "--ranks", "2,99")
+        assert "--ranks: this adapter has an average rank of 2 in" in message
+        assert message.rstrip().endswith("got 99")
+
+    def test_an_export_over_something_else(self, run: Path) -> None:
+        Path("mine").mkdir()
+        Path("mine/file").touch()
+        message = refused("frontier", run, "--export", 1, "--to", "mine")
+        assert "mine exists and is no export of loralloc; nothing was overwritten" in message
