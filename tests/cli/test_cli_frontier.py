@@ -143,3 +143,21 @@ class TestRefusals:
         Path("mine/file").touch()
         message = refused("frontier", run, "--export", 1, "--to", "mine")
         assert "mine exists and is no export of loralloc; nothing was overwritten" in message
+
+
+class TestInEveryRun:
+    def test_smaller_sizes_are_evaluated_and_drawn(self, run: Path) -> None:
+        metrics, total = read_json(run / "metrics.json"), RankPlan.load(run / "ranks.json").total_rank
+        assert [cut["ranks"] for cut in metrics["cuts"]] == [total // 2, total // 4, total // 8, total // 16]
+        modules = len(RankPlan.load(run / "ranks.json").modules)
+        half = metrics["cuts"][0]
+        assert half["average_rank"] == pytest.approx(half["ranks"] / modules, abs=1e-4)
+        assert "Smaller adapters" in (run / "report.html").read_text()
+        done("frontier", run, "--recover", 0, "--ranks", half["ranks"] / modules)
+        (point,) = points(run / "frontier")
+        assert point["ranks"] == half["ranks"]
+        assert point["cut"]["metrics"] == pytest.approx(half["metrics"], abs=1e-5)
+
+    def test_unless_the_recipe_says_otherwise(self, recipe: Path, unreported: None) -> None:
+        done("train", recipe, "--evaluate.cuts", 0, "--training.steps", 4)
+        assert read_json(Path("run/metrics.json"))["cuts"] == []
