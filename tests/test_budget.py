@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralloc.budget import Budget, BudgetSchedule, cubic_schedule, phase_steps, start_budget
+from loralloc.budget import Budget, start_budget
 from loralloc.errors import UserError
+from loralloc.schedule import BudgetSchedule, cubic_schedule, phase_steps
 
 INF = float("inf")
 KINDS = ("average_rank", "total_rank", "parameters", "fraction")

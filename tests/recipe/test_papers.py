@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 
 from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget
-from loralloc.budget import BudgetSchedule, RoundSchedule
 from loralloc.methods.registry import make_method
 from loralloc.recipe.schema import load_recipe
 from loralloc.recipe.source import read_recipe_file
 from loralloc.recipe.stages import search_steps, total_steps
 from loralloc.recipes import list_recipes, recipe_text
+from loralloc.schedule import BudgetSchedule, RoundSchedule
 
 NAMES = [name for name in list_recipes() if name.startswith("papers/")]
 FOLDER = list_recipes()[NAMES[0]].parent
