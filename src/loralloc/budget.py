@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -171,14 +171,13 @@ class Budget:
         return self.max_rank if fits else None
 
 
-def _check_amount(name: str, value: Any) -> None:
+def _check_amount(name: str, value: float) -> None:
     """Refuse what a field of a budget cannot be."""
-    is_whole, is_number = (isinstance(value, kind) and not isinstance(value, bool) for kind in (Integral, Real))
-    if not is_number:  # numpy's numbers are
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real
         raise UserError(f"the budget must be a number, such as Budget(average_rank=8), got {name}={value!r}")
     if not value > 0:
         raise UserError(f"the budget must be positive, got {name}={value}")
-    if name not in ("average_rank", *_SHARES) and not is_whole:
+    if name not in ("average_rank", *_SHARES) and not isinstance(value, Integral):
         raise UserError(f"the budget in {name} must be a whole number, got {value!r}")
     if name in _SHARES and value > 1:
         raise UserError(f"a budget as a fraction of {_SHARES[name]} is at most 1, got {name}={value}")
