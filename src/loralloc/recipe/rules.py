@@ -47,11 +47,11 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         values = get(tree, *map(str, section))
         if isinstance(values, Mapping):
             chosen = [name for name in members if values.get(name) is not None]
-            enough = values.get(ALONE.get(section)) is not None
-            if len(chosen) > 1 or not (chosen or enough):
+            alone = ALONE.get(section)
+            if len(chosen) > 1 or not (chosen or values.get(alone) is not None):
                 listed_keys = " and ".join(chosen) or "none of them"
                 key = (*section, chosen[-1]) if chosen else section
-                needs = f"exactly one of {', '.join(members)}" + (f", or {ALONE[section]} alone" * (section in ALONE))
+                needs = f"exactly one of {', '.join(members)}" + ("" if alone is None else f", or {alone} alone")
                 yield key, f"{dotted(section)} needs {needs}; got {listed_keys}"
     yield from _broken_columns(tree)
     yield from _broken_metric(tree)
