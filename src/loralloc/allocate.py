@@ -81,8 +81,8 @@ def keep_most(scores: Tensor, costs: Tensor, limit: int) -> Tensor:
 def select(scores: Tensor, budget: Budget, modules: Modules, limit: int, keep: Keep = keep_most) -> Tensor:
     """Keep the best ranks under a budget, of each module no more than its `max_rank`.
 
-    Where all ranks cost the same, as in a budget in ranks, those with the highest scores stay, and the host does not
-    wait for the device.
+    Where all ranks cost the same, as in a budget in ranks, those with the highest scores stay; without a cap the host
+    does not wait for the device then. Where costs differ the scores are read once.
 
     Args:
         scores: [R], the modules one after the other. Where costs differ they are summed up: what keeping a rank is

@@ -222,6 +222,10 @@ def test_22_a_checkpoint_with_another_budget_is_refused():
     )
     with pytest.raises(UserError, match=text):
         Loop(method_of(budget=5)).run.load_state_dict(tensors, numbers)
+    with pytest.raises(
+        UserError, match="its settings has max_rank=null where this run has 3; resume with the settings"
+    ):
+        Loop(method_of(Budget(total_rank=6, max_rank=3))).run.load_state_dict(tensors, numbers)
 
 
 def test_23_parameters_are_kept_ranks_times_inputs_and_outputs():

@@ -9,7 +9,7 @@ Whether a method's ranks are worth their trouble shows only beside ranks that co
 Each control is a score per rank; the selection under the budget is the one that every method uses (`allocate`), so a
 budget in ranks is met exactly, and one in parameters is never exceeded while no further rank fits. The scores are an
 order and no worth that could be summed up: where ranks differ in cost they are given out in this order, and a rank that
-does not fit is skipped. A `max_rank` closes the last ranks of a module, whose share goes to the others.
+does not fit is skipped. Under a `max_rank` a module has the first of its ranks in this order; others get the rest.
 
 What makes them comparable: the capacity is `LoraConfig.r`, as for AdaLoRA, and the scale is lora_alpha / `LoraConfig.r`
 whatever rank a module gets. (Plain LoRA at rank k would be scaled by lora_alpha / k: another learning rate, not another

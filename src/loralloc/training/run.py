@@ -335,9 +335,10 @@ class AllocationRun(Recorded):
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, numbers) that a resumed run needs beyond the model's and the optimizer's own."""
-        # How the phases were spelled is not the point: the schedule says what they came to.
-        phases = ("warmup", "cooldown", "interval")
+        # How phases and budget were spelled is not the point: the schedule says what they came to, but for the cap.
+        phases, cap = ("warmup", "cooldown", "interval"), getattr(self.method.budget, "max_rank", None)
         settings = {key: value for key, value in self.method.settings().items() if key not in phases}
+        settings |= {} if cap is None else {"max_rank": cap}
         numbers = {
             "method": self.method.id,
             "settings": settings,
