@@ -303,8 +303,7 @@ def test_a_decoder_as_a_classifier(recipe: Path, decoder: Path) -> None:
     ],
 )
 def test_budgets_in_every_unit(recipe: Path, flag: str, value: float, unit: str, bound: int) -> None:
-    said = done("train", recipe, "--steps", 6, flag, value)
-    assert f"(budget: {flag.removeprefix('--').replace('_', ' ')} {value:,})" in said
+    assert f"(budget: {flag[2:].replace('_', ' ')} {value:,})" in done("train", recipe, "--steps", 6, flag, value)
     plan = read_json(Path("run/ranks.json"))
     final = plan["cost"]["final"][unit]
     cheapest = min(m["in"] + m["out"] for m in plan["modules"].values() if m["rank"] < m["start"])
