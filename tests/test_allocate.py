@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralloc.allocate import keep_top, keep_within
+from loralloc.allocate import Keep, best_of_each, keep_most, keep_top, keep_within, select
+from loralloc.budget import Budget, Modules
 
 NAN, INF = float("nan"), float("inf")
 
@@ -164,3 +166,100 @@ class TestKeepWithin:
         for keep in (keep_top(torch.tensor([]), 0), keep_within(torch.tensor([]), torch.tensor([]).long(), 5)):
             assert keep.dtype == torch.bool
             assert keep.shape == (0,)
+
+
+class TestKeepMost:
+    @given(priced.filter(len), st.integers(0, 400))
+    def test_never_exceeds_the_limit_and_leaves_no_room(self, ranks: list[tuple[float, int]], limit: int) -> None:
+        scores, costs = map(list, zip(*ranks, strict=True))
+        keep = keep_most(torch.tensor(scores), torch.tensor(costs), limit)
+        assert keep.dtype == torch.bool
+        rest = limit - spent(keep.tolist(), costs)
+        assert rest >= 0
+        assert all(cost > rest for kept, cost in zip(keep.tolist(), costs, strict=True) if not kept)
+
+    @given(st.lists(one_score, min_size=1, max_size=24), st.integers(1, 2000), st.data())
+    def test_is_the_top_where_all_cost_the_same(self, scores: list[float], cost: int, data: st.DataObject) -> None:
+        limit = data.draw(st.integers(0, cost * len(scores)))
+        keep = keep_most(torch.tensor(scores), torch.full((len(scores),), cost), limit)
+        assert keep.tolist() == keep_top(torch.tensor(scores), limit // cost).tolist()
+
+    def test_is_worth_more_than_what_fits_in_order(self) -> None:
+        scores, costs = torch.tensor([12.0, 9.0, 9.0]), torch.tensor([6, 5, 5])
+        assert keep_most(scores, costs, 10).tolist() == [False, True, True]
+        assert keep_within(scores, costs, 10).tolist() == [True, False, False]
+
+
+UNITS = ("total_rank", "parameters", "adapter_bytes")
+
+
+@st.composite
+def selections(draw: st.DrawFn) -> tuple[torch.Tensor, Budget, Modules]:
+    """Scores of modules that differ in rank, shape and dtype, and a budget that they can have."""
+    shapes = draw(
+        st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9), st.sampled_from([2, 4])), min_size=1, max_size=5)
+    )
+    modules = Modules(
+        [rank for rank, _, _ in shapes], [cost for _, cost, _ in shapes], [cost * size for _, cost, size in shapes]
+    )
+    kind, cap = draw(st.sampled_from(UNITS)), draw(st.none() | st.integers(1, 4))
+    unit = Budget(**{kind: 1}).unit
+    most = modules.total(unit, cap if unit == "ranks" else None)
+    least = min(modules.costs(unit))
+    amount = draw(st.integers(least, max(least, most)))
+    scores = draw(st.lists(one_score, min_size=sum(modules.ranks), max_size=sum(modules.ranks)))
+    return torch.tensor(scores), Budget(**{kind: amount}, max_rank=cap), modules
+
+
+class TestSelect:
+    @given(selections(), st.sampled_from([keep_most, keep_within]))
+    def test_budget_and_cap_hold_and_no_further_rank_fits(
+        self, case: tuple[torch.Tensor, Budget, Modules], keep: Keep
+    ) -> None:
+        scores, budget, modules = case
+        limit = budget.resolve(modules)
+        kept = select(scores, budget, modules, limit, keep)
+        counts = [int(part.sum()) for part in kept.split(modules.ranks)]
+        most, costs = modules.capped(budget.max_rank), modules.costs(budget.unit)
+        left = limit - sum(count * cost for count, cost in zip(counts, costs, strict=True))
+        assert left == 0 if budget.unit == "ranks" else left >= 0
+        assert all(count <= m for count, m in zip(counts, most, strict=True))
+        assert not any(count < m and cost <= left for count, m, cost in zip(counts, most, costs, strict=True))
+
+    @given(selections())
+    def test_of_a_module_its_best_ranks_stay(self, case: tuple[torch.Tensor, Budget, Modules]) -> None:
+        scores, budget, modules = case
+        kept = select(scores, budget, modules, budget.resolve(modules))
+        for part, flags in zip(scores.split(modules.ranks), kept.split(modules.ranks), strict=True):
+            assert flags.tolist() == top_twin(part.tolist(), int(flags.sum()))
+
+    @given(selections())
+    def test_without_a_cap_that_binds_it_is_the_selection_without(
+        self, case: tuple[torch.Tensor, Budget, Modules]
+    ) -> None:
+        scores, budget, modules = case
+        limit = budget.resolve(modules)
+        free, wide = (replace(budget, max_rank=cap) for cap in (None, max(modules.ranks)))
+        assert torch.equal(select(scores, free, modules, limit), select(scores, wide, modules, limit))
+
+    def test_a_cap_moves_what_it_takes_to_other_modules(self) -> None:
+        modules = Modules([3, 3], [10, 10], [40, 40])
+        scores = torch.tensor([9.0, 7.0, 8.0, 1.0, 3.0, 2.0])
+        assert select(scores, Budget(total_rank=4), modules, 4).tolist() == [True] * 3 + [False, True, False]
+        capped = Budget(total_rank=4, max_rank=2)
+        assert select(scores, capped, modules, 4).tolist() == [True, False, True, False, True, True]
+
+    def test_while_the_limit_is_above_what_a_cap_allows_there_is_none(self) -> None:
+        modules = Modules([3, 1], [10, 10], [40, 40])
+        budget = Budget(total_rank=2, max_rank=1)
+        assert select(torch.arange(4.0), budget, modules, 3).tolist() == [False, True, True, True]
+        assert select(torch.arange(4.0), budget, modules, 2).tolist() == [False, False, True, True]
+
+    @given(selections())
+    def test_the_best_of_each_module_are_found_as_by_hand(self, case: tuple[torch.Tensor, Budget, Modules]) -> None:
+        scores, _, modules = case
+        for most in range(1, 5):
+            flags = torch.zeros(len(scores), dtype=torch.bool)
+            flags[best_of_each(scores, modules.ranks, most)] = True
+            for part, found in zip(scores.split(modules.ranks), flags.split(modules.ranks), strict=True):
+                assert found.tolist() == top_twin(part.tolist(), min(most, len(part)))

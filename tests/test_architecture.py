@@ -39,14 +39,14 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("plain_lora",),
     ("peft_layers",),
     ("trace",),
-    ("kernel", "budget", "allocate", "quantized", "outputs"),
+    ("kernel", "budget", "schedule", "knapsack", "allocate", "quantized", "outputs"),
     ("setting_types",),
     ("plan", "recipes", "naming"),
     ("files",),
     ("errors", "_version"),
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
-MAY_IMPORT_FROM_SAME_LAYER = {"kernel", "budget", "allocate"}  # pure functions share pieces
+MAY_IMPORT_FROM_SAME_LAYER = {"kernel", "budget", "knapsack", "allocate"}  # pure functions share pieces
 
 FOREIGN: dict[
     str, set[str]
@@ -59,6 +59,8 @@ FOREIGN: dict[
     "trace": set(),
     "kernel": {"torch"},
     "budget": {"pydantic"},
+    "schedule": set(),
+    "knapsack": {"numpy"},
     "allocate": {"torch"},
     "gating": {"torch", "peft"},
     "peft_layers": {"torch", "peft", "transformers"},

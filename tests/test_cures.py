@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,10 @@ def test_ranks_that_cannot_move_get_room() -> None:
     message = refusal(full(4), "the budget fills the whole capacity", attaching(method))
     (rank,) = re.findall(r"raise it to (\d+)", message)
     assert attach(full(int(rank)), method, 30)
+    capped = ABLoRA(Budget(max_rank=2), score="sensitivity", rounds=2)
+    refusal(full(4), "raise it, or give a budget of fewer ranks beside it", attaching(capped))
+    assert attach(full(4), replace(capped, budget=Budget(max_rank=3, average_rank=2)), 30)
+    assert attach(full(4), replace(capped, budget=Budget(max_rank=2, average_rank=1.5)), 30)
 
 
 def test_ranks_that_cannot_move_within_blocks_move_between_them() -> None:
@@ -369,3 +374,15 @@ def test_a_budget_above_the_start_is_lowered_or_the_start_raised() -> None:
     )
     assert attach(model, AdaLoRA(Budget(average_rank=4)), 30)
     assert attach(tiny_peft("llama", r=5), AdaLoRA(Budget(average_rank=5)), 30)
+
+
+def test_ranks_that_a_cap_does_not_allow_get_a_higher_cap_or_become_fewer() -> None:
+    model = tiny_peft("llama")
+    message = refusal(
+        model,
+        "asks for 18 ranks, but with max_rank=2 the 6 adapted modules can have no more than 12;",
+        attaching(AdaLoRA(Budget(average_rank=3, max_rank=2))),
+    )
+    ((cap, total),) = re.findall(r"raise max_rank to (\d+) or lower the budget to total_rank=(\d+)$", message)
+    assert attach(model, AdaLoRA(Budget(average_rank=3, max_rank=int(cap))), 30)
+    assert attach(tiny_peft("llama"), AdaLoRA(Budget(total_rank=int(total), max_rank=2)), 30)

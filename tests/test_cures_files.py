@@ -22,6 +22,7 @@ from loralloc import AdaLoRA, Budget, RankPlan, UserError, attach, export_adapte
 from loralloc import lora_config as planned_config
 from loralloc.adapter.model_card import Profile
 from loralloc.adapter.truncation import truncate_adapter
+from loralloc.budget import AMOUNTS
 from loralloc.gating import attach_gates
 from loralloc.plain_lora import stored_apart
 
@@ -202,7 +203,7 @@ def test_a_plan_of_another_model_names_the_nearest_module() -> None:
 # ---- Budgets ----
 
 
-@pytest.mark.parametrize("name", ["average_rank", "total_rank", "parameters", "fraction"])
+@pytest.mark.parametrize("name", [*AMOUNTS, "max_rank"])
 @pytest.mark.parametrize("value", ["8", True, np.True_, [8], 8j, torch.tensor(8)], ids=str)
 def test_a_budget_that_is_no_number_is_refused_with_one_that_is(name: str, value: Any) -> None:
     text = f"the budget must be a number, such as Budget(average_rank=8), got {name}={value!r}"
@@ -212,7 +213,7 @@ def test_a_budget_that_is_no_number_is_refused_with_one_that_is(name: str, value
 
 
 @pytest.mark.parametrize("number", [np.int64(8), np.int32(8), np.uint8(8)])
-@pytest.mark.parametrize("name", ["average_rank", "total_rank", "parameters"])
+@pytest.mark.parametrize("name", ["average_rank", "total_rank", "parameters", "adapter_bytes", "max_rank"])
 def test_whole_numbers_of_numpy_are_taken_as_pythons(name: str, number: Any) -> None:
     budget = Budget(**{name: number})
     assert budget == Budget(**{name: 8})
@@ -220,7 +221,7 @@ def test_whole_numbers_of_numpy_are_taken_as_pythons(name: str, number: Any) -> 
 
 
 @pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), np.float16(0.5)])
-@pytest.mark.parametrize("name", ["average_rank", "fraction"])
+@pytest.mark.parametrize("name", ["average_rank", "fraction", "share_of_base"])
 def test_other_numbers_of_numpy_are_taken_as_pythons(name: str, number: Any) -> None:
     budget = Budget(**{name: number})
     assert budget == Budget(**{name: 0.5})

@@ -12,13 +12,21 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, quantize_4bit
-from models import VOCABULARY, token_batch
+from models import VOCABULARY, tiny_peft, token_batch
 from quantized_models import BITS, quantized_llama, quantized_peft, saved_llama, weights_of
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from loralloc import AdaLoRA, Budget, UserError, attach
-from loralloc.quantized import dequantized, is_packed, keep_trainable, leave_memory, misread_rows, quantized_layers
+from loralloc import AdaLoRA, Budget, Truncate, UserError, attach
+from loralloc.quantized import (
+    dequantized,
+    is_packed,
+    keep_trainable,
+    leave_memory,
+    misread_rows,
+    parameter_count,
+    quantized_layers,
+)
 
 
 def gradient(model: Any) -> Tensor:
@@ -48,6 +56,38 @@ def test_every_linear_layer_but_the_head_is_found(bits: str) -> None:
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert {name for name, _ in quantized_layers(model)} == linear - {"lm_head"}
     assert not list(quantized_layers(LlamaForCausalLM.from_pretrained(saved_llama())))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_parameters_are_counted_as_those_that_few_bits_stand_for(bits: str) -> None:
+    """And none of the adapter's: a budget as a share of the base model means the same over all of them."""
+    full = sum(parameter.numel() for parameter in LlamaForCausalLM.from_pretrained(saved_llama()).parameters())
+    run = attach(quantized_peft(bits), Truncate(Budget(share_of_base=0.01)), total_steps=4)
+    assert run.sites[0].base_parameters == full
+    assert run.target == int(0.01 * full)
+    if bits == "4bit":
+        assert sum(parameter.numel() for parameter in quantized_llama(bits).parameters()) < full
+
+
+def test_tied_weights_heads_and_adapters_are_no_parameters_of_their_own() -> None:
+    for name in ("bert", "gpt2"):
+        model = tiny_peft(name)  # the head of the one is saved with the adapter, the other's is its embedding
+        full = sum(parameter.numel() for parameter in model.unload().parameters())
+        assert parameter_count(tiny_peft(name), ["default"]) == full
+
+
+class Packed(nn.Module):
+    """A linear layer as other libraries keep one: packed numbers, which are no parameter, and a bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+
+def test_weights_that_are_kept_elsewhere_than_in_a_parameter_are_counted_by_the_layers_size() -> None:
+    assert parameter_count(nn.Sequential(Packed(16, 8), nn.Linear(8, 3)), []) == 16 * 8 + 8 + 8 * 3 + 3
 
 
 class TestTraining:

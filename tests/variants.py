@@ -78,7 +78,7 @@ FAST: Mapping[str, int] = {
     "methods/test_contract.py::TestContract::test_eight_accumulated_batches_are_one_batch": 1,
     "methods/test_contract.py::TestContract::test_frozen_weights_are_never_touched": 4,
     "methods/test_contract.py::TestContract::test_looking_changes_nothing": 1,
-    "methods/test_contract.py::TestContract::test_the_budget_is_met_at_every_event_and_by_the_plan": 6,
+    "methods/test_contract.py::TestContract::test_the_budget_is_met_at_every_event_and_by_the_plan": 10,
     "methods/test_contract.py::TestContract::test_the_count_of_bad_steps_goes_on_after_a_checkpoint": 4,
     "methods/test_contract.py::TestContract::test_the_finished_model_is_plain_lora_that_computes_the_same": 3,
     "methods/test_contract.py::TestContract::test_the_plan_is_the_gates_and_the_factors": 5,

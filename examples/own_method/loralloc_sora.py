@@ -20,8 +20,9 @@ Where we deviate, and why:
 * Threshold: ηλ, as in the paper. The public code has a constant that does not follow the learning rate, and its three
   lines see each other's results, so that gates below two thresholds become 0 as well.
 * Schedule: λ is constant. The paper's Algorithm 1 raises it in rounds, to see many sparsities in one run.
-* Budget: not in the paper. With one, the largest |g| of all modules stay at the end; where fewer are left than it
-  allows, ranks with a gate of 0 fill it up, and λ is too large for it.
+* Budget: not in the paper. With one, the largest |g| of all modules stay at the end, or those that add up to most where
+  ranks differ in cost; where fewer are left than it allows, ranks with a gate of 0 fill it up, and λ is too large for
+  it.
 * A module may end with no rank. Where all gates of the model are 0 the adapter adds nothing: that is refused at once.
 
 A gate falls by λ · Σ η over a run, and under Adam its gradients move it by at most about Σ η: ranks close where λ · Σ η
@@ -39,10 +40,11 @@ from pydantic import Field
 from torch import Tensor
 
 from loralloc.allocate import select
-from loralloc.budget import Budget, ConstantSchedule
+from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.gating import Site
-from loralloc.methods.base import Decision, Method, StepContext, agree
+from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of
+from loralloc.schedule import ConstantSchedule
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,7 @@ class SoRA(Method):
         if self.budget is None:
             kept = agree(sizes > 0)
         else:
-            costs = [site.cost for site in state.sites for _ in range(site.rank)]
-            kept = agree(select(sizes, costs, self.budget.unit, target))
+            kept = agree(select(sizes, self.budget, modules_of(state.sites), target))
         for site, open_ranks in zip(state.sites, kept.split([site.rank for site in state.sites]), strict=True):
             site.set_scale(open_ranks.to(site.gate.device))
         return kept

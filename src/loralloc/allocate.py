@@ -5,12 +5,16 @@ Higher scores win; ties go to the earlier position; NaN counts as −∞. Keepin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from loralloc.budget import Unit
+from loralloc import knapsack
+from loralloc.budget import Budget, Modules
+
+Keep = Callable[[Tensor, Tensor, int], Tensor]
+"""Chooses ranks of different costs, [R] scores and [R] costs, under a limit: boolean [R]."""
 
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
@@ -31,9 +35,7 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
     """
     if not 0 <= count <= scores.numel():
         raise ValueError(f"cannot keep {count} of {scores.numel()} ranks")
-    keep = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    keep[by_score(scores)[:count]] = True
-    return keep
+    return _marked(scores, by_score(scores)[:count])
 
 
 def keep_within(scores: Tensor, costs: Tensor, limit: int) -> Tensor:
@@ -43,7 +45,7 @@ def keep_within(scores: Tensor, costs: Tensor, limit: int) -> Tensor:
 
     Args:
         scores: [R].
-        costs: [R], positive integers.
+        costs: [R], positive integers on the CPU.
         limit: Most the kept ranks may cost together.
 
     Returns:
@@ -52,34 +54,97 @@ def keep_within(scores: Tensor, costs: Tensor, limit: int) -> Tensor:
     >>> keep_within(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([5, 4, 3]), 8).tolist()
     [True, False, True]
     """
-    keep = [False] * scores.numel()
-    price = costs.tolist()
-    for position in by_score(scores).tolist():
-        if price[position] <= limit:
-            keep[position] = True
-            limit -= price[position]
-    return torch.tensor(keep, dtype=torch.bool, device=scores.device)
+    order = by_score(scores).cpu().numpy()
+    return _marked(scores, torch.from_numpy(knapsack.fitting(order, costs.numpy(), limit)))
 
 
-def select(scores: Tensor, costs: Sequence[int], unit: Unit, target: int) -> Tensor:
-    """Keep the best ranks under a budget.
+def keep_most(scores: Tensor, costs: Tensor, limit: int) -> Tensor:
+    """Keep the ranks whose scores add up to most, see `knapsack.most_valuable`.
+
+    The kept ranks never cost more than `limit`, and no further rank fits.
 
     Args:
-        scores: [R].
-        costs: [R], parameters of each rank; only for a budget in parameters.
-        unit: What the budget counts.
-        target: The budget: met exactly in ranks, never exceeded in parameters.
+        scores: [R]: what keeping a rank is worth.
+        costs: [R], positive integers on the CPU.
+        limit: Most the kept ranks may cost together.
 
     Returns:
         Boolean [R].
 
-    >>> select(torch.tensor([3.0, 2.0, 1.0]), [5, 4, 3], "parameters", 8).tolist()
-    [True, False, True]
+    >>> keep_most(torch.tensor([3.0, 2.0, 2.0]), torch.tensor([5, 4, 4]), 8).tolist()
+    [False, True, True]
     """
-    return keep_top(scores, target) if unit == "ranks" else keep_within(scores, torch.tensor(costs), target)
+    found = knapsack.most_valuable(scores.detach().cpu().double().numpy(), costs.numpy(), limit)
+    return _marked(scores, torch.from_numpy(found))
+
+
+def select(scores: Tensor, budget: Budget, modules: Modules, limit: int, keep: Keep = keep_most) -> Tensor:
+    """Keep the best ranks under a budget, of each module no more than its `max_rank`.
+
+    Where all ranks cost the same, as in a budget in ranks, those with the highest scores stay; without a cap the host
+    does not wait for the device then. Where costs differ the scores are read once.
+
+    Args:
+        scores: [R], the modules one after the other. Where costs differ they are summed up: what keeping a rank is
+            worth.
+        budget: The budget, for what it counts and its cap.
+        modules: The modules, with as many ranks as there are scores.
+        limit: What the budget allows now, in its unit: met exactly in ranks, never exceeded in parameters or bytes.
+        keep: How ranks of different costs are chosen; `keep_within` where scores are an order and nothing more.
+
+    Returns:
+        Boolean [R].
+
+    >>> modules = Modules(ranks=[1, 2], parameters=[5, 4], bytes=[20, 16])
+    >>> scores = torch.tensor([3.0, 2.0, 2.0])
+    >>> select(scores, Budget(parameters=8), modules, 8).tolist()
+    [False, True, True]
+    >>> select(scores, Budget(parameters=8, max_rank=1), modules, 8).tolist()
+    [True, False, False]
+    """
+    cap, costs = budget.cap(modules, limit), modules.costs(budget.unit)
+    if cap is None:
+        return _within(scores, modules.ranks, costs, limit, keep)
+    best = best_of_each(scores, modules.ranks, cap)
+    return _marked(scores, best, _within(scores[best], modules.capped(cap), costs, limit, keep))
+
+
+def _within(scores: Tensor, ranks: Sequence[int], costs: Sequence[int], limit: int, keep: Keep) -> Tensor:
+    """Keep ranks of modules, given what one of each costs."""
+    if len({*costs}) == 1:
+        return keep_top(scores, min(limit // costs[0], scores.numel()))
+    return keep(scores, torch.tensor(costs).repeat_interleave(torch.tensor(ranks)), limit)
+
+
+def best_of_each(scores: Tensor, ranks: Sequence[int], most: int) -> Tensor:
+    """Positions of the best ranks of each module, ascending.
+
+    Args:
+        scores: [R], the modules one after the other.
+        ranks: Ranks of each module.
+        most: How many of a module; of one with fewer, all.
+
+    >>> best_of_each(torch.tensor([1.0, 3.0, 2.0, 0.0]), [3, 1], 2).tolist()
+    [1, 2, 3]
+    """
+    module = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(scores.device)
+    order = by_score(scores)
+    by_module = order[torch.argsort(module[order], stable=True)]
+    first, chosen = 0, []
+    for rank in ranks:
+        chosen += range(first, first + min(rank, most))
+        first += rank
+    return by_module[torch.tensor(chosen, device=scores.device)].sort().values
 
 
 def by_score(scores: Tensor) -> Tensor:
     """Positions from the best score to the worst."""
     comparable = torch.where(scores.isnan(), -torch.inf, scores)
     return torch.argsort(comparable, descending=True, stable=True)
+
+
+def _marked(scores: Tensor, positions: Tensor, mark: Tensor | bool = True) -> Tensor:
+    """Boolean [R], on the device of the scores."""
+    marked = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    marked[positions.to(scores.device)] = mark
+    return marked

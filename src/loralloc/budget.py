@@ -1,407 +1,200 @@
-"""Budgets and the schedule by which a run comes down to them. Numbers only: no tensors."""
+"""Budgets: what the final adapter may cost. Numbers only: no tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from loralloc.errors import UserError
 from loralloc.setting_types import Count, Number, Positive
 
-Unit = Literal["ranks", "parameters"]
-Phase = Literal["warmup", "decrease", "final"]
+Unit = Literal["ranks", "parameters", "bytes"]
 
-# What the phases of a run are called, in terminals and reports.
-WARM_UP, FALLS, ROUNDS, FINAL, ALL = "warm-up", "budget falls", "rounds", "final ranks", "all ranks"
+AMOUNTS = ("average_rank", "total_rank", "parameters", "fraction", "adapter_bytes", "share_of_base")
+"""Of a budget's fields those that say how much; `max_rank` caps each module."""
+
+_SHARES = {"fraction": "the starting parameters", "share_of_base": "the base model's parameters"}
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What a budget must know of the adapted modules and of the model that they are in.
+
+    Attributes:
+        ranks: Starting rank of each module.
+        parameters: Parameters of one rank of each module, in + out.
+        bytes: The same in bytes, at the dtypes of A and B.
+        base_parameters: Parameters of the base model; None where there is none, as beside an adapter's folder.
+    """
+
+    ranks: Sequence[int]
+    parameters: Sequence[int]
+    bytes: Sequence[int]
+    base_parameters: int | None = None
+
+    def costs(self, unit: str) -> Sequence[int]:
+        """Return what one rank of each module costs; every rank is 1 where ranks are counted."""
+        return {"ranks": [1] * len(self.ranks), "parameters": self.parameters, "bytes": self.bytes}[unit]
+
+    def total(self, unit: str, max_rank: int | None = None) -> int:
+        """Return what all ranks cost, or as many of them as a cap lets each module have."""
+        return total_cost(self.capped(max_rank), self.costs(unit))
+
+    def capped(self, max_rank: int | None) -> Sequence[int]:
+        """Return the ranks that each module can have under a cap."""
+        return self.ranks if max_rank is None else [min(rank, max_rank) for rank in self.ranks]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the final adapter may cost. Give exactly one.
+    """What the final adapter may cost. Give exactly one amount, `max_rank` beside it, or `max_rank` alone.
 
-    A budget in ranks is met exactly; a budget in parameters is never exceeded, and no further rank fits under it.
+    A budget in ranks is met exactly; one in parameters or bytes is never exceeded, and no further rank fits under it.
     Parameters are the numbers in A and B, rank · (in + out) per module; singular values fold away and heads are not
-    counted.
+    counted. Bytes are those of the same numbers in the adapter's dtype, as the profile `ragged` writes them: the header
+    of the file and heads come on top. The base model's parameters are its own, also where they are kept in 4 bits;
+    adapters and what is saved with them are not counted.
+
+    `max_rank` is for servers that set aside memory for the largest rank: no module keeps more. Alone it lets every
+    module have as many.
 
     Raises:
-        UserError: None or several are given, or the value is no number, or none above 0.
+        UserError: Nothing or several amounts are given, or a value is no number, or out of its range.
     """
 
     average_rank: Annotated[Positive | None, Field(description="ranks per adapted layer, on average")] = None
     total_rank: Annotated[Count | None, Field(description="ranks of all adapted layers together")] = None
     parameters: Annotated[Count | None, Field(description="parameters of all kept ranks together")] = None
     fraction: Annotated[Number | None, Field(gt=0, le=1, description="fraction of the starting parameters")] = None
+    adapter_bytes: Annotated[Count | None, Field(description="bytes of all kept ranks, in the adapter's dtype")] = None
+    share_of_base: Annotated[
+        Number | None, Field(gt=0, le=1, description="parameters of all kept ranks, as a share of the base model's")
+    ] = None
+    max_rank: Annotated[
+        Count | None, Field(description="most ranks that a layer may keep; beside one of the others, or alone")
+    ] = None
 
     def __post_init__(self) -> None:
         chosen = self.to_dict()
-        if len(chosen) != 1:
+        amounts = [name for name in chosen if name in AMOUNTS]
+        if len(amounts) > 1 or not chosen:
             raise UserError(
-                "a budget is exactly one of average_rank, total_rank, parameters, fraction; "
-                f"got {', '.join(chosen) or 'none'}"
+                f"a budget is exactly one of {', '.join(AMOUNTS)}, or max_rank alone; "
+                f"got {', '.join(amounts) or 'none'}"
             )
-        ((name, value),) = chosen.items()
-        if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real
-            raise UserError(f"the budget must be a number, such as Budget(average_rank=8), got {name}={value!r}")
-        if not value > 0:
-            raise UserError(f"the budget must be positive, got {name}={value}")
-        if name in ("total_rank", "parameters") and not isinstance(value, Integral):
-            raise UserError(f"the budget in {name} must be a whole number, got {value!r}")
-        if name == "fraction" and value > 1:
-            raise UserError(f"a budget as a fraction of the starting parameters is at most 1, got fraction={value}")
-        # Records are JSON, which does not know numpy's numbers.
-        object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
+        for name, value in chosen.items():
+            _check_amount(name, value)
+            # Records are JSON, which does not know numpy's numbers.
+            object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
 
     @property
     def unit(self) -> Unit:
-        """What is counted: ranks or parameters."""
-        return "ranks" if self.parameters is None and self.fraction is None else "parameters"
+        """What is counted: ranks, parameters or bytes."""
+        if self.adapter_bytes is not None:
+            return "bytes"
+        in_parameters = (self.parameters, self.fraction, self.share_of_base)
+        return "ranks" if all(value is None for value in in_parameters) else "parameters"
 
     def to_dict(self) -> dict[str, float]:
-        """Return the one value given, by name."""
+        """Return the values given, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def resolve(self, ranks: Sequence[int], costs: Sequence[int]) -> int:
-        """Return the target in this budget's unit.
+    def resolve(self, modules: Modules) -> int:
+        """Return the target in this budget's unit, which the modules can have under `max_rank`.
 
         Args:
-            ranks: Starting rank of each module.
-            costs: Parameters of one rank of each module, in + out.
+            modules: The adapted modules at their start.
 
         Raises:
-            UserError: The target is above what the modules start with, or too small for a single rank.
+            UserError: The target is above what the modules start with, too small for a single rank, or in ranks that
+                `max_rank` does not let them have; or it is a share of a base model that nobody knows.
 
-        >>> Budget(average_rank=8).resolve([12, 12, 12], [100, 100, 200])
-        24
-        >>> Budget(fraction=0.5).resolve([12, 12, 12], [100, 100, 200])
-        2400
+        >>> modules = Modules(ranks=[12, 12, 12], parameters=[100, 100, 200], bytes=[400, 400, 800])
+        >>> Budget(average_rank=8).resolve(modules), Budget(fraction=0.5).resolve(modules)
+        (24, 2400)
+        >>> Budget(max_rank=4).resolve(modules), Budget(adapter_bytes=9999, max_rank=4).resolve(modules)
+        (12, 6400)
         """
-        available, smallest = start_budget(ranks, costs, self.unit), 1 if self.unit == "ranks" else min(costs)
-        ((name, value),) = self.to_dict().items()
-        share_of = {"average_rank": len(ranks), "fraction": available}.get(name)
+        amount = next(((name, value) for name, value in self.to_dict().items() if name in AMOUNTS), None)
+        reachable = modules.total(self.unit, self.max_rank)
+        if amount is None:
+            return reachable
+        target = self._asked(*amount, modules)
+        if self.unit == "ranks" and target > reachable:
+            least = next(cap for cap in range(1, max(modules.ranks) + 1) if modules.total("ranks", cap) >= target)
+            raise UserError(
+                f"the budget {amount[0]}={amount[1]} asks for {target} ranks, but with max_rank={self.max_rank} the "
+                f"{len(modules.ranks)} adapted modules can have no more than {reachable}; raise max_rank to {least} or "
+                f"lower the budget to total_rank={reachable}"
+            )
+        return min(target, reachable)
+
+    def _asked(self, name: str, value: float, modules: Modules) -> int:
+        """The target without the cap."""
+        available, costs = modules.total(self.unit), modules.costs(self.unit)
+        if name == "share_of_base" and modules.base_parameters is None:
+            raise UserError(
+                f"the budget share_of_base={value} is a share of the base model, which an adapter's folder does not "
+                "hold; give parameters or adapter_bytes instead"
+            )
+        share_of = {
+            "average_rank": len(modules.ranks),
+            "fraction": available,
+            "share_of_base": modules.base_parameters,
+        }.get(name)
         wanted = value if share_of is None else value * share_of
         if wanted > available * (1 + 1e-12):
             asked = wanted if type(wanted) is int else f"{wanted:.12g}"
             raise UserError(
-                f"the budget {name}={value} asks for {asked} {self.unit}, but the {len(ranks)} adapted modules start "
+                f"the budget {name}={value} asks for {asked} {self.unit}, but the {len(costs)} adapted modules start "
                 f"with {available}; lower the budget or raise LoraConfig.r (lora.r in a recipe)"
             )
         # The twelve digits are for products such as 0.7 · 10, which come out a hair below their whole number.
-        target = int(float(f"{wanted:.12g}"))
-        if target < smallest:
+        target = wanted if type(wanted) is int else int(float(f"{wanted:.12g}"))
+        if target < min(costs):
             raise UserError(
-                f"the budget {name}={value} leaves {target} {self.unit} for {len(ranks)} modules: not even one rank "
-                f"(the cheapest costs {smallest})"
+                f"the budget {name}={value} leaves {target} {self.unit} for {len(costs)} modules: not even one rank "
+                f"(the cheapest costs {min(costs)})"
             )
         return target
 
+    def cap(self, modules: Modules, limit: int) -> int | None:
+        """Return the most ranks that each module may keep under a limit, None for any number.
 
-def start_budget(ranks: Sequence[int], costs: Sequence[int], unit: Unit) -> int:
-    """Return what the modules start with, in ranks or parameters."""
-    return sum(ranks) if unit == "ranks" else sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
-
-
-class Schedule(Protocol):
-    """The budget over a run."""
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-        ...
-
-    @property
-    def start(self) -> int:
-        """Budget at the start."""
-        ...
-
-    @property
-    def target(self) -> int:
-        """Budget at the end."""
-        ...
-
-    @property
-    def steps_until_final(self) -> int:
-        """Optimizer steps after which the ranks are final: 0 where they are from the start.
-
-        More than `total_steps` where they are chosen when the run ends.
+        While a falling budget is above what the modules can have under `max_rank`, there is no cap.
         """
-        ...
-
-    def budget(self, step: int) -> int:
-        """Return the budget after the 0-based optimizer step."""
-        ...
-
-    def spans(self) -> Sequence[tuple[str, int, int]]:
-        """Return the phases as (name, first step, last step), those without a step left out."""
-        ...
+        fits = self.max_rank is not None and limit <= modules.total(self.unit, self.max_rank)
+        return self.max_rank if fits else None
 
 
-@dataclass(frozen=True)
-class ConstantSchedule:
-    """A budget that is the same from start to end.
+def _check_amount(name: str, value: float) -> None:
+    """Refuse what a field of a budget cannot be."""
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real
+        raise UserError(f"the budget must be a number, such as Budget(average_rank=8), got {name}={value!r}")
+    if not value > 0:
+        raise UserError(f"the budget must be positive, got {name}={value}")
+    if name not in ("average_rank", *_SHARES) and not isinstance(value, Integral):
+        raise UserError(f"the budget in {name} must be a whole number, got {value!r}")
+    if name in _SHARES and value > 1:
+        raise UserError(f"a budget as a fraction of {_SHARES[name]} is at most 1, got {name}={value}")
 
-    Attributes:
-        total_steps: Optimizer steps of the run.
-        start: Budget at the start.
-        target: Budget at the end.
+
+def in_words(budget: Mapping[str, float]) -> str:
+    """Say a recorded budget in words; empty for none.
+
+    >>> in_words({"adapter_bytes": 1048576, "max_rank": 8}), in_words({"max_rank": 8}), in_words({})
+    ('adapter bytes 1,048,576, at most 8 ranks a module', 'at most 8 ranks a module', '')
     """
-
-    total_steps: int
-    start: int
-    target: int
-
-    @property
-    def steps_until_final(self) -> int:
-        """None: the ranks are final from the start."""
-        return 0
-
-    def budget(self, step: int) -> int:
-        """Return the start, whatever the step."""
-        del step
-        return self.start
-
-    def spans(self) -> Sequence[tuple[str, int, int]]:
-        """Return the one phase."""
-        return [(FINAL, 0, self.total_steps - 1)]
+    amounts = [f"{name.replace('_', ' ')} {value:,}" for name, value in budget.items() if name != "max_rank"]
+    most = budget.get("max_rank")
+    caps = [] if most is None else [f"at most {most:,} rank{'s' * (most != 1)} a module"]
+    return ", ".join(amounts + caps)
 
 
-@dataclass(frozen=True)
-class CutSchedule:
-    """All ranks up to one step, after which they are chosen at once.
-
-    Attributes:
-        total_steps: Optimizer steps of the run.
-        start: Budget before the cut.
-        target: Budget after it.
-        cut: Steps before the cut; as many as the run has where ranks are chosen when it ends.
-
-    >>> schedule = CutSchedule(total_steps=100, start=216, target=144, cut=80)
-    >>> [schedule.budget(t) for t in (0, 78, 79, 99)], schedule.cuts_after(79)
-    ([216, 216, 144, 144], True)
-    """
-
-    total_steps: int
-    start: int
-    target: int
-    cut: int
-
-    @property
-    def steps_until_final(self) -> int:
-        """Those before the cut, or more than the run has."""
-        return self.cut if self.cut < self.total_steps else self.total_steps + 1
-
-    def cuts_after(self, step: int) -> bool:
-        """Whether the cut follows the 0-based optimizer step."""
-        return step + 1 == self.cut < self.total_steps
-
-    def budget(self, step: int) -> int:
-        """Return the start before the cut, and the target after it; a cut at the end is none of the steps'."""
-        return self.start if step + 1 < self.steps_until_final else self.target
-
-    def spans(self) -> Sequence[tuple[str, int, int]]:
-        """Return the steps with all ranks and those with the final ones."""
-        edges = {ALL: (0, self.cut - 1), FINAL: (self.cut, self.total_steps - 1)}
-        return [(name, first, last) for name, (first, last) in edges.items() if first <= last]
-
-
-@dataclass(frozen=True)
-class RoundSchedule:
-    """A constant number of ranks, some of which move between modules in rounds.
-
-    Attributes:
-        total_steps: Optimizer steps of the run.
-        start: Budget throughout (it may shrink when no module is left to receive a rank).
-        target: The same.
-        warmup: Steps before the first round.
-        interval: Steps between rounds.
-        rounds: Number of rounds.
-
-    >>> schedule = RoundSchedule(total_steps=100, start=56, target=56, warmup=20, interval=10, rounds=3)
-    >>> [t for t in range(100) if schedule.round_after(t) is not None], schedule.steps_until_final
-    ([19, 29, 39], 40)
-    """
-
-    total_steps: int
-    start: int
-    target: int
-    warmup: int
-    interval: int
-    rounds: int
-
-    @property
-    def steps_until_final(self) -> int:
-        """Those up to the last round."""
-        return self.warmup + (self.rounds - 1) * self.interval if self.rounds else 0
-
-    def round_after(self, step: int) -> int | None:
-        """Return the number of the round that follows the 0-based optimizer step, from 0 on; None for no round."""
-        done, rest = divmod(step + 1 - self.warmup, self.interval)
-        return done if rest == 0 and 0 <= done < self.rounds else None
-
-    def budget(self, step: int) -> int:
-        """Return the start, whatever the step."""
-        del step
-        return self.start
-
-    def spans(self) -> Sequence[tuple[str, int, int]]:
-        """Return warm-up, rounds and final ranks."""
-        final = self.steps_until_final
-        warmup = self.warmup if self.rounds else 0
-        edges = {WARM_UP: (0, warmup - 1), ROUNDS: (warmup, final - 1), FINAL: (final, self.total_steps - 1)}
-        return [(name, first, last) for name, (first, last) in edges.items() if first <= last]
-
-
-@dataclass(frozen=True)
-class BudgetSchedule:
-    """The cubic budget of AdaLoRA, as its code has it (the formula printed in the paper, eq. 14, is misprinted).
-
-        b(t) = start                                                t ≤ warmup
-        b(t) = ⌊target + (start − target) · m³⌋,  m = 1 − (t − warmup)/(fallen − warmup)
-        b(t) = target                                               t > fallen
-
-    Attributes:
-        total_steps: Optimizer steps of the run, T.
-        warmup: Last step at the full budget, t_i.
-        fallen: Step T − t_f; from here on the budget is the target.
-        interval: Between `warmup` and `fallen`, ranks are closed at multiples of this many steps.
-        start: Budget at the start.
-        target: Budget at the end.
-    """
-
-    total_steps: int
-    warmup: int
-    fallen: int
-    interval: int
-    start: int
-    target: int
-
-    @property
-    def steps_until_final(self) -> int:
-        """Those up to the first step of the final phase, after which ranks are closed for good."""
-        return self.fallen + 2
-
-    def phase(self, step: int) -> Phase:
-        """Return the phase that the 0-based optimizer step belongs to."""
-        return "warmup" if step <= self.warmup else "decrease" if step <= self.fallen else "final"
-
-    def budget(self, step: int) -> int:
-        """Return b(step).
-
-        >>> schedule = BudgetSchedule(total_steps=100, warmup=10, fallen=70, interval=10, start=216, target=144)
-        >>> [schedule.budget(t) for t in (0, 10, 11, 12, 20, 30, 40, 50, 60, 70)]
-        [216, 216, 212, 209, 185, 165, 153, 146, 144, 144]
-        """
-        if step <= self.warmup:
-            return self.start
-        if step > self.fallen:
-            return self.target
-        remaining = 1 - (step - self.warmup) / (self.fallen - self.warmup)
-        return int(self.target + (self.start - self.target) * remaining**3)
-
-    def spans(self) -> Sequence[tuple[str, int, int]]:
-        """Return warm-up, falling budget and final ranks."""
-        edges = {WARM_UP: (0, self.warmup), FALLS: (self.warmup + 1, self.fallen)}
-        edges[FINAL] = (self.fallen + 1, self.total_steps - 1)
-        return [(name, first, last) for name, (first, last) in edges.items() if first <= last]
-
-    def closes(self, step: int) -> bool:
-        """Whether ranks are closed after this step: on the interval while the budget falls, always once it has."""
-        phase = self.phase(step)
-        return phase == "final" or (phase == "decrease" and step % self.interval == 0)
-
-
-def cubic_schedule(
-    total_steps: int, warmup: float, cooldown: float, interval: int | None, start: int, target: int
-) -> BudgetSchedule:
-    """Lay the three phases over a run.
-
-    Args:
-        total_steps: Optimizer steps of the run.
-        warmup: Steps at the full budget: a whole number of steps (int), or a fraction of the run (float below 1).
-        cooldown: Steps at the final budget, likewise. Two or more, so that ranks are closed for good before the end.
-        interval: Steps between closings; None for about 500 over the run.
-        start: Budget at the start, in ranks or parameters.
-        target: Budget at the end.
-
-    Raises:
-        UserError: The phases do not fit into the run, or a number is out of range.
-
-    >>> cubic_schedule(3000, 500, 0.5, None, 864, 576).budget(1000)
-    612
-    """
-    if total_steps < 3:
-        raise UserError(f"allocating ranks takes at least 3 optimizer steps, the run has {total_steps}")
-    if interval is not None and interval < 1:
-        raise UserError(f"interval must be at least 1 step, got {interval}")
-    warmup_steps = phase_steps("warmup", warmup, total_steps)
-    cooldown_steps = phase_steps("cooldown", cooldown, total_steps, least=2)
-    if warmup_steps + cooldown_steps >= total_steps:
-        raise UserError(
-            f"no step is left in which the budget could fall: warmup={warmup} ({warmup_steps} steps) and "
-            f"cooldown={cooldown} ({cooldown_steps} steps) fill the {total_steps} steps of the run"
-        )
-    return BudgetSchedule(
-        total_steps=total_steps,
-        warmup=warmup_steps,
-        fallen=total_steps - cooldown_steps,
-        interval=interval or max(1, round(total_steps / 500)),
-        start=start,
-        target=target,
-    )
-
-
-def round_schedule(total_steps: int, warmup: float, interval: float, rounds: int, target: int) -> RoundSchedule:
-    """Lay rounds over a run.
-
-    Args:
-        total_steps: Optimizer steps of the run.
-        warmup: Steps before the first round: a whole number (int), or a fraction of the run (float below 1). One or
-            more, since a rank that was never trained has no score.
-        interval: Steps between rounds, likewise.
-        rounds: Number of rounds.
-        target: The budget.
-
-    Raises:
-        UserError: The rounds do not fit into the run, so that new ranks are trained for at least one step.
-
-    >>> round_schedule(100, 0.2, 0.05, 3, 56)
-    RoundSchedule(total_steps=100, start=56, target=56, warmup=20, interval=5, rounds=3)
-    """
-    first = phase_steps("warmup", warmup, total_steps, least=1)
-    between = phase_steps("interval", interval, total_steps, least=1)
-    last = first + (rounds - 1) * between
-    if rounds and last >= total_steps:
-        raise UserError(
-            f"the last of {rounds} rounds would follow step {last} of {total_steps}, and new ranks would never be "
-            f"trained: lower warmup={warmup} ({first} steps), interval={interval} ({between} steps) or rounds"
-        )
-    return RoundSchedule(total_steps, target, target, first, between, rounds)
-
-
-def phase_steps(name: str, value: float, total_steps: int, least: int = 0) -> int:
-    """Turn a phase given as steps (int) or as a fraction of the run (float) into steps.
-
-    Args:
-        name: What the phase is called.
-        value: Its length.
-        total_steps: Optimizer steps of the run.
-        least: Steps that it takes at least. A fraction is rounded up to them.
-
-    Raises:
-        UserError: A fraction outside [0, 1), or too few steps.
-
-    >>> phase_steps("warmup", 0.15, 300), phase_steps("warmup", 20, 300), phase_steps("warmup", 0.15, 4, least=1)
-    (45, 20, 1)
-    """
-    if isinstance(value, int) or value == 0:
-        if value < least:
-            raise UserError(f"{name} must be at least {least} steps, got {value}")
-        return int(value)
-    if not 0 <= value < 1:
-        raise UserError(
-            f"{name} as a fraction of the run must be in [0, 1), got {value}; whole steps are written as int"
-        )
-    return max(least, int(value * total_steps + 1e-9))
+def total_cost(ranks: Sequence[int], costs: Sequence[int]) -> int:
+    """Return what ranks cost together, from those of each module and the cost of one."""
+    return sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))

@@ -40,7 +40,7 @@ from loralloc.peft_layers import (
     peft_model,
 )
 from loralloc.plain_lora import PlainSite, check_plain
-from loralloc.quantized import keep_trainable
+from loralloc.quantized import keep_trainable, parameter_count
 
 _LINEAR_FORWARD = nn.Linear.forward  # as it was when this was imported: some tools replace it for all layers
 
@@ -83,6 +83,16 @@ class Site(PlainSite):
         """What PEFT's scaling would be if the adapter had this rank."""
         power = 0.5 if self.layer.use_rslora.get(self.adapter, False) else 1.0
         return self.scaling * (self.rank / rank) ** power
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one rank, at the dtypes of A and B."""
+        return self.inputs * self.A.element_size() + self.outputs * self.B.element_size()
+
+    @property
+    def base_parameters(self) -> int:
+        """Parameters of the model that the layer is in, without adapters."""
+        return self._variant.base_parameters
 
     @property
     def plan_scale(self) -> float:
@@ -180,9 +190,10 @@ def gates_replaced(sites: Sequence[Site], gates: Sequence[Tensor | None]) -> Ite
 class _GatedVariant(LoraVariant):
     """PEFT's hook for a different forward pass: the gated one."""
 
-    def __init__(self, scale: Tensor, config: Any) -> None:
+    def __init__(self, scale: Tensor, config: Any, base_parameters: int) -> None:
         self.scale = scale
         self.config = config  # the adapter's
+        self.base_parameters = base_parameters
         self.factor = 1.0
         self.row_scale: Tensor | None = None
         self.gate: Tensor | None = None  # instead of the layer's parameter
@@ -278,7 +289,7 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
     check_plain(peft, adapter, layers)
     check_gateable(peft, adapter, layers)
     keep_trainable(peft)
-    config = peft.peft_config[adapter]
+    config, base_parameters = peft.peft_config[adapter], parameter_count(peft, peft.peft_config)
     sites = []
     for name, layer in layers:
         weight = layer.lora_A[adapter].weight
@@ -288,7 +299,7 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
             layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
         layer.lora_gate[adapter] = nn.Parameter(torch.ones(weight.shape[0], dtype=dtype, device=weight.device))
         scale = torch.full_like(layer.lora_gate[adapter].data, layer.scaling[adapter])
-        layer.lora_variant[adapter] = _GatedVariant(scale, config)
+        layer.lora_variant[adapter] = _GatedVariant(scale, config, base_parameters)
         if "forward" not in vars(layer):  # others, as accelerate, may have put theirs there
             layer.forward = partial(_forward, layer)
         layer._cast_input_dtype = partial(_uncast, layer)

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -36,6 +36,34 @@ def keep_trainable(model: nn.Module) -> None:
     for _, layer in quantized_layers(model):
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False
+
+
+def parameter_count(model: nn.Module, adapters: Collection[str]) -> int:
+    """Count a model's own parameters: of weights in fewer bits those they stand for, and none of adapters.
+
+    Args:
+        model: The model.
+        adapters: Names of the adapters on it, and of what was saved with them.
+    """
+    counts: dict[int, int] = {}  # by identity: what is tied is counted once
+    for name, module in model.named_modules():
+        if any(part in adapters for part in name.split(".")):
+            continue
+        own = {key: parameter for key, parameter in module.named_parameters(recurse=False) if key not in adapters}
+        if _holds_packed_weight(module):
+            counts[id(module)] = module.in_features * module.out_features  # type: ignore[operator]
+            own = {key: parameter for key, parameter in own.items() if key == "bias"}
+        counts |= {id(parameter): parameter.numel() for parameter in own.values()}
+    return sum(counts.values())
+
+
+def _holds_packed_weight(module: nn.Module) -> bool:
+    """Whether it is a linear layer that keeps other numbers than a weight [out, in]."""
+    inputs, outputs = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    if not (isinstance(inputs, int) and isinstance(outputs, int)) or any(module.children()):
+        return False
+    weight = getattr(module, "weight", None)
+    return weight is None or weight.numel() != inputs * outputs
 
 
 def is_packed(layer: nn.Module) -> bool:

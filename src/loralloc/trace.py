@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loralloc.budget import FALLS, Schedule
 from loralloc.errors import UserError
 from loralloc.files import read_jsonl, write_atomically
+from loralloc.schedule import FALLS, Schedule
 
 Event = dict[str, Any]
 Span = tuple[str, int, int]
@@ -56,12 +56,13 @@ def start_event(
     }
 
 
-def schedule_of(schedule: Schedule, unit: str, target: int | None) -> Event:
+def schedule_of(schedule: Schedule, unit: str, costs: Sequence[int], target: int | None) -> Event:
     """Return what a start event says of a schedule.
 
     Args:
         schedule: The budget over the run.
         unit: What it counts.
+        costs: What one rank of each site costs, in this unit.
         target: The budget at the end; None for a run without one.
     """
     common = ("total_steps", "start", "target")
@@ -70,6 +71,7 @@ def schedule_of(schedule: Schedule, unit: str, target: int | None) -> Event:
         "schedule": own,
         "phases": [list(span) for span in schedule.spans()],
         "unit": unit,
+        "costs": list(costs),
         "start_budget": schedule.start,
         "target_budget": target,
     }
@@ -140,7 +142,8 @@ class Trace:
         sites: Full module names, in the model's order.
         inputs: Input features of each site.
         outputs: Output features of each site.
-        unit: What the budget counts: "ranks" or "parameters".
+        unit: What the budget counts: "ranks", "parameters" or "bytes".
+        costs: What one rank of each site costs, in this unit.
         total_steps: Optimizer steps of the run; 0 when the trace does not say.
         phases: (name, first step, last step) of each phase of the schedule; empty without one.
         target: Budget at the end; None without a budget.
@@ -154,6 +157,7 @@ class Trace:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     unit: str
+    costs: tuple[int, ...]
     total_steps: int
     phases: tuple[Span, ...]
     target: int | None
@@ -173,10 +177,7 @@ class Trace:
 
     def used(self, event: RankEvent) -> int:
         """Return what the ranks of an event cost, in the unit of the budget."""
-        if self.unit == "ranks":
-            return sum(event.ranks)
-        sizes = zip(event.ranks, self.inputs, self.outputs, strict=True)
-        return sum(rank * (inputs + outputs) for rank, inputs, outputs in sizes)
+        return sum(rank * cost for rank, cost in zip(event.ranks, self.costs, strict=True))
 
 
 def read_trace(path: Path) -> Trace | None:
@@ -204,7 +205,9 @@ def read_trace(path: Path) -> Trace | None:
 
 
 def _trace(path: Path, start: Event, rows: Sequence[Event]) -> Trace:
-    sites = tuple(map(str, start["sites"]))
+    sites, unit = tuple(map(str, start["sites"])), str(start.get("unit", "ranks"))
+    inputs, outputs = (tuple(map(int, start[key])) for key in ("in", "out"))
+    parameters = [a + b for a, b in zip(inputs, outputs, strict=True)]
     events = []
     for row in (start, *(row for row in rows[1:] if "ranks" in row)):
         ranks = tuple(map(int, row["ranks"]))
@@ -218,9 +221,10 @@ def _trace(path: Path, start: Event, rows: Sequence[Event]) -> Trace:
     return Trace(
         label=str(start.get("label", "")),
         sites=sites,
-        inputs=tuple(map(int, start["in"])),
-        outputs=tuple(map(int, start["out"])),
-        unit=str(start.get("unit", "ranks")),
+        inputs=inputs,
+        outputs=outputs,
+        unit=unit,
+        costs=tuple(map(int, start.get("costs") or ([1] * len(sites) if unit == "ranks" else parameters))),
         total_steps=int(start.get("total_steps") or 0),
         phases=tuple((str(name), int(first), int(last)) for name, first, last in start.get("phases") or ()),
         target=None if target is None else int(target),

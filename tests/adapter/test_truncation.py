@@ -22,7 +22,7 @@ from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loralloc import AdaLoRA, Budget, RankPlan, attach, export_adapter, truncate_adapter
+from loralloc import AdaLoRA, Budget, RankPlan, UserError, attach, export_adapter, truncate_adapter
 
 SCALES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -87,21 +87,84 @@ def test_with_every_rank_it_computes_the_same_heads_included(name: str, source, 
     assert (logits(reload(name, tmp_path / "small")) - expected).abs().max() > 1e-3
 
 
-def test_a_budget_in_parameters_is_filled_by_value_per_parameter(source, tmp_path: Path) -> None:
+def test_no_choice_under_a_budget_in_parameters_keeps_more_of_the_squared_norm(source, tmp_path: Path) -> None:
     model, folder = source()
-    plan = truncate_adapter(folder, tmp_path / "small", Budget(parameters=400)).plan
+    result = truncate_adapter(folder, tmp_path / "small", Budget(parameters=400))
+    plan = result.plan
     costs = {name: module.inputs + module.outputs for name, module in plan.modules.items()}
     left = 400 - plan.parameters
     assert 0 <= left < min(costs[name] for name, module in plan.modules.items() if module.rank < module.start)
-    values = sorted(
-        ((float(s**2) / costs[n], n) for n, d in updates(model).items() for s in torch.linalg.svdvals(d)[:4]),
-        reverse=True,
-    )
-    room, expected = 400, dict.fromkeys(costs, 0)
-    for _, name in values:
-        if costs[name] <= room:
-            room, expected[name] = room - costs[name], expected[name] + 1
-    assert plan.ranks == expected
+    spectra = {name: torch.linalg.svdvals(delta)[:4].square() for name, delta in updates(model).items()}
+    best = {0: 0.0}  # by what is spent, after each module
+    for name, squares in spectra.items():
+        more: dict[int, float] = {}
+        for spent, energy in best.items():
+            for rank in range(5):
+                paid = spent + rank * costs[name]
+                if paid <= 400:
+                    more[paid] = max(more.get(paid, 0.0), energy + float(squares[:rank].sum()))
+        best = more
+    whole = sum(float(squares.sum()) for squares in spectra.values())
+    assert result.kept == pytest.approx(max(best.values()) / whole, rel=1e-6)
+
+
+NARROW: dict[str, Callable[[str], bool]] = {
+    "nothing": lambda key: False,
+    "the first layer": lambda key: "layer.0" in key,
+    "A": lambda key: "lora_A" in key,
+    "everything": lambda key: True,
+}
+"""Factors that are stored in bfloat16."""
+
+
+def factor_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of the factors of each module, as they stand in the file."""
+    found: dict[str, int] = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        if ".lora_" in key:
+            name = key.partition(".lora_")[0].removeprefix("base_model.model.")
+            found[name] = found.get(name, 0) + tensor.numel() * tensor.element_size()
+    return found
+
+
+@pytest.mark.parametrize("narrow", NARROW)
+def test_a_budget_in_bytes_is_what_the_file_holds(narrow: str, source, tmp_path: Path) -> None:
+    """Whatever the dtypes, which stay: never above, and no further rank fits. The head is not counted."""
+    _, folder = source("bert")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if ".lora_" in key and NARROW[narrow](key)]:
+        tensors[key] = tensors[key].bfloat16()
+    save_file(tensors, file)
+    start = factor_bytes(folder)
+    most = sum(start.values()) // 3
+    plan = truncate_adapter(folder, tmp_path / "small", Budget(adapter_bytes=most)).plan
+    assert plan.budget == {"adapter_bytes": most}
+    kept = factor_bytes(tmp_path / "small")
+    assert kept == {name: start[name] * rank // 4 for name, rank in plan.ranks.items() if rank}
+    left = most - sum(kept.values())
+    assert 0 <= left < min(start[name] // 4 for name, rank in plan.ranks.items() if rank < 4)
+
+
+def test_no_module_keeps_more_than_max_rank(source, tmp_path: Path) -> None:
+    _, folder = source()
+    free = truncate_adapter(folder, tmp_path / "free", Budget(total_rank=5)).plan
+    capped = truncate_adapter(folder, tmp_path / "small", Budget(total_rank=5, max_rank=1)).plan
+    assert max(free.ranks.values()) > 1 == max(capped.ranks.values())
+    assert capped.total_rank == 5
+    assert config_of(tmp_path / "small")["r"] == 1
+    done("truncate", folder, "--max_rank", 1, "--output", tmp_path / "alone")
+    assert RankPlan.load(tmp_path / "alone" / "ranks.json").ranks == dict.fromkeys(free.ranks, 1)
+    done("truncate", folder, "--adapter_bytes", 900, "--max_rank", 1, "--output", tmp_path / "both")
+    assert RankPlan.load(tmp_path / "both" / "ranks.json").budget == {"adapter_bytes": 900, "max_rank": 1}
+    assert 0 < sum(factor_bytes(tmp_path / "both").values()) <= 900
+
+
+def test_a_share_of_the_base_model_is_refused_with_what_to_give_instead(source, tmp_path: Path) -> None:
+    _, folder = source()
+    with pytest.raises(UserError, match=r"which an adapter's folder does not hold; give parameters or adapter_bytes"):
+        truncate_adapter(folder, tmp_path / "small", Budget(share_of_base=0.01))
+    assert not (tmp_path / "small").exists()
 
 
 def test_the_folder_is_a_plain_ragged_adapter_with_its_plan(source, tmp_path: Path) -> None:
@@ -243,7 +306,9 @@ def test_a_run_folder_meets_the_adapter_in_it(source, tmp_path: Path) -> None:
         (["--average_rank", 5], "asks for 30 ranks, but the 6 adapted modules start with 24"),
         (["--parameters", 20], "not even one rank (the cheapest costs 24)"),
         (["--total_rank", 0], "the budget must be positive, got total_rank=0"),
-        ([], "a budget is exactly one of average_rank, total_rank, parameters, fraction; got none"),
+        ([], "or max_rank alone; got none"),
+        (["--total_rank", 9, "--max_rank", 1], "can have no more than 6; raise max_rank to 2 or lower the budget"),
+        (["--adapter_bytes", 90], "leaves 90 bytes for 6 modules: not even one rank (the cheapest costs 96)"),
         (["--total_rank", 3, "--fraction", 0.5], "got total_rank, fraction"),
     ],
 )

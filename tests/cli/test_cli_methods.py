@@ -66,6 +66,15 @@ def test_alloras_warning_reaches_the_user(recipe: Path) -> None:
     assert sum("ALLoRA(mode=" in str(warning.message) for warning in said) == 1
 
 
+@pytest.mark.usefixtures("unreported")
+def test_a_share_of_the_base_model_with_a_cap(recipe: Path, here: Path) -> None:
+    section = "{name: truncate, budget: {share_of_base: 0.2, max_rank: 1}}"
+    said = done("train", recipe, "--method", section, "--steps", 6)
+    assert "(budget: share of base 0.2, at most 1 rank a module)" in said
+    assert set(ranks(here / "run").values()) == {1}, "the share is more than the cap allows"
+    assert read_json(here / "run" / "ranks.json")["budget"] == {"share_of_base": 0.2, "max_rank": 1}
+
+
 def test_the_adapter_of_a_run_is_truncated(run: Path, here: Path) -> None:
     said = done("truncate", run / "adapter", "--fraction", 0.5, "--output", here / "small")
     assert "50% of the start" in said or "49% of the start" in said or "48% of the start" in said

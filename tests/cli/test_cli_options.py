@@ -78,9 +78,10 @@ OTHER_TASKS = {
 }
 GENERATION = {f"evaluate.generate.{key}" for key in GenerateConfig.model_fields}
 JUDGING = {"training.keep_best", "training.early_stopping", "evaluate.metric"}
-ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS, *GENERATION, *JUDGING}
-"""The task and what has a meaning for another one, the folder, which a verb is given, and what needs other keys beside
-it: `test_cli_best.py` has these."""
+AT_THE_END = {"evaluate.cuts"}
+ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS, *GENERATION, *JUDGING, *AT_THE_END}
+"""The task and what has a meaning for another one, the folder, which a verb is given; what needs other keys beside it
+(`test_cli_best.py` has these), and what is looked at when a run has ended (`test_cli_frontier.py`)."""
 
 TRAINS = set(CHANGED)
 LOADS = {"model.name", "model.dtype", "model.load_in", "model.trust_remote_code", "model.load", "training.seed"}

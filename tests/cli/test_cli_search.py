@@ -201,7 +201,7 @@ def test_a_budget_instead_of_the_threshold(write: Write) -> None:
     said = done("train", write(SEARCH), "--average_rank", 1.5, "--target_modules", "[query, value]")
     assert sum(ranks(Path("run")).values()) == 6
     assert read_json(Path("run/ranks.json"))["budget"] == {"average_rank": 1.5}
-    assert "6 over 4 modules (budget: average_rank 1.5)" in said
+    assert "6 over 4 modules (budget: average rank 1.5)" in said
 
 
 @pytest.mark.usefixtures("unreported")

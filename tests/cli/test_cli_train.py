@@ -78,7 +78,7 @@ class TestRunFolder:
         assert "| source | train.jsonl |" in card
         assert "| test | 15 examples |" in card
         assert f"| accuracy | {metrics['test']['accuracy']:.4g} |" in card
-        assert "| budget, average_rank | 2 |" in card
+        assert "| budget | average rank 2 |" in card
         assert "| learning rate | 0.01 |" in card
         assert str(kept_run) not in card
 
@@ -299,10 +299,11 @@ def test_a_decoder_as_a_classifier(recipe: Path, decoder: Path) -> None:
         ("--total_rank", 17, "ranks", 17),
         ("--parameters", 700, "parameters", 700),
         ("--fraction", 0.3, "parameters", 576),
+        ("--adapter_bytes", 3000, "parameters", 750),
     ],
 )
 def test_budgets_in_every_unit(recipe: Path, flag: str, value: float, unit: str, bound: int) -> None:
-    done("train", recipe, "--steps", 6, flag, value)
+    assert f"(budget: {flag[2:].replace('_', ' ')} {value:,})" in done("train", recipe, "--steps", 6, flag, value)
     plan = read_json(Path("run/ranks.json"))
     final = plan["cost"]["final"][unit]
     cheapest = min(m["in"] + m["out"] for m in plan["modules"].values() if m["rank"] < m["start"])
@@ -318,7 +319,7 @@ def test_flags_override_the_file(recipe: Path) -> None:
     resolved = load_recipe(Path("b/recipe.yaml"))
     assert (resolved.training.steps, resolved.training.batch_size) == (4, 8)
     assert {name.rpartition(".")[2] for name in ranks(Path("b"))} == {"query", "value"}
-    assert "8 over 4 modules (budget: average_rank 2)" in said
+    assert "8 over 4 modules (budget: average rank 2)" in said
     assert not Path("run").exists()
 
 

@@ -54,7 +54,9 @@ def networks(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "blocks": blocks,
         "capacity": capacity,
-        "budget": Budget(**{unit: sum(costs) * draw(st.integers(20, 90)) // 100 or 1}),
+        "budget": Budget(
+            **{unit: sum(costs) * draw(st.integers(20, 90)) // 100 or 1}, max_rank=draw(st.none() | st.integers(1, 6))
+        ),
         "scope": draw(st.sampled_from(["global", "block"])),
         "n_prune": draw(st.none() | st.integers(1, 60)),
         "protect_rounds": draw(st.integers(0, 2)),
@@ -77,7 +79,8 @@ def test_the_budget_holds_from_the_first_step_to_the_last_whatever_the_shapes(ne
         note("refused")
         return
     in_ranks, start, moves = method.budget.unit == "ranks", run.start, 0
-    most = [min(site.rank, site.inputs, site.outputs) for site in run.sites]
+    cap = network["budget"].max_rank or network["capacity"]
+    most = [min(site.rank, site.inputs, site.outputs, cap) for site in run.sites]
     for step in range(3):
         run.state.sensitivity.copy_(torch.randint(3, run.state.open.shape))
         decision = method.on_step(run.state, StepContext(step, run.schedule, learning_rate=1.0))
@@ -85,9 +88,9 @@ def test_the_budget_holds_from_the_first_step_to_the_last_whatever_the_shapes(ne
         assert ranks == open_ranks(run.sites)
         assert all(rank <= room for rank, room in zip(ranks, most, strict=True))
         if in_ranks:
-            assert sum(ranks) == start == network["budget"].resolve([site.rank for site in run.sites], [1] * len(ranks))
+            assert sum(ranks) == start == run.target
         else:
-            left = method.budget.parameters - sum(r * site.cost for r, site in zip(ranks, run.sites, strict=True))
+            left = run.target - sum(r * site.cost for r, site in zip(ranks, run.sites, strict=True))
             fits = [site.cost for r, room, site in zip(ranks, most, run.sites, strict=True) if r < room]
             assert 0 <= left < min(fits, default=left + 1)
         if decision is not None:

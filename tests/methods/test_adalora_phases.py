@@ -47,6 +47,25 @@ def test_18_closed_triplets_live_between_closings_and_rest_in_the_final_phase(or
         assert loop.living() == final
 
 
+def test_a_cap_holds_from_the_budget_on_that_the_modules_can_have_under_it():
+    """Three modules of 4: up to 9 ranks with a cap of 3, and 6 in the end."""
+    loop = Loop(method_of(Budget(total_rank=TARGET, max_rank=3)), weights=[1000.0, 1.0, 1.0])
+    free = Loop(method_of(TARGET), weights=[1000.0, 1.0, 1.0])
+    above = 0
+    for t in range(STEPS):
+        loop.step()
+        budget = loop.run.schedule.budget(t)
+        ranks = [sum(row) for row in loop.living()]
+        assert sum(ranks) == budget
+        if budget <= 9:
+            assert max(ranks) <= 3
+        else:
+            above += max(ranks) > 3
+    assert above > WARMUP
+    assert max(loop.run.finish().ranks.values()) == 3
+    assert max(free.walk().run.finish().ranks.values()) == 4, "the partner: without a cap the first module has all"
+
+
 def test_18_a_closed_triplet_can_come_back():
     """One place for two: the first goal needs triplet 0, the second goal triplet 1."""
     model = model_of([(2, 2)], r=2)
@@ -203,6 +222,10 @@ def test_22_a_checkpoint_with_another_budget_is_refused():
     )
     with pytest.raises(UserError, match=text):
         Loop(method_of(budget=5)).run.load_state_dict(tensors, numbers)
+    with pytest.raises(
+        UserError, match="its settings has max_rank=null where this run has 3; resume with the settings"
+    ):
+        Loop(method_of(Budget(total_rank=6, max_rank=3))).run.load_state_dict(tensors, numbers)
 
 
 def test_23_parameters_are_kept_ranks_times_inputs_and_outputs():

@@ -98,8 +98,10 @@ class TestContract(MethodContract):
 
     def refusal(self, method: Method, budget: Budget) -> str | None:
         """ABLoRA moves ranks, and needs room for that."""
-        full = allocator(method).id == "ablora" and budget is BUDGETS["all"]
-        return r"the budget fills the whole capacity .* raise it to 8" if full else None
+        cures = {"all": "raise it to 8", "max_rank": "max_rank=2 .* give a budget of fewer ranks beside it"}
+        full = next((cure for name, cure in cures.items() if budget is BUDGETS[name]), None)
+        moves = allocator(method).id == "ablora"
+        return f"the budget fills the whole capacity .*{full}" if moves and full is not None else None
 
     def least_rank(self, method: Method) -> int:
         """AutoLoRA keeps what has an equal share of a module's at least, which some rank always has."""

@@ -115,6 +115,22 @@ def test_random_keeps_every_rank_equally_often():
 
 
 @pytest.mark.parametrize("kind", [Uniform, Random, DepthLinear])
+def test_a_cap_moves_ranks_to_other_modules(kind):
+    free, capped = (ranks_of(kind(Budget(total_rank=10, max_rank=cap))) for cap in (None, 2))
+    assert sum(free.values()) == sum(capped.values()) == 10
+    assert max(capped.values()) == 2
+    assert kind is Uniform or max(free.values()) > 2
+
+
+def test_where_costs_differ_ranks_are_given_out_in_order_and_none_is_left_over():
+    """Scores are no worth to be summed up: the first rank of a costly module comes before a second one elsewhere."""
+    plan = attach(tiny_peft("llama"), Uniform(Budget(parameters=300)), 10).finish()
+    assert set(plan.ranks.values()) == {1, 2}
+    costs = {module.inputs + module.outputs for module in plan.modules.values()}
+    assert 0 <= 300 - plan.parameters < min(costs)
+
+
+@pytest.mark.parametrize("kind", [Uniform, Random, DepthLinear])
 def test_the_scale_is_the_capacitys_as_for_the_methods_that_prune(kind):
     budget = Budget(total_rank=7)
     plans = [attach(tiny_peft("llama"), method(budget), 10).finish() for method in (kind, AdaLoRA)]

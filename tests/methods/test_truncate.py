@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from loralloc import Budget, Truncate, UserError, attach
+from loralloc.budget import Modules
 from loralloc.methods.truncate import balanced, decompose, factor_svd, keep_largest
 
 
@@ -76,11 +77,18 @@ def test_factors_are_balanced_and_orthogonal():
         close_to(gram, torch.diag(gram.diagonal()), 1e-9)
 
 
-def test_a_budget_in_parameters_buys_value_per_parameter():
-    values, costs = [torch.tensor([3.0, 1.0]), torch.tensor([2.9, 0.1])], [10, 5]
-    kept = keep_largest(values, costs, "parameters", 11)
-    assert kept.tolist() == [False, False, True, True]  # 8.41 / 5 before 9 / 10, which then no longer fits
-    assert keep_largest(values, costs, "ranks", 2).tolist() == [True, False, True, False]
+def test_no_choice_under_a_budget_in_parameters_keeps_more():
+    """A rank is worth σ². Per parameter the cheap ones are worth more, and fill the budget less well."""
+    values = [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.1])]
+    modules = Modules([2, 2], [10, 4], [40, 16])
+    for budget, expected in (
+        (Budget(parameters=11), [True, False, False, False]),  # 9 beats 4 and 0.01
+        (Budget(parameters=9), [False, False, True, True]),
+        (Budget(adapter_bytes=56), [True, False, True, False]),
+        (Budget(total_rank=3), [True, True, True, False]),
+        (Budget(total_rank=2, max_rank=1), [True, False, True, False]),
+    ):
+        assert keep_largest(values, budget, modules, budget.resolve(modules)).tolist() == expected, budget
 
 
 def test_with_every_rank_nothing_changes():

@@ -12,7 +12,7 @@ from models import labelled_batch, logits, tiny_peft
 from torch import Tensor
 
 from loralloc import Budget, Truncate, UserError, attach
-from loralloc.budget import CutSchedule
+from loralloc.schedule import CutSchedule
 from loralloc.training.run import AllocationRun
 
 RECOVER, BUDGET = 10, Budget(total_rank=5)

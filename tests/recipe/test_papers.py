@@ -11,12 +11,13 @@ from dataclasses import replace
 import pytest
 
 from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget
-from loralloc.budget import BudgetSchedule, RoundSchedule
+from loralloc.budget import Modules
 from loralloc.methods.registry import make_method
 from loralloc.recipe.schema import load_recipe
 from loralloc.recipe.source import read_recipe_file
 from loralloc.recipe.stages import search_steps, total_steps
 from loralloc.recipes import list_recipes, recipe_text
+from loralloc.schedule import BudgetSchedule, RoundSchedule
 
 NAMES = [name for name in list_recipes() if name.startswith("papers/")]
 FOLDER = list_recipes()[NAMES[0]].parent
@@ -164,8 +165,8 @@ class TestAdaLoRA:
         budget = Budget(total_rank=8 * matrices)
         phases = {"gamma": gamma, "warmup": t_i, "cooldown": t_f, "interval": interval}
         assert method == replace(AdaLoRA.as_published(budget, order="reference"), **phases)
-        ranks = [recipe.lora.r] * matrices
-        schedule = method.schedule(total, sum(ranks), method.budget.resolve(ranks, [1] * matrices))
+        modules = Modules([recipe.lora.r] * matrices, [1] * matrices, [4] * matrices)
+        schedule = method.schedule(total, modules.total("ranks"), method.budget.resolve(modules))
         b_0, b_T = 12 * matrices, 8 * matrices
         assert schedule == BudgetSchedule(total, t_i, total - t_f, interval, start=b_0, target=b_T)
         assert (schedule.budget(t_i), schedule.budget(total - t_f), schedule.budget(total - 1)) == (b_0, b_T, b_T)

@@ -107,11 +107,20 @@ class TestErrors:
             ("steps: 300", "steps: 300\n  epochs: 3",
              "recipe.yaml:14: training needs exactly one of steps, epochs; got steps and epochs"),
             ("average_rank: 8", "{}",
-             "recipe.yaml:10: method.budget needs exactly one of average_rank, total_rank, parameters, fraction; "
-             "got none of them"),
+             "recipe.yaml:10: method.budget needs exactly one of average_rank, total_rank, parameters, fraction, "
+             "adapter_bytes, share_of_base, or max_rank alone; got none of them"),
             ("average_rank: 8", "total_rank: 8\n    fraction: 0.5",
-             "recipe.yaml:12: method.budget needs exactly one of average_rank, total_rank, parameters, fraction; "
-             "got total_rank and fraction"),
+             "recipe.yaml:12: method.budget needs exactly one of average_rank, total_rank, parameters, fraction, "
+             "adapter_bytes, share_of_base, or max_rank alone; got total_rank and fraction"),
+            ("average_rank: 8", "share_of_base: 0.1\n    adapter_bytes: 1000\n    max_rank: 4",
+             "recipe.yaml:11: method.budget needs exactly one of average_rank, total_rank, parameters, fraction, "
+             "adapter_bytes, share_of_base, or max_rank alone; got adapter_bytes and share_of_base"),
+            ("average_rank: 8", "share_of_base: 1.5",
+             "recipe.yaml:11: method.budget.share_of_base must be at most 1, got 1.5"),
+            ("average_rank: 8", "max_rank: 0", "recipe.yaml:11: method.budget.max_rank must be at least 1, got 0"),
+            ("average_rank: 8", "average_rank: 8\n    max_rank: 6",
+             "recipe.yaml:12: method.budget.max_rank is 6, but the layers cannot have average_rank, which is 8, "
+             "without one that has more. Raise the one or lower the other"),
             ("average_rank: 8", "fraction: 1.5", "recipe.yaml:11: method.budget.fraction must be at most 1, got 1.5"),
             ("average_rank: 8", "average_rank: 13",
              "recipe.yaml:11: method.budget.average_rank is 13, but no layer can exceed lora.r, which is 12. "
@@ -137,7 +146,8 @@ class TestErrors:
             ("method:\n  name: adalora\n  budget:\n    average_rank: 8\n", "method: adalora\n",
              'recipe.yaml:8: method must be a mapping of keys, got "adalora"'),
             ("  budget:\n    average_rank: 8\n", "",
-             'recipe.yaml:8: missing "budget" in "method": one of average_rank, total_rank, parameters, fraction'),
+             'recipe.yaml:8: missing "budget" in "method": one of average_rank, total_rank, parameters, fraction, '
+             "adapter_bytes, share_of_base, with or without max_rank; or max_rank alone"),
             ("name: adalora", "name: lora",
              'recipe.yaml:10: "budget" in "method" does not apply to method lora: remove it'),
             ("output: runs/a", "", 'recipe.yaml: missing "output": folder of the run'),

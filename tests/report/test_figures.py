@@ -129,6 +129,17 @@ class TestBudget:
             written = labels(budget_figure(folder, folder.trace))
         assert written[:2] == ["150k, the budget", f"{used / 1000:.0f}k, in use"]
 
+    def test_what_is_used_is_counted_at_the_costs_that_the_trace_names(self, tmp_path: Path) -> None:
+        """Bytes, of which a rank has other numbers than inputs and outputs."""
+        made = Fabricated(bert(1))
+        rows = made.trace()
+        rows[0] |= {"unit": "bytes", "costs": [4 * (a + b) for a, b in made.modules.values()], "target_budget": 1}
+        run = made.write(tmp_path / "run")
+        (run / "trace.jsonl").write_text(lines(rows))
+        trace = read_run(run).trace
+        assert trace is not None
+        assert trace.used(trace.events[-1]) == 4 * made.parameters(made.ranks)
+
     def test_an_unfinished_run_ends_where_it_is(self, tmp_path: Path) -> None:
         made = Fabricated(bert(3))
         run = made.write(tmp_path / "run", without=["ranks.json", "log.jsonl"])

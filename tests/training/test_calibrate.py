@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from loralloc import AdaLoRA, AutoLoRA, Budget, UserError, attach
 from loralloc.allocate import select
-from loralloc.budget import ConstantSchedule
 from loralloc.gating import Site
-from loralloc.methods.base import Method, TrainingBatch, agree
+from loralloc.methods.base import Method, TrainingBatch, agree, modules_of
+from loralloc.schedule import ConstantSchedule
 from loralloc.training.run import AllocationRun
 
 BATCHES = [labelled_batch("llama", seed) for seed in range(3)]
@@ -66,9 +66,8 @@ class Activations(Method):
             site.A.copy_(V[: site.rank])
             explained.append((sigma.square() / sigma.square().sum())[: site.rank])
         if self.budget is not None:
-            costs = [site.cost for site in state.sites for _ in range(site.rank)]
-            target = self.budget.resolve([site.rank for site in state.sites], [site.cost for site in state.sites])
-            kept = agree(select(torch.cat(explained), costs, self.budget.unit, target))
+            modules = modules_of(state.sites)
+            kept = agree(select(torch.cat(explained), self.budget, modules, self.budget.resolve(modules)))
             for site, open_ranks in zip(state.sites, kept.split([site.rank for site in state.sites]), strict=True):
                 site.set_scale(open_ranks)
         state.calls += 1

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from loralloc.adapter.export import Factors, move_into_place, plain_config, ragg
 from loralloc.adapter.folders import ADAPTER_CONFIG as CONFIG
 from loralloc.adapter.folders import ADAPTER_WEIGHTS as WEIGHTS
 from loralloc.adapter.folders import RECORD, check_adapter_folder, check_target
-from loralloc.budget import Budget
+from loralloc.budget import Budget, Modules
 from loralloc.errors import UserError
 from loralloc.methods.truncate import Truncate, balanced, decompose, keep_largest
 from loralloc.peft_layers import PREFIX
@@ -66,7 +66,8 @@ def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> 
     Args:
         source: Folder with `adapter_config.json` and `adapter_model.safetensors`.
         output: Folder to write; an export that stands there is replaced.
-        budget: What the copy may cost; a `fraction` is of what there is.
+        budget: What the copy may cost; a `fraction` is of what there is, and bytes are those of each tensor's dtype,
+            which stays. There is no base model here for a `share_of_base`.
 
     Raises:
         UserError: The source is not plain LoRA, the budget is above what it holds, or the output is something else.
@@ -79,20 +80,33 @@ def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> 
     names = list(stored.factors)
     parts = decompose([(f.A.double(), f.B.double() * stored.scales[name]) for name, f in stored.factors.items()])
     values = [sigma for _, sigma, _ in parts]
-    ranks = [len(sigma) for sigma in values]
-    costs = [f.A.shape[1] + f.B.shape[0] for f in stored.factors.values()]
-    keep = keep_largest(values, costs, budget.unit, budget.resolve(ranks, costs)).split(ranks)
-    factors, modules = {}, {}
+    modules = _modules(values, list(stored.factors.values()))
+    ranks = [*modules.ranks]
+    keep = keep_largest(values, budget, modules, budget.resolve(modules)).split(ranks)
+    factors, kept_ranks = {}, {}
     for name, part, kept in zip(names, parts, keep, strict=True):
         A, B = balanced(*part)
         factors[name] = Factors(A[kept], B[:, kept])
-        modules[name] = ModuleRank(int(kept.sum()), len(kept), A.shape[1], B.shape[0], stored.scales[name])
+        kept_ranks[name] = ModuleRank(int(kept.sum()), len(kept), A.shape[1], B.shape[0], stored.scales[name])
     provenance = {"loralloc": __version__, "base_model": stored.config.base_model_name_or_path}
-    plan = RankPlan(Truncate.id, modules, budget.to_dict(), sum(ranks), provenance)
+    plan = RankPlan(Truncate.id, kept_ranks, budget.to_dict(), sum(ranks), provenance)
     energy = torch.cat(values).square()
     kept_energy = float(energy[torch.cat(keep)].sum() / energy.sum()) if energy.any() else 1.0
     _write(output, stored, factors, plan)
     return Truncation(output, plan, kept_energy)
+
+
+def _modules(values: Sequence[Tensor], factors: Sequence[Factors]) -> Modules:
+    """What a budget must know of an adapter in its folder, whose tensors keep their dtypes."""
+    sizes = [(f.A.shape[1], f.B.shape[0]) for f in factors]
+    return Modules(
+        ranks=[len(sigma) for sigma in values],
+        parameters=[inputs + outputs for inputs, outputs in sizes],
+        bytes=[
+            inputs * f.A.element_size() + outputs * f.B.element_size()
+            for f, (inputs, outputs) in zip(factors, sizes, strict=True)
+        ],
+    )
 
 
 def _read(folder: Path) -> _Stored:

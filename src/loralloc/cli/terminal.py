@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import Trainer
 
+from loralloc.budget import in_words
 from loralloc.cli.progress import Progress, console, counted, figure, progress_bar, progress_of
 from loralloc.naming import short_names
 from loralloc.plain_lora import plain_sites
@@ -150,7 +151,7 @@ class Terminal(Screen):
         if "generation" in metrics:
             show_generation(metrics["generation"])
         share = plan.parameters / plan.start_parameters
-        budget = ", ".join(f"{name} {value:g}" for name, value in plan.budget.items())
+        budget = in_words(plan.budget)
         console.print(
             f"  ranks     {plan.total_rank:,} over {len(plan.modules)} modules"
             + (f" (budget: {budget})" if budget else "")

@@ -22,8 +22,14 @@ def truncate(
     total_rank: Annotated[int | None, typer.Option("--total_rank", help="Ranks of all layers together.")] = None,
     parameters: Annotated[int | None, typer.Option(help="Parameters of all kept ranks together.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Fraction of the parameters that are there.")] = None,
+    adapter_bytes: Annotated[
+        int | None, typer.Option("--adapter_bytes", help="Bytes of all kept ranks, without the file's header.")
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option("--max_rank", help="Most ranks of a layer; beside one of the others, or alone.")
+    ] = None,
 ) -> None:
-    """Keep the largest singular values of all updates; give one budget. Needs neither the base model nor data."""
+    """Keep the largest singular values of all updates under a budget. Needs neither the base model nor data."""
     check_adapter_folder(adapter)
     check_target(output)
     from loralloc.adapter.truncation import truncate_adapter
@@ -31,7 +37,7 @@ def truncate(
     from loralloc.cli import terminal
 
     terminal.quiet_libraries()
-    budget = Budget(average_rank, total_rank, parameters, fraction)
+    budget = Budget(average_rank, total_rank, parameters, fraction, adapter_bytes, max_rank=max_rank)
     done = truncate_adapter(adapter, output, budget)
     plan = done.plan
     share = plan.parameters / plan.start_parameters

@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from loralloc.budget import Budget, Schedule, Unit, start_budget
+from loralloc.budget import Budget, Modules, Unit, total_cost
 from loralloc.gating import Site
 from loralloc.methods.settings import check_settings, recorded
 from loralloc.plan import ModuleRank, RankPlan
+from loralloc.schedule import Schedule
 
 
 class StepData(Protocol):
@@ -292,11 +293,21 @@ def site_budget(sites: Sequence[Site], budget: Budget | None) -> tuple[Unit, int
 
     Without a budget both are the open ranks, counted in ranks.
     """
-    ranks, costs = open_ranks(sites), [site.cost for site in sites]
+    ranks = open_ranks(sites)
     if budget is None:
         return "ranks", sum(ranks), sum(ranks)
-    target = budget.resolve([site.rank for site in sites], costs)
-    return budget.unit, start_budget(ranks, costs, budget.unit), target
+    modules = modules_of(sites)
+    return budget.unit, total_cost(ranks, modules.costs(budget.unit)), budget.resolve(modules)
+
+
+def modules_of(sites: Sequence[Site]) -> Modules:
+    """Return what a budget must know of the sites, at the ranks that are in their tensors."""
+    return Modules(
+        ranks=[site.rank for site in sites],
+        parameters=[site.cost for site in sites],
+        bytes=[site.bytes for site in sites],
+        base_parameters=sites[0].base_parameters,
+    )
 
 
 def open_ranks(sites: Sequence[Site]) -> list[int]:

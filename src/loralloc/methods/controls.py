@@ -7,7 +7,9 @@ Whether a method's ranks are worth their trouble shows only beside ranks that co
     depth_linear   rank proportional to the depth of the layer
 
 Each control is a score per rank; the selection under the budget is the one that every method uses (`allocate`), so a
-budget in ranks is met exactly, and one in parameters is never exceeded while no further rank fits.
+budget in ranks is met exactly, and one in parameters is never exceeded while no further rank fits. The scores are an
+order and no worth that could be summed up: where ranks differ in cost they are given out in this order, and a rank that
+does not fit is skipped. Under a `max_rank` a module has the first of its ranks in this order; others get the rest.
 
 What makes them comparable: the capacity is `LoraConfig.r`, as for AdaLoRA, and the scale is lora_alpha / `LoraConfig.r`
 whatever rank a module gets. (Plain LoRA at rank k would be scaled by lora_alpha / k: another learning rate, not another
@@ -25,12 +27,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loralloc.allocate import select
-from loralloc.budget import Budget, ConstantSchedule
+from loralloc.allocate import keep_within, select
+from loralloc.budget import Budget
 from loralloc.gating import Site
-from loralloc.methods.base import Method
+from loralloc.methods.base import Method, modules_of
 from loralloc.methods.guards import check_fresh
 from loralloc.naming import places
+from loralloc.schedule import ConstantSchedule
 from loralloc.setting_types import Seed
 
 Direction = Literal["increasing", "decreasing"]
@@ -59,12 +62,11 @@ class FixedRanks(Method):
         Raises:
             UserError: The adapter has been trained already in ranks that would be closed.
         """
-        ranks = [site.rank for site in sites]
-        target = self.budget.resolve(ranks, [site.cost for site in sites])
+        modules = modules_of(sites)
+        ranks, target = modules.ranks, self.budget.resolve(modules)
         scores = self.scores([site.name for site in sites], ranks)
-        costs = [site.cost for site in sites for _ in range(site.rank)]
-        keep = select(scores, costs, self.budget.unit, target)
-        chosen = [kept.to(site.gate.device) for site, kept in zip(sites, keep.split(ranks), strict=True)]
+        keep = select(scores, self.budget, modules, target, keep_within)
+        chosen = [kept.to(site.gate.device) for site, kept in zip(sites, keep.split([*ranks]), strict=True)]
         cure = "start from a fresh adapter, or cut the trained one down with Truncate"
         check_fresh(sites, "closing ranks would change what it computes", cure, [~kept for kept in chosen])
         for site, kept in zip(sites, chosen, strict=True):

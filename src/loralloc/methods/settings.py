@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import ConfigDict, Field, TypeAdapter, create_model
 
-from loralloc.budget import Budget
+from loralloc.budget import AMOUNTS, Budget
 from loralloc.errors import check_choice
 from loralloc.setting_types import (
     STRICT,
@@ -32,7 +32,7 @@ from loralloc.setting_types import (
 NONE = "none"
 """How a recipe writes None where the default is a word: in `parity: null` null would be the default, `adam`."""
 
-BUDGET = "one of average_rank, total_rank, parameters, fraction"
+BUDGET = f"one of {', '.join(AMOUNTS)}, with or without max_rank; or max_rank alone"
 
 
 class Setting(NamedTuple):
@@ -120,7 +120,7 @@ def recorded(method: Any) -> dict[str, Any]:
 BudgetSection: Any = create_model(
     "BudgetSection",
     __base__=Section,
-    __doc__="What the ranks may cost at the end: exactly one of four units.",
+    __doc__="What the ranks may cost at the end: exactly one amount, and max_rank beside it or alone.",
     **{setting.name: (setting.annotation, setting.default) for setting in settings(Budget)},  # type: ignore[call-overload]
 )
 

@@ -9,9 +9,9 @@ model picks what stays under the budget, and the truncated factors are written b
 By Eckart and Young (1936) that is the best approximation of its rank for every module, and for a budget in ranks the
 global threshold makes Σ ‖ΔW − ΔW_k‖²_F over all modules as small as any choice of ranks can.
 
-For a budget in parameters the value of a rank is σ² per parameter it costs, σ² / (in + out), in that order as long as
-ranks fit: the usual approximation of the knapsack. Errors of different modules are compared as they are, without data;
-a module whose inputs are small counts as much as any other.
+For a budget in parameters or bytes a rank is worth σ², what it adds to the squared norm, and the sum of what is kept is
+as large as the budget allows (`knapsack`): the same error is made as small as it can be. Errors of different modules
+are compared as they are, without data; a module whose inputs are small counts as much as any other.
 
 Small errors of the weights may be large errors of the loss, so the rest of the run trains what was kept (`recover`).
 The optimizer starts anew with the new factors, and its learning rate rises once more over a tenth of these steps.
@@ -28,11 +28,12 @@ from pydantic import Field
 from torch import Tensor
 
 from loralloc.allocate import select
-from loralloc.budget import Budget, CutSchedule, Unit, phase_steps
+from loralloc.budget import Budget, Modules
 from loralloc.errors import UserError
 from loralloc.gating import Site
-from loralloc.methods.base import Decision, Method, StepContext, agree
+from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of
 from loralloc.methods.guards import check_capacity
+from loralloc.schedule import CutSchedule, phase_steps
 from loralloc.setting_types import Phase, is_number
 
 WARM_UP = 0.1
@@ -140,8 +141,8 @@ class Truncate(Method):
         """Replace every update by its best approximation under the budget, the same in all processes."""
         sites = state.sites
         parts = decompose([(site.A.detach(), site.B.detach() * site.scaling) for site in sites])
-        values, costs = [sigma for _, sigma, _ in parts], [site.cost for site in sites]
-        keep = agree(keep_largest(values, costs, self.budget.unit, target)).cpu()
+        values = [sigma for _, sigma, _ in parts]
+        keep = agree(keep_largest(values, self.budget, modules_of(sites), target)).cpu()
         for site, part, kept in zip(sites, parts, keep.split([site.rank for site in sites]), strict=True):
             A, B = balanced(*part)
             site.A.copy_(agree(A * kept.to(A)[:, None] / site.scaling**0.5))
@@ -173,22 +174,20 @@ def decompose(factors: Sequence[tuple[Tensor, Tensor]]) -> list[Part]:
     return [parts[index] for index in range(len(factors))]
 
 
-def keep_largest(values: Sequence[Tensor], costs: Sequence[int], unit: Unit, target: int) -> Tensor:
-    """Choose singular values under one threshold for all modules.
+def keep_largest(values: Sequence[Tensor], budget: Budget, modules: Modules, target: int) -> Tensor:
+    """Choose singular values under one budget for all modules; where ranks cost the same, under one threshold.
 
     Args:
         values: Singular values of each module, [k], from large to small.
-        costs: Parameters of one rank of each module, in + out.
-        unit: What the budget counts.
-        target: The budget.
+        budget: What may be kept.
+        modules: The modules, with as many ranks as singular values.
+        target: What the budget comes to.
 
     Returns:
         Boolean [R], the modules one after the other; of each module the first ones.
     """
     sigma = torch.cat([value.to(values[0].device) for value in values])
-    cost = [price for value, price in zip(values, costs, strict=True) for _ in value]
-    scores = sigma if unit == "ranks" else sigma.double().square() / torch.tensor(cost).to(sigma.device)
-    return select(scores, cost, unit, target)
+    return select(sigma.double().square(), budget, modules, target)
 
 
 def balanced(U: Tensor, sigma: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loralloc.budget import in_words
 from loralloc.plan import RankPlan
 from loralloc.recipe.schema import Recipe
 from loralloc.tasks.base import TaskData, length_of
@@ -34,7 +35,7 @@ def card_facts(recipe: Recipe, data: TaskData, plan: RankPlan, metrics: Mapping[
         },
         "Settings": {
             "method": recipe.method.name,
-            **{f"budget, {name}": value for name, value in plan.budget.items()},
+            **({"budget": in_words(plan.budget)} if plan.budget else {}),
             "base weights": recipe.model.load_in or recipe.model.dtype,
             "parameters": plan.parameters,
             "steps": metrics["total_steps"],

@@ -7,17 +7,21 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from loralloc.budget import AMOUNTS
 from loralloc.errors import closest
-from loralloc.methods.settings import BudgetSection
 from loralloc.recipe.sections import DataConfig, GenerateConfig, LoraSection
 from loralloc.recipe.source import Key, dotted
 from loralloc.setting_types import is_number, is_text
 from loralloc.tasks.spec import TASKS, WRITTEN
 
 EXCLUSIVE: dict[Key, tuple[str, ...]] = {
-    ("method", "budget"): tuple(BudgetSection.model_fields),
+    ("method", "budget"): AMOUNTS,
     ("training",): ("steps", "epochs"),
 }
+"""Keys of a section of which exactly one is set."""
+
+ALONE: dict[Key, str] = {("method", "budget"): "max_rank"}
+"""A key of such a section that is enough without them."""
 
 
 def get(tree: Any, *key: str) -> Any:
@@ -43,10 +47,12 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         values = get(tree, *map(str, section))
         if isinstance(values, Mapping):
             chosen = [name for name in members if values.get(name) is not None]
-            if len(chosen) != 1:
+            alone = ALONE.get(section)
+            if len(chosen) > 1 or not (chosen or values.get(alone) is not None):
                 listed_keys = " and ".join(chosen) or "none of them"
                 key = (*section, chosen[-1]) if chosen else section
-                yield key, f"{dotted(section)} needs exactly one of {', '.join(members)}; got {listed_keys}"
+                needs = f"exactly one of {', '.join(members)}" + ("" if alone is None else f", or {alone} alone")
+                yield key, f"{dotted(section)} needs {needs}; got {listed_keys}"
     yield from _broken_columns(tree)
     yield from _broken_metric(tree)
     yield from _broken_judging(tree)
@@ -66,6 +72,13 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             ("method", "budget", "average_rank"),
             f"method.budget.average_rank is {target}, but no layer can exceed lora.r, which is {capacity}. "
             "Lower the one or raise the other (AdaLoRA starts at about 1.5 times its target)",
+        )
+    cap = get(tree, "method", "budget", "max_rank")
+    if is_number(cap) and is_number(target) and target > cap:
+        yield (
+            ("method", "budget", "max_rank"),
+            f"method.budget.max_rank is {cap}, but the layers cannot have average_rank, which is {target}, without one "
+            "that has more. Raise the one or lower the other",
         )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from loralloc.budget import FINAL, WARM_UP
 from loralloc.report.palette import LIGHT
 from loralloc.report.run_record import RunRecord
+from loralloc.schedule import FINAL, WARM_UP
 from loralloc.trace import Trace
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+from loralloc.budget import in_words
 from loralloc.report.run_record import RunRecord, number
 from loralloc.tasks.spec import TASKS
 
@@ -83,7 +84,7 @@ def budget(run: RunRecord) -> str:
     """Return the budget as the user gave it, for example `average rank 8`, or as the trace records it."""
     if not run.finished and run.trace and run.trace.target is not None:
         return f"{run.trace.target:,} {run.trace.unit}"
-    return ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in run.plan.budget.items()) or "none"
+    return in_words(run.plan.budget) or "none"
 
 
 def loading_code(run: RunRecord) -> str:

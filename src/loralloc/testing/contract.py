@@ -49,6 +49,10 @@ BUDGETS: Mapping[str, Budget] = {
     "total_rank": Budget(total_rank=5),
     "parameters": Budget(parameters=501),
     "fraction": Budget(fraction=0.4),
+    "adapter_bytes, max_rank": Budget(adapter_bytes=1500, max_rank=3),
+    "share_of_base": Budget(share_of_base=0.05),
+    "max_rank": Budget(max_rank=2),
+    "total_rank, max_rank": Budget(total_rank=8, max_rank=2),
     "all": Budget(average_rank=4),
     "one": Budget(total_rank=1),
 }

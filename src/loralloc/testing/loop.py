@@ -180,26 +180,42 @@ def totals(loop: Loop) -> range:
     return range(max(1, least * len(loop.run.sites)), most * len(loop.run.sites) + 1)
 
 
+def _price(site: Site, unit: str) -> int:
+    """What one rank costs, counted at its factors."""
+    A, B = site.A, site.B
+    return {
+        "ranks": 1,
+        "parameters": A.shape[1] + B.shape[0],
+        "bytes": A.shape[1] * A.element_size() + B.shape[0] * B.element_size(),
+    }[unit]
+
+
 def cost(loop: Loop, ranks: list[int]) -> int:
     """Parameters of so many ranks in every module."""
     return sum(rank * site.cost for rank, site in zip(ranks, loop.run.sites, strict=True))
 
 
 def meets(loop: Loop, ranks: list[int], limit: int) -> bool:
-    """Whether ranks meet a budget: in ranks exactly; in parameters never above, and no further rank fits."""
-    if loop.run.unit == "ranks":
-        return sum(ranks) == limit
-    spare = limit - cost(loop, ranks)
-    cheapest = min(
-        (site.cost for site, rank in zip(loop.run.sites, ranks, strict=True) if rank < site.rank), default=spare + 1
-    )
-    return 0 <= spare < cheapest
+    """Whether ranks meet a budget: in ranks exactly; in parameters and bytes never above, and no further rank fits.
+
+    No module has more than `max_rank` as soon as the limit is one that they can have under it.
+    """
+    sites, prices = loop.run.sites, [_price(site, loop.run.unit) for site in loop.run.sites]
+    cap = getattr(loop.run.method.budget, "max_rank", None)
+    most = [site.rank if cap is None else min(site.rank, cap) for site in sites]
+    if sum(rank * price for rank, price in zip(most, prices, strict=True)) < limit:
+        most = [site.rank for site in sites]
+    spare = limit - sum(rank * price for rank, price in zip(ranks, prices, strict=True))
+    rows = list(zip(ranks, most, prices, strict=True))
+    cheapest = 1 if loop.run.unit == "ranks" else min((p for rank, m, p in rows if rank < m), default=spare + 1)
+    return 0 <= spare < cheapest and all(rank <= m for rank, m, _ in rows)
 
 
 def may_be_open(loop: Loop, ranks: list[int], limit: int) -> bool:
     """Whether so many ranks may be open under the schedule's budget: gates that become 0 as they go leave fewer."""
     if loop.decides == "as it goes":
-        return 0 < sum(ranks) <= limit if loop.run.unit == "ranks" else 0 < cost(loop, ranks) <= limit
+        used = zip(ranks, loop.run.sites, strict=True)
+        return 0 < sum(rank * _price(site, loop.run.unit) for rank, site in used) <= limit
     return meets(loop, ranks, limit)
 
 

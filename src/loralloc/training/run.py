@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from loralloc import trace
 from loralloc._version import __version__
-from loralloc.budget import Schedule
 from loralloc.errors import UserError
 from loralloc.gating import Site, attach_gates, fold_gates, put_back_on_error
 from loralloc.methods.base import (
     Decision,
     Method,
     StepContext,
+    modules_of,
     open_ranks,
     rank_plan,
     ranks_by_site,
@@ -25,6 +25,7 @@ from loralloc.methods.base import (
 )
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
+from loralloc.schedule import Schedule
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
 from loralloc.training.calibration import batches_of, without_a_trace
 from loralloc.training.compaction import Compaction, check_compact
@@ -331,9 +332,10 @@ class AllocationRun(Recorded):
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, numbers) that a resumed run needs beyond the model's and the optimizer's own."""
-        # How the phases were spelled is not the point: the schedule says what they came to.
-        phases = ("warmup", "cooldown", "interval")
+        # How phases and budget were spelled is not the point: the schedule says what they came to, but for the cap.
+        phases, cap = ("warmup", "cooldown", "interval"), getattr(self.method.budget, "max_rank", None)
         settings = {key: value for key, value in self.method.settings().items() if key not in phases}
+        settings |= {} if cap is None else {"max_rank": cap}
         numbers = {
             "method": self.method.id,
             "settings": settings,
@@ -433,10 +435,9 @@ class AllocationRun(Recorded):
         """Emit the event that opens a trace."""
         sizes = [(site.inputs, site.outputs) for site in self.sites]
         target = None if self.method.budget is None else self.schedule.target
-        start = trace.start_event(
-            self.method.label, [site.name for site in self.sites], sizes, self._ranks, self.schedule.total_steps
-        )
-        self._emit(start | trace.schedule_of(self.schedule, self.unit, target))
+        names, costs = [site.name for site in self.sites], modules_of(self.sites).costs(self.unit)
+        start = trace.start_event(self.method.label, names, sizes, self._ranks, self.schedule.total_steps)
+        self._emit(start | trace.schedule_of(self.schedule, self.unit, costs, target))
 
     def _emit(self, event: trace.Event) -> None:
         if event["event"] != "bad_step":

@@ -40,17 +40,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loralloc.budget import Budget, RoundSchedule, round_schedule
+from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.files import finite
 from loralloc.gating import Site
 from loralloc.methods.ablora.moves import deal
 from loralloc.methods.ablora.scores import Mode, score_ranks
 from loralloc.methods.ablora.state import ABLoRAState, check_groups, check_room, rank_sensitivity
-from loralloc.methods.base import Decision, Method, StepContext, agree, ranks_by_site
+from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of, ranks_by_site
 from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.validation import check_validation
 from loralloc.naming import kind_of, places
+from loralloc.schedule import RoundSchedule, round_schedule
 from loralloc.setting_types import Count, Examples, Phase, Whole, is_number
 
 Score = Literal["ablation", "gate", "sensitivity"]
@@ -65,11 +66,11 @@ logger = logging.getLogger("loralloc.methods.ablora")
 class ABLoRA(Method):
     """Move ranks between modules by ablation scores, at a constant budget.
 
-    `LoraConfig.r` is the most a module may get; twice the average rank is usual. A budget as a `fraction` is one of
-    that capacity. Ranks are scored on `validation`, held out of the training data: a data set in a Trainer; batches by
-    index (mappings of what the model takes, labels included) in a loop of your own. Other scores than `ablation` need
-    none. With `scope="block"` a module that is alone in its block, such as a pooler, keeps its ranks; the paper can be
-    read either way.
+    `LoraConfig.r` is the most a module may get, or the budget's `max_rank` where that is less; twice the average rank
+    is usual. A budget as a `fraction` is one of the capacity `LoraConfig.r`. Ranks are scored on `validation`, held out
+    of the training data: a data set in a Trainer; batches by index (mappings of what the model takes, labels included)
+    in a loop of your own. Other scores than `ablation` need none. With `scope="block"` a module that is alone in its
+    block, such as a pooler, keeps its ranks; the paper can be read either way.
 
     Raises:
         UserError: A number is out of its range, or there are no validation data.
@@ -167,13 +168,14 @@ class ABLoRA(Method):
             UserError: An adapter has been trained already, or the budget leaves no capacity to grow into.
         """
         check_groups(sites, self._groups(sites))
-        room = [min(site.rank, site.inputs, site.outputs) for site in sites]
-        costs = self._costs(sites)
-        limit = self.budget.resolve([site.rank for site in sites], [site.cost for site in sites])
+        modules = modules_of(sites)
+        costs, limit = modules.costs(self.budget.unit), self.budget.resolve(modules)
+        most = modules.capped(self.budget.max_rank)
+        room = [min(rank, site.inputs, site.outputs) for rank, site in zip(most, sites, strict=True)]
         # The budget is met from the start, by R_target / N_mod ranks in every module.
         start = deal(range(len(sites)), room, costs, limit)
         check_fresh(sites, "ABLoRA would close a part of it", FROM_THE_START)
-        check_room(sites, start, room)
+        check_room(sites, start, room, self.budget.max_rank)
         counts = torch.tensor(start).repeat_interleave(torch.tensor([site.rank for site in sites]))
         place = torch.cat([torch.arange(site.rank) for site in sites])
         state = ABLoRAState(sites, room, sum(start) / len(sites), place < counts, torch.full_like(place, -1), limit)
@@ -211,9 +213,8 @@ class ABLoRA(Method):
         scores, measured = self._scores(state, now, number)
         # The n_A lowest are pruned, and as many grow in modules that lost none, those with the best average first.
         candidates, groups = self._candidates(state, number), self._groups(state.sites)
-        moved = state.choose_move(
-            scores, candidates, groups, self._costs(state.sites), self._count(state.sites), self.keep_budget
-        )
+        costs = modules_of(state.sites).costs(self.budget.unit)
+        moved = state.choose_move(scores, candidates, groups, costs, self._count(state.sites), self.keep_budget)
         state.limit -= moved.lost  # footnote 4: where no module is left to receive
         fresh = int((state.born[moved.pruned] >= 0).sum())
         closed = torch.zeros_like(state.open)
@@ -256,10 +257,6 @@ class ABLoRA(Method):
     def resized(self, state: ABLoRAState) -> None:
         """Nothing to do: after the last round only `finish` looks at the ranks, when all are back."""
         del state
-
-    def _costs(self, sites: Sequence[Site]) -> list[int]:
-        """What one rank of each module costs, in the unit of the budget."""
-        return [1 if self.budget.unit == "ranks" else site.cost for site in sites]
 
     def _groups(self, sites: Sequence[Site]) -> list[list[int]]:
         """Modules among which ranks move."""

@@ -177,13 +177,14 @@ def check_groups(sites: Sequence[Site], groups: Sequence[Sequence[int]]) -> None
     )
 
 
-def check_room(sites: Sequence[Site], start: Sequence[int], room: Sequence[int]) -> None:
+def check_room(sites: Sequence[Site], start: Sequence[int], room: Sequence[int], max_rank: int | None = None) -> None:
     """Refuse a budget that leaves no capacity to grow into.
 
     Args:
         sites: The gated layers.
         start: Ranks that are open at first, one a layer.
         room: Most ranks of each.
+        max_rank: The budget's cap on each.
 
     Raises:
         UserError: All are open.
@@ -191,8 +192,11 @@ def check_room(sites: Sequence[Site], start: Sequence[int], room: Sequence[int])
     if start != room:
         return
     wider = any(site.rank < min(site.inputs, site.outputs) for site in sites)
+    capped = max_rank is not None and any(site.rank > max_rank for site in sites)
     cure = (
-        f"LoraConfig.r is the most a module may get: raise it to {2 * max(start)}, with lora_alpha in "
+        f"max_rank={max_rank} is the most a module may get: raise it, or give a budget of fewer ranks beside it"
+        if capped
+        else f"LoraConfig.r is the most a module may get: raise it to {2 * max(start)}, with lora_alpha in "
         "proportion or not (the scale is lora_alpha over the average starting rank)"
         if wider
         else f"no layer has dimensions for more: lower the budget, below {sum(start)} ranks"

@@ -37,13 +37,14 @@ from pydantic import Field
 from torch import Tensor
 
 from loralloc.allocate import select
-from loralloc.budget import Budget, BudgetSchedule, cubic_schedule
+from loralloc.budget import Budget
 from loralloc.gating import Site
 from loralloc.methods.adalora.importance import per_rank, sensitivity, smooth_
 from loralloc.methods.adalora.penalty import Penalty, penalty_gradient
 from loralloc.methods.adalora.state import AdaLoRAState, Parity, Stack, gate_gain, initialise, stacks_of
-from loralloc.methods.base import Decision, Method, StepContext, agree
+from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of
 from loralloc.methods.guards import FROM_THE_START, check_capacity, check_fresh
+from loralloc.schedule import BudgetSchedule, cubic_schedule
 from loralloc.setting_types import Count, Phase, is_number
 
 Importance = Literal["smoothed", "sensitivity", "magnitude"]
@@ -54,7 +55,9 @@ Order = Literal["paper", "reference"]
 class AdaLoRA(Method):
     """Prune singular values by importance under a falling budget.
 
-    `LoraConfig.r` is the rank at the start, everywhere; about 1.5 times the target is usual.
+    `LoraConfig.r` is the rank at the start, everywhere; about 1.5 times the target is usual. Where ranks cost
+    different amounts, as in a budget in parameters, those stay whose importance adds up to most. A `max_rank` holds as
+    soon as the falling budget is one that the modules can have under it, and from the final phase on at the latest.
 
     Raises:
         UserError: A setting is out of its range.
@@ -133,7 +136,7 @@ class AdaLoRA(Method):
         # ΔW = P Λ Q, with ΔW = 0 at first.
         for site in sites:
             initialise(site, self.parity)
-        return AdaLoRAState(sites, stacks_of(sites))
+        return AdaLoRAState(sites, stacks_of(sites), modules_of(sites))
 
     def on_gradients(self, state: AdaLoRAState, now: StepContext) -> None:
         """Add the penalty's gradient; measure importance (order `paper`)."""
@@ -237,7 +240,7 @@ class AdaLoRA(Method):
 
     def _select(self, state: AdaLoRAState, budget: int) -> Tensor:
         """The triplets that stay under a budget, boolean [R]."""
-        return agree(select(self._scores(state), state.costs(), self.budget.unit, budget))
+        return agree(select(self._scores(state), self.budget, state.modules, budget))
 
     def _close_for_good(self, state: AdaLoRAState, keep: Tensor) -> None:
         """Zero triplets and mask them out of the model and of the penalty."""

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loralloc.budget import Modules
 from loralloc.gating import Site
 
 Parity = Literal["adam", "sgd"]
@@ -77,6 +78,7 @@ class AdaLoRAState:
     Attributes:
         sites: The gated layers.
         stacks: Their tensors by kind and shape.
+        modules: What the budget must know of them, at the start.
         final: The final selection, boolean [R]; None until it is made.
         measure_after_step: Whether the current step's sensitivities are still to be measured (order `reference`).
         compact: Whether closed triplets are out of the tensors; their scores have gone with them.
@@ -84,6 +86,7 @@ class AdaLoRAState:
 
     sites: Sequence[Site]
     stacks: Sequence[Stack]
+    modules: Modules
     final: Tensor | None = None
     measure_after_step: bool = False
     compact: bool = False
@@ -93,10 +96,6 @@ class AdaLoRAState:
         """All λ, [R], on the device of the first site."""
         device = self.sites[0].gate.device
         return torch.cat([site.gate.to(device) for site in self.sites])
-
-    def costs(self) -> list[int]:
-        """Parameters of each rank, [R]."""
-        return [site.cost for site in self.sites for _ in range(site.rank)]
 
     def split(self, flat: Tensor) -> Sequence[Tensor]:
         """[R] to one [r] per site, each on the site's device."""

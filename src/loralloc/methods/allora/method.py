@@ -40,12 +40,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loralloc.budget import Budget, ConstantSchedule, Schedule
+from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.allora.rows import row_norms, row_scales
 from loralloc.methods.allora.state import ALLoRAState, check_dropout, check_scales, groups_of
 from loralloc.methods.base import Decision, Method, StepContext
+from loralloc.schedule import ConstantSchedule, Schedule
 from loralloc.setting_types import is_number
 
 Mode = Literal["paper", "hybrid", "post"]

@@ -41,7 +41,7 @@ from pydantic import Field
 from torch import Tensor
 
 from loralloc.allocate import select
-from loralloc.budget import Budget, CutSchedule
+from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.autolora.hypergradient import (
@@ -55,9 +55,20 @@ from loralloc.methods.autolora.hypergradient import (
 )
 from loralloc.methods.autolora.replay import check_replay, is_due
 from loralloc.methods.autolora.state import AutoLoRAState, Before, keep_uniform_share, pad_rows, softmax_gradient
-from loralloc.methods.base import Decision, Method, Search, StepContext, StepData, agree, any_process, average_
+from loralloc.methods.base import (
+    Decision,
+    Method,
+    Search,
+    StepContext,
+    StepData,
+    agree,
+    any_process,
+    average_,
+    modules_of,
+)
 from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.validation import check_validation
+from loralloc.schedule import CutSchedule
 from loralloc.setting_types import Count, Examples
 
 Mode = Literal["fast", "paper", "exact", "first_order", "reference"]
@@ -76,8 +87,9 @@ class AutoLoRA(Method):
     `validation` are examples held out of the training data: batches in a loop of your own, examples as in the training
     set (tokenized alike) in a Trainer. They must not be among the training data, nor be the data that the result is
     evaluated on. All modes but `first_order` compute a step's loss again, and refuse a loop with another loss than the
-    model's own; see the module's docstring. A budget and patience are not in the paper. With patience the logits stay
-    as they are once they have settled, `run.settled` is true, and a Trainer stops.
+    model's own; see the module's docstring. A budget and patience are not in the paper. Under a budget a rank is worth
+    its share, relative to an equal one; where ranks differ in cost, those stay whose worth adds up to most. With
+    patience the logits stay as they are once they have settled, `run.settled` is true, and a Trainer stops.
 
     Raises:
         UserError: A number is out of its range, or there are no validation data.
@@ -273,8 +285,7 @@ class AutoLoRA(Method):
             # The threshold: the ranks with αⱼ ≥ 1/k are kept.
             return agree(keep_uniform_share(shares)[state.real])
         scores = (shares * state.real.sum(1, keepdim=True))[state.real]  # relative to 1/k, which differs with k
-        costs = [site.cost for site in state.sites for _ in range(site.rank)]
-        return agree(select(scores, costs, self.budget.unit, target))
+        return agree(select(scores, self.budget, modules_of(state.sites), target))
 
 
 def _data(now: StepContext) -> StepData:
