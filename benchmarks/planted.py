@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--capacity", type=int, default=8, help="most ranks of a layer")
     made.add_argument("--strength", type=float, default=0.5, help="size of a planted rank, see planted_problem.py")
     made.add_argument("--steps", type=int, default=300)
-    made.add_argument("--batch", type=int, default=8, help="texts in a step")
+    made.add_argument("--batch", type=int, default=16, help="texts in a step")
     made.add_argument("--tokens", type=int, default=32, help="tokens of a text")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--records", type=Path, default=RESULTS)

@@ -24,7 +24,16 @@ HEAD = (
     "learning rate",
     "seeds",
 )
-DRAWN = ("uniform", "random", "AdaLoRA", "AB-LoRA", "AutoLoRA", "truncation", "cut and recover", "full capacity")
+DRAWN = (
+    "uniform",
+    "random",
+    "AdaLoRA",
+    "AB-LoRA, taylor",
+    "AutoLoRA",
+    "truncation",
+    "cut and recover",
+    "full capacity",
+)
 """Methods of the figure."""
 
 
