@@ -146,19 +146,17 @@ class ConstantSchedule:
     Attributes:
         total_steps: Optimizer steps of the run.
         start: Budget at the start.
-        target: Budget at the end; it differs from the start where ranks are chosen only when the run ends.
-        chosen_at_end: Whether the ranks are chosen when the run ends, instead of from the start.
+        target: Budget at the end.
     """
 
     total_steps: int
     start: int
     target: int
-    chosen_at_end: bool = False
 
     @property
     def steps_until_final(self) -> int:
-        """None, or more than the run has."""
-        return self.total_steps + 1 if self.chosen_at_end else 0
+        """None: the ranks are final from the start."""
+        return 0
 
     def budget(self, step: int) -> int:
         """Return the start, whatever the step."""
@@ -167,7 +165,46 @@ class ConstantSchedule:
 
     def spans(self) -> Sequence[tuple[str, int, int]]:
         """Return the one phase."""
-        return [(ALL if self.chosen_at_end else FINAL, 0, self.total_steps - 1)]
+        return [(FINAL, 0, self.total_steps - 1)]
+
+
+@dataclass(frozen=True)
+class CutSchedule:
+    """All ranks up to one step, after which they are chosen at once.
+
+    Attributes:
+        total_steps: Optimizer steps of the run.
+        start: Budget before the cut.
+        target: Budget after it.
+        cut: Steps before the cut; as many as the run has where ranks are chosen when it ends.
+
+    >>> schedule = CutSchedule(total_steps=100, start=216, target=144, cut=80)
+    >>> [schedule.budget(t) for t in (0, 78, 79, 99)], schedule.cuts_after(79)
+    ([216, 216, 144, 144], True)
+    """
+
+    total_steps: int
+    start: int
+    target: int
+    cut: int
+
+    @property
+    def steps_until_final(self) -> int:
+        """Those before the cut, or more than the run has."""
+        return self.cut if self.cut < self.total_steps else self.total_steps + 1
+
+    def cuts_after(self, step: int) -> bool:
+        """Whether the cut follows the 0-based optimizer step."""
+        return step + 1 == self.cut < self.total_steps
+
+    def budget(self, step: int) -> int:
+        """Return the start before the cut, and the target after it; a cut at the end is none of the steps'."""
+        return self.start if step + 1 < self.steps_until_final else self.target
+
+    def spans(self) -> Sequence[tuple[str, int, int]]:
+        """Return the steps with all ranks and those with the final ones."""
+        edges = {ALL: (0, self.cut - 1), FINAL: (self.cut, self.total_steps - 1)}
+        return [(name, first, last) for name, (first, last) in edges.items() if first <= last]
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Loop:
 
     def step(self) -> None:
         self.backward()
-        self.run.before_step()
+        self.run.before_step(self.optimizer)
         self.optimizer.step()
         self.run.after_step(self.optimizer)
 

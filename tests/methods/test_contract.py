@@ -16,12 +16,13 @@ from loralloc.methods.base import Method
 from loralloc.testing import MethodContract
 from loralloc.testing.contract import BUDGETS
 from loralloc.testing.hooks import Make, allocator
-from loralloc.testing.loop import COOLDOWN, HALF, STEPS, UNSEEN
+from loralloc.testing.loop import COOLDOWN, FREEZE, HALF, STEPS, UNSEEN
 
 pytestmark = pytest.mark.filterwarnings("ignore:ALLoRA.*AdamW")  # tests/methods/test_allora.py is about it
 
 PHASES: dict[str, Any] = {"warmup": 2, "cooldown": COOLDOWN, "interval": 1}
 ROUNDS: dict[str, Any] = {"warmup": 3, "interval": 5, "rounds": 3, "samples": 12}  # after steps 2, 7 and FREEZE
+RECOVERY = STEPS - FREEZE - 1
 
 METHODS: Mapping[str, Make] = {
     "adalora": lambda budget: AdaLoRA(budget, **PHASES),
@@ -37,23 +38,25 @@ METHODS: Mapping[str, Make] = {
     "allora-post": lambda budget: ALLoRA(mode="post"),
     "allora-adalora": lambda budget: ALLoRA(mode="hybrid", allocate=AdaLoRA(budget, **PHASES)),
     "allora-ablora": lambda budget: ALLoRA(mode="post", allocate=ABLoRA(budget, UNSEEN, **ROUNDS)),
-    "allora-truncate": lambda budget: ALLoRA(allocate=Truncate(budget)),
+    "allora-truncate": lambda budget: ALLoRA(allocate=Truncate(budget, recover=RECOVERY)),
     "autolora": lambda budget: AutoLoRA(UNSEEN, logit_learning_rate=0.01),
     "autolora-published": lambda budget: AutoLoRA.as_published(UNSEEN, logit_learning_rate=0.01),
     "autolora-budget": lambda budget: AutoLoRA(UNSEEN, budget, mode="first_order", check_every=3),
     "uniform": Uniform,
     "random": lambda budget: Random(budget, rank_seed=4),
     "depth_linear": DepthLinear,
-    "truncate": Truncate,
+    "truncate": lambda budget: Truncate(budget, recover=RECOVERY),
+    "truncate-at-end": lambda budget: Truncate(budget, recover=0),
 }
 DECIDES = {
     "adalora": "while training",
     "ablora": "while training",
     "allora": "never",
     "autolora": "by a search",
-    "truncate": "at the end",
+    "truncate": "while training",
 }
 """When a method chooses ranks, by its id; before the first step unless it is named here."""
+AT_THE_END = "truncate-at-end"
 
 MODELS = ("llama", "bert")  # causal language model and sequence classification
 ON_BOTH_MODELS = ("adalora", "adalora-reference", "adalora-published")
@@ -106,4 +109,5 @@ class TestContract(MethodContract):
 def test_when_methods_choose_ranks_is_told_by_the_methods_themselves() -> None:
     made = {row: make(HALF) for row, make in METHODS.items()}
     told = {row: TestContract().decides(method) for row, method in made.items()}
-    assert told == {row: DECIDES.get(allocator(method).id, "at the start") for row, method in made.items()}
+    expected = {row: DECIDES.get(allocator(method).id, "at the start") for row, method in made.items()}
+    assert told == expected | {AT_THE_END: "at the end"}

@@ -35,10 +35,15 @@ def test_a_best_model_by_epochs_comes_from_the_step_that_the_message_names(tmp_p
 
 
 def test_ranks_that_are_chosen_at_the_end_go_with_the_last_model(tmp_path: Path) -> None:
-    message = refusal(best(tmp_path, method=Truncate(TWO_RANKS), eval_delay=16))
+    message = refusal(best(tmp_path, method=Truncate(TWO_RANKS, recover=0), eval_delay=16))
     assert "from before the ranks are chosen, which is when the run ends; set load_best_model_at_end=False" in message
     best(
-        tmp_path, method=Truncate(TWO_RANKS), eval_delay=16, load_best_model_at_end=False, eval_steps=8, save_steps=8
+        tmp_path,
+        method=Truncate(TWO_RANKS, recover=0),
+        eval_delay=16,
+        load_best_model_at_end=False,
+        eval_steps=8,
+        save_steps=8,
     ).train()
 
 

@@ -136,6 +136,8 @@ class Decision:
         opened: Boolean [R]: ranks that start afresh, whose moments are to start at age 0; None for none.
         planned: Whether `kept` is only what the run would keep if it ended now, and nothing has been closed yet. Where
             it is `frozen` as well, the run has nothing left to find out and may end.
+        warmup: Where the method has written new factors: steps over which the learning rate rises to its own again. The
+            optimizer forgets what it knows of the adapter. None where the factors are those that were trained.
         details: What else the trace should tell, JSON-able.
     """
 
@@ -145,6 +147,7 @@ class Decision:
     closed: Tensor | None = None
     opened: Tensor | None = None
     planned: bool = False
+    warmup: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -201,6 +204,11 @@ class Method(ABC):
     @property
     def opens_ranks(self) -> bool:
         """Whether ranks start afresh in mid-run: the optimizer must be one whose first steps of them are right."""
+        return False
+
+    @property
+    def restarts(self) -> bool:
+        """Whether it writes new factors in mid-run, and the optimizer forgets what it knows of the adapter."""
         return False
 
     @property

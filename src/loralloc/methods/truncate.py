@@ -1,8 +1,8 @@
-"""Truncation: train at a high rank, then keep the largest singular values of the trained update.
+"""Truncation: train at a high rank, keep the largest singular values of the trained update, and let them recover.
 
-The control for every method that looks at data to find ranks: this one looks at the result alone. At the end each
-trained update s · B A = U Σ Vᵀ is decomposed, one threshold on σ for the whole model picks what stays under the budget,
-and the truncated factors are written back balanced:
+The control for every method that looks at data to find ranks: this one looks at the result alone, with no scores and no
+penalty. After a share of the steps each trained update s · B A = U Σ Vᵀ is decomposed, one threshold on σ for the whole
+model picks what stays under the budget, and the truncated factors are written back balanced:
 
     B ← U_k √(Σ_k / s),      A ← √(Σ_k / s) V_kᵀ        so that  s · B A = U_k Σ_k V_kᵀ
 
@@ -12,43 +12,98 @@ global threshold makes Σ ‖ΔW − ΔW_k‖²_F over all modules as small as a
 For a budget in parameters the value of a rank is σ² per parameter it costs, σ² / (in + out), in that order as long as
 ranks fit: the usual approximation of the knapsack. Errors of different modules are compared as they are, without data;
 a module whose inputs are small counts as much as any other.
+
+Small errors of the weights may be large errors of the loss, so the rest of the run trains what was kept (`recover`).
+The optimizer starts anew with the new factors, and its learning rate rises once more over a tenth of these steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from loralloc.allocate import select
-from loralloc.budget import Budget, ConstantSchedule, Unit
+from loralloc.budget import Budget, CutSchedule, Unit, phase_steps
+from loralloc.errors import UserError
 from loralloc.gating import Site
-from loralloc.methods.base import Method, agree
+from loralloc.methods.base import Decision, Method, StepContext, agree
 from loralloc.methods.guards import check_capacity
+from loralloc.setting_types import Phase, is_number
+
+WARM_UP = 0.1
+"""Share of the recovery in which the learning rate rises."""
+
+
+@dataclass(eq=False)
+class TruncateState:
+    """The gated layers, and the ranks that were kept, boolean [R]; None before the cut."""
+
+    sites: Sequence[Site]
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Truncate(Method):
-    """Train every rank of `LoraConfig.r`, and keep the largest singular values at the end.
+    """Train every rank of `LoraConfig.r`, keep the largest singular values, and train these to the end.
 
     The scale is lora_alpha / `LoraConfig.r`, as for the methods that prune.
+
+    Raises:
+        UserError: A setting is out of its range.
     """
 
     id: ClassVar[str] = "truncate"
     label: ClassVar[str] = "truncation"
 
     budget: Budget
+    recover: Annotated[
+        Phase,
+        Field(description="train what is kept, after the cut: fraction of the run, or steps; 0 cuts at the end"),
+    ] = 0.4
 
-    def schedule(self, total_steps: int, start: int, target: int) -> ConstantSchedule:
-        """Return the start throughout: ranks are chosen when the run ends."""
-        return ConstantSchedule(total_steps, start, target, chosen_at_end=True)
+    @property
+    def compacts(self) -> bool:
+        """After the cut, where it is not at the end."""
+        return self.recover > 0
+
+    @property
+    def restarts(self) -> bool:
+        """At the cut, where it is not at the end."""
+        return self.recover > 0
+
+    @classmethod
+    def broken_rules(cls, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+        """All ranks must be trained for a step at least."""
+        recover, steps = value("method", "recover"), value("training", "steps")
+        if isinstance(recover, int) and is_number(steps) and recover >= steps:
+            key = ("method", "recover")
+            yield (
+                key,
+                f"method.recover is {recover} of {steps} steps: keep it below, so that all ranks are trained first",
+            )
+
+    def schedule(self, total_steps: int, start: int, target: int) -> CutSchedule:
+        """Return all ranks up to the cut, and the budget after it.
+
+        Raises:
+            UserError: No step is left before the cut.
+        """
+        recovery = phase_steps("recover", self.recover, total_steps)
+        if recovery >= total_steps:
+            raise UserError(
+                f"no step is left in which all ranks are trained: recover={self.recover} ({recovery} steps) fills the "
+                f"{total_steps} steps of the run"
+            )
+        return CutSchedule(total_steps, start, target, cut=total_steps - recovery)
 
     # The course of a run.
 
-    def prepare(self, sites: Sequence[Site]) -> Sequence[Site]:
+    def prepare(self, sites: Sequence[Site]) -> TruncateState:
         """Leave the adapter as it is.
 
         Raises:
@@ -57,19 +112,48 @@ class Truncate(Method):
         check_capacity(sites, "there are no more singular values than that")
         for site in sites:
             site.freeze_gate()
-        return sites
+        return TruncateState(sites)
 
-    def finish(self, state: Sequence[Site], target: int) -> Tensor:
-        """Replace every update by its best approximation under the budget."""
-        parts = decompose([(site.A.detach(), site.B.detach() * site.scaling) for site in state])
-        values, costs = [sigma for _, sigma, _ in parts], [site.cost for site in state]
+    def on_step(self, state: TruncateState, now: StepContext) -> Decision | None:
+        """Cut when the schedule says so."""
+        assert isinstance(now.schedule, CutSchedule)
+        if not now.schedule.cuts_after(now.step):
+            return None
+        keep = self._cut(state, now.schedule.target)
+        warmup = int(WARM_UP * (now.schedule.total_steps - now.schedule.cut))
+        return Decision(keep, now.schedule.target, frozen=True, closed=~keep, warmup=warmup)
+
+    def finish(self, state: TruncateState, target: int) -> Tensor:
+        """Cut, if that has not happened (at the end is where it is, or a run may stop early); return the kept ranks."""
+        return self._cut(state, target) if state.kept is None else state.kept
+
+    def state_dict(self, state: TruncateState) -> dict[str, Tensor]:
+        """The kept ranks, once there has been a cut."""
+        return {} if state.kept is None else {"kept": state.kept}
+
+    def load_state_dict(self, state: TruncateState, tensors: Mapping[str, Tensor]) -> None:
+        """Restore them, and close the others."""
+        if "kept" in tensors:
+            self._close(state, tensors["kept"])
+
+    def _cut(self, state: TruncateState, target: int) -> Tensor:
+        """Replace every update by its best approximation under the budget, the same in all processes."""
+        sites = state.sites
+        parts = decompose([(site.A.detach(), site.B.detach() * site.scaling) for site in sites])
+        values, costs = [sigma for _, sigma, _ in parts], [site.cost for site in sites]
         keep = agree(keep_largest(values, costs, self.budget.unit, target)).cpu()
-        for site, part, kept in zip(state, parts, keep.split([site.rank for site in state]), strict=True):
+        for site, part, kept in zip(sites, parts, keep.split([site.rank for site in sites]), strict=True):
             A, B = balanced(*part)
-            site.A.copy_(A * kept.to(A)[:, None] / site.scaling**0.5)
-            site.B.copy_(B * kept.to(B) / site.scaling**0.5)
+            site.A.copy_(agree(A * kept.to(A)[:, None] / site.scaling**0.5))
+            site.B.copy_(agree(B * kept.to(B) / site.scaling**0.5))
+        return self._close(state, keep)
+
+    def _close(self, state: TruncateState, keep: Tensor) -> Tensor:
+        """Let only these ranks take part in the model, from now on; returns them."""
+        state.kept = keep.cpu()
+        for site, kept in zip(state.sites, state.kept.split([site.rank for site in state.sites]), strict=True):
             site.set_scale(kept.to(site.gate.device))
-        return keep
+        return state.kept
 
 
 Part = tuple[Tensor, Tensor, Tensor]

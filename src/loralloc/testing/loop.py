@@ -30,7 +30,7 @@ Decides = Literal["at the start", "while training", "at the end", "as it goes", 
 """When a method chooses ranks.
 
 * at the start: before the first step
-* while training: on its schedule, from numbers of its own; the ranks are final before the run ends
+* while training: on its schedule; the ranks are final before the run ends
 * at the end: when the run is finished; all ranks are open until then
 * as it goes: gates become 0, and may come back, in any step, which it tells by a decision; the end closes what is 0, or
   all but the largest gates under a budget

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from loralloc.gating import Site
+from loralloc.methods.base import Decision
 from loralloc.training.optimizer import check_clears, unwrapped
+from loralloc.training.restart import WarmUp, forget_adapter
 from loralloc.training.updates import RULES, Rows
 
 
@@ -51,6 +53,21 @@ class FreshRanks:
         self._before: dict[int, list[Tensor | None]] = {}
         self._youngest = 0
         self._kept: Tensor | None = None
+        self._warm_up = WarmUp()
+
+    def follow(self, decision: Decision, optimizer: torch.optim.Optimizer | None) -> None:
+        """Let the optimizer's memory follow a decision: of ranks that are closed or opened, or of new factors.
+
+        Raises:
+            UserError: Its memory of a rank cannot be cleared, or it has to be seen and was not.
+        """
+        if decision.warmup is not None:
+            forget_adapter(optimizer, self.sites)
+            self._warm_up.begin(decision.warmup)
+        elif optimizer is not None and (decision.closed is not None or decision.opened is not None):
+            clear_moments(optimizer, self.sites, decision.opened)
+        if decision.opened is not None:
+            self.open(decision.opened)
 
     def take(self, kept: Tensor) -> None:
         """Follow a compaction that is about to happen.
@@ -75,8 +92,13 @@ class FreshRanks:
         self._set(ages)
 
     @torch.no_grad()
-    def before_step(self) -> None:
-        """Keep the rows of fresh ranks as they are before the step, where the step will move them."""
+    def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Keep the rows of fresh ranks as they are before the step, where the step will move them.
+
+        Args:
+            optimizer: The optimizer, or accelerate's wrapper of it; its rate is lowered in a warm-up.
+        """
+        self._warm_up.before_step(optimizer)
         for index, (fresh, _) in self._ages.items():
             self._before[index] = [
                 None if parameter.grad is None else parameter.index_select(dim, fresh)
@@ -92,6 +114,7 @@ class FreshRanks:
         """
         before, self._before = self._before, {}
         inner = unwrapped(optimizer)
+        self._warm_up.after_step()
         if not before or inner is None:
             return
         rule = RULES.get(type(inner))
@@ -114,17 +137,19 @@ class FreshRanks:
             self._ages = {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Ages of fresh ranks, −1 for all others, [R]; nothing where there are none."""
+        """Ages of fresh ranks, −1 for all others, [R], and where a warm-up stands; nothing where there are none."""
+        warm_up = self._warm_up.state_dict()
         if not self._ages:
-            return {}
+            return warm_up
         ages = self._all_ages()
         if self._kept is not None:
             ages = torch.full_like(self._kept, -1, dtype=torch.long).masked_scatter_(self._kept, ages)
-        return {"fresh.ages": ages}
+        return {"fresh.ages": ages, **warm_up}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore ages."""
+        """Restore ages and a warm-up."""
         self._before = {}
+        self._warm_up.load_state_dict(tensors)
         self._ages = {}
         if "fresh.ages" in tensors:
             self._set(tensors["fresh.ages"])

@@ -157,10 +157,12 @@ class MomentWatch:
     Args:
         method: Says whether ranks are closed (`compacts`) or opened (`opens_ranks`) while it trains.
         sites: The gated layers.
+        compact: Whether closed ranks leave the tensors, and the optimizer's state shrinks with them.
     """
 
-    def __init__(self, method: Method, sites: Sequence[Site]) -> None:
-        self._closes, self._opens = method.compacts, method.opens_ranks
+    def __init__(self, method: Method, sites: Sequence[Site], compact: bool = False) -> None:
+        # An optimizer that starts anew when ranks are closed has nothing to clear, and then something to shrink.
+        self._closes, self._opens = method.compacts and (compact or not method.restarts), method.opens_ranks
         self._sites, self._looking = sites, self._closes or self._opens
         self._numbers: dict[tuple[int, str], int] | None = None  # those in the groups at the first look
 

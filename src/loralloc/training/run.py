@@ -29,7 +29,7 @@ from loralloc.training.bad_steps import StepChecks, can_skip, forget
 from loralloc.training.calibration import batches_of, without_a_trace
 from loralloc.training.compaction import Compaction, check_compact
 from loralloc.training.example import keep_example
-from loralloc.training.fresh_ranks import FreshRanks, clear_moments
+from loralloc.training.fresh_ranks import FreshRanks
 from loralloc.training.gated_files import GatedFiles
 from loralloc.training.history import Recorded
 from loralloc.training.optimizer import (
@@ -131,7 +131,7 @@ class AllocationRun(Recorded):
         self._final: Tensor | None = None
         self._compaction: Compaction | None = None
         self._gate_watch: GateWatch | None = GateWatch(self.sites)  # until an optimizer is shown
-        self._moment_watch = MomentWatch(method, self.sites)
+        self._moment_watch = MomentWatch(method, self.sites, compact)
         self._checks = StepChecks(model, lambda step: self._emit(trace.bad_step_event(step)))
         self._sound: Tensor | None = None
         self._skipped = False
@@ -241,7 +241,7 @@ class AllocationRun(Recorded):
             return False
         with torch.no_grad():
             self.method.on_gradients(self.state, self._now(optimizer))
-            self._fresh.before_step()
+            self._fresh.before_step(optimizer)
         return True if self._sound is None else None
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -264,10 +264,7 @@ class AllocationRun(Recorded):
         self._skipped = False
         if decision is not None:
             self._record(decision)
-            if optimizer is not None and (decision.closed is not None or decision.opened is not None):
-                clear_moments(optimizer, self.sites, decision.opened)
-            if decision.opened is not None:
-                self._fresh.open(decision.opened)
+            self._fresh.follow(decision, optimizer)
             if decision.closed is not None and decision.frozen:
                 self._final = decision.kept.clone()
                 self._take_out_closed(optimizer)

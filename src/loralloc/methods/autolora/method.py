@@ -41,7 +41,7 @@ from pydantic import Field
 from torch import Tensor
 
 from loralloc.allocate import select
-from loralloc.budget import Budget, ConstantSchedule
+from loralloc.budget import Budget, CutSchedule
 from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.autolora.hypergradient import (
@@ -127,9 +127,9 @@ class AutoLoRA(Method):
         """What the selection variables are learned on."""
         return self.validation
 
-    def schedule(self, total_steps: int, start: int, target: int) -> ConstantSchedule:
+    def schedule(self, total_steps: int, start: int, target: int) -> CutSchedule:
         """Return all ranks over the run: they are chosen when it ends."""
-        return ConstantSchedule(total_steps, start, target, chosen_at_end=True)
+        return CutSchedule(total_steps, start, target, cut=total_steps)
 
     # The course of a run.
 
