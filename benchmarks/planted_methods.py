@@ -198,8 +198,8 @@ METHODS: Mapping[str, Callable[[Task], Trained]] = {
     "cut and recover, 0.2": lambda task: allocated(task, Truncate(task.budget, recover=0.2)),
     "cut and recover, 1 + 0.2": lambda task: recovered(task, 0.2),
 }
-"""All at the budget in the end, but for `full capacity`; all of equal length, but for what is searched for first, and for
-`1 + 0.2`."""
+"""All at the budget in the end, but for `full capacity`. All of equal length, but for what is searched for first, and
+for `1 + 0.2`."""
 
 EXPERIMENTS: Mapping[str, Callable[[Task], Trained]] = {
     "AB-LoRA": lambda task: ablated(task, "fast"),
