@@ -181,20 +181,18 @@ def recovered(task: Task, more: float) -> Trained:
 METHODS: Mapping[str, Callable[[Task], Trained]] = {
     "true ranks": lambda task: planned(task, task.in_proportion(task.problem.truth)),
     "uniform": lambda task: allocated(task, Uniform(task.budget)),
-    "random": lambda task: allocated(task, Random(task.budget, rank_seed=task.seed)),
-    "full capacity": lambda task: planned(task, dict.fromkeys(task.problem.costs, task.capacity)),
     "AdaLoRA": lambda task: allocated(task, AdaLoRA(task.budget)),
-    "AdaLoRA, sensitivity": lambda task: allocated(task, AdaLoRA(task.budget, importance="sensitivity")),
-    "AdaLoRA, |λ|": lambda task: allocated(task, AdaLoRA(task.budget, importance="magnitude")),
-    "AdaLoRA, as published": lambda task: allocated(task, AdaLoRA.as_published(task.budget)),
-    "AdaLoRA, retrained": lambda task: retrained(task, AdaLoRA(task.budget)),
-    "AB-LoRA, taylor": lambda task: ablated(task, "taylor"),
+    "random": lambda task: allocated(task, Random(task.budget, rank_seed=task.seed)),
+    "truncation": lambda task: allocated(task, Truncate(task.budget, recover=0)),
+    "cut and recover": lambda task: allocated(task, Truncate(task.budget)),
+    "full capacity": lambda task: planned(task, dict.fromkeys(task.problem.costs, task.capacity)),
     "AutoLoRA": searched,
+    "AB-LoRA, taylor": lambda task: ablated(task, "taylor"),
     "ALLoRA": lambda task: planned(task, task.uniform(), ALLoRA(mode="hybrid")),
     "ALLoRA + AdaLoRA": lambda task: allocated(task, ALLoRA(mode="hybrid", allocate=AdaLoRA(task.budget))),
-    "truncation": lambda task: allocated(task, Truncate(task.budget, recover=0)),
-    "truncation, retrained": lambda task: retrained(task, Truncate(task.budget, recover=0)),
-    "cut and recover": lambda task: allocated(task, Truncate(task.budget)),
+    "AdaLoRA, as published": lambda task: allocated(task, AdaLoRA.as_published(task.budget)),
+    "AdaLoRA, sensitivity": lambda task: allocated(task, AdaLoRA(task.budget, importance="sensitivity")),
+    "AdaLoRA, magnitude": lambda task: allocated(task, AdaLoRA(task.budget, importance="magnitude")),
     "cut and recover, 0.2": lambda task: allocated(task, Truncate(task.budget, recover=0.2)),
     "cut and recover, 1 + 0.2": lambda task: recovered(task, 0.2),
 }
@@ -204,5 +202,7 @@ for `1 + 0.2`."""
 EXPERIMENTS: Mapping[str, Callable[[Task], Trained]] = {
     "AB-LoRA": lambda task: ablated(task, "fast"),
     "AutoLoRA, logits at 0.03": lambda task: searched(task, logit_learning_rate=0.03),
+    "AdaLoRA, retrained": lambda task: retrained(task, AdaLoRA(task.budget)),
+    "truncation, retrained": lambda task: retrained(task, Truncate(task.budget, recover=0)),
 }
-"""Run when they are asked for."""
+"""Run when they are asked for: what takes long, and what explains another one's figures."""

@@ -67,9 +67,11 @@ def at_best_rate(runs: Sequence[Record]) -> dict[int, Record]:
 def tables(records: Sequence[Record]) -> str:
     """Every table, in Markdown: one for each problem, budget and concentration."""
     parts = []
-    for (*problem, concentration), runs in grouped(records, lambda r: (*problem_of(r), r["concentration"])).items():
-        told = ", ".join(f"{name} {value}" for name, value in zip(PROBLEM, problem, strict=True))
-        parts.append(f"concentration {concentration:g}, {told}\n\n{table(runs, reference(records, runs[0]))}")
+    for runs in grouped(records, lambda r: (*problem_of(r), r["concentration"])).values():
+        of = runs[0]
+        told = ", ".join(f"{name} {of[name]}" for name in PROBLEM if name not in ("base", "unit", "budget"))
+        title = f"**{of['base']}, {of['budget']:g} of the true {of['unit']}, concentration {of['concentration']:g}**"
+        parts.append(f"{title} ({told})\n\n{table(runs, reference(records, of))}")
     return "\n\n".join(parts)
 
 

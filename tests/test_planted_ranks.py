@@ -19,24 +19,24 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 METHODS = (  # the names in benchmarks/planted_methods.py
     "true ranks",
     "uniform",
-    "random",
-    "full capacity",
     "AdaLoRA",
-    "AdaLoRA, sensitivity",
-    "AdaLoRA, |λ|",
-    "AdaLoRA, as published",
-    "AdaLoRA, retrained",
-    "AB-LoRA, taylor",
+    "random",
+    "truncation",
+    "cut and recover",
+    "full capacity",
     "AutoLoRA",
+    "AB-LoRA, taylor",
     "ALLoRA",
     "ALLoRA + AdaLoRA",
-    "truncation",
-    "truncation, retrained",
-    "cut and recover",
+    "AdaLoRA, as published",
+    "AdaLoRA, sensitivity",
+    "AdaLoRA, magnitude",
     "cut and recover, 0.2",
     "cut and recover, 1 + 0.2",
     "AB-LoRA",
     "AutoLoRA, logits at 0.03",
+    "AdaLoRA, retrained",
+    "truncation, retrained",
 )
 
 
@@ -223,7 +223,7 @@ class TestReport:
         text = bench.report.tables(self.records())
         row = "| uniform | 1.25 (1.00 to 1.50) | 0.3500 (0.3000 to 0.4000) | 1.00 | 1.00 | 1.0 | 0.1 | 2 |"
         assert text.count(row) == 2
-        assert "concentration 2, base tiny, labels distribution, " in text
+        assert "**tiny, 1 of the true ranks, concentration 2** (labels distribution, average 2.6, " in text
 
     def test_a_smaller_budget_is_compared_with_all_true_ranks(self, bench: SimpleNamespace) -> None:
         half = [{**record, "budget": 0.5, "divergence": 0.8} for record in self.records()[:2]]
