@@ -3,7 +3,7 @@
     python benchmarks/planted.py --base MODEL           # runs that have a record are not repeated
     python benchmarks/planted.py --base MODEL --concentration 2 --unit ranks --methods "true ranks" uniform AdaLoRA
     python benchmarks/planted.py --base minilm --seeds 0 --rates 0.001 0.003
-    python benchmarks/planted.py --quick                # a random base of 14 layers, one seed: a minute
+    python benchmarks/planted.py --quick                # a random base of 14 layers, one seed: minutes
     python benchmarks/planted.py --table                # print the tables of docs/planted-ranks.md from the records
     python benchmarks/planted.py --plot                 # redraw docs/figures/planted.svg
 
@@ -153,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=32, help="tokens of a text")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--records", type=Path, default=RESULTS)
-    made.add_argument("--quick", action="store_true", help="one seed, budget and even truth less, a few steps")
+    made.add_argument("--quick", action="store_true", help="one seed and budget, 60 steps")
     made.add_argument("--table", action="store_true", help="only print the tables")
     made.add_argument("--plot", action="store_true", help="only draw the figure")
     return made

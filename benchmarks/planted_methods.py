@@ -82,12 +82,12 @@ class Task:
         """Put a fresh adapter on the base."""
         torch.manual_seed(self.seed + 1)
         base = copy.deepcopy(self.problem.base)
-        return get_peft_model(base, config)  # type: ignore[arg-type,return-value]
+        return get_peft_model(base, config)
 
     def at_capacity(self, alpha: float | None = None) -> PeftModel:
         """Put an adapter of full capacity on the base; the scale is 1 where it is lora_alpha / capacity."""
         alpha = self.capacity if alpha is None else alpha
-        return self.student(LoraConfig(r=self.capacity, lora_alpha=alpha, target_modules="all-linear"))  # type: ignore[arg-type]
+        return self.student(LoraConfig(r=self.capacity, lora_alpha=alpha, target_modules="all-linear"))
 
     def at_ranks(self, ranks: Ranks) -> PeftModel:
         """Put an adapter of such ranks on the base."""
@@ -101,7 +101,7 @@ class Task:
 
 def train(
     student: nn.Module, lessons: Lessons, rate: float, method: Method | None = None, steps: int | None = None
-) -> Ranks | None:
+) -> Ranks:
     """Train a student in place.
 
     Args:
@@ -112,7 +112,7 @@ def train(
         steps: Optimizer steps; one for each batch by default.
 
     Returns:
-        The ranks that the method found.
+        The ranks that the method found; none for plain LoRA.
     """
     steps = len(lessons) if steps is None else steps
     run = None if method is None else attach(student, method, steps)
@@ -132,13 +132,13 @@ def train(
             run.after_step(optimizer)
         schedule.step()
         optimizer.zero_grad()
-    return None if run is None else run.finish().ranks
+    return {} if run is None else run.finish().ranks
 
 
 def allocated(task: Task, method: Method, alpha: float | None = None) -> Trained:
     """Train from full capacity with a method."""
     student = task.at_capacity(alpha)
-    return student, train(student, task.problem.train, task.rate, method) or {}
+    return student, train(student, task.problem.train, task.rate, method)
 
 
 def planned(task: Task, ranks: Ranks, method: Method | None = None) -> Trained:
@@ -157,9 +157,9 @@ def searched(task: Task, **settings: float) -> Trained:
     """AutoLoRA as recipes have it: a search half as long as the training, on .7 and .3 of its data; then plain LoRA."""
     lessons, student = task.problem.train, task.at_capacity()
     cut = max(1, int(0.7 * len(lessons)))
-    method = AutoLoRA(lessons[cut:], task.budget, **settings)  # type: ignore[arg-type]
+    method = AutoLoRA(lessons[cut:], task.budget, **settings)
     ranks = train(student, lessons[:cut], task.rate, method, steps=len(lessons) // 2)
-    return planned(task, ranks or {})
+    return planned(task, ranks)
 
 
 def ablated(task: Task, mode: Mode) -> Trained:
@@ -174,8 +174,8 @@ def recovered(task: Task, more: float) -> Trained:
     steps = len(task.problem.train)
     extra = max(1, round(more * steps))
     student = task.at_capacity()
-    ranks = train(student, task.problem.train, task.rate, Truncate(task.budget, recover=extra), steps + extra)
-    return student, ranks or {}
+    method = Truncate(task.budget, recover=extra)
+    return student, train(student, task.problem.train, task.rate, method, steps + extra)
 
 
 METHODS: Mapping[str, Callable[[Task], Trained]] = {

@@ -229,6 +229,10 @@ class TestReport:
         half = [{**record, "budget": 0.5, "divergence": 0.8} for record in self.records()[:2]]
         assert "| true ranks | 3.00 (2.00 to 4.00) | 0.8000 |" in bench.report.tables([*self.records(), *half])
 
+    def test_the_page_has_the_tables_that_the_records_give(self, bench: SimpleNamespace) -> None:
+        page = (FOLDER.parent / "docs" / "planted-ranks.md").read_text(encoding="utf-8")
+        assert bench.report.tables(bench.main.records(bench.main.RESULTS)) in page
+
     def test_the_figure_has_a_panel_for_each_problem(self, bench: SimpleNamespace, tmp_path: Path) -> None:
         half = [{**record, "budget": 0.5} for record in self.records()]
         bench.report.plot([*self.records(), *half], tmp_path / "planted.svg")
