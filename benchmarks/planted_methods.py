@@ -74,10 +74,6 @@ class Task:
         ranks = in_proportion(list(weights.values()), self.capacity, costs, self.budget.unit, target)
         return dict(zip(weights, ranks, strict=True))
 
-    def uniform(self) -> Ranks:
-        """The same rank everywhere, up to rounding."""
-        return self.in_proportion(dict.fromkeys(self.problem.costs, 1.0))
-
     def student(self, config: LoraConfig) -> PeftModel:
         """Put a fresh adapter on the base."""
         torch.manual_seed(self.seed + 1)
@@ -141,10 +137,10 @@ def allocated(task: Task, method: Method, alpha: float | None = None) -> Trained
     return student, train(student, task.problem.train, task.rate, method)
 
 
-def planned(task: Task, ranks: Ranks, method: Method | None = None) -> Trained:
-    """Train plain LoRA at given ranks, or with a method that keeps them."""
+def planned(task: Task, ranks: Ranks) -> Trained:
+    """Train plain LoRA at given ranks."""
     student = task.at_ranks(ranks)
-    train(student, task.problem.train, task.rate, method)
+    train(student, task.problem.train, task.rate)
     return student, ranks
 
 
@@ -188,7 +184,7 @@ METHODS: Mapping[str, Callable[[Task], Trained]] = {
     "full capacity": lambda task: planned(task, dict.fromkeys(task.problem.costs, task.capacity)),
     "AutoLoRA": searched,
     "AB-LoRA, taylor": lambda task: ablated(task, "taylor"),
-    "ALLoRA": lambda task: planned(task, task.uniform(), ALLoRA(mode="hybrid")),
+    "ALLoRA": lambda task: allocated(task, ALLoRA(mode="hybrid", allocate=Uniform(task.budget))),
     "ALLoRA + AdaLoRA": lambda task: allocated(task, ALLoRA(mode="hybrid", allocate=AdaLoRA(task.budget))),
     "AdaLoRA, as published": lambda task: allocated(task, AdaLoRA.as_published(task.budget)),
     "AdaLoRA, sensitivity": lambda task: allocated(task, AdaLoRA(task.budget, importance="sensitivity")),
