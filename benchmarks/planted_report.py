@@ -133,6 +133,8 @@ def plot(records: Sequence[Record], path: Path = FIGURE) -> None:
 
     rcParams["svg.hashsalt"] = "loralloc"
     problems = {key: runs for key, runs in grouped(records, problem_of).items() if len(_concentrations(runs)) > 1}
+    if not problems:
+        raise SystemExit("there is nothing to draw: no problem has records at several concentrations")
     figure = Figure(figsize=(1.5 + 4 * len(problems), 3.6), layout="constrained")
     panels = figure.subplots(1, len(problems), squeeze=False)[0]
     for panel, (problem, runs) in zip(panels, problems.items(), strict=True):

@@ -237,3 +237,7 @@ class TestReport:
         half = [{**record, "budget": 0.5} for record in self.records()]
         bench.report.plot([*self.records(), *half], tmp_path / "planted.svg")
         assert (tmp_path / "planted.svg").read_text(encoding="utf-8").count('id="axes_') == 2
+
+    def test_one_concentration_is_no_figure(self, bench: SimpleNamespace, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit, match="no problem has records at several concentrations"):
+            bench.report.plot(self.records()[:5], tmp_path / "planted.svg")
