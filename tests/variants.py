@@ -96,6 +96,7 @@ FAST: Mapping[str, int] = {
     "test_kernel_dtypes.py::TestCompile::test_one_graph_serves_every_batch_size": 0,
     "test_kernel_linear.py::test_a_compiled_layer_equals_the_eager_one": 1,
     "test_kernel_linear.py::test_derivatives_agree_with_differences": 8,
+    "test_planted_ranks.py::test_every_method_learns_within_the_budget_and_the_same_twice": 6,
     "training/test_ablation.py::test_every_way_is_the_naive_one": 3,
     "training/test_ablation.py::test_the_ways_agree_with_each_other_in_fp64": 1,
     "training/test_ablation_stacks.py::test_every_way_is_the_naive_one": 8,
