@@ -30,6 +30,7 @@ from loralloc import (
     attach,
     lora_config,
 )
+from loralloc.budget import Modules
 from loralloc.methods.ablora.scores import Mode
 from loralloc.methods.base import Method
 from loralloc.plan import ModuleRank
@@ -63,14 +64,17 @@ class Task:
     @property
     def average(self) -> float:
         """Ranks of every layer at the budget, if all had the same."""
-        costs = self.problem.costs.values()
-        each = len(costs) if self.budget.unit == "ranks" else sum(costs)
-        return self.budget.resolve([self.capacity] * len(costs), list(costs)) / each
+        return self.budget.resolve(self.modules) / sum(self.modules.costs(self.budget.unit))
+
+    @property
+    def modules(self) -> Modules:
+        """What the budget must know of the layers."""
+        costs = list(self.problem.costs.values())
+        return Modules([self.capacity] * len(costs), costs, [4 * cost for cost in costs])
 
     def in_proportion(self, weights: Mapping[str, float]) -> Ranks:
         """Share the budget out in proportion to weights of the layers."""
-        costs = list(self.problem.costs.values())
-        target = self.budget.resolve([self.capacity] * len(costs), costs)
+        target, costs = self.budget.resolve(self.modules), self.modules.parameters
         ranks = in_proportion(list(weights.values()), self.capacity, costs, self.budget.unit, target)
         return dict(zip(weights, ranks, strict=True))
 

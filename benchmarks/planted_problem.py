@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from loralloc.allocate import select
+from loralloc.allocate import keep_top, keep_within
 from loralloc.budget import Unit
 from loralloc.methods.validation import IGNORED
 
@@ -178,8 +178,9 @@ def in_proportion(weights: Sequence[float], capacity: int, costs: Sequence[int],
     ([3, 2, 0], [4, 2])
     """
     due = [(level + 0.5) / weight if weight else math.inf for weight in weights for level in range(capacity)]
-    prices = [cost for cost in costs for _ in range(capacity)]
-    kept = select(-torch.tensor(due, dtype=torch.float64), prices, unit, target)
+    scores = -torch.tensor(due, dtype=torch.float64)
+    prices = torch.tensor([cost for cost in costs for _ in range(capacity)])
+    kept = keep_top(scores, target) if unit == "ranks" else keep_within(scores, prices, target)
     return kept.view(len(weights), capacity).sum(1).tolist()
 
 
