@@ -189,7 +189,7 @@ class Entry:
     @property
     def at_edge(self) -> bool:
         """Whether the chosen rate is the smallest or the largest of several: a better one may lie beyond."""
-        return len(self.trials) > 1 and self.chosen in (self.trials[0], self.trials[-1])
+        return len(self.trials) > 2 and self.chosen in (self.trials[0], self.trials[-1])
 
 
 def criterion(recipe: Recipe) -> str:

@@ -79,8 +79,8 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether it is told from 0, all comparisons considered."""
-        return self.adjusted < LEVEL
+        """Whether it is told from 0, all comparisons considered; one seed tells nothing of the next."""
+        return self.seeds > 1 and self.adjusted < LEVEL
 
 
 def differences(tables: Sequence[Floats], seed: int = 0) -> list[Difference]:

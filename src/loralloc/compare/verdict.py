@@ -12,6 +12,9 @@ from loralloc.compare.statistics import MOST_SEEDS, Difference, seeds_needed
 IN_QUESTION = ("method", "peer")
 """Who may be better than plain LoRA; controls and retrained plans only help to see why."""
 
+NAMED = 3
+"""Contenders that the verdict names one by one."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -49,7 +52,7 @@ def verdict(compared: Sequence[Compared], loss: float, margin: float) -> str:
     least = margin * abs(loss)
     if undecided := [(label, one) for label, one in known if one.low_all <= -least]:
         return _undecided(undecided, least, count, margin)
-    return f"plain LoRA is enough here: nothing tried is better by {100 * margin:.3g} % of its loss, or more"
+    return f"plain LoRA is enough here: nothing tried is better by {100 * margin:.3g}\N{NO-BREAK SPACE}% of its loss, or more"
 
 
 def _one_seed(known: Sequence[tuple[str, Difference]], loss: float) -> str:
@@ -71,10 +74,11 @@ def _better(better: Sequence[tuple[str, Difference]], loss: float) -> str:
 
 
 def _undecided(undecided: Sequence[tuple[str, Difference]], least: float, count: int, margin: float) -> str:
-    who = listed([label for label, _ in undecided])
+    labels = [label for label, _ in undecided]
+    who = listed(labels if len(labels) <= NAMED else [*labels[: NAMED - 1], f"{len(labels) - NAMED + 1} others"])
     needed = [(seeds_needed(one, least, count), one.seeds) for _, one in undecided]
     told = f"not enough runs to tell whether {who} {'is' if len(undecided) == 1 else 'are'} better than plain LoRA by "
-    told += f"{100 * margin:.3g} % of its loss"
+    told += f"{100 * margin:.3g}\N{NO-BREAK SPACE}% of its loss"
     if any(total is None for total, _ in needed):
         return f"{told}: {MOST_SEEDS} seeds would not be enough, more test rows are needed"
     more = max(1, *(total - have for total, have in needed if total is not None))
