@@ -60,6 +60,7 @@ class Lines(Watcher):
     def say(self, line: str) -> None:
         """Print a line."""
         console.print(f"  {escape(line)}", soft_wrap=True)
+        console.file.flush()  # into a file, it would wait there
 
 
 class LiveTable(Lines):

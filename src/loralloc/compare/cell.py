@@ -7,6 +7,7 @@ left as it is.
 from __future__ import annotations
 
 import fcntl
+import math
 import sys
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def train(path: Path, peer: str | None) -> None:
     begun = any(path for one in (folder, folder.search) for path in one.checkpoints.glob("checkpoint-*"))
     resume = same and (begun or folder.search.plan.is_file())
     if peer is None:
-        run(recipe, resume=resume, start_over=not resume, report=False, screen=Said())
+        run(recipe, resume=resume, start_over=not resume, untrained=math.nan, report=False, screen=Said())
     else:
         train_peer(recipe, peer, resume=resume, screen=Said())
 

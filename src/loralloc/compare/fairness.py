@@ -64,7 +64,9 @@ def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[E
             "often differences between learning rates."
         )
     elif len(section.learning_rates or ()) == 2:
-        told.append("Two learning rates: the best of them is the smaller or the larger, and a better one may lie beyond.")
+        told.append(
+            "Two learning rates: the best of them is the smaller or the larger, and a better one may lie beyond."
+        )
     edges = dict.fromkeys(entry.contender.label for entry in found if entry.at_edge)
     if edges:
         told.append(

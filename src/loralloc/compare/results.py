@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from loralloc.compare.folder import CompareFolder
 from loralloc.compare.grid import BASELINE, Cell, Contender, Point
+from loralloc.errors import UserError
 from loralloc.files import read_jsonl
 from loralloc.plan import RankPlan
 from loralloc.recipe.run_folder import RunFolder
@@ -206,7 +207,14 @@ def entries(rows: Iterable[Row], metric: str) -> list[Entry]:
     Args:
         rows: The runs.
         metric: See `criterion`.
+
+    Raises:
+        UserError: No run has the metric.
     """
+    rows = list(rows)
+    known = dict.fromkeys(name for row in rows for name in row.validation)
+    if known and metric not in known:
+        raise UserError(f"evaluate.metric: these runs have no metric {metric}; they have {', '.join(known)}")
     grouped: dict[tuple[Point, Contender], dict[float, list[Row]]] = {}
     for row in rows:
         by_rate = grouped.setdefault((row.cell.point, row.cell.contender), {})
