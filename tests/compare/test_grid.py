@@ -134,8 +134,8 @@ class TestRefusals:
     def test_a_method_that_keeps_all_ranks_and_a_budget_that_no_whole_rank_has(self, tmp_path: Path) -> None:
         recipe = recipe_for(tmp_path, "--methods", "[adalora, allora]", "--budgets", "1.5")
         assert told(cells_of, recipe) == (
-            "allora keeps every rank of lora.r, and no whole rank costs the 224 parameters of average rank 1.5; give an "
-            "average rank that is whole, or take allora out of compare.methods"
+            "allora keeps every rank of lora.r, and no whole rank costs the 224 parameters of average rank 1.5; give "
+            "an average rank that is whole, or take allora out of compare.methods"
         )
         assert cells_of(recipe_for(tmp_path, "--methods", "[adalora, allora]", "--budgets", "2"))
 
@@ -166,8 +166,8 @@ class TestRefusals:
             ),
             (
                 ["--data.test", "data/validation.jsonl"],
-                "data.validation and data.test are both data/validation.jsonl: learning rates are chosen on the one, and "
-                "the other must not have been looked at; name other data",
+                "data.validation and data.test are both data/validation.jsonl: learning rates are chosen on the one, "
+                "and the other must not have been looked at; name other data",
             ),
         ],
     )
@@ -179,8 +179,8 @@ class TestRefusals:
     def test_validation_data_that_are_cut_anew_and_no_test_data(self, tmp_path: Path) -> None:
         recipe = recipe_for(tmp_path, "--data.validation", "0.2", test=None)
         assert told(check_comparable, recipe) == (
-            "data.test: without test data, methods are compared on the validation data, which data.validation: 0.2 cuts "
-            "anew for every seed; name test data, or a file in data.validation"
+            "data.test: without test data, methods are compared on the validation data, which data.validation: 0.2 "
+            "cuts anew for every seed; name test data, or a file in data.validation"
         )
         check_comparable(recipe_for(tmp_path, "--data.validation", "0.2"))
         check_comparable(recipe_for(tmp_path, test=None))

@@ -52,7 +52,7 @@ def verdict(compared: Sequence[Compared], loss: float, margin: float) -> str:
     least = margin * abs(loss)
     if undecided := [(label, one) for label, one in known if one.low_all <= -least]:
         return _undecided(undecided, least, count, margin)
-    return f"plain LoRA is enough here: nothing tried is better by {100 * margin:.3g}\N{NO-BREAK SPACE}% of its loss, or more"
+    return f"plain LoRA is enough here: nothing tried is better by {_percent(margin)} of its loss, or more"
 
 
 def _one_seed(known: Sequence[tuple[str, Difference]], loss: float) -> str:
@@ -78,7 +78,7 @@ def _undecided(undecided: Sequence[tuple[str, Difference]], least: float, count:
     who = listed(labels if len(labels) <= NAMED else [*labels[: NAMED - 1], f"{len(labels) - NAMED + 1} others"])
     needed = [(seeds_needed(one, least, count), one.seeds) for _, one in undecided]
     told = f"not enough runs to tell whether {who} {'is' if len(undecided) == 1 else 'are'} better than plain LoRA by "
-    told += f"{100 * margin:.3g}\N{NO-BREAK SPACE}% of its loss"
+    told += f"{_percent(margin)} of its loss"
     if any(total is None for total, _ in needed):
         return f"{told}: {MOST_SEEDS} seeds would not be enough, more test rows are needed"
     more = max(1, *(total - have for total, have in needed if total is not None))
@@ -88,6 +88,10 @@ def _undecided(undecided: Sequence[tuple[str, Difference]], least: float, count:
 def _amount(one: Difference, loss: float) -> str:
     share = f" ({abs(one.mean / loss):.1%})" if loss and math.isfinite(loss) else ""
     return f"{abs(one.mean):.4f} in loss{share}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
 
 
 def _interval(one: Difference) -> str:
