@@ -74,7 +74,7 @@ def make_cell(
     runs: Path,
 ) -> Cell:
     """Make one run: what is a contender's own, and what all have alike."""
-    tree = recipe.model_dump(exclude_none=True, exclude={"compare"}) | changes
+    tree = recipe.model_dump(exclude_none=True, exclude={"compare"}) | dict(changes)
     if tree["method"]["name"] == "random":
         tree["method"] = tree["method"] | {"rank_seed": seed}
     tree["training"] = tree["training"] | {"learning_rate": float(rate), "seed": seed}
@@ -167,7 +167,7 @@ def _method(recipe: Recipe, name: str) -> dict[str, Any]:
     if name == recipe.method.name:
         return recipe.method.model_dump(exclude_none=True)
     packaged = list_recipes().get(f"{recipe.task}/{name}")
-    method = {"name": name} if packaged is None else dict(read_recipe_file(packaged).tree["method"])
+    method: dict[str, Any] = {"name": name} if packaged is None else dict(read_recipe_file(packaged).tree["method"])
     declared = sections()[name].model_fields.get("validation")
     default = None if declared is None else declared.default
     if method.get("validation", default) == "validation":

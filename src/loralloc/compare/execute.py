@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -11,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
 from loralloc.compare.cell import REFUSED, run_cell
 from loralloc.errors import UserError
-
-Worker = multiprocessing.process.BaseProcess
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Executor(Protocol):
         ...
 
 
-def run_job(job: Job, track: Callable[[Worker], None] = lambda process: None) -> Ended:
+def run_job(job: Job, track: Callable[[BaseProcess], None] = lambda process: None) -> Ended:
     """Run a cell in a process of its own, and wait for it.
 
     Args:
@@ -85,7 +86,7 @@ def run_job(job: Job, track: Callable[[Worker], None] = lambda process: None) ->
     return Ended(job.name, _reason(code, log, begun), final=code == REFUSED)
 
 
-def _server() -> multiprocessing.context.ForkServerContext:
+def _server() -> ForkServerContext:
     """Processes that come from one which has imported everything, for that takes longer than a small run."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["loralloc.compare.cell"])
@@ -146,9 +147,9 @@ class _Tracked:
 
     def __init__(self) -> None:
         self._lock, self._stopped = threading.Lock(), False
-        self._alive: list[Worker] = []
+        self._alive: list[BaseProcess] = []
 
-    def __call__(self, process: Worker) -> None:
+    def __call__(self, process: BaseProcess) -> None:
         with self._lock:
             self._alive = [*(one for one in self._alive if one.is_alive()), process]
             if self._stopped:
@@ -191,7 +192,7 @@ class RayExecutor:
             raise UserError('--ray needs the package ray: pip install "loralloc[ray]"') from error
         self._ray = ray
         try:
-            ray.init(address=address, logging_level="ERROR", log_to_driver=False, ignore_reinit_error=True)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"--ray {address}: {str(error).splitlines()[0]}") from error
 

@@ -23,7 +23,7 @@ def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str
         "more; one rank of the widest module is the most that any falls short.",
         f"Each contender tries the same {rates} with the same {seeds}, for {shapes.steps:,} steps of {each} examples. "
         f"The rate is chosen on the validation data by the mean {by}, and judged on the test data.",
-        "Runs with the same seed start from the same random numbers and see the same examples in the same order.",
+        "Runs with the same seed start from the same head and see the same examples in the same order.",
     ]
     if looking := _looking(found):
         look, train = ("looks", "it trains") if len(looking) == 1 else ("look", "they train")

@@ -204,7 +204,7 @@ class CompareConfig(Section):
     )
     budgets: (
         Annotated[
-            list[BudgetSection],
+            list[BudgetSection],  # type: ignore[valid-type]  # made at run time
             BeforeValidator(_budgets, json_schema_input_type=Positive | list[Positive | BudgetSection]),
         ]
         | None
