@@ -22,7 +22,14 @@ from loralloc.recipe.json_schema import as_text, recipe_schema, tidy
 from loralloc.recipe.passthrough import LOAD, OPTIONS, PEFT, TRAINER
 from loralloc.recipe.rules import listed
 from loralloc.recipe.schema import Recipe
-from loralloc.recipe.sections import EvaluateConfig, GenerateConfig, LoraSection, ModelConfig, TrainingConfig
+from loralloc.recipe.sections import (
+    CompareConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    LoraSection,
+    ModelConfig,
+    TrainingConfig,
+)
 from loralloc.recipe.source import Key, dotted
 from loralloc.tasks.spec import TASKS, DataSection, Task, WeightedSource
 
@@ -110,6 +117,7 @@ def _sections() -> Iterator[str]:
     yield _options(TRAINER)
     yield _section("## `evaluate`", _summary(EvaluateConfig), EvaluateConfig)
     yield _section("### `generate`", _summary(GenerateConfig), GenerateConfig)
+    yield _section("## `compare`", _summary(CompareConfig), CompareConfig)
 
 
 def _wrapped(text: str) -> str:

@@ -28,7 +28,7 @@ PACKAGE = ROOT / "src" / "loralloc"
 
 LAYERS = (  # top to bottom; the units of one layer are siblings
     ("cli", "testing"),
-    ("frontier",),
+    ("compare", "frontier"),
     ("recipe",),
     ("training",),
     ("report",),
@@ -71,6 +71,7 @@ FOREIGN: dict[
     "adapter.folders": set(),
     "adapter.from_plan": {"torch", "peft"},
     "methods": {"torch", "pydantic"},
+    "compare.statistics": {"numpy", "mpmath"},
     "report": {"matplotlib", "numpy", "yaml", "jinja2"},
     "recipe.source": {"yaml"},
     "setting_types": {"pydantic", "pydantic_core"},

@@ -29,7 +29,7 @@ CHAT = (
     "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' </s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
-TIMING = ("_runtime", "_per_second", "_preparation_time", "memory_mib")
+TIMING = ("_runtime", "_per_second", "_preparation_time", "memory_mib", "processor_seconds")
 """How the figures of a log end that differ from run to run."""
 
 

@@ -22,7 +22,7 @@ from loralloc.recipe import run as pipeline
 from loralloc.recipe.from_recipe import add_adapter
 from loralloc.recipe.run_folder import HEADER
 from loralloc.recipe.schema import load_recipe, recipe_keys
-from loralloc.recipe.sections import GenerateConfig
+from loralloc.recipe.sections import CompareConfig, GenerateConfig
 from loralloc.tasks import sequence_classification
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.spec import TASKS, ClassificationData
@@ -79,9 +79,11 @@ OTHER_TASKS = {
 GENERATION = {f"evaluate.generate.{key}" for key in GenerateConfig.model_fields}
 JUDGING = {"training.keep_best", "training.early_stopping", "evaluate.metric"}
 AT_THE_END = {"evaluate.cuts"}
-ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS, *GENERATION, *JUDGING, *AT_THE_END}
+COMPARING = {f"compare.{key}" for key in CompareConfig.model_fields}
+ELSEWHERE = {"task", "training.epochs", "output", *OTHER_TASKS, *GENERATION, *JUDGING, *AT_THE_END, *COMPARING}
 """The task and what has a meaning for another one, the folder, which a verb is given; what needs other keys beside it
-(`test_cli_best.py` has these), and what is looked at when a run has ended (`test_cli_frontier.py`)."""
+(`test_cli_best.py` has these), what is looked at when a run has ended (`test_cli_frontier.py`), and what is for
+`loralloc compare`."""
 
 TRAINS = set(CHANGED)
 LOADS = {"model.name", "model.dtype", "model.load_in", "model.trust_remote_code", "model.load", "training.seed"}

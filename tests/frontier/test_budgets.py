@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loralloc import UserError
-from loralloc.frontier.budgets import Worse, chosen, compare_points, holm, recommend, spread
+from loralloc.frontier.budgets import Worse, chosen, compare_points, recommend, spread
+from loralloc.tasks.metrics import holm
 
 
 @given(st.integers(1, 5000), st.integers(1, 20))

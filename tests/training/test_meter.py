@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,33 @@ def test_a_pause_takes_none_of_the_time(clock: list[float]) -> None:
         clock[0] += 5
     clock[0] += 1
     assert meter.read()["examples_per_second"] == 3.0
+
+
+def test_processor_time_goes_on_from_what_a_resumed_run_had_and_leaves_pauses_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module, "processor_time", lambda: now[0])
+    meter = Meter("examples")
+    now[0] += 2
+    with meter.paused():
+        now[0] += 50
+    now[0] += 1
+    assert meter.processor_seconds == 3.0
+    meter.start()
+    assert meter.processor_seconds == 3.0, "rows of the log start anew, it does not"
+    meter.processor_seconds = 10.0
+    now[0] += 4
+    assert meter.processor_seconds == 14.0
+
+
+def test_processor_time_counts_work_and_not_sleep() -> None:
+    begun = module.processor_time()
+    time.sleep(0.2)
+    slept = module.processor_time() - begun
+    while module.processor_time() - begun < 0.2:
+        pass
+    assert slept < 0.1
 
 
 def test_memory_is_at_least_what_is_there() -> None:

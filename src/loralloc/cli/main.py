@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from loralloc._version import __version__
-from loralloc.cli import chat, demo, env, estimate, evaluate, export, frontier, init, report, schema, train, truncate
+from loralloc.cli import (
+    chat,
+    compare,
+    demo,
+    env,
+    estimate,
+    evaluate,
+    export,
+    frontier,
+    init,
+    report,
+    schema,
+    train,
+    truncate,
+)
 from loralloc.errors import UserError
 
 app = typer.Typer(
@@ -24,6 +38,7 @@ LEFTOVER_WORDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("demo")(demo.demo)
 app.command("init")(init.init)
 app.command("train", context_settings=LEFTOVER_WORDS)(train.train)
+app.command("compare", context_settings=LEFTOVER_WORDS)(compare.compare)
 app.command("estimate", context_settings=LEFTOVER_WORDS)(estimate.estimate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("chat")(chat.chat)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loralloc.errors import UserError
+from loralloc.tasks.metrics import holm
 
 POINTS, SMALLEST = 12, 1 / 32
 """Budgets on a frontier, and the smallest as a share of what was trained."""
@@ -107,20 +108,6 @@ def _upper_tail(mean: float, error: float) -> float:
     if error == 0:
         return 0.0 if mean > 0 else 1.0
     return 0.5 * math.erfc(mean / error / math.sqrt(2))
-
-
-def holm(probabilities: Sequence[float]) -> list[float]:
-    """Correct probabilities for their number (Holm, 1979), in the order given.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(probabilities)), key=probabilities.__getitem__)
-    corrected, highest = [0.0] * len(order), 0.0
-    for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - place) * probabilities[index]))
-        corrected[index] = highest
-    return corrected
 
 
 def recommend(sizes: Sequence[int], worse: Sequence[Worse]) -> int:

@@ -118,10 +118,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
             model has. Or the adapter is more than plain LoRA.
     """
     set_seed(recipe.training.seed)
-    lora = recipe.lora
-    check_entries(lora, model, planned=recipe.plan is not None)
-    config = _planned_config(recipe, model) if recipe.plan is not None else even_config(recipe)
-    config.exclude_modules = _with_heads(config.exclude_modules, recipe, model)
+    lora, config = recipe.lora, adapter_config(recipe, model)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -143,6 +140,18 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
             f"lora.r: rank {max(above.values())} is above the {most} dimensions of {where}; lower it to {most} at most"
         )
     return adapted
+
+
+def adapter_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
+    """Return the adapter of a recipe, or of its plan, for a model: the task's heads get none.
+
+    Raises:
+        UserError: An entry of the recipe matches no module, or the plan does not fit the model.
+    """
+    check_entries(recipe.lora, model, planned=recipe.plan is not None)
+    config = _planned_config(recipe, model) if recipe.plan is not None else even_config(recipe)
+    config.exclude_modules = _with_heads(config.exclude_modules, recipe, model)
+    return config
 
 
 def _with_heads(excluded: str | list[str] | None, recipe: Recipe, model: PreTrainedModel) -> str | list[str] | None:

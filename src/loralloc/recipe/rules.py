@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -212,6 +212,7 @@ def broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     """The rules of the recipe's method, and of the libraries that it hands options to."""
     from loralloc.methods import registry
 
+    yield from _unknown_methods(get(tree, "compare", "methods"), list(registry.sections()))
     name = get(tree, "method", "name")
     if not isinstance(name, str) or name not in registry.sections():
         return
@@ -231,6 +232,16 @@ def broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             f"method.validation is {looks_at}, but nothing can be cut off data that are streamed; set it to "
             "validation, or take data.streaming out",
         )
+
+
+def _unknown_methods(compared: Any, names: Collection[str]) -> Iterator[tuple[Key, str]]:
+    """Methods to compare that there are none of."""
+    for name in compared if isinstance(compared, list) else [compared]:
+        if is_text(name) and name not in names:
+            yield (
+                ("compare", "methods"),
+                f"compare.methods: there is no method {name}; there are {listed(names)}." + (closest(name, names)),
+            )
 
 
 def _value_of(tree: Mapping[str, Any], method: Mapping[str, FieldInfo]) -> Callable[..., Any]:

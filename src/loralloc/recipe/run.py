@@ -50,6 +50,7 @@ def run(
     start_over: bool = False,
     untrained: float | None = None,
     screen: Screen | None = None,
+    report: bool = True,
 ) -> Outcome:
     """Train, allocate, export, evaluate and report one recipe.
 
@@ -63,13 +64,18 @@ def run(
         start_over: Replace an earlier run.
         untrained: The value of the metric before training, where it is known; else it is measured.
         screen: Shows what happens; None shows nothing.
+        report: Write the page, which can be written later.
     """
     processes.join()
     with processes.one_voice():
-        return _run(recipe, resume, start_over, untrained, screen or Screen())
+        return _run(recipe, resume, start_over, untrained, screen or Screen(), report)
 
 
-def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None, screen: Screen) -> Outcome:
+def _run(
+    recipe: Recipe, resume: bool, start_over: bool, untrained: float | None, screen: Screen, report: bool
+) -> Outcome:
+    if recipe.compare is not None:
+        screen.note(f"the section compare is for loralloc compare; this trains {recipe.method.name} alone")
     with processes.together():
         check_values(recipe)
         folder = _open_folder(recipe, resume, start_over)
@@ -88,14 +94,14 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
         untrained = found[data.metric]
     before = stage.generate()
     stage.train(resume)
-    seconds, plan = stage.trainer.train_seconds, _plan(stage)
+    seconds, plan = stage.trainer.train_seconds, plan_of(stage)
     if search_plan is not None:
         plan = _combined(search_plan, plan)
         processes.on_main(shutil.copyfile, folder.search.trace, folder.trace)
     elif stage.allocation is None:
         processes.on_main(_write_constant_trace, folder, plan, stage.trainer)
     export = processes.on_main(_write_adapter, folder, plan, stage)
-    metrics = _final_metrics(stage, plan, untrained, seconds)
+    metrics = final_metrics(stage, plan, untrained, seconds)
     if (after := stage.generate()) is not None and before is not None:
         metrics["generation"] = _generation_record(before, after)
     if export is not None:
@@ -104,7 +110,8 @@ def _run(recipe: Recipe, resume: bool, start_over: bool, untrained: float | None
             metrics["search"] = json.loads(folder.search.metrics.read_text(encoding="utf-8"))
         write_card(stage.model, export, folder.adapter, card_facts(recipe, data, plan, metrics))
         folder.write_json(folder.metrics, metrics)
-        write_report(folder.root)
+        if report:
+            write_report(folder.root)
         _push(stage, folder, screen)
     outcome = Outcome(folder, plan, metrics, export)
     screen.outcome(outcome)
@@ -161,11 +168,12 @@ def _search(
         processes.on_main(folder.create, recipe)
     processes.on_main(folder.search.root.mkdir, exist_ok=True)
     stage.train(resume)
-    plan = _plan(stage)
+    plan = plan_of(stage)
     if (failure := stage.failure(plan)) is not None:
         raise UserError(failure)
     record = {"examples": length_of(stage.data.train), "held_out": len(stage.data.validation)}
     record |= {"steps": plan.provenance["steps"], "seconds": round(stage.trainer.train_seconds, 1)}
+    record["processor_seconds"] = round(stage.trainer.processor_seconds, 2)
     processes.on_main(_write_search, folder.search, record, plan)
     with processes.together():
         return plan, _with_fresh_model(data)
@@ -226,7 +234,15 @@ def _sample(stage: Stage) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key in taken}
 
 
-def _final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: float) -> dict[str, Any]:
+def final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: float) -> dict[str, Any]:
+    """Evaluate a trained stage, and return the content of metrics.json; the losses of the examples are written.
+
+    Args:
+        stage: The stage.
+        plan: Its plan.
+        untrained: The metric before training.
+        seconds: What the training took.
+    """
     data = stage.data
     also = {name: stage.evaluate("also", examples) for name, examples in data.also.items()}
     cuts = evaluate_cuts(stage)
@@ -244,6 +260,7 @@ def _final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: floa
         "reference": {**data.reference, "untrained": untrained},
         "classes": dict(data.classes),
         "train_seconds": round(seconds, 1),
+        "processor_seconds": round(stage.trainer.processor_seconds, 2),
         "processes": processes.world_size(),
         "total_steps": stage.trainer.state.global_step,
         **_stopped(stage),
@@ -284,8 +301,8 @@ def _write_losses(stage: Stage) -> None:
     processes.on_main(stage.folder.write_json, stage.folder.losses, record)
 
 
-def _plan(stage: Stage) -> RankPlan:
-    """The plan of a trained stage; without an allocation every rank is as it started."""
+def plan_of(stage: Stage) -> RankPlan:
+    """Return the plan of a trained stage; without an allocation every rank is as it started."""
     if stage.allocation is not None:
         assert stage.allocation.plan is not None
         return stage.allocation.plan

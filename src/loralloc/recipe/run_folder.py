@@ -165,7 +165,11 @@ class RunFolder:
             else:
                 path.unlink(missing_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.recipe, f"{HEADER}\n{dump_recipe(recipe)}")
+        write_atomically(self.recipe, _text(recipe))
+
+    def holds(self, recipe: Recipe) -> bool:
+        """Whether the folder's run is one of this very recipe."""
+        return self.recipe.is_file() and self.recipe.read_text(encoding="utf-8") == _text(recipe)
 
     def is_unused(self) -> bool:
         """Whether there is nothing to lose in it: empty, or only what a run leaves that ended before its first step.
@@ -240,6 +244,10 @@ class RunFolder:
     def write_json(self, path: Path, record: dict[str, Any]) -> None:
         """Write a record into the folder."""
         write_atomically(path, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+
+
+def _text(recipe: Recipe) -> str:
+    return f"{HEADER}\n{dump_recipe(recipe)}"
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -19,7 +19,15 @@ from pydantic_core import ErrorDetails
 from loralloc.errors import closest
 from loralloc.recipe.passthrough import MAPPINGS, broken_options, exclusive_keys, option_keys
 from loralloc.recipe.rules import EXCLUSIVE, broken_by_method, broken_rules, get, listed
-from loralloc.recipe.sections import DataConfig, EvaluateConfig, LoraSection, ModelConfig, TaskName, TrainingConfig
+from loralloc.recipe.sections import (
+    CompareConfig,
+    DataConfig,
+    EvaluateConfig,
+    LoraSection,
+    ModelConfig,
+    TaskName,
+    TrainingConfig,
+)
 from loralloc.recipe.source import Key, apply_overrides, dotted, dump_yaml, read_recipe_file, suggest
 from loralloc.setting_types import MethodSection, Section, Text, broken_rule, shown
 
@@ -35,6 +43,9 @@ class Recipe(Section):
     plan: Text | None = Field(default=None, description="ranks.json of another run: start at its ranks and scale")
     training: TrainingConfig = Field(description="the run")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="what is evaluated beyond the metrics")
+    compare: CompareConfig | None = Field(
+        default=None, description="what `loralloc compare` compares; null: its defaults"
+    )
     output: Text = Field(description="folder of the run")
 
     @model_validator(mode="after")

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from loralloc.methods.settings import BudgetSection
 from loralloc.recipe.passthrough import LOAD, PEFT, TRAINER, options_schema
-from loralloc.setting_types import AtLeastZero, Count, Phase, Positive, Section, Seed, Share, Text, Whole, is_text
+from loralloc.setting_types import (
+    AtLeastZero,
+    Between0And1,
+    Count,
+    Number,
+    Phase,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Text,
+    Whole,
+    is_number,
+    is_text,
+)
 from loralloc.tasks.spec import TASKS
 
 
@@ -145,3 +161,72 @@ class EvaluateConfig(Section):
         description="smaller sizes at which the finished adapter is evaluated, each half of the last; 0: none",
     )
     generate: GenerateConfig | None = Field(default=None, description="answers to held-out prompts; null: none")
+
+
+Peer = Literal["dora", "rslora", "eva"]
+
+
+def _several(value: Any) -> Any:
+    """A list, or the one value that it would have."""
+    found = value if isinstance(value, list) else [value]
+    if not found:
+        raise ValueError("must name at least one")
+    if len({json.dumps(one, sort_keys=True, default=str) for one in found}) < len(found):
+        raise ValueError("must name each but once")
+    return found
+
+
+def _seeds(value: Any) -> Any:
+    """A list of seeds, or how many: the first ones from 0 on."""
+    if is_number(value):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError("must be a number of seeds, or a list of them")
+        return list(range(value))
+    return _several(value)
+
+
+def _budgets(value: Any) -> Any:
+    """Average ranks, and budgets as in `method.budget`."""
+    found = [{"average_rank": one} if is_number(one) else one for one in _several(value)]
+    for one in found:
+        if not isinstance(one, dict) or sum(entry is not None for entry in one.values()) != 1:
+            raise ValueError("must be average ranks, or budgets of one key as in method.budget")
+    return _several(found)
+
+
+class CompareConfig(Section):
+    """What `loralloc compare` compares; `loralloc train` trains the recipe's own method alone."""
+
+    methods: Annotated[list[Text], BeforeValidator(_several, json_schema_input_type=Text | list[Text])] | None = Field(
+        default=None, description="methods beside plain LoRA and the controls; null: the recipe's own"
+    )
+    learning_rates: (
+        Annotated[list[Positive], BeforeValidator(_several, json_schema_input_type=Positive | list[Positive])] | None
+    ) = Field(
+        default=None,
+        description="tried by every method at every budget; null: half of training.learning_rate, all of it, and twice",
+    )
+    budgets: (
+        Annotated[
+            list[BudgetSection],  # type: ignore[valid-type]  # made at run time
+            BeforeValidator(_budgets, json_schema_input_type=Positive | list[Positive | BudgetSection]),
+        ]
+        | None
+    ) = Field(default=None, description="average ranks, or budgets as method.budget; null: the recipe's own")
+    seeds: Annotated[list[Seed], BeforeValidator(_seeds, json_schema_input_type=Count | list[Seed])] = Field(
+        default=[0, 1, 2], description="how many seeds, from 0 on, or a list of them"
+    )
+    peers: list[Peer] = Field(
+        default=["dora", "rslora", "eva"], description="what PEFT itself trains beside them; []: none"
+    )
+    capacity: Annotated[Number, Field(ge=1)] | None = Field(
+        default=None,
+        description="the most a layer may get, in average ranks; null: the recipe's lora.r over its average_rank, or "
+        "1.5",
+    )
+    margin: Between0And1 = Field(
+        default=0.01, description="the smallest difference that matters, as a share of plain LoRA's test loss"
+    )
+    threads: Count = Field(
+        default=1, description="processor threads of a run; losses depend on it in their last digits"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from loralloc.errors import UserError, closest
 from loralloc.methods.base import Method
@@ -176,11 +176,19 @@ def prepare_search(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Sc
     return stage
 
 
-def prepare_training(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Screen, after_search: bool) -> Stage:
-    """Load and check everything that the training of what is exported needs, and show it."""
+def prepare_training(
+    recipe: Recipe,
+    data: TaskData,
+    folder: RunFolder,
+    screen: Screen,
+    after_search: bool,
+    adapt: Callable[[PreTrainedModel, Recipe], PeftModel] = add_adapter,
+) -> Stage:
+    """Load and check everything that the training of what is exported needs, and show it; `adapt` adds the adapter."""
     train, held_out = method_data(recipe.method, data, recipe.training.seed)
     steps = total_steps(recipe, data.packed(train) if isinstance(train, Dataset) else None)
-    stage = _prepare(recipe, replace(data, train=train), folder, screen, make_method(recipe.method, held_out), steps)
+    method = make_method(recipe.method, held_out)
+    stage = _prepare(recipe, replace(data, train=train), folder, screen, method, steps, adapt)
     if after_search:
         screen.retraining(steps, length_of(train))
     else:
@@ -247,11 +255,17 @@ def search_steps(recipe: Recipe, examples: int) -> int:
 
 
 def _prepare(
-    recipe: Recipe, data: TaskData, folder: RunFolder, screen: Screen, method: Method | None, steps: int
+    recipe: Recipe,
+    data: TaskData,
+    folder: RunFolder,
+    screen: Screen,
+    method: Method | None,
+    steps: int,
+    adapt: Callable[[PreTrainedModel, Recipe], PeftModel] = add_adapter,
 ) -> Stage:
     """Build adapter and trainer; the allocation is a callback, a training without one has a guard."""
     check_precision(recipe, data.model)
-    model = add_adapter(data.model, recipe)
+    model = adapt(data.model, recipe)
     allocation, compact = None, recipe.training.compact
     if method is not None:
         provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}

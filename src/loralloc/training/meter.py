@@ -31,6 +31,7 @@ class Meter:
     def __init__(self, unit: Literal["tokens", "examples"]) -> None:
         self.unit = unit
         self.start()
+        self.processor_seconds = 0.0
 
     def start(self) -> None:
         """Count from here on."""
@@ -48,27 +49,46 @@ class Meter:
         else:  # rows without padding
             self._count += inputs["input_ids"].numel()
 
+    @property
+    def processor_seconds(self) -> float:
+        """What the training has cost so far, see `processor_time`; a resumed run sets what went before."""
+        return processor_time() - self._processor
+
+    @processor_seconds.setter
+    def processor_seconds(self, seconds: float) -> None:
+        self._processor = processor_time() - seconds
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out the time that something else takes."""
-        paused = time.perf_counter()
+        paused, processor = time.perf_counter(), processor_time()
         try:
             yield
         finally:
             self._began += time.perf_counter() - paused
+            self._processor += processor_time() - processor
 
     def read(self) -> dict[str, float]:
         """Return what a row of the log says, and start again.
 
         Returns:
-            `tokens_per_second` or `examples_per_second`, and `memory_mib`, see `peak_memory`.
+            `tokens_per_second` or `examples_per_second`, `memory_mib`, see `peak_memory`, and `processor_seconds`.
         """
         count, seconds = sum(processes.gather(float(self._count))), time.perf_counter() - self._began
         self.start()
         return {
             f"{self.unit}_per_second": round(count / seconds, 1),
             "memory_mib": round(peak_memory()[0] / MIB, 1),
+            "processor_seconds": round(self.processor_seconds, 2),
         }
+
+
+def processor_time() -> float:
+    """Return seconds of a clock that counts what this process computes: all its threads, but nothing of others.
+
+    Where a GPU computes, it is the clock on the wall: the processor only waits for it.
+    """
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def peak_memory() -> tuple[int, str]:

@@ -51,9 +51,11 @@ class RunTrainer(Base):
         evaluated: Predictions, targets and examples of the last evaluation; None before the first.
         written: What the model has written in the last evaluation; None where evaluations let it write nothing.
         meter: Counts what is trained on; rows of the log with a loss say how fast, and how much memory it takes.
+        processor_seconds: What the training has cost, see `meter.processor_time`; known once it has ended.
     """
 
     begun: float = 0.0
+    processor_seconds: float = 0.0
     evaluated: Evaluated | None = None
     _examples: Any = None
     written: Generation | None = None
@@ -108,7 +110,7 @@ class RunTrainer(Base):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, beside every loss, how fast the training is and how much memory it takes."""
+        """Log, beside every loss, how fast the training is, how much memory it takes, and what it has cost so far."""
         if "loss" in logs:
             logs |= self.meter.read()
         super().log(logs, *args, **kwargs)
@@ -284,6 +286,7 @@ class _Completion(TrainerCallback):
             return
         record = {
             "seconds": trainer.train_seconds,
+            "processor_seconds": trainer.meter.processor_seconds,
             "losses": losses,
             "total": trainer._total_loss_scalar,
             "logged": trainer._globalstep_last_logged,
@@ -298,17 +301,24 @@ class _Completion(TrainerCallback):
     ) -> None:
         self._trainer.begun = time.perf_counter()
         self._trainer.meter.start()
+        self._trainer.meter.processor_seconds = 0.0
         if state.global_step == 0:
             return
         path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE
         record = json.loads(path.read_text(encoding="utf-8"))
         self._trainer.begun -= record["seconds"]
+        self._trainer.meter.processor_seconds = record["processor_seconds"]
         loss = record["losses"][processes.rank()]
         self._trainer._tr_loss += torch.tensor(loss, device=self._trainer._tr_loss.device)
         self._trainer._total_loss_scalar = record["total"]
         self._trainer._globalstep_last_logged = record["logged"]
         self._trainer.restore_window(record["figures"])
         self._trainer._initial_global_step = 0  # the total loss is of the whole run, so is its number of steps
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.processor_seconds = self._trainer.meter.processor_seconds
 
 
 class Agreement(TrainerCallback):

@@ -1,0 +1,73 @@
+"""One run of a comparison, in a process of its own.
+
+A crash costs one run. An interrupted run goes on from its newest checkpoint where it has one; one that has finished is
+left as it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from loralloc.compare.peers import train_peer
+from loralloc.errors import UserError
+from loralloc.recipe.run import run
+from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import load_recipe
+from loralloc.recipe.screen import Screen
+
+REFUSED = 2
+"""The exit code of a run that would fail again: it is refused, or has diverged."""
+
+
+def run_cell(recipe: Path, peer: str | None, threads: int) -> int:
+    """Run a cell, and write into its log what there is to say.
+
+    Args:
+        recipe: The file of its recipe.
+        peer: Which of PEFT's own it is; None for any other.
+        threads: Processor threads.
+
+    Returns:
+        The exit code.
+    """
+    torch.set_num_threads(threads)
+    with recipe.open() as own:
+        fcntl.flock(own, fcntl.LOCK_EX)  # a run whose comparison was killed may still be at work: wait for it
+        try:
+            train(recipe, peer)
+        except (UserError, FloatingPointError) as error:
+            sys.stderr.write(f"error: {error}\n")
+            return REFUSED
+    return 0
+
+
+def train(path: Path, peer: str | None) -> None:
+    """Train what a recipe says, unless that has been done."""
+    recipe = load_recipe(path)
+    folder = RunFolder.of(recipe)
+    same = folder.holds(recipe)
+    if same and folder.metrics.is_file():
+        return
+    begun = any(path for one in (folder, folder.search) for path in one.checkpoints.glob("checkpoint-*"))
+    resume = same and (begun or folder.search.plan.is_file())
+    if peer is None:
+        run(recipe, resume=resume, start_over=not resume, untrained=math.nan, report=False, screen=Said())
+    else:
+        train_peer(recipe, peer, resume=resume, screen=Said())
+
+
+class Said(Screen):
+    """Writes warnings and notes into the run's log."""
+
+    def warning(self, sentence: str) -> None:
+        """A sentence that must not be overlooked."""
+        sys.stderr.write(f"{sentence}\n")
+
+    def note(self, sentence: str) -> None:
+        """A sentence about what the run does by itself."""
+        sys.stderr.write(f"{sentence}\n")

@@ -1,0 +1,182 @@
+"""The recipe of every run of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from loralloc.compare.grid import (
+    BASELINE,
+    UNIFORM,
+    Cell,
+    Contender,
+    Point,
+    Shapes,
+    capacity,
+    cell_name,
+    contenders,
+    section_of,
+)
+from loralloc.compare.grid import points as budget_points
+from loralloc.errors import UserError
+from loralloc.methods.registry import PLAIN_LORA, methods, sections
+from loralloc.methods.settings import settings
+from loralloc.recipe.passthrough import PLANNED
+from loralloc.recipe.schema import Recipe, complete_recipe
+from loralloc.recipe.source import read_recipe_file
+from loralloc.recipes import list_recipes
+
+HELD_OUT = 0.1
+"""The share of the training data that a method looks at where it would look at the validation data by default."""
+EVALUATIONS = 10
+"""Evaluations within a run where the recipe asks for none: what is seen at equal processor time."""
+
+
+def plan_cells(recipe: Recipe, shapes: Shapes, runs: Path) -> list[Cell]:
+    """Lay a comparison out.
+
+    Args:
+        recipe: The recipe, checked by `check_comparable`.
+        shapes: Of its model and data.
+        runs: The folder of all runs.
+
+    Returns:
+        The runs, those of a budget together, each with its recipe. PEFT's own are left out where plain LoRA has not the
+        same rank everywhere.
+
+    Raises:
+        UserError: A contender cannot have a budget, or a recipe would be refused.
+    """
+    section, found = section_of(recipe), []
+    for point in budget_points(recipe, shapes):
+        for contender in contenders(recipe):
+            if contender.kind == "peer" and point.whole is None:
+                continue
+            changes = _changes(recipe, contender, point)
+            for rate in section.learning_rates or ():
+                found += [
+                    make_cell(recipe, shapes, point, contender, rate, seed, changes, runs) for seed in section.seeds
+                ]
+    return found
+
+
+def make_cell(
+    recipe: Recipe,
+    shapes: Shapes,
+    point: Point,
+    contender: Contender,
+    rate: float,
+    seed: int,
+    changes: Mapping[str, Any],
+    runs: Path,
+) -> Cell:
+    """Make one run: what is a contender's own, and what all have alike."""
+    tree = recipe.model_dump(exclude_none=True, exclude={"compare"}) | dict(changes)
+    if tree["method"]["name"] == "random":
+        tree["method"] = tree["method"] | {"rank_seed": seed}
+    tree["training"] = tree["training"] | {"learning_rate": float(rate), "seed": seed}
+    tree["training"].setdefault("eval_every", max(1, round(shapes.steps / EVALUATIONS)))
+    if tree["method"]["name"] == PLAIN_LORA:
+        tree["training"]["compact"] = False
+    tree["evaluate"] = tree["evaluate"] | {"cuts": 0}
+    tree["output"] = str(runs / cell_name(point, contender, rate, seed))
+    try:
+        return Cell(point, contender, float(rate), seed, complete_recipe().model_validate(tree))
+    except ValidationError as error:
+        reasons = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in error.errors())
+        raise UserError(f"{contender.label} at {point.label}: {'; '.join(reasons)}") from error
+
+
+def check_comparable(recipe: Recipe) -> None:
+    """Refuse a recipe that cannot be compared fairly, before anything is loaded.
+
+    Raises:
+        UserError: With every reason, one a line.
+    """
+    if told := list(_unfair(recipe)):
+        raise UserError("\n".join(told))
+
+
+def _unfair(recipe: Recipe) -> Iterator[str]:
+    data, training = recipe.data, recipe.training
+    if recipe.plan is not None:
+        yield "plan: a comparison gives every method the same budget; take the plan out"
+    for name, asked in {"keep_best": training.keep_best, "early_stopping": training.early_stopping}.items():
+        if asked:
+            yield (
+                f"training.{name}: a comparison trains all methods equally long, and truncation has no earlier state "
+                "with its ranks; take it out"
+            )
+    if planned := [name for name in recipe.lora.peft if name in PLANNED]:
+        yield f"lora.peft.{planned[0]}: a comparison sets ranks and scale of every run itself; take it out"
+    if isinstance(data.validation, str) and data.validation == data.test:
+        yield (
+            f"data.validation and data.test are both {data.test}: learning rates are chosen on the one, and the other "
+            "must not have been looked at; name other data"
+        )
+    if data.test is None and not isinstance(data.validation, str):
+        yield (
+            "data.test: without test data, methods are compared on the validation data, which data.validation: "
+            f"{data.validation:g} cuts anew for every seed; name test data, or a file in data.validation"
+        )
+    if getattr(recipe.method, "validation", None) == "validation" and compares_own_method(recipe):
+        yield (
+            f"method.validation: {recipe.method.name} would look at the validation data, on which learning rates are "
+            f"chosen, and no other method does; set it to a share of the training data, such as {HELD_OUT}"
+        )
+
+
+def compares_own_method(recipe: Recipe) -> bool:
+    """Whether the recipe's own method is among those compared."""
+    return recipe.method.name in (section_of(recipe).methods or ())
+
+
+def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, Any]:
+    """What sets a contender apart at a budget: the sections `method` and `lora`."""
+    lora = recipe.lora.model_dump(exclude_none=True)
+    scale = recipe.lora.alpha / recipe.lora.r
+
+    def adapter(rank: int, alpha: float) -> dict[str, Any]:
+        return lora | {"r": rank, "alpha": int(alpha) if alpha == int(alpha) else alpha}
+
+    if contender.kind == "peer" or (contender == BASELINE and point.whole is not None):
+        rank = point.whole or 1
+        made = adapter(rank, scale * rank)
+        if contender.id == "rslora":
+            made["peft"] = made["peft"] | {"use_rslora": True}
+        return {"method": {"name": PLAIN_LORA}, "lora": made}
+    name = UNIFORM if contender == BASELINE else contender.id
+    method = _method(recipe, name)
+    if not _allocates(name, method):
+        if point.whole is None:
+            raise UserError(
+                f"{name} keeps every rank of lora.r, and no whole rank costs the {point.parameters:,} parameters of "
+                f"{point.label}; give an average rank that is whole, or take {name} out of compare.methods"
+            )
+        made = adapter(point.whole, point.whole if name == "allora" else scale * point.whole)
+        return {"method": method, "lora": made | ({"dropout": 0.0} if name == "allora" else {})}
+    most = capacity(point, recipe)
+    scaled_by = point.average if name == "ablora" else most  # its scale is alpha over the average rank
+    return {"method": method | {"budget": {"parameters": point.parameters}}, "lora": adapter(most, scale * scaled_by)}
+
+
+def _method(recipe: Recipe, name: str) -> dict[str, Any]:
+    """A method's settings: the recipe's own, else those of the packaged recipe, else the defaults."""
+    if name == recipe.method.name:
+        return recipe.method.model_dump(exclude_none=True)
+    packaged = list_recipes().get(f"{recipe.task}/{name}")
+    method: dict[str, Any] = {"name": name} if packaged is None else dict(read_recipe_file(packaged).tree["method"])
+    declared = sections()[name].model_fields.get("validation")
+    default = None if declared is None else declared.default
+    if method.get("validation", default) == "validation":
+        method["validation"] = HELD_OUT
+    return method
+
+
+def _allocates(name: str, method: Mapping[str, Any]) -> bool:
+    """Whether a method chooses ranks under a budget; one that composes does where it is given another one."""
+    composed = [setting.name for setting in settings(methods()[name]) if setting.allocator]
+    return "budget" in sections()[name].model_fields and all(method.get(key) for key in composed)

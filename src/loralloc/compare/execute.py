@@ -1,0 +1,219 @@
+"""Runs cells, each in a process of its own, here or on the machines of a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol
+
+from loralloc.compare.cell import REFUSED, run_cell
+from loralloc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What it takes to run a cell, wherever that is.
+
+    Attributes:
+        name: The cell.
+        recipe: Its recipe, an absolute path.
+        log: Where its output goes, an absolute path.
+        peer: Which of PEFT's own it is; None for any other.
+        threads: Processor threads.
+        folder: The current directory, from which a recipe's paths start.
+    """
+
+    name: str
+    recipe: str
+    log: str
+    peer: str | None
+    threads: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run has ended.
+
+    Attributes:
+        name: The cell.
+        reason: Why it has failed; None where it has not.
+        final: Whether it would fail again.
+    """
+
+    name: str
+    reason: str | None = None
+    final: bool = False
+
+
+class Executor(Protocol):
+    """Runs jobs, some at a time."""
+
+    def run(self, jobs: Sequence[Job], started: Callable[[str], None]) -> Iterator[Ended]:
+        """Run jobs and yield how they end, in the order in which they do; `started` is told which have begun."""
+        ...
+
+
+def run_job(job: Job, track: Callable[[BaseProcess], None] = lambda process: None) -> Ended:
+    """Run a cell in a process of its own, and wait for it.
+
+    Args:
+        job: The cell.
+        track: Told the process.
+    """
+    if not Path(job.recipe).is_file():
+        return Ended(job.name, f"this machine does not see {job.recipe}: all machines must share the output folder")
+    log = Path(job.log)
+    begun = log.stat().st_size if log.is_file() else 0
+    process = _server().Process(target=_work, args=(job,), name=job.name)
+    process.start()
+    track(process)
+    process.join()
+    code = process.exitcode or 0
+    if code == 0:
+        return Ended(job.name)
+    return Ended(job.name, _reason(code, log, begun), final=code == REFUSED)
+
+
+def _server() -> ForkServerContext:
+    """Processes that come from one which has imported everything, for that takes longer than a small run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["loralloc.compare.cell"])
+    return context
+
+
+def _work(job: Job) -> None:
+    """Run a cell in this process, and end it."""
+    with Path(job.log).open("ab") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    os.chdir(job.folder)
+    sys.exit(run_cell(Path(job.recipe), job.peer, job.threads))
+
+
+def _reason(code: int, log: Path, begun: int) -> str:
+    """What a run has said last, or which signal has ended it."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}; see {log}"
+    with log.open("rb") as file:
+        file.seek(begun)
+        lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    told = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+    return told.removeprefix("error: ").strip() or f"ended with exit code {code}; see {log}"
+
+
+class LocalExecutor:
+    """Runs jobs on this machine.
+
+    Args:
+        jobs: How many at a time.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self._jobs = jobs
+
+    def run(self, jobs: Sequence[Job], started: Callable[[str], None]) -> Iterator[Ended]:
+        """Run jobs; where it is interrupted, so are they."""
+        with _processes() as track, ThreadPoolExecutor(self._jobs) as pool:
+
+            def work(job: Job) -> Ended:
+                started(job.name)
+                return run_job(job, track)
+
+            waiting: set[Future[Ended]] = {pool.submit(work, job) for job in jobs}
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (one.result() for one in done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                track.stop()
+                raise
+
+
+class _Tracked:
+    """The processes that are at work."""
+
+    def __init__(self) -> None:
+        self._lock, self._stopped = threading.Lock(), False
+        self._alive: list[BaseProcess] = []
+
+    def __call__(self, process: BaseProcess) -> None:
+        with self._lock:
+            self._alive = [*(one for one in self._alive if one.is_alive()), process]
+            if self._stopped:
+                process.terminate()
+
+    def stop(self) -> None:
+        """End them."""
+        with self._lock:
+            self._stopped = True
+            for process in self._alive:
+                if process.is_alive():
+                    process.terminate()
+
+
+@contextmanager
+def _processes() -> Iterator[_Tracked]:
+    tracked = _Tracked()
+    try:
+        yield tracked
+    finally:
+        tracked.stop()
+
+
+class RayExecutor:
+    """Runs jobs on the machines of a Ray cluster, each with its share of processors and, where there are any, a GPU.
+
+    The output folder, and the data that a recipe names by path, must be the same on all machines.
+
+    Args:
+        address: Of the cluster, or `auto`.
+
+    Raises:
+        UserError: Ray is not installed, or there is no cluster.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError('--ray needs the package ray: pip install "loralloc[ray]"') from error
+        self._ray = ray
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"--ray {address}: {str(error).splitlines()[0]}") from error
+
+    def run(self, jobs: Sequence[Job], started: Callable[[str], None]) -> Iterator[Ended]:
+        """Run jobs; a machine that is lost costs those that it was at."""
+        ray, gpus = self._ray, 1 if self._ray.cluster_resources().get("GPU") else 0
+        remote = ray.remote(run_job)
+        names = {}
+        for job in jobs:
+            names[remote.options(num_cpus=job.threads, num_gpus=gpus, max_retries=0).remote(job)] = job.name
+            started(job.name)
+        waiting = list(names)
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting, num_returns=1)
+                for one in done:
+                    try:
+                        yield ray.get(one)
+                    except ray.exceptions.RayError as error:
+                        yield Ended(names[one], f"lost by Ray: {str(error).strip().splitlines()[0]}")
+        except BaseException:
+            for one in waiting:
+                ray.cancel(one, force=True)
+            raise

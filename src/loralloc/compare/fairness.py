@@ -1,0 +1,95 @@
+"""What a comparison has made equal, what it could not, and what its numbers are worth: sentences of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loralloc.compare.cells import HELD_OUT
+from loralloc.compare.grid import PEERS, Shapes, section_of
+from loralloc.compare.results import Entry, Row, criterion
+from loralloc.compare.verdict import listed
+from loralloc.recipe.schema import Recipe
+from loralloc.report.wording import count
+
+
+def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str]:
+    """Return how the comparison was made fair."""
+    section, training = section_of(recipe), recipe.training
+    rates = len(section.learning_rates or ())
+    rates, seeds = count(len(section.learning_rates or ()), "learning rate"), count(len(section.seeds), "seed")
+    by, each = criterion(recipe).replace("_", " "), training.batch_size * training.accumulation
+    told = [
+        "Every final adapter may cost what plain LoRA costs at the budget: the parameters of its matrices. None costs "
+        "more; one rank of the widest module is the most that any falls short.",
+        f"Each contender tries the same {rates} with the same {seeds}, for {shapes.steps:,} steps of {each} examples. "
+        f"The rate is chosen on the validation data by the mean {by}, and judged on the test data.",
+        "Runs with the same seed start from the same head and see the same examples in the same order.",
+    ]
+    if looking := _looking(found):
+        look, train = ("looks", "it trains") if len(looking) == 1 else ("look", "they train")
+        told.append(
+            f"{listed(looking)} {look} at held-out examples, which are cut from the training data (a share of "
+            f"{HELD_OUT} unless the recipe says another): {train} on fewer, in another order. After a search, plain "
+            "LoRA is trained on all of them."
+        )
+    if any(entry.contender.id == "dora" for entry in found):
+        told.append("DoRA has plain LoRA's rank; its magnitudes come on top, see the parameters.")
+    if any(entry.contender.id == "eva" for entry in found):
+        told.append("EVA has plain LoRA's rank in every module: its redistribution of ranks is off.")
+    return told
+
+
+def _looking(found: Sequence[Entry]) -> list[str]:
+    labels = {}
+    for entry in found:
+        method = entry.chosen.rows[0].cell.recipe.method
+        if getattr(method, "validation", None) is not None:
+            labels[entry.contender.label] = None
+    return list(labels)
+
+
+def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[Entry]) -> list[str]:
+    """Return what a reader must know before the numbers."""
+    section, told = section_of(recipe), []
+    if len(section.seeds) == 1:
+        told.append(
+            "One seed: intervals are over the rows alone. Another seed changes the order of the data and the start of "
+            "the adapter, and with them every number here; nothing says by how much."
+        )
+    elif len(section.seeds) == 2:
+        told.append("Two seeds: how much seeds differ is known from two numbers, and the intervals are wide for it.")
+    if len(section.learning_rates or ()) == 1:
+        told.append(
+            "One learning rate: whoever it happens to suit looks better. Differences between untuned methods are "
+            "often differences between learning rates."
+        )
+    elif len(section.learning_rates or ()) == 2:
+        told.append(
+            "Two learning rates: the best of them is the smaller or the larger, and a better one may lie beyond."
+        )
+    edges = dict.fromkeys(entry.contender.label for entry in found if entry.at_edge)
+    if edges:
+        told.append(
+            f"The best learning rate of {listed(list(edges))} is the smallest or the largest that was tried: a better "
+            "one may lie beyond."
+        )
+    if shapes.test is None:
+        told.append(
+            "There are no test data: losses are of the validation data, on which the learning rates were chosen, so "
+            "that all of them are optimistic."
+        )
+    points = dict.fromkeys(entry.point for entry in found)
+    if section.peers and any(point.whole is None for point in points):
+        names = listed([PEERS[name] for name in section.peers])
+        told.append(f"Where the budget is no whole rank for every module, {names} did not take part.")
+    short = [
+        row for row in rows
+        if row.finished and row.cell.contender.kind != "peer"
+        and not 0 <= row.cell.point.parameters - row.parameters < max(shapes.costs)
+    ]  # fmt: skip
+    if short:
+        names = listed(list(dict.fromkeys(row.cell.contender.label for row in short)))
+        told.append(f"{names} did not keep to the budget, and cannot be compared with the others as if it had.")
+    if failed := sum(not row.finished for row in rows):
+        told.append(f"{count(failed, 'run')} of {len(rows):,} failed; the reasons are below.")
+    return told

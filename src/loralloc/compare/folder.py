@@ -1,0 +1,162 @@
+"""The folder of a comparison: a run folder for every cell, and what is made of them all.
+
+OUT/compare.yaml   the resolved recipe        OUT/compare.html   the page       OUT/runs/NAME/      a run
+OUT/compare.csv    a row for every run        OUT/figures/       PNG files      OUT/recipes/, logs/, failures/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loralloc.errors import UserError
+from loralloc.files import write_atomically
+from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import Recipe, dump_recipe
+
+HEADER = "# The resolved recipe of this comparison, written by loralloc."
+
+
+@dataclass(frozen=True)
+class CompareFolder:
+    """Paths inside the folder of a comparison.
+
+    Attributes:
+        root: The folder.
+    """
+
+    root: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> CompareFolder:
+        """The folder that a recipe names."""
+        return cls(Path(recipe.output).expanduser())
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe; the file that makes a folder a comparison."""
+        return self.root / "compare.yaml"
+
+    @property
+    def page(self) -> Path:
+        """The page."""
+        return self.root / "compare.html"
+
+    @property
+    def table(self) -> Path:
+        """A row for every run."""
+        return self.root / "compare.csv"
+
+    @property
+    def figures(self) -> Path:
+        """The figures of the page."""
+        return self.root / "figures"
+
+    @property
+    def runs(self) -> Path:
+        """The run folders."""
+        return self.root / "runs"
+
+    def run(self, name: str) -> RunFolder:
+        """The folder of a run."""
+        return RunFolder(self.runs / name)
+
+    def run_recipe(self, name: str) -> Path:
+        """The recipe that a run is started with."""
+        return self.root / "recipes" / f"{name}.yaml"
+
+    def log(self, name: str) -> Path:
+        """What a run has printed."""
+        return self.root / "logs" / f"{name}.log"
+
+    def failure(self, name: str) -> Path:
+        """Why a run has failed; not there where it has not."""
+        return self.root / "failures" / f"{name}.json"
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a folder that holds something else; nothing is written yet.
+
+        What is compared may differ from an earlier call: more seeds, other methods.
+
+        Raises:
+            UserError: With what it holds, or what differs.
+        """
+        if self.root.is_file():
+            raise UserError(f"output: {self.root} is a file; name a folder for the comparison with --output")
+        if not self.root.is_dir() or not any(entry.name != ".lock" for entry in self.root.iterdir()):
+            return
+        if RunFolder(self.root).is_run():
+            raise UserError(f"output: {self.root} holds a run; name a folder for the comparison with --output")
+        if not (self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(HEADER)):
+            raise UserError(f"output: {self.root} exists and is no comparison; name another folder with --output")
+        kept, asked = self.recipe.read_text(encoding="utf-8"), self._text(recipe)
+        if (differs := _first_difference(_shared(kept), _shared(asked))) is not None:
+            raise UserError(
+                f"output: {self.root} holds the comparison of another recipe, which says {differs[0]}, not "
+                f"{differs[1]}; only the section compare may differ. Name another folder with --output"
+            )
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folder, and write the recipe."""
+        for folder in (self.runs, self.figures, *(self.root / name for name in ("recipes", "logs", "failures"))):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.recipe, self._text(recipe))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let one comparison at a time work on the folder.
+
+        Raises:
+            UserError: Another one does.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"output: another loralloc compare is at work in {self.root}; wait for it") from error
+            yield
+
+    def fail(self, name: str, reason: str, *, final: bool) -> None:
+        """Note why a run has failed.
+
+        Args:
+            name: The run.
+            reason: In words.
+            final: Whether it would fail again, so that it is not to be repeated.
+        """
+        write_atomically(self.failure(name), json.dumps({"reason": reason, "final": final}) + "\n")
+
+    def reason(self, name: str) -> tuple[str, bool] | None:
+        """Return why a run has failed, and whether it would fail again; None where it has not."""
+        path = self.failure(name)
+        if not path.is_file():
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record["reason"], record["final"]
+
+    @staticmethod
+    def _text(recipe: Recipe) -> str:
+        return f"{HEADER}\n{dump_recipe(recipe)}"
+
+
+def _shared(text: str) -> list[str]:
+    """The lines of a recipe that must not change between two calls: all but those of `compare`."""
+    kept, inside = [], False
+    for line in text.splitlines():
+        inside = line == "compare:" or (inside and line[:1] in (" ", "-"))
+        if not inside:
+            kept.append(line)
+    return kept
+
+
+def _first_difference(kept: list[str], asked: list[str]) -> tuple[str, str] | None:
+    for index in range(max(len(kept), len(asked))):
+        pair = [lines[index].strip() if index < len(lines) else "nothing" for lines in (kept, asked)]
+        if pair[0] != pair[1]:
+            return pair[0], pair[1]
+    return None

@@ -1,0 +1,37 @@
+"""What a comparison must know of the model and the data: loaded once, before anything is trained."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+
+from loralloc.compare.grid import Shapes
+from loralloc.plain_lora import plain_sites
+from loralloc.quantized import leave_memory, parameter_count
+from loralloc.recipe.from_recipe import add_adapter, task_data
+from loralloc.recipe.schema import Recipe
+from loralloc.recipe.stages import total_steps
+from loralloc.tasks.base import length_of
+
+
+def measure(recipe: Recipe) -> Shapes:
+    """Load a recipe's model and data, and note what a comparison depends on.
+
+    Raises:
+        UserError: A run would be refused: there are no data, the model cannot be adapted, and so on.
+    """
+    data = task_data(recipe)
+    lora = recipe.lora.model_copy(update={"r": 1, "peft": {}})
+    model = add_adapter(data.model, recipe.model_copy(update={"lora": lora}))
+    modules = {site.name: (site.A.shape[1], len(site.B)) for site in plain_sites(model)}
+    shapes = Shapes(
+        modules=modules,
+        train=length_of(data.train),
+        validation=len(data.validation),
+        test=None if data.test is None else len(data.test),
+        steps=total_steps(recipe, data.packed(data.train) if isinstance(data.train, Dataset) else None),
+        base_parameters=parameter_count(data.model, list(model.peft_config)),
+        metric=data.metric,
+        greater_is_better=data.greater_is_better,
+    )
+    leave_memory(data.model)
+    return shapes

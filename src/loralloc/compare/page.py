@@ -1,0 +1,150 @@
+"""The page of a comparison, its table and its figures: `compare.html`, `compare.csv`, `figures/*.png`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loralloc._version import __version__
+from loralloc.compare import figures, tables
+from loralloc.compare.fairness import fairness, notes
+from loralloc.compare.folder import CompareFolder
+from loralloc.compare.grid import Point, Shapes, section_of
+from loralloc.compare.results import Entry, Row, baseline_of, criterion, entries, paired
+from loralloc.compare.statistics import differences
+from loralloc.compare.verdict import Compared, verdict
+from loralloc.files import write_atomically
+from loralloc.recipe.schema import Recipe
+from loralloc.report.charts import Chart
+from loralloc.report.drawing import png, report_settings, svg
+from loralloc.report.page import templates
+from loralloc.report.palette import theme_colours
+from loralloc.report.tables import Table
+from loralloc.tasks.spec import TASKS
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the page shows of a budget."""
+
+    point: Point
+    verdict: str
+    results: Table
+    costs: Table
+    limit: float
+    by_then: Table | None
+    charts: list[Chart]
+
+
+def write_page(folder: CompareFolder, recipe: Recipe, shapes: Shapes, rows: Sequence[Row]) -> str:
+    """Write the page, the table and the figures of a comparison; what has failed is told.
+
+    Args:
+        folder: Its folder.
+        recipe: Its recipe.
+        shapes: Of its model and data.
+        rows: What its runs have given.
+
+    Returns:
+        The verdict.
+    """
+    found = entries(rows, criterion(recipe))
+    with report_settings():
+        parts = [_part(point, found, recipe, shapes) for point in dict.fromkeys(entry.point for entry in found)]
+        drawn = [chart for part in parts for chart in part.charts]
+        pictures = {chart.name: svg(chart.figure, chart.name, chart.heading) for chart in drawn}
+        for old in folder.figures.glob("*.png"):
+            old.unlink()
+        for chart in drawn:
+            png(chart.figure, folder.figures / f"{chart.name}.png")
+    write_atomically(folder.table, tables.csv_text(rows, found, shapes.metric))
+    told = headline([(part.point.label, part.verdict) for part in parts])
+    values = {
+        "light": theme_colours("light"),
+        "dark": theme_colours("dark"),
+        "folder": folder.root.resolve().name,
+        "task": TASKS[recipe.task].label,
+        "model": recipe.model.name,
+        "verdict": told,
+        "parts": parts,
+        "pictures": pictures,
+        "notes": notes(recipe, shapes, rows, found),
+        "fairness": fairness(recipe, shapes, found),
+        "failures": tables.failure_table(rows),
+        "runs": len(rows),
+        "finished": sum(row.finished for row in rows),
+        "seeds": len(section_of(recipe).seeds),
+        "recipe": folder.recipe.read_text(encoding="utf-8"),
+        "version": __version__,
+    }
+    write_atomically(folder.page, templates("loralloc.compare").get_template("compare.html").render(values))
+    return told
+
+
+def headline(verdicts: Sequence[tuple[str, str]]) -> str:
+    """Return the verdict in one sentence, over all budgets."""
+    if len(verdicts) == 1:
+        text = verdicts[0][1]
+        return f"{text[:1].upper()}{text[1:]}."
+    text = "; ".join(f"at {label}, {told}" for label, told in verdicts)
+    return f"A{text[1:]}."
+
+
+def compare_entries(found: Iterable[Entry], point: Point) -> list[Compared]:
+    """Set every contender at a budget beside plain LoRA."""
+    here = [entry for entry in found if entry.point == point]
+    baseline = baseline_of(here, point)
+    others = [(entry, paired(entry, baseline)) for entry in here if entry is not baseline]
+    known = iter(differences([table for _, table in others if table is not None]))
+    return [Compared(entry, None if table is None else next(known)) for entry, table in others]
+
+
+def _part(point: Point, found: Sequence[Entry], recipe: Recipe, shapes: Shapes) -> Part:
+    here = [entry for entry in found if entry.point == point]
+    baseline, compared = baseline_of(here, point), compare_entries(here, point)
+    limit, by_then = tables.equal_time(here)
+    return Part(
+        point,
+        verdict(compared, baseline.chosen.held_out("loss"), section_of(recipe).margin),
+        tables.result_table(compared, baseline, shapes.metric),
+        tables.cost_table(here),
+        limit,
+        by_then,
+        _charts(point, here, compared, limit, criterion(recipe)),
+    )
+
+
+def _charts(point: Point, here: Sequence[Entry], compared: Sequence[Compared], limit: float, by: str) -> list[Chart]:
+    palette, charts = figures.colours(here), []
+    if any(one.difference is not None for one in compared):
+        charts.append(
+            Chart(
+                f"{point.slug}-differences",
+                "Difference to plain LoRA",
+                "Paired by seed and row. Thick: 95 %. Thin: all of them together.",
+                figures.difference_figure(compared),
+            )
+        )
+    if len(here[0].trials) > 1:
+        charts.append(
+            Chart(
+                f"{point.slug}-learning-rates",
+                "Learning rates",
+                "On the validation data, mean over the seeds. The dot is the rate chosen.",
+                figures.rate_figure(here, f"validation {by.replace('_', ' ')}", palette),
+            )
+        )
+    if any(len(figures.mean_course(entry)) > 1 for entry in here):
+        charts.append(
+            Chart(
+                f"{point.slug}-cost",
+                "Loss over processor time",
+                "At the chosen rates, mean over the seeds. At the dashed line the cheapest had ended.",
+                figures.cost_figure(here, limit, palette),
+            )
+        )
+    return charts

@@ -1,0 +1,266 @@
+"""What the runs of a comparison have given, and which learning rate each contender is judged at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loralloc.compare.folder import CompareFolder
+from loralloc.compare.grid import BASELINE, Cell, Contender, Point
+from loralloc.errors import UserError
+from loralloc.files import read_jsonl
+from loralloc.plan import RankPlan
+from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import Recipe
+from loralloc.report.run_record import number
+from loralloc.tasks.spec import GREATER_IS_BETTER
+from loralloc.trace import read_trace
+
+DIVERGED = "the validation loss is not finite: the training has diverged"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """An evaluation within a run.
+
+    Attributes:
+        processor_seconds: What the run had cost by then.
+        loss: On the validation data.
+        over: Whether the model had more ranks than it may keep.
+    """
+
+    processor_seconds: float
+    loss: float
+    over: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run, or why there is none.
+
+    Attributes:
+        cell: What was to be run.
+        reason: Why it has failed; empty where it has finished.
+        validation: What was found on the validation data.
+        held_out: What was found on the test data or, without them, on the validation data.
+        losses: Of every example of these.
+        parameters: Of the final adapter.
+        adapter_bytes: Its file.
+        seconds: What training took, a search included.
+        processor_seconds: The same, in processor time.
+        memory_mib: The most.
+        ranks: Of every module that has an adapter, by its name.
+        course: Evaluations within it, the last one with the final adapter.
+    """
+
+    cell: Cell
+    reason: str = ""
+    validation: Mapping[str, float] = field(default_factory=dict)
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    losses: NDArray[np.float64] | None = None
+    parameters: int = 0
+    adapter_bytes: int = 0
+    seconds: float = math.nan
+    processor_seconds: float = math.nan
+    memory_mib: float = math.nan
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    course: tuple[Moment, ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is something to compare."""
+        return not self.reason
+
+
+def read_row(folder: CompareFolder, cell: Cell) -> Row:
+    """Read what a run has left."""
+    run = folder.run(cell.name)
+    if not run.metrics.is_file():
+        failed = folder.reason(cell.name)
+        return Row(cell, reason="not run yet" if failed is None else failed[0])
+    metrics: dict[str, Any] = json.loads(run.metrics.read_text(encoding="utf-8"))
+    validation, held_out = (_numbers(metrics[name]) for name in ("validation", "test"))
+    search = metrics.get("search") or {}
+    log = read_jsonl(run.log)
+    weights = run.adapter / "adapter_model.safetensors"
+    searched = number(search.get("processor_seconds", 0.0))
+    cost = number(metrics["processor_seconds"]) + searched
+    return Row(
+        cell,
+        reason="" if math.isfinite(validation.get("loss", math.nan)) else DIVERGED,
+        validation=validation,
+        held_out=held_out or validation,
+        losses=_losses(run, held_out or validation),
+        parameters=metrics["final_parameters"],
+        adapter_bytes=weights.stat().st_size if weights.is_file() else 0,
+        seconds=number(metrics["train_seconds"]) + number(search.get("seconds", 0.0)),
+        processor_seconds=cost,
+        memory_mib=max((number(row["memory_mib"]) for row in log if "memory_mib" in row), default=math.nan),
+        ranks=RankPlan.load(run.plan).ranks,
+        course=_course(run, log, cost, searched, validation.get("loss", math.nan)),
+    )
+
+
+def _numbers(found: Mapping[str, Any] | None) -> dict[str, float]:
+    return {name: number(value) for name, value in (found or {}).items()}
+
+
+def _losses(run: RunFolder, held_out: Mapping[str, float]) -> NDArray[np.float64] | None:
+    """The loss of every example; without such, the loss of all is the one row there is."""
+    if run.losses.is_file():
+        losses = json.loads(run.losses.read_text(encoding="utf-8"))["losses"]
+        return np.array([math.nan if loss is None else loss for loss in losses], dtype=np.float64)
+    return np.array([held_out["loss"]]) if "loss" in held_out else None
+
+
+def _course(
+    run: RunFolder, log: Sequence[Mapping[str, Any]], cost: float, before: float, last: float
+) -> tuple[Moment, ...]:
+    """The evaluations of a training, and the final one; `before` is what a search has cost."""
+    timed = [(row["step"], number(row["processor_seconds"])) for row in log if "processor_seconds" in row]
+    seen = [(row["step"], number(row["eval_loss"])) for row in log if "eval_loss" in row]
+    if not timed or not seen:
+        return (Moment(cost, last, over=False),)
+    steps, seconds = zip((0, 0.0), *timed, strict=True)
+    trace = None if before else read_trace(run.trace)  # after a search the ranks are final
+    final = seen[-1][0]
+    moments = []
+    for step, loss in seen:
+        if step < final:
+            over = trace is not None and _used(trace, step) > trace.used(trace.events[-1])
+            moments.append(Moment(before + float(np.interp(step, steps, seconds)), loss, over))
+    return (*moments, Moment(cost, last, over=False))
+
+
+def _used(trace: Any, step: int) -> int:
+    return trace.used([event for event in trace.events if event.step <= step][-1])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A learning rate that was tried.
+
+    Attributes:
+        learning_rate: The rate.
+        rows: Its runs, a seed each.
+        score: What it is worth on the validation data, over its seeds: lower is better; NaN where no run has finished.
+    """
+
+    learning_rate: float
+    rows: tuple[Row, ...]
+    score: float
+
+    @property
+    def finished(self) -> list[Row]:
+        """The runs that there are."""
+        return [row for row in self.rows if row.finished]
+
+    def average(self, name: str) -> float:
+        """The mean over the seeds of one of the figures of a row."""
+        return mean([float(getattr(row, name)) for row in self.finished] or [math.nan])
+
+    def held_out(self, name: str) -> float:
+        """The mean over the seeds of what was found on the held-out data."""
+        return mean([row.held_out.get(name, math.nan) for row in self.finished] or [math.nan])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender at a budget.
+
+    Attributes:
+        point: The budget.
+        contender: Who.
+        trials: The learning rates, the smallest first.
+        chosen: The one at which it is judged.
+    """
+
+    point: Point
+    contender: Contender
+    trials: tuple[Trial, ...]
+    chosen: Trial
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the chosen rate is the smallest or the largest of several: a better one may lie beyond."""
+        return len(self.trials) > 2 and self.chosen in (self.trials[0], self.trials[-1])
+
+
+def criterion(recipe: Recipe) -> str:
+    """Return what learning rates are chosen by: the recipe's metric, else the loss."""
+    return recipe.evaluate.metric or "loss"
+
+
+def entries(rows: Iterable[Row], metric: str) -> list[Entry]:
+    """Choose a learning rate for every contender at every budget.
+
+    The one whose mean over the seeds is best on the validation data; the smaller of two that are equal. A rate at
+    which a run has failed counts only where runs have failed at every rate.
+
+    Args:
+        rows: The runs.
+        metric: See `criterion`.
+
+    Raises:
+        UserError: No run has the metric.
+    """
+    rows = list(rows)
+    known = dict.fromkeys(name for row in rows for name in row.validation)
+    if known and metric not in known:
+        raise UserError(f"evaluate.metric: these runs have no metric {metric}; they have {', '.join(known)}")
+    grouped: dict[tuple[Point, Contender], dict[float, list[Row]]] = {}
+    for row in rows:
+        by_rate = grouped.setdefault((row.cell.point, row.cell.contender), {})
+        by_rate.setdefault(row.cell.learning_rate, []).append(row)
+    sign = -1 if GREATER_IS_BETTER.get(metric, metric != "loss") else 1
+    found = []
+    for (point, contender), by_rate in grouped.items():
+        trials = tuple(_trial(rate, by_rate[rate], metric, sign) for rate in sorted(by_rate))
+        found.append(Entry(point, contender, trials, min(trials, key=_order)))
+    return found
+
+
+def _trial(rate: float, rows: Sequence[Row], metric: str, sign: int) -> Trial:
+    values = [sign * row.validation.get(metric, math.nan) for row in rows if row.finished]
+    return Trial(rate, tuple(sorted(rows, key=lambda row: row.cell.seed)), mean(values or [math.nan]))
+
+
+def _order(trial: Trial) -> tuple[int, float, float]:
+    failed = len(trial.rows) - len(trial.finished)
+    return failed, trial.score if math.isfinite(trial.score) else math.inf, trial.learning_rate
+
+
+def winner(found: Iterable[Entry], point: Point) -> Entry | None:
+    """Return the method in question that is best on the validation data at a budget and chooses ranks, if any."""
+    allocating = [
+        entry
+        for entry in found
+        if entry.point == point
+        and entry.contender.kind == "method"
+        and any(len(set(row.ranks.values())) > 1 for row in entry.chosen.finished)
+    ]
+    return min(allocating, key=lambda entry: _order(entry.chosen), default=None)
+
+
+def paired(entry: Entry, baseline: Entry) -> NDArray[np.float64] | None:
+    """Return the losses of a contender minus plain LoRA's, [seeds, rows]: seeds that both have, at their best rates."""
+    theirs = {row.cell.seed: row.losses for row in baseline.chosen.finished if row.losses is not None}
+    pairs = [
+        row.losses - theirs[row.cell.seed]
+        for row in entry.chosen.finished
+        if row.losses is not None and row.cell.seed in theirs and len(row.losses) == len(theirs[row.cell.seed])
+    ]
+    kept = [pair for pair in pairs if np.isfinite(pair).all()]
+    return np.stack(kept) if kept else None
+
+
+def baseline_of(found: Iterable[Entry], point: Point) -> Entry:
+    """Return plain LoRA at a budget."""
+    return next(entry for entry in found if entry.point == point and entry.contender == BASELINE)

@@ -1,0 +1,218 @@
+"""Whether two methods differ: paired losses over seeds and rows, intervals that know how few seeds there are, Holm.
+
+Every difference is between two runs with the same seed, of the same row. Seeds and rows are both samples: another seed
+and other rows would have given other numbers. So both are drawn anew by the bootstrap, the rows for all seeds together
+because they are the same rows (the pigeonhole bootstrap of Owen, 2007), and of n seeds n − 1, which makes the variance
+unbiased (Rao and Wu, 1988). Its standard error meets Student's t, with the degrees of freedom of Satterthwaite (1946):
+few where seeds make the difference, many where rows do. A percentile interval over three seeds would be far too short.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import mpmath
+import numpy as np
+from numpy.typing import NDArray
+
+from loralloc.tasks.metrics import holm
+
+Floats = NDArray[np.float64]
+
+LEVEL = 0.05
+"""Of every test; intervals are of 95 %."""
+POWER = 0.8
+"""The chance of finding a difference that is there, for which seeds are counted."""
+DRAWS = 2000
+"""Of the bootstrap."""
+CHUNK = 2**22
+"""Numbers of a piece of the bootstrap."""
+MOST_SEEDS = 100
+"""Seeds beyond which nobody is advised to go."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the variance of a mean difference comes from.
+
+    Attributes:
+        total: Variance of the mean, over seeds and rows.
+        seeds: The part of the seeds; 0 for one seed, of which nothing is known.
+        rows: The part of the rows.
+        freedom: Degrees of freedom.
+    """
+
+    total: float
+    seeds: float
+    rows: float
+    freedom: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean difference of two methods' losses.
+
+    Attributes:
+        mean: Below 0 where the first method is better.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        low_all: Lower end of an interval that holds together with those of all other comparisons.
+        high_all: Upper end.
+        p: Two-sided, as if it were the only comparison.
+        adjusted: After Holm's correction.
+        parts: Where its variance comes from.
+        seeds: How many.
+        rows: How many.
+    """
+
+    mean: float
+    low: float
+    high: float
+    low_all: float
+    high_all: float
+    p: float
+    adjusted: float
+    parts: Parts
+    seeds: int
+    rows: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether it is told from 0, all comparisons considered; one seed tells nothing of the next."""
+        return self.seeds > 1 and self.adjusted < LEVEL
+
+
+def differences(tables: Sequence[Floats], seed: int = 0) -> list[Difference]:
+    """Compare several methods with one.
+
+    Args:
+        tables: For each of them the losses minus those of the one, [seeds, rows].
+        seed: Of the bootstrap.
+
+    Returns:
+        Their differences, corrected for each other.
+    """
+    known = [(float(table.mean()), variance_parts(table, seed)) for table in tables]
+    values = [p_value(mean, parts) for mean, parts in known]
+    found = []
+    for (mean, parts), p, adjusted, table in zip(known, values, holm(values), tables, strict=True):
+        error = math.sqrt(parts.total)
+        one, all_ = (error * t_quantile(1 - level / 2, parts.freedom) for level in (LEVEL, LEVEL / len(tables)))
+        ends = (mean - one, mean + one, mean - all_, mean + all_)
+        found.append(Difference(mean, *ends, p, adjusted, parts, *table.shape))
+    return found
+
+
+def bootstrap_means(table: Floats, generator: np.random.Generator, seeds: bool, rows: bool) -> Floats:
+    """Draw means of a table with seeds, rows or both drawn anew, [DRAWS].
+
+    Args:
+        table: [seeds, rows].
+        generator: Draws.
+        seeds: Whether seeds are drawn, one fewer than there are; one seed alone stays.
+        rows: Whether rows are drawn, the same for all seeds.
+    """
+    n, m = table.shape
+    found = []
+    step = max(1, CHUNK // max(n, m))
+    for begun in range(0, DRAWS, step):
+        count = min(step, DRAWS - begun)
+        by_seed = np.full((count, n), 1 / n)
+        if seeds and n > 1:
+            by_seed = generator.multinomial(n - 1, np.full(n, 1 / n), size=count) / (n - 1)
+        by_row = generator.multinomial(m, np.full(m, 1 / m), size=count) / m if rows else np.full((count, m), 1 / m)
+        found.append(((by_seed @ table) * by_row).sum(axis=1))
+    return np.concatenate(found)
+
+
+def variance_parts(table: Floats, seed: int = 0) -> Parts:
+    """Return the variance of a table's mean, and its degrees of freedom.
+
+    Args:
+        table: [seeds, rows].
+        seed: Of the bootstrap.
+    """
+    n, m = table.shape
+    generator = np.random.default_rng(seed)
+    total = float(bootstrap_means(table, generator, seeds=True, rows=True).var())
+    by_seed = float(table.mean(axis=1).var(ddof=1)) / n if n > 1 else 0.0
+    by_row = float(table.mean(axis=0).var(ddof=1)) / m if m > 1 else 0.0
+    return Parts(total, by_seed, by_row, freedom(by_seed, n - 1, by_row, m - 1))
+
+
+def freedom(first: float, first_freedom: int, second: float, second_freedom: int) -> float:
+    """Return Satterthwaite's degrees of freedom of a sum of two variances.
+
+    >>> freedom(1.0, 2, 0.0, 99), freedom(0.0, 2, 1.0, 8), freedom(1.0, 4, 1.0, 4)
+    (2.0, 8.0, 8.0)
+    """
+    parts = [(first, first_freedom), (second, second_freedom)]
+    spread = sum(variance**2 / degrees for variance, degrees in parts if degrees > 0)
+    known = sum(degrees for _, degrees in parts if degrees > 0)
+    return (first + second) ** 2 / spread if spread > 0 else float(max(1, known))
+
+
+def p_value(mean: float, parts: Parts) -> float:
+    """Return the two-sided p of a mean difference; 1 where nothing varies and nothing differs."""
+    if parts.total == 0:
+        return 1.0 if mean == 0 else 0.0
+    return 2 * (1 - t_probability(abs(mean) / math.sqrt(parts.total), parts.freedom))
+
+
+def t_probability(t: float, degrees: float) -> float:
+    """Return P(T ≤ t) of Student's t.
+
+    >>> round(t_probability(2.776445, 4), 6)
+    0.975
+    """
+    tail = float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True)) / 2
+    return 1 - tail if t > 0 else tail
+
+
+def t_quantile(probability: float, degrees: float) -> float:
+    """Return t with P(T ≤ t) = probability, above one half.
+
+    By Newton's method from the normal quantile, which lies below: the distribution is concave there, so that no step
+    goes too far.
+
+    >>> round(t_quantile(0.975, 2), 4), round(t_quantile(0.975, 1e6), 4)
+    (4.3027, 1.96)
+    """
+    t = NormalDist().inv_cdf(probability)
+    constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(math.pi * degrees) / 2
+    while True:
+        density = math.exp(constant - (degrees + 1) / 2 * math.log1p(t * t / degrees))
+        step = (probability - t_probability(t, degrees)) / density
+        t += step
+        if step <= 1e-9 * t:
+            return t
+
+
+def seeds_needed(difference: Difference, margin: float, comparisons: int) -> int | None:
+    """Return how many seeds would tell a difference from 0 that is as large as the margin.
+
+    As many as make margin ≥ (t(1 − α/2) + t(0.8)) · √(s²/n + v): s² the variance between seeds, v that of the rows,
+    which more seeds leave as it is, α corrected for all comparisons, t with the degrees of freedom that n seeds give.
+
+    Args:
+        difference: As measured.
+        margin: The smallest difference that matters.
+        comparisons: How many are made together.
+
+    Returns:
+        The number of seeds, 3 or more; None where more than `MOST_SEEDS` are needed or seeds alone do not suffice.
+    """
+    between, rows = difference.parts.seeds * difference.seeds, difference.parts.rows
+
+    def suffices(n: int) -> bool:
+        degrees = freedom(between / n, n - 1, rows, difference.rows - 1)
+        reach = t_quantile(1 - LEVEL / comparisons / 2, degrees) + t_quantile(POWER, degrees)
+        return margin >= reach * math.sqrt(between / n + rows)
+
+    tried = range(3, MOST_SEEDS + 1)
+    place = bisect_left(tried, True, key=suffices)
+    return tried[place] if place < len(tried) else None

@@ -1,0 +1,149 @@
+"""A comparison from beginning to end: check, measure, run what has not been run, judge, write the page."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loralloc.compare.cells import check_comparable, make_cell, plan_cells
+from loralloc.compare.execute import Executor, Job
+from loralloc.compare.folder import CompareFolder
+from loralloc.compare.grid import Cell, Point, Shapes, plan_of, section_of
+from loralloc.compare.measure import measure
+from loralloc.compare.page import write_page
+from loralloc.compare.results import Entry, Row, criterion, entries, read_row, winner
+from loralloc.errors import UserError
+from loralloc.files import write_atomically
+from loralloc.methods.registry import PLAIN_LORA
+from loralloc.recipe.schema import Recipe, dump_recipe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison has given.
+
+    Attributes:
+        verdict: In one sentence.
+        page: The page.
+        table: A row for every run.
+    """
+
+    verdict: str
+    page: Path
+    table: Path
+
+
+class Watcher:
+    """Shows nothing; the command line has some that do."""
+
+    def planned(self, cells: Sequence[Cell], kept: Sequence[Cell]) -> None:
+        """So many runs there are, of which these have been run before."""
+
+    def started(self, name: str) -> None:
+        """A run has begun."""
+
+    def ended(self, name: str, row: Row, seconds: float) -> None:
+        """A run has ended, so many seconds after it was begun."""
+
+
+def compare(recipe: Recipe, executor: Executor, retry: bool, watcher: Watcher) -> Outcome:
+    """Compare what a recipe says.
+
+    A comparison that was interrupted goes on: what has finished is kept.
+
+    Args:
+        recipe: The recipe.
+        executor: Runs the cells.
+        retry: Repeat also the runs that were refused or have diverged.
+        watcher: Shows what happens.
+
+    Raises:
+        UserError: It cannot be compared, or the folder holds something else.
+    """
+    check_comparable(recipe)
+    folder = CompareFolder.of(recipe)
+    folder.check(recipe)
+    shapes = measure(recipe)
+    cells = plan_cells(recipe, shapes, folder.runs)
+    with folder.locked():
+        for cell in cells:
+            _check_kept(folder, cell)
+        folder.create(recipe)
+        _run(folder, cells, executor, retry, section_of(recipe).threads, watcher)
+        rows = [read_row(folder, cell) for cell in cells]
+        more = _retrained(recipe, shapes, folder, entries(rows, criterion(recipe)))
+        if more:
+            _run(folder, more, executor, retry, section_of(recipe).threads, watcher)
+        rows += [read_row(folder, cell) for cell in more]
+        return Outcome(write_page(folder, recipe, shapes, rows), folder.page, folder.table)
+
+
+def _check_kept(folder: CompareFolder, cell: Cell) -> None:
+    """Refuse a run that was made with other settings."""
+    run = folder.run(cell.name)
+    if run.metrics.is_file() and not run.holds(cell.recipe):
+        raise UserError(
+            f"{run.root} was run with other settings than this comparison has; delete the folder to run it again, or "
+            "name another one for the comparison with --output"
+        )
+
+
+def _retrained(recipe: Recipe, shapes: Shapes, folder: CompareFolder, found: Sequence[Entry]) -> list[Cell]:
+    """The runs of plain LoRA at the ranks of the best method, at every budget: each seed at the plan of that seed."""
+    cells = []
+    for point in dict.fromkeys(entry.point for entry in found):
+        best = winner(found, point)
+        if best is not None:
+            cells += _plan_cells(recipe, shapes, folder, point, best)
+    return cells
+
+
+def _plan_cells(recipe: Recipe, shapes: Shapes, folder: CompareFolder, point: Point, best: Entry) -> list[Cell]:
+    cells = []
+    for rate in section_of(recipe).learning_rates or ():
+        for row in best.chosen.finished:
+            plan = folder.run(row.cell.name).plan
+            changes = {"method": {"name": PLAIN_LORA}, "plan": str(plan)}
+            contender = plan_of(best.contender)
+            cells.append(make_cell(recipe, shapes, point, contender, rate, row.cell.seed, changes, folder.runs))
+    return cells
+
+
+def _run(
+    folder: CompareFolder, cells: Sequence[Cell], executor: Executor, retry: bool, threads: int, watcher: Watcher
+) -> None:
+    """Run what has not been run; a run that fails is noted, and costs no other one."""
+    by_name = {cell.name: cell for cell in cells}
+    due = [cell for cell in cells if _is_due(folder, cell, retry)]
+    watcher.planned(cells, [cell for cell in cells if cell not in due])
+    begun: dict[str, float] = {}
+
+    def started(name: str) -> None:
+        begun[name] = time.perf_counter()
+        watcher.started(name)
+
+    for cell in due:
+        folder.failure(cell.name).unlink(missing_ok=True)
+        write_atomically(folder.run_recipe(cell.name), dump_recipe(cell.recipe))
+    for ended in executor.run([_job(folder, cell, threads) for cell in due], started):
+        if ended.reason is not None:
+            folder.fail(ended.name, ended.reason, final=ended.final)
+        row = read_row(folder, by_name[ended.name])
+        watcher.ended(ended.name, row, time.perf_counter() - begun[ended.name])
+
+
+def _is_due(folder: CompareFolder, cell: Cell, retry: bool) -> bool:
+    run = folder.run(cell.name)
+    if run.metrics.is_file() and run.holds(cell.recipe):  # a plan to retrain may have become another one
+        return False
+    failed = folder.reason(cell.name)
+    return retry or failed is None or not failed[1]
+
+
+def _job(folder: CompareFolder, cell: Cell, threads: int) -> Job:
+    peer = cell.contender.id if cell.contender.kind == "peer" else None
+    recipe, log = (str(path.absolute()) for path in (folder.run_recipe(cell.name), folder.log(cell.name)))
+    return Job(cell.name, recipe, log, peer, threads, os.getcwd())

@@ -1,0 +1,108 @@
+"""The verdict: one sentence for every budget, from the differences alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loralloc.compare.results import Entry
+from loralloc.compare.statistics import MOST_SEEDS, Difference, seeds_needed
+
+IN_QUESTION = ("method", "peer")
+"""Who may be better than plain LoRA; controls and retrained plans only help to see why."""
+
+NAMED = 3
+"""Contenders that the verdict names one by one."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A contender beside plain LoRA at a budget.
+
+    Attributes:
+        entry: The contender.
+        difference: Of its losses; None where no two runs can be paired.
+    """
+
+    entry: Entry
+    difference: Difference | None
+
+
+def verdict(compared: Sequence[Compared], loss: float, margin: float) -> str:
+    """Return what a comparison says at a budget.
+
+    Args:
+        compared: All contenders but plain LoRA.
+        loss: Plain LoRA's, on the test data.
+        margin: The smallest difference that matters, as a share of it.
+    """
+    known = [
+        (one.entry.contender.label, one.difference)
+        for one in compared
+        if one.difference is not None and one.entry.contender.kind in IN_QUESTION
+    ]
+    if not known:
+        return "no run can be compared with plain LoRA: see the failures"
+    count = sum(one.difference is not None for one in compared)
+    if all(difference.seeds == 1 for _, difference in known):
+        return _one_seed(known, loss)
+    if better := [(label, one) for label, one in known if one.significant and one.mean < 0]:
+        return _better(better, loss)
+    least = margin * abs(loss)
+    if undecided := [(label, one) for label, one in known if one.low_all <= -least]:
+        return _undecided(undecided, least, count, margin)
+    return f"plain LoRA is enough here: nothing tried is better by {_percent(margin)} of its loss, or more"
+
+
+def _one_seed(known: Sequence[tuple[str, Difference]], loss: float) -> str:
+    label, one = min(known, key=lambda item: item[1].mean)
+    seen = (
+        f"{label} is ahead of plain LoRA by {_amount(one, loss)}"
+        if one.mean < 0
+        else f"plain LoRA is ahead of all, of {label} by {_amount(one, loss)}"
+    )
+    return f"one seed cannot tell: with it {seen}, but nothing is known of the next; two more seeds are the least"
+
+
+def _better(better: Sequence[tuple[str, Difference]], loss: float) -> str:
+    ordered = sorted(better, key=lambda item: item[1].mean)
+    label, one = ordered[0]
+    others = [name for name, _ in ordered[1:]]
+    also = f"; so {'is' if len(others) == 1 else 'are'} {listed(others)}" if others else ""
+    return f"{label} is better than plain LoRA by {_amount(one, loss)}, 95 % interval {_interval(one)}{also}"
+
+
+def _undecided(undecided: Sequence[tuple[str, Difference]], least: float, count: int, margin: float) -> str:
+    labels = [label for label, _ in undecided]
+    who = listed(labels if len(labels) <= NAMED else [*labels[: NAMED - 1], f"{len(labels) - NAMED + 1} others"])
+    needed = [(seeds_needed(one, least, count), one.seeds) for _, one in undecided]
+    told = f"not enough runs to tell whether {who} {'is' if len(undecided) == 1 else 'are'} better than plain LoRA by "
+    told += f"{_percent(margin)} of its loss"
+    if any(total is None for total, _ in needed):
+        return f"{told}: {MOST_SEEDS} seeds would not be enough, more test rows are needed"
+    more = max(1, *(total - have for total, have in needed if total is not None))
+    return f"{told}: {more} more seed{'s' if more > 1 else ''} would"
+
+
+def _amount(one: Difference, loss: float) -> str:
+    share = f" ({abs(one.mean / loss):.1%})" if loss and math.isfinite(loss) else ""
+    return f"{abs(one.mean):.4f} in loss{share}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
+
+
+def _interval(one: Difference) -> str:
+    return f"{-one.high:.4f} to {-one.low:.4f}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names for a sentence.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,247 @@
+"""What is compared, and what is refused before anything is loaded or run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli.command import LANGUAGE, RECIPE
+
+from loralloc import Budget
+from loralloc.compare.cells import check_comparable
+from loralloc.compare.grid import capacity, contenders, points, uniform_ranks
+from loralloc.errors import UserError
+
+from .fabricate import MODULES, SHAPES, cells_of, recipe_for
+
+
+def told(call: object, *arguments: object) -> str:
+    with pytest.raises(UserError) as error:
+        call(*arguments)  # type: ignore[operator]
+    return str(error.value)
+
+
+class TestBudgets:
+    def test_each_is_one_number_of_parameters_that_of_plain_lora(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--budgets", "[1, 2, {total_rank: 6}, {parameters: 210}, {fraction: 0.75}]")
+        one, two, six, some, share = points(recipe, SHAPES)
+        per_rank = sum(inputs + outputs for inputs, outputs in MODULES.values())
+        assert (one.parameters, one.whole, two.parameters, two.whole) == (per_rank, 1, 2 * per_rank, 2)
+        assert (sum(six.ranks), six.whole) == (6, None)
+        assert max(six.ranks) - min(six.ranks) == 1
+        assert 210 - min(SHAPES.costs) < some.parameters <= 210
+        assert share.parameters == 3 * per_rank, "of lora.r, which is 4"
+        assert [point.slug for point in (one, two, six)] == ["r1", "r2", "totalrank6"]
+
+    def test_the_recipes_own_by_default(self, tmp_path: Path) -> None:
+        (own,) = points(recipe_for(tmp_path), SHAPES)
+        assert (own.label, own.whole) == ("average rank 2", 2)
+
+    def test_uniform_ranks_are_those_of_the_control(self) -> None:
+        assert uniform_ranks(SHAPES.at(3), Budget(total_rank=4), 4) == [1, 1, 1, 1]
+        assert sum(uniform_ranks(SHAPES.at(3), Budget(total_rank=7), 7)) == 7
+
+    def test_bytes_and_shares_of_the_base_are_parameters_too(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--budgets", "[{adapter_bytes: 644}, {share_of_base: 0.032}]")
+        size, share = points(recipe, SHAPES)
+        assert (size.parameters, share.parameters) == (160, 320)
+        assert size.ranks == (1, 1, 1, 1)
+
+    def test_a_cap_is_refused(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--budgets", "[{max_rank: 2}]")
+        assert told(points, recipe, SHAPES) == (
+            "compare.budgets: max_rank is a cap beside which plain LoRA and PEFT's own have no equal; give average_rank, "
+            "total_rank, parameters, fraction, adapter_bytes or share_of_base without it"
+        )
+
+    def test_two_that_are_the_same_are_refused(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--budgets", "[2, {total_rank: 8}]")
+        assert told(points, recipe, SHAPES) == (
+            "compare.budgets: total rank 8 and average rank 2 are the same 320 parameters; leave one of them out"
+        )
+
+    def test_more_than_a_module_has_dimensions_is_refused(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--budgets", "12")
+        assert told(points, recipe, SHAPES) == (
+            "compare.budgets: at average rank 12 a layer may get up to rank 24, but layer.0.query has 16 dimensions; "
+            "lower the budget or compare.capacity"
+        )
+        (point,) = points(recipe_for(tmp_path, "--budgets", "12", "--capacity", "1.25"), SHAPES)
+        assert point.whole == 12
+
+    def test_capacity_is_the_recipes_ratio_or_the_sections(self, tmp_path: Path) -> None:
+        for words, most in (((), 4), (("--capacity", "1.5"), 3), (("--capacity", "1"), 2)):
+            recipe = recipe_for(tmp_path, *words)
+            (point,) = points(recipe, SHAPES)
+            assert capacity(point, recipe) == most
+
+
+class TestCells:
+    def test_who_competes(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--methods", "[adalora, lora, random, ablora]", "--peers", "[eva]")
+        ids = [(one.id, one.kind) for one in contenders(recipe)]
+        assert ids == [
+            ("lora", "baseline"),
+            ("adalora", "method"),
+            ("ablora", "method"),
+            ("random", "control"),
+            ("truncate", "control"),
+            ("eva", "peer"),
+        ]
+
+    def test_every_contender_tries_every_rate_with_every_seed_and_has_the_budget(self, tmp_path: Path) -> None:
+        words = ("--methods", "[adalora, ablora, autolora, allora]", "--budgets", "[1, 2]", "--seeds", "2")
+        cells = cells_of(recipe_for(tmp_path, *words))
+        assert len(cells) == 2 * (1 + 4 + 2 + 3) * 3 * 2
+        assert len({cell.name for cell in cells}) == len(cells)
+        tried: dict[object, set[object]] = {}
+        for cell in cells:
+            training, method, lora = cell.recipe.training, cell.recipe.method, cell.recipe.lora
+            tried.setdefault((cell.point, cell.contender), set()).add((training.learning_rate, training.seed))
+            budget = getattr(method, "budget", None)
+            if budget is None:
+                assert lora.r == cell.point.whole
+            else:
+                assert budget.model_dump(exclude_none=True) == {"parameters": cell.point.parameters}
+            looks = getattr(method, "validation", None)
+            assert looks is None or isinstance(looks, float)
+            assert cell.recipe.compare is None
+            assert training.eval_every == 2
+        assert len({frozenset(found) for found in tried.values()}) == 1
+        assert {rate for rate, _ in tried[cells[0].point, cells[0].contender]} == {0.005, 0.01, 0.02}  # type: ignore[misc]
+
+    def test_all_have_the_recipes_scale(self, tmp_path: Path) -> None:
+        cells = cells_of(recipe_for(tmp_path, "--methods", "[adalora, ablora, autolora]"))
+        for cell in cells:
+            divisor = cell.point.average if cell.contender.id == "ablora" else cell.recipe.lora.r
+            assert cell.recipe.lora.alpha / divisor == 2
+
+    def test_ranks_at_random_are_drawn_by_the_seed(self, tmp_path: Path) -> None:
+        drawn = {
+            cell.seed: cell.recipe.method.rank_seed
+            for cell in cells_of(recipe_for(tmp_path))
+            if cell.contender.id == "random"
+        }
+        assert drawn == {0: 0, 1: 1, 2: 2}
+
+    def test_the_recipes_own_settings_are_kept(self, tmp_path: Path) -> None:
+        cells = cells_of(recipe_for(tmp_path, "--method.importance", "magnitude"))
+        assert {cell.recipe.method.importance for cell in cells if cell.contender.id == "adalora"} == {"magnitude"}
+
+    def test_peers_stay_away_where_ranks_are_uneven_and_lora_is_as_even_as_it_can_be(self, tmp_path: Path) -> None:
+        cells = cells_of(recipe_for(tmp_path, "--budgets", "1.5"))
+        assert not any(cell.contender.kind == "peer" for cell in cells)
+        assert {cell.recipe.method.name for cell in cells if cell.contender.kind == "baseline"} == {"uniform"}
+
+    def test_evaluations_of_the_recipe_are_kept(self, tmp_path: Path) -> None:
+        assert {cell.recipe.training.eval_every for cell in cells_of(recipe_for(tmp_path, "--eval_every", "5"))} == {5}
+
+    def test_plain_lora_closes_nothing(self, tmp_path: Path) -> None:
+        compact = {
+            cell.contender.id: cell.recipe.training.compact
+            for cell in cells_of(recipe_for(tmp_path, "--compact", "true"))
+        }
+        assert (compact["lora"], compact["dora"], compact["adalora"]) == (False, False, True)
+
+
+class TestRefusals:
+    def test_a_method_that_keeps_all_ranks_and_a_budget_that_no_whole_rank_has(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--methods", "[adalora, allora]", "--budgets", "1.5")
+        assert told(cells_of, recipe) == (
+            "allora keeps every rank of lora.r, and no whole rank costs the 224 parameters of average rank 1.5; give "
+            "an average rank that is whole, or take allora out of compare.methods"
+        )
+        assert cells_of(recipe_for(tmp_path, "--methods", "[adalora, allora]", "--budgets", "2"))
+
+    def test_a_method_that_the_task_cannot_have(self, tmp_path: Path) -> None:
+        text = LANGUAGE.replace("causal-lm", "preference").replace(
+            "  text: text\n", "  prompt: p\n  chosen: c\n  rejected: r\n"
+        )
+        recipe = recipe_for(tmp_path, "--methods", "autolora", text=text)
+        assert told(cells_of, recipe).startswith("AutoLoRA at average rank 2: method.name: autolora learns ranks from")
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["--plan", "ranks.json"], "plan: a comparison gives every method the same budget; take the plan out"),
+            (
+                ["--keep_best", "true", "--eval_every", "4", "--save_every", "4"],
+                "training.keep_best: a comparison trains all methods equally long, and truncation has no earlier state "
+                "with its ranks; take it out",
+            ),
+            (
+                ["--early_stopping", "2", "--eval_every", "4"],
+                "training.early_stopping: a comparison trains all methods equally long, and truncation has no earlier "
+                "state with its ranks; take it out",
+            ),
+            (
+                ["--lora.peft.use_rslora", "true"],
+                "lora.peft.use_rslora: a comparison sets ranks and scale of every run itself; take it out",
+            ),
+            (
+                ["--data.test", "data/validation.jsonl"],
+                "data.validation and data.test are both data/validation.jsonl: learning rates are chosen on the one, "
+                "and the other must not have been looked at; name other data",
+            ),
+        ],
+    )
+    def test_what_would_not_be_fair(self, tmp_path: Path, words: list[str], reason: str) -> None:
+        named = None if "--data.test" in words else "test.jsonl"
+        assert told(check_comparable, recipe_for(tmp_path, *words, test=named)) == reason
+        check_comparable(recipe_for(tmp_path))
+
+    def test_validation_data_that_are_cut_anew_and_no_test_data(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--data.validation", "0.2", test=None)
+        assert told(check_comparable, recipe) == (
+            "data.test: without test data, methods are compared on the validation data, which data.validation: 0.2 "
+            "cuts anew for every seed; name test data, or a file in data.validation"
+        )
+        check_comparable(recipe_for(tmp_path, "--data.validation", "0.2"))
+        check_comparable(recipe_for(tmp_path, test=None))
+
+    def test_a_method_that_looks_at_the_validation_data(self, tmp_path: Path) -> None:
+        text = RECIPE.replace("name: adalora", "name: ablora\n  validation: validation")
+        assert told(check_comparable, recipe_for(tmp_path, text=text)) == (
+            "method.validation: ablora would look at the validation data, on which learning rates are chosen, and no "
+            "other method does; set it to a share of the training data, such as 0.1"
+        )
+        check_comparable(recipe_for(tmp_path, "--method.validation", "0.1", text=text))
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["--methods", "[]"], "compare.methods must name at least one, got []"),
+            (["--learning_rates", "[]"], "compare.learning_rates must name at least one, got []"),
+            (["--budgets", "[]"], "compare.budgets must name at least one, got []"),
+            (["--seeds", "[]"], "compare.seeds must name at least one, got []"),
+            (["--seeds", "0"], "compare.seeds must be a number of seeds, or a list of them, got 0"),
+            (["--seeds", "[1, 1]"], "compare.seeds must name each but once, got [1, 1]"),
+            (
+                ["--budgets", "[2, {average_rank: 2}]"],
+                'compare.budgets must name each but once, got [2, {"average_rank": 2}]',
+            ),
+            (
+                ["--budgets", "[{average_rank: 2, parameters: 3}]"],
+                "compare.budgets must be average ranks, or budgets of one key as in method.budget, got "
+                '[{"average_rank": 2, "parameters": 3}]',
+            ),
+            (["--learning_rates", "[0]"], "compare.learning_rates[0] must be above 0, got 0"),
+            (["--data.validation", "0"], "data.validation must be"),
+        ],
+    )
+    def test_empty_lists_and_values_that_mean_nothing(self, tmp_path: Path, words: list[str], reason: str) -> None:
+        with pytest.raises(UserError) as error:
+            recipe_for(tmp_path, *words)
+        assert str(error.value).startswith(f"{words[0]}: {reason}")
+
+    def test_methods_that_do_not_exist(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError) as error:
+            recipe_for(tmp_path, "--methods", "[adalora, adalorra]")
+        assert str(error.value) == (
+            "--methods: compare.methods: there is no method adalorra; there are adalora, ablora, autolora, allora, "
+            'uniform, random, depth_linear, truncate or lora. Did you mean "adalora"?'
+        )
+
+    def test_one_learning_rate_and_one_seed_are_allowed(self, tmp_path: Path) -> None:
+        cells = cells_of(recipe_for(tmp_path, "--learning_rates", "1e-2", "--seeds", "1"))
+        assert len(cells) == 1 + 1 + 2 + 3

@@ -1,0 +1,141 @@
+"""The page, the table and the figures of a comparison that nobody has run."""
+
+from __future__ import annotations
+
+import csv
+import html
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cli.command import RECIPE
+
+from loralloc.compare.grid import Cell
+from loralloc.compare.page import write_page
+from loralloc.compare.results import entries, read_row
+from loralloc.compare.tables import agreement, signed
+from loralloc.recipe.schema import Recipe
+
+from .fabricate import SHAPES, Losses, cells_of, fabricate, noisy, recipe_for
+
+
+def page_of(recipe: Recipe, losses: Losses) -> str:
+    folder = fabricate(recipe, losses)
+    write_page(folder, recipe, SHAPES, [read_row(folder, cell) for cell in cells_of(recipe)])
+    return folder.page.read_text(encoding="utf-8")
+
+
+def words_of(page: str) -> str:
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<(style|svg).*?</\1>|<[^>]+>", " ", page, flags=re.S)))
+
+
+def test_it_says_who_is_better_first_and_how_it_knows(tmp_path: Path) -> None:
+    page = page_of(recipe_for(tmp_path, "--budgets", "[1, 2]", "--seeds", "4"), noisy({"adalora": 0.3}, rows=0.02))
+    words = words_of(page)
+    (verdict,) = re.findall(r"<h1[^>]*>(.*?)</h1>", page)
+    assert verdict.startswith("At average rank 1, AdaLoRA is better than plain LoRA by 0.")
+    assert "; at average rank 2, AdaLoRA is better" in verdict
+    for told in (
+        "Average rank 1: 160 parameters",
+        "the same 3 learning rates with the same 4 seeds, for 16 steps of 8 examples",
+        "After 3 s of processor time, when the cheapest had ended",
+        "DoRA has plain LoRA's rank; its magnitudes come on top",
+        "random ranks",
+        "truncation",
+    ):
+        assert told in words
+    assert "Failed runs" not in words
+    assert page.count("<svg") == 6
+
+
+def test_files_beside_it(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    page_of(recipe, noisy({}))
+    out = tmp_path / "out"
+    assert sorted(path.name for path in (out / "figures").iterdir()) == [
+        "r2-cost.png",
+        "r2-differences.png",
+        "r2-learning-rates.png",
+    ]
+    with (out / "compare.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(cells_of(recipe)) == 7 * 3 * 3
+    assert {row["state"] for row in rows} == {"finished"}
+    assert sum(row["chosen"] == "True" for row in rows) == 7 * 3
+    assert {row["parameters"] for row in rows} == {"320"}
+
+
+def test_failures_are_rows_with_their_reasons(tmp_path: Path) -> None:
+    def losses(cell: Cell) -> object:
+        return "the loss diverged: <b>lower</b> it" if cell.learning_rate == 0.02 else noisy({})(cell)
+
+    page = page_of(recipe_for(tmp_path), losses)  # type: ignore[arg-type]
+    words = words_of(page)
+    assert "21 runs of 63 failed; the reasons are below." in words
+    assert "r2-adalora-lr0.02-s0" in words
+    assert "&lt;b&gt;lower&lt;/b&gt;" in page
+    assert "<b>lower" not in page
+
+
+def test_all_may_have_failed(tmp_path: Path) -> None:
+    words = words_of(page_of(recipe_for(tmp_path), lambda cell: "killed by SIGKILL"))
+    assert "No run can be compared with plain LoRA: see the failures." in words
+
+
+def test_one_seed_and_one_rate_are_told_what_they_are_worth(tmp_path: Path) -> None:
+    words = words_of(page_of(recipe_for(tmp_path, "--seeds", "1", "--learning_rates", "1e-2"), noisy({"adalora": 0.3})))
+    assert "One seed cannot tell: with it AdaLoRA is ahead of plain LoRA" in words
+    assert "One seed: intervals are over the rows alone." in words
+    assert "One learning rate: whoever it happens to suit looks better." in words
+    more = words_of(page_of(recipe_for(tmp_path, "--output", str(tmp_path / "more")), noisy({"adalora": 0.3})))
+    assert "One seed" not in more
+    assert "One learning rate" not in more
+
+
+def test_no_test_data_are_told(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, test=None)
+    folder = fabricate(recipe, noisy({}))
+    rows = [read_row(folder, cell) for cell in cells_of(recipe)]
+    write_page(folder, recipe, replace(SHAPES, test=None), rows)
+    assert "There are no test data: losses are of the validation data" in words_of(folder.page.read_text())
+
+
+def test_who_looks_at_training_examples_and_who_missed_the_budget_is_told(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "--methods", "[adalora, ablora]")
+    folder = fabricate(recipe, noisy({}))
+    over = next(cell for cell in cells_of(recipe) if cell.contender.id == "adalora")
+    run = folder.run(over.name)
+    run.metrics.write_text(run.metrics.read_text().replace('"final_parameters": 320', '"final_parameters": 321'))
+    write_page(folder, recipe, SHAPES, [read_row(folder, cell) for cell in cells_of(recipe)])
+    words = words_of(folder.page.read_text(encoding="utf-8"))
+    assert "AB-LoRA looks at held-out examples, which are cut from the training data" in words
+    assert "AdaLoRA did not keep to the budget" in words
+
+
+def test_names_are_escaped_and_nothing_is_loaded_from_anywhere(tmp_path: Path) -> None:
+    page = page_of(recipe_for(tmp_path, "--model.name", "<script>alert(1)</script>"), noisy({}))
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    assert page_of(recipe, noisy({})) == page_of(recipe, noisy({}))
+
+
+@pytest.mark.parametrize(("seeds", "said"), [(1, "\N{EN DASH}"), (2, "in common"), (3, "in common")])
+def test_plans_agree_between_seeds(tmp_path: Path, seeds: int, said: str) -> None:
+    recipe = recipe_for(tmp_path, "--seeds", str(seeds), text=RECIPE)
+    folder = fabricate(recipe, noisy({}))
+    found = {
+        entry.contender.id: entry for entry in entries([read_row(folder, cell) for cell in cells_of(recipe)], "loss")
+    }
+    assert agreement(found["lora"].chosen) == "even"
+    assert agreement(found["adalora"].chosen).endswith(said)
+
+
+def test_signs() -> None:
+    assert (signed(0.0), signed(-math.inf)) == ("+0.0000", "\N{MINUS SIGN}inf")

@@ -1,0 +1,148 @@
+"""The statistics of a comparison, beside their naive twins, textbooks' tables, and data whose truth is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from loralloc.compare.statistics import (
+    DRAWS,
+    LEVEL,
+    POWER,
+    Difference,
+    Parts,
+    bootstrap_means,
+    differences,
+    freedom,
+    seeds_needed,
+    t_probability,
+    t_quantile,
+    variance_parts,
+)
+
+
+def table(seeds: int, rows: int, between: float, row: float, noise: float, seed: int, shift: float = 0.0) -> np.ndarray:
+    """Differences with an effect of every seed, one of every row, and noise."""
+    draw = np.random.default_rng(seed)
+    effects = draw.normal(0, between, (seeds, 1)) + draw.normal(0, row, (1, rows))
+    return shift + effects + draw.normal(0, noise, (seeds, rows))
+
+
+class TestBootstrap:
+    @pytest.mark.parametrize(("seeds", "rows"), [(True, True), (True, False), (False, True)])
+    def test_draws_are_those_of_the_naive_twin_in_distribution(self, seeds: bool, rows: bool) -> None:
+        data = table(4, 30, 0.3, 0.5, 0.2, seed=1)
+        n, m = data.shape
+        draw, naive = np.random.default_rng(2), []
+        for _ in range(DRAWS):
+            chosen = draw.integers(0, n, n - 1) if seeds else np.arange(n)
+            columns = draw.integers(0, m, m) if rows else np.arange(m)
+            total = 0.0
+            for i in chosen:
+                for j in columns:
+                    total += data[i, j]
+            naive.append(total / len(chosen) / len(columns))
+        fast = bootstrap_means(data, np.random.default_rng(3), seeds, rows)
+        assert fast.shape == (DRAWS,)
+        assert fast.mean() == pytest.approx(np.mean(naive), abs=4 * np.std(naive) / math.sqrt(DRAWS / 2))
+        assert fast.std() == pytest.approx(np.std(naive), rel=0.08)
+
+    def test_pieces_are_the_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = table(3, 20, 0.3, 0.5, 0.2, seed=1)
+        whole = bootstrap_means(data, np.random.default_rng(0), seeds=False, rows=True)
+        monkeypatch.setattr("loralloc.compare.statistics.CHUNK", 200)
+        assert np.allclose(bootstrap_means(data, np.random.default_rng(0), seeds=False, rows=True), whole)
+
+    def test_its_variance_of_seeds_is_unbiased_though_they_are_few(self) -> None:
+        data = table(3, 5, 1.0, 0.0, 0.0, seed=4)
+        drawn = bootstrap_means(data, np.random.default_rng(0), seeds=True, rows=False)
+        assert drawn.var() == pytest.approx(data[:, 0].var(ddof=1) / 3, rel=0.1)
+
+    def test_one_seed_stays(self) -> None:
+        data = table(1, 40, 0.0, 0.5, 0.0, seed=5)
+        assert bootstrap_means(data, np.random.default_rng(0), seeds=True, rows=False).std() == pytest.approx(0)
+        assert variance_parts(data).seeds == 0
+
+    def test_the_same_numbers_every_time(self) -> None:
+        data = table(3, 30, 0.3, 0.5, 0.2, seed=1)
+        assert differences([data]) == differences([data])
+
+
+def test_intervals_hold_what_they_promise_where_percentiles_of_three_seeds_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seeds make the difference here: about 95 % of the intervals hold the truth, which is 0."""
+    monkeypatch.setattr("loralloc.compare.statistics.DRAWS", 400)
+    ours = theirs = 0
+    for seed in range(150):
+        data = table(3, 40, 0.3, 0.1, 0.1, seed)
+        (one,) = differences([data], seed)
+        ours += one.low <= 0 <= one.high
+        drawn = bootstrap_means(data, np.random.default_rng(seed), seeds=True, rows=True)
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        theirs += low <= 0 <= high
+    assert 0.91 <= ours / 150 <= 0.995
+    assert theirs / 150 < 0.88
+
+
+def test_a_difference_that_is_there_is_found() -> None:
+    plain, shifted = differences([table(5, 200, 0.02, 0.1, 0.1, 6), table(5, 200, 0.02, 0.1, 0.1, 8, shift=-0.2)])
+    assert not plain.significant
+    assert shifted.significant
+    assert shifted.high_all < 0
+    assert shifted.low_all < shifted.low < shifted.mean < shifted.high < shifted.high_all
+    assert (shifted.seeds, shifted.rows) == (5, 200)
+
+
+def test_one_seed_is_never_significant_however_small_p_is() -> None:
+    (one,) = differences([table(1, 400, 0.0, 0.01, 0.0, 7, shift=-1.0)])
+    assert one.p < 1e-6
+    assert not one.significant
+
+
+def test_nothing_varies() -> None:
+    same, other = differences([np.zeros((2, 5)), np.full((2, 5), -0.5)])
+    assert (same.mean, same.p, same.low, same.high) == (0.0, 1.0, 0.0, 0.0)
+    assert (other.mean, other.p) == (-0.5, 0.0)
+
+
+class TestStudent:
+    @pytest.mark.parametrize(
+        ("probability", "degrees", "value"),
+        [(0.975, 1, 12.706), (0.975, 2, 4.303), (0.95, 5, 2.015), (0.995, 10, 3.169), (0.975, 120, 1.980)],
+    )
+    def test_quantiles_are_those_of_the_tables(self, probability: float, degrees: float, value: float) -> None:
+        assert t_quantile(probability, degrees) == pytest.approx(value, abs=6e-4)
+        assert t_probability(value, degrees) == pytest.approx(probability, abs=2e-5)
+        assert t_probability(-value, degrees) == pytest.approx(1 - probability, abs=2e-5)
+
+
+class TestPower:
+    @staticmethod
+    def measured(between: float, rows: float) -> Difference:
+        return Difference(0, 0, 0, 0, 0, 1, 1, Parts(between / 3 + rows, between / 3, rows, 2), seeds=3, rows=600)
+
+    @staticmethod
+    def suffices(n: int, between: float, rows: float, margin: float, comparisons: int) -> bool:
+        degrees = freedom(between / n, n - 1, rows, 599)
+        reach = t_quantile(1 - LEVEL / comparisons / 2, degrees) + t_quantile(POWER, degrees)
+        return margin >= reach * math.sqrt(between / n + rows)
+
+    @pytest.mark.parametrize(("between", "rows", "comparisons"), [(1e-3, 1e-6, 1), (4e-4, 1e-5, 4), (1e-6, 1e-6, 9)])
+    def test_the_number_is_the_first_that_suffices(self, between: float, rows: float, comparisons: int) -> None:
+        found = seeds_needed(self.measured(between, rows), 0.02, comparisons)
+        assert found == next(n for n in range(3, 101) if self.suffices(n, between, rows, 0.02, comparisons))
+
+    def test_where_the_rows_alone_are_too_noisy_no_number_of_seeds_is_named(self) -> None:
+        assert seeds_needed(self.measured(1e-6, 1e-3), 0.02, 1) is None
+
+    def test_so_many_seeds_do_find_it_as_often_as_promised(self) -> None:
+        between, margin = 0.05, 0.05
+        n = seeds_needed(self.measured(between**2, 1e-8), margin, 1)
+        assert n is not None
+        draw = np.random.default_rng(0)
+        means = draw.normal(margin, between, (4000, n))
+        t = means.mean(axis=1) / (means.std(axis=1, ddof=1) / math.sqrt(n))
+        assert np.mean(np.abs(t) > t_quantile(1 - LEVEL / 2, n - 1)) == pytest.approx(POWER, abs=0.05)

@@ -1,0 +1,78 @@
+"""The sentence that a comparison comes to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loralloc.compare.grid import Contender, Point
+from loralloc.compare.page import headline
+from loralloc.compare.results import Entry, Trial
+from loralloc.compare.statistics import differences
+from loralloc.compare.verdict import Compared, verdict
+
+POINT = Point("r2", "average rank 2", 960, (2, 2))
+NBSP = "\N{NO-BREAK SPACE}"
+
+
+def compared(
+    *shifts: float, seeds: int = 3, spread: float = 0.0, rows: float = 0.01, kind: str = "method"
+) -> list[Compared]:
+    """Contenders A, B, ... whose losses differ from plain LoRA's by so much."""
+    draw = np.random.default_rng(0)
+    tables = [shift + draw.normal(0, spread, (seeds, 1)) + draw.normal(0, rows, (seeds, 400)) for shift in shifts]
+    made = []
+    for label, one in zip("ABCDE", differences(tables), strict=False):
+        trial = Trial(1e-3, (), 1.0)
+        made.append(Compared(Entry(POINT, Contender(label.lower(), label, kind), (trial,), trial), one))  # type: ignore[arg-type]
+    return made
+
+
+def test_one_is_better() -> None:
+    said = verdict(compared(-0.1, 0.05), loss=2.0, margin=0.01)
+    assert said.startswith("A is better than plain LoRA by 0.1003 in loss (5.0%), 95 % interval 0.0995 to 0.1011")
+    assert "so " not in said
+
+
+def test_several_are_better() -> None:
+    assert verdict(compared(-0.1, -0.2, -0.3), loss=2.0, margin=0.01).endswith("; so are B and A")
+    assert verdict(compared(-0.1, -0.2), loss=2.0, margin=0.01).endswith("; so is A")
+
+
+def test_plain_lora_is_enough() -> None:
+    said = verdict(compared(0.0, 0.1), loss=2.0, margin=0.01)
+    assert said == f"plain LoRA is enough here: nothing tried is better by 1{NBSP}% of its loss, or more"
+
+
+def test_not_enough_runs() -> None:
+    said = verdict(compared(0.0, spread=0.1), loss=2.0, margin=0.01)
+    assert said.startswith(f"not enough runs to tell whether A is better than plain LoRA by 1{NBSP}% of its loss: ")
+    assert said.endswith(" more seeds would")
+    fewer, more = (int(verdict(compared(0.0, spread=s), 2.0, 0.01).split(": ")[1].split()[0]) for s in (0.06, 0.1))
+    assert 1 <= fewer < more
+
+
+def test_not_enough_rows() -> None:
+    said = verdict(compared(0.0, 0.0, 0.0, 0.0, rows=20.0), loss=2.0, margin=0.01)
+    assert "whether A, B and 2 others are better" in said
+    assert said.endswith("100 seeds would not be enough, more test rows are needed")
+
+
+@pytest.mark.parametrize(
+    ("shift", "ahead"), [(-0.1, "A is ahead of plain LoRA"), (0.1, "plain LoRA is ahead of all, of A")]
+)
+def test_one_seed_cannot_tell_however_clear_it_looks(shift: float, ahead: str) -> None:
+    said = verdict(compared(shift, seeds=1), loss=2.0, margin=0.01)
+    assert said.startswith(f"one seed cannot tell: with it {ahead} by 0.")
+    assert said.endswith("but nothing is known of the next; two more seeds are the least")
+
+
+def test_controls_do_not_win() -> None:
+    controls = compared(-0.5, kind="control")
+    assert verdict([*controls, *compared(0.0)], loss=2.0, margin=0.01).startswith("plain LoRA is enough here")
+    assert verdict(controls, loss=2.0, margin=0.01) == "no run can be compared with plain LoRA: see the failures"
+
+
+def test_several_budgets_make_one_sentence() -> None:
+    assert headline([("average rank 1", "a is better")]) == "A is better."
+    assert headline([("rank 1", "x"), ("rank 8", "y")]) == "At rank 1, x; at rank 8, y."
