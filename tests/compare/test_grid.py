@@ -50,8 +50,8 @@ class TestBudgets:
     def test_a_cap_is_refused(self, tmp_path: Path) -> None:
         recipe = recipe_for(tmp_path, "--budgets", "[{max_rank: 2}]")
         assert told(points, recipe, SHAPES) == (
-            "compare.budgets: max_rank is a cap beside which plain LoRA and PEFT's own have no equal; give average_rank, "
-            "total_rank, parameters, fraction, adapter_bytes or share_of_base without it"
+            "compare.budgets: max_rank is a cap beside which plain LoRA and PEFT's own have no equal; give "
+            "average_rank, total_rank, parameters, fraction, adapter_bytes or share_of_base without it"
         )
 
     def test_two_that_are_the_same_are_refused(self, tmp_path: Path) -> None:
