@@ -190,6 +190,7 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 CLUSTER = """
 import sys
+import ray
 from ray.cluster_utils import Cluster
 from loralloc.cli.main import main
 
@@ -199,6 +200,7 @@ sys.argv = ["loralloc", "compare", *sys.argv[1:], "--ray", cluster.address]
 try:
     main()
 finally:
+    ray.shutdown()
     cluster.shutdown()
 """
 
