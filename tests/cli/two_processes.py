@@ -43,14 +43,14 @@ def checksum(model: torch.nn.Module) -> str:
 @contextmanager
 def watched(found: dict[str, Any]) -> Iterator[None]:
     """Note what this process holds at the end of a run: its own plan and weights, and how its model is wrapped."""
-    final_metrics = pipeline._final_metrics
+    final_metrics = pipeline.final_metrics
 
     def note(stage: Any, plan: Any, *rest: Any) -> Any:
         wrapper = type(stage.trainer.model_wrapped).__name__
         found.update(ranks=plan.ranks, checksum=checksum(stage.trainer.model), wrapper=wrapper)
         return final_metrics(stage, plan, *rest)
 
-    with patch.object(pipeline, "_final_metrics", note):
+    with patch.object(pipeline, "final_metrics", note):
         yield
 
 

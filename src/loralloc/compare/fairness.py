@@ -82,6 +82,8 @@ def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[E
     if section.peers and any(point.whole is None for point in points):
         names = listed([PEERS[name] for name in section.peers])
         told.append(f"Where the budget is no whole rank for every module, {names} did not take part.")
+    if not any(entry.contender.kind == "plan" for entry in found):
+        told.append("No method in question has chosen uneven ranks, so that none was trained again as plain LoRA.")
     short = [
         row for row in rows
         if row.finished and row.cell.contender.kind != "peer"

@@ -127,12 +127,18 @@ def _run(
 
     for cell in due:
         folder.failure(cell.name).unlink(missing_ok=True)
-        write_atomically(folder.run_recipe(cell.name), dump_recipe(cell.recipe))
+        _write_recipe(folder.run_recipe(cell.name), dump_recipe(cell.recipe))
     for ended in executor.run([_job(folder, cell, threads) for cell in due], started):
         if ended.reason is not None:
             folder.fail(ended.name, ended.reason, final=ended.final)
         row = read_row(folder, by_name[ended.name])
         watcher.ended(ended.name, row, time.perf_counter() - begun[ended.name])
+
+
+def _write_recipe(path: Path, text: str) -> None:
+    """Write a run's recipe, unless it is there: a run whose comparison was killed may hold a lock on the file."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_atomically(path, text)
 
 
 def _is_due(folder: CompareFolder, cell: Cell, retry: bool) -> bool:

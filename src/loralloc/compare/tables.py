@@ -91,7 +91,7 @@ def agreement(trial: Trial) -> str:
     pairs = [(np.array(first, dtype=float), np.array(second, dtype=float)) for first, second in combinations(plans, 2)]
     correlation = mean(spearman(*pair) for pair in pairs)
     shared = mean(2 * float(np.minimum(*pair).sum()) / float(pair[0].sum() + pair[1].sum()) for pair in pairs)
-    return f"{correlation:.2f}, {shared:.0%} in common"
+    return f"{correlation:.2f}".replace("-", "\N{MINUS SIGN}") + f", {shared:.0%} in common"
 
 
 def equal_time(entries: Sequence[Entry]) -> tuple[float, Table | None]:

@@ -1,0 +1,49 @@
+"""One run in a process of its own: it waits for an orphan that is at the same, and says what went wrong."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+from pathlib import Path
+
+import pytest
+
+from loralloc.compare import cell, study
+from loralloc.errors import UserError
+
+
+def test_it_waits_for_a_run_whose_comparison_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, ran = tmp_path / "a.yaml", threading.Event()
+    path.write_text("task: a\n")
+    monkeypatch.setattr(cell, "train", lambda recipe, peer: ran.set())
+    work = threading.Thread(target=cell.run_cell, args=(path, None, 1))
+    with path.open() as orphans:
+        fcntl.flock(orphans, fcntl.LOCK_EX)
+        study._write_recipe(path, "task: a\n")  # as a comparison does that goes on
+        work.start()
+        assert not ran.wait(0.3)
+    assert ran.wait(10)
+    work.join()
+
+
+def test_another_recipe_takes_the_place_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    for text in ("a", "b"):
+        study._write_recipe(path, text)
+        assert path.read_text() == text
+
+
+@pytest.mark.parametrize("error", [UserError("lower the rate"), FloatingPointError("lower the rate")])
+def test_what_would_fail_again_has_an_exit_code_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail(recipe: Path, peer: str | None) -> None:
+        raise error
+
+    path = tmp_path / "a.yaml"
+    path.touch()
+    monkeypatch.setattr(cell, "train", fail)
+    assert cell.run_cell(path, None, 1) == cell.REFUSED
+    assert capsys.readouterr().err == "error: lower the rate\n"
+    monkeypatch.setattr(cell, "train", lambda recipe, peer: None)
+    assert cell.run_cell(path, None, 1) == 0

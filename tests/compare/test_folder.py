@@ -1,0 +1,64 @@
+"""The folder of a comparison: whose it is, and who may work in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loralloc.compare.folder import CompareFolder
+from loralloc.errors import UserError
+
+from .fabricate import cells_of, fabricate, noisy, recipe_for
+
+
+def refusal(folder: CompareFolder, recipe: object) -> str:
+    with pytest.raises(UserError) as error:
+        folder.check(recipe)  # type: ignore[arg-type]
+    return str(error.value)
+
+
+def test_what_is_compared_may_change_and_nothing_else(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "--seeds", "2")
+    folder = CompareFolder.of(recipe)
+    folder.check(recipe)
+    folder.create(recipe)
+    folder.check(recipe_for(tmp_path, "--seeds", "5", "--methods", "[adalora, ablora]", "--budgets", "[1, 2]"))
+    folder.check(recipe_for(tmp_path))
+    assert refusal(folder, recipe_for(tmp_path, "--seeds", "2", "--batch_size", "4")) == (
+        f"output: {folder.root} holds the comparison of another recipe, which says batch_size: 8, not batch_size: 4; "
+        "only the section compare may differ. Name another folder with --output"
+    )
+
+
+def test_a_folder_that_is_something_else(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    folder = CompareFolder.of(recipe)
+    folder.root.write_text("a file")
+    assert refusal(folder, recipe) == (
+        f"output: {folder.root} is a file; name a folder for the comparison with --output"
+    )
+    folder.root.unlink()
+    folder.root.mkdir()
+    folder.check(recipe)
+    (folder.root / "thesis.tex").touch()
+    assert refusal(folder, recipe) == (
+        f"output: {folder.root} exists and is no comparison; name another folder with --output"
+    )
+
+
+def test_one_comparison_at_a_time(tmp_path: Path) -> None:
+    folder = CompareFolder.of(recipe_for(tmp_path))
+    with folder.locked(), pytest.raises(UserError) as error, folder.locked():
+        pass
+    assert str(error.value) == f"output: another loralloc compare is at work in {folder.root}; wait for it"
+    with folder.locked():
+        pass
+
+
+def test_a_run_of_other_settings_is_no_run_of_this_recipe(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    first, second, *_ = cells_of(recipe)
+    run = fabricate(recipe, noisy({}), [first]).run(first.name)
+    assert run.holds(first.recipe)
+    assert not run.holds(second.recipe)
