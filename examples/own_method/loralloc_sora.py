@@ -44,7 +44,7 @@ from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of
-from loralloc.schedule import ConstantSchedule
+from loralloc.schedule import CutSchedule
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class SoRA(Method):
         Budget | None, Field(description="null: every rank whose gate is not 0 stays; or the largest under a budget")
     ] = None
 
-    def schedule(self, total_steps: int, start: int, target: int) -> ConstantSchedule:
+    def schedule(self, total_steps: int, start: int, target: int) -> CutSchedule:
         """Return all ranks over the run: which of them stay is known when it ends."""
-        return ConstantSchedule(total_steps, start, target, chosen_at_end=True)
+        return CutSchedule(total_steps, start, target, cut=total_steps)
 
     # The course of a run.
 

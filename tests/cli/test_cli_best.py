@@ -144,7 +144,7 @@ class TestBest:
         assert message in refused("train", recipe, *words)
 
     def test_ranks_that_are_chosen_at_the_end(self, write: Write) -> None:
-        path = write(RECIPE.replace("name: adalora", "name: truncate"))
+        path = write(RECIPE.replace("name: adalora", "name: truncate\n  recover: 0"))
         told = "truncate chooses the ranks when the run ends, and no earlier state has them; leave it out"
         assert refused("train", path, *KEEP) == f"training.keep_best: {told}"
         both = refused("train", path, *STOP)

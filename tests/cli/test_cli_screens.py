@@ -58,6 +58,7 @@ class TestJson:
             "evaluation",
             "training",
             *["log", "log", "evaluation"] * 2,
+            *["evaluation"] * 4,  # a half of the 26 ranks, a quarter, an eighth, a sixteenth
             "evaluation",
             "outcome",
         ]

@@ -38,7 +38,7 @@ def searched(folder: Path, method: str = "autolora", **settings: object) -> Path
     trace = [row for row in made.trace() if row["step"] <= 100 and row["event"] != "freeze"]
     trace[0] |= {
         "total_steps": 100,
-        "schedule": {"chosen_at_end": True},
+        "schedule": {"cut": 100},
         "phases": [["all ranks", 0, 99]],
         "target_budget": None,
     }

@@ -241,6 +241,7 @@ def check_trace(
         "unit": unit,
         "start_budget": full,
         "target_budget": full // 2,
+        "costs": [1] * len(price) if unit == "ranks" else list(price),
         "sites": list(layers),
         "in": [layer.in_features for layer in layers.values()],
         "out": [layer.out_features for layer in layers.values()],

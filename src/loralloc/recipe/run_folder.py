@@ -158,7 +158,7 @@ class RunFolder:
 
     def create(self, recipe: Recipe) -> None:
         """Make the folder and write the recipe; what an earlier run wrote goes, anything else stays."""
-        for entry in (*self.ENTRIES, "ragged", "uniform", "merged"):
+        for entry in (*self.ENTRIES, "ragged", "uniform", "merged", "frontier"):
             path = self.root / entry
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
