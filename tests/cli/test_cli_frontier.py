@@ -39,6 +39,10 @@ def updates(adapter: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def rank_of(update: torch.Tensor) -> int:
+    return int(torch.linalg.matrix_rank(update.double(), rtol=1e-5))
+
+
 class TestOfARun:
     def test_cuts_at_every_size_and_writes_what_it_found(self, run: Path) -> None:
         said = done("frontier", run, "--recover", 0, "--ranks", "2,1,0.5")
@@ -78,6 +82,32 @@ class TestOfARun:
         done("frontier", run, "--recover", 0, "--ranks", "2,1")
         assert points(run / "frontier") == first
         assert not evaluated
+
+    def test_exports_the_size_that_was_measured(self, run: Path) -> None:
+        """Average ranks are shown rounded, and no multiple of 1 / 13 is one of those."""
+        modules = len(RankPlan.load(run / "ranks.json").modules)
+        done("frontier", run, "--recover", 0, "--ranks", ",".join(str(ranks / modules) for ranks in (26, 15, 6, 2)))
+        for point in points(run / "frontier"):
+            done("frontier", run, "--export", f"{point['average_rank']:.3g}")
+            assert sum(map(rank_of, updates(run / "frontier" / "adapter").values())) == point["ranks"]
+
+    def test_a_size_that_was_kept_is_of_the_same_order_recipe_and_data(self, run: Path) -> None:
+        done("frontier", run, "--recover", 0, "--ranks", "1")
+        first = points(run / "frontier")
+        done("frontier", run, "--recover", 0, "--ranks", "1", "--order", "sensitivity")
+        assert points(run / "frontier")[0]["cut"]["metrics"] != first[0]["cut"]["metrics"]
+        done("frontier", run, "--recover", 0, "--ranks", "1")
+        assert points(run / "frontier")[0]["cut"]["metrics"] == first[0]["cut"]["metrics"]
+        text = (run / "recipe.yaml").read_text()
+        (run / "recipe.yaml").write_text(text.replace("validation.jsonl", "test.jsonl", 1))
+        done("frontier", run, "--recover", 0, "--ranks", "2,1")
+        assert read_json(run / "frontier" / "frontier.json")["examples"] == 15
+
+    def test_what_a_size_is_stored_as_is_as_large_as_it_says(self, run: Path) -> None:
+        done("frontier", run, "--recover", 0, "--ranks", "1")
+        (point,) = points(run / "frontier")
+        tensors = load_file(next(run.glob("frontier/points/*/adapter")) / "adapter_model.safetensors")
+        assert sum(value.nbytes for key, value in tensors.items() if ".lora_" in key) == point["bytes"]
 
     @SLOW
     def test_lets_every_size_recover_and_exports_one(self, run: Path) -> None:
@@ -135,8 +165,29 @@ class TestRefusals:
 
     def test_sizes_that_it_does_not_have(self, run: Path) -> None:
         message = refused("frontier", run, "--recover", 0, "--ranks", "2,99")
-        assert "--ranks: this adapter has an average rank of 2 in" in message
+        assert "this adapter has an average rank of 2 in" in message
         assert message.rstrip().endswith("got 99")
+
+    def test_sizes_that_are_none(self, run: Path) -> None:
+        assert "--ranks: give average ranks such as 8,4,2,1; ',' are none" in refused("frontier", run, "--ranks", ",")
+        assert "leave one of the two out" in refused("frontier", run, "--ranks", "2", "--export", 2)
+
+    def test_an_adapter_that_is_more_than_plain_lora(self, run: Path, recipe: Path) -> None:
+        shutil.copytree(run / "adapter", "alone")
+        config = read_json(Path("alone/adapter_config.json"))
+        Path("alone/adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+        message = refused("frontier", "alone", "--recipe", recipe, "--output", "curve")
+        assert "changes the base weights at the start" in message
+
+    @SLOW
+    def test_a_recovery_that_would_lose_what_was_trained(self, run: Path, recipe: Path, here: Path) -> None:
+        saved = ("--lora.modules_to_save", "[pooler.dense]", "--lora.exclude_modules", "[pooler.dense]")
+        done("train", recipe, *saved, "--output", "saved")
+        shutil.copytree(here / "saved" / "adapter", "alone")
+        message = refused("frontier", "alone", "--recipe", recipe, "--output", "curve", "--ranks", "1")
+        assert "the adapter has trained more than the recipe would (" in message
+        assert "add its module to lora.modules_to_save, or leave the recovery out with --recover 0" in message
+        done("frontier", "alone", "--recipe", recipe, "--output", "other", "--ranks", "1", "--recover", 0)
 
     def test_an_export_over_something_else(self, run: Path) -> None:
         Path("mine").mkdir()

@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loralloc.compare.statistics import (
     DRAWS,
@@ -16,6 +18,7 @@ from loralloc.compare.statistics import (
     bootstrap_means,
     differences,
     freedom,
+    holm,
     seeds_needed,
     t_probability,
     t_quantile,
@@ -146,3 +149,13 @@ class TestPower:
         means = draw.normal(margin, between, (4000, n))
         t = means.mean(axis=1) / (means.std(axis=1, ddof=1) / math.sqrt(n))
         assert np.mean(np.abs(t) > t_quantile(1 - LEVEL / 2, n - 1)) == pytest.approx(POWER, abs=0.05)
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_the_correction_for_many_is_holms(raw: list[float]) -> None:
+    """Written as in the paper: the k-th smallest of m counts m − k + 1 times, and none less than one before it."""
+    corrected = holm(raw)
+    for index, probability in enumerate(raw):
+        before = [other for place, other in enumerate(raw) if (other, place) <= (probability, index)]
+        steps = [(len(raw) - rank) * value for rank, value in enumerate(sorted(before))]
+        assert corrected[index] == pytest.approx(min(1.0, max(steps)))

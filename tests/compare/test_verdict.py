@@ -70,7 +70,9 @@ def test_one_seed_cannot_tell_however_clear_it_looks(shift: float, ahead: str) -
 def test_controls_do_not_win() -> None:
     controls = compared(-0.5, kind="control")
     assert verdict([*controls, *compared(0.0)], loss=2.0, margin=0.01).startswith("plain LoRA is enough here")
-    assert verdict(controls, loss=2.0, margin=0.01) == "no run can be compared with plain LoRA: see the failures"
+    assert verdict(controls, loss=2.0, margin=0.01) == (
+        "nothing but controls was set beside plain LoRA: name methods in compare.methods"
+    )
 
 
 def test_several_budgets_make_one_sentence() -> None:

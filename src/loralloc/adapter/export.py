@@ -115,6 +115,19 @@ def export_adapter(
     return export
 
 
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the active adapter as the profile `ragged` has it, and nothing else: no check, no card.
+
+    Args:
+        model: A model whose active adapter is plain LoRA.
+        folder: Folder to write; what stands there is replaced.
+    """
+    sites = list(plain_sites(model))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _write_adapter(model, sites[0].adapter, folder, {site.name: _factors(site) for site in sites}, "ragged")
+
+
 def write_card(model: PeftModel, export: Export, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
     """Write the model card of an adapter into its folder (see `model_card`)."""
     tokenizer = (folder / "tokenizer_config.json").is_file()

@@ -30,14 +30,18 @@ def frontier(
         Path, typer.Argument(help="The run folder, or the folder of any LoRA adapter.", autocompletion=completion.runs)
     ],
     recover: Annotated[
-        float, typer.Option(help="Share of the run's steps that each size is trained on after the cut; 0 for none.")
-    ] = 0.2,
-    order: Annotated[
-        Order,
+        float | None,
         typer.Option(
-            help="What is given up first: small singular values, or what the loss on validation data needs least."
+            help="Share of the run's steps that each size is trained on after the cut, 0.2 by default; 0 for none."
         ),
-    ] = Order.singular_value,
+    ] = None,
+    order: Annotated[
+        Order | None,
+        typer.Option(
+            help="What is given up first: small singular values, the default, or what the loss on validation data "
+            "needs least."
+        ),
+    ] = None,
     ranks: Annotated[
         str | None, typer.Option(help="Average ranks to try, such as 8,4,2,1; by default twelve, down to 1/32.")
     ] = None,
@@ -57,10 +61,12 @@ def frontier(
     from loralloc.cli.checks import check_inputs
     from loralloc.frontier.source import Source
 
-    if not 0 <= recover < 1:
+    if recover is not None and not 0 <= recover < 1:
         raise UserError(f"--recover is a share of the run's steps, from 0 to below 1, got {recover:g}")
     if to is not None and export is None:
         raise UserError("--to is where --export writes: give the average rank to export as well")
+    if ranks is not None and export is not None:
+        raise UserError("--ranks are the sizes to compare, --export takes one of them: leave one of the two out")
     averages = None if ranks is None else _averages(ranks)
     source = Source.of(run, recipe, output)
     target = (to or source.folder / "adapter").resolve()
@@ -68,23 +74,28 @@ def frontier(
         check_target(target)
     check_inputs(source.recipe)
     from loralloc.cli import terminal
+    from loralloc.frontier.export import as_measured
     from loralloc.frontier.run import Settings
 
     terminal.quiet_libraries()
-    settings = Settings(order.value, recover, averages)
+    given = None if order is None else order.value
     source.folder.mkdir(parents=True, exist_ok=True)
-    if export is None:
-        _measure(source, settings)
+    if export is not None:
+        _export(source, as_measured(source.folder, given, recover, export), target)
     else:
-        _export(source, settings, export, target)
+        default = Settings()
+        _measure(source, Settings(given or default.order, default.recover if recover is None else recover, averages))
 
 
 def _averages(words: str) -> list[float]:
     """Average ranks as they are written on the command line."""
     try:
-        return [float(word) for word in words.replace(",", " ").split()]
-    except ValueError as error:
-        raise UserError(f"--ranks: give average ranks such as 8,4,2,1; {words!r} are none") from error
+        averages = [float(word) for word in words.replace(",", " ").split()]
+    except ValueError:
+        averages = []
+    if not averages:
+        raise UserError(f"--ranks: give average ranks such as 8,4,2,1; {words!r} are none")
+    return averages
 
 
 def _measure(source: Source, settings: Settings) -> None:
@@ -99,13 +110,12 @@ def _measure(source: Source, settings: Settings) -> None:
     typer.echo(f"export: loralloc frontier {source.named} --export {found.average(found.choice):.3g}")
 
 
-def _export(source: Source, settings: Settings, average: float, target: Path) -> None:
+def _export(source: Source, settings: Settings, target: Path) -> None:
     from loralloc.cli import terminal
-    from loralloc.frontier.export import as_measured, export_point
+    from loralloc.frontier.export import export_point
     from loralloc.frontier.page import point_in_words
     from loralloc.frontier.run import folder_of, make_frontier
 
-    settings = as_measured(source.folder, settings, average)
     found = make_frontier(source, settings, terminal.Terminal(), lambda one: typer.echo(point_in_words(one)))
     exported = export_point(source, folder_of(source, found.choice.ranks) / "adapter", target)
     typer.echo(f"wrote {exported.path} ({found.choice.ranks:,} ranks, the largest {exported.max_rank})")

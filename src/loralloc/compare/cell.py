@@ -36,7 +36,7 @@ def run_cell(recipe: Path, peer: str | None, threads: int) -> int:
         The exit code.
     """
     torch.set_num_threads(threads)
-    with recipe.open() as own:
+    with recipe.open("r+") as own:  # for writing, as locks over NFS ask for
         fcntl.flock(own, fcntl.LOCK_EX)  # a run whose comparison was killed may still be at work: wait for it
         try:
             train(recipe, peer)

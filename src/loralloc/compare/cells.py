@@ -60,6 +60,11 @@ def plan_cells(recipe: Recipe, shapes: Shapes, runs: Path) -> list[Cell]:
                 found += [
                     make_cell(recipe, shapes, point, contender, rate, seed, changes, runs) for seed in section.seeds
                 ]
+    names = [cell.name for cell in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(
+            f"compare: two runs would be called {twice}: rates or budgets are too much alike; leave one out"
+        )
     return found
 
 
@@ -79,8 +84,7 @@ def make_cell(
         tree["method"] = tree["method"] | {"rank_seed": seed}
     tree["training"] = tree["training"] | {"learning_rate": float(rate), "seed": seed}
     tree["training"].setdefault("eval_every", max(1, round(shapes.steps / EVALUATIONS)))
-    if tree["method"]["name"] == PLAIN_LORA:
-        tree["training"]["compact"] = False
+    tree["training"]["compact"] = False  # most contenders close no ranks that could leave, and results are the same
     tree["evaluate"] = tree["evaluate"] | {"cuts": 0}
     tree["output"] = str(runs / cell_name(point, contender, rate, seed))
     try:

@@ -16,13 +16,14 @@ def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str
     """Return how the comparison was made fair."""
     section, training = section_of(recipe), recipe.training
     rates = len(section.learning_rates or ())
+    judged = "the same, since there are no test data" if shapes.test is None else "the test data"
     rates, seeds = count(len(section.learning_rates or ()), "learning rate"), count(len(section.seeds), "seed")
     by, each = criterion(recipe).replace("_", " "), training.batch_size * training.accumulation
     told = [
         "Every final adapter may cost what plain LoRA costs at the budget: the parameters of its matrices. None costs "
         "more; one rank of the widest module is the most that any falls short.",
         f"Each contender tries the same {rates} with the same {seeds}, for {shapes.steps:,} steps of {each} examples. "
-        f"The rate is chosen on the validation data by the mean {by}, and judged on the test data.",
+        f"The rate is chosen on the validation data by the mean {by}, and judged on {judged}.",
         "Runs with the same seed start from the same head and see the same examples in the same order.",
     ]
     if looking := _looking(found):

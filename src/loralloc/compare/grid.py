@@ -162,11 +162,12 @@ def contenders(recipe: Recipe) -> list[Contender]:
     """Return who competes: plain LoRA, the methods, the controls, PEFT's own."""
     section, known = section_of(recipe), methods()
     always = (PLAIN_LORA, UNIFORM, *CONTROLS)
-    asked = [name for name in dict.fromkeys(section.methods or ()) if name not in always]
+    named = list(dict.fromkeys(section.methods or ()))
+    asked = [name for name in named if name not in always]
     return [
         BASELINE,
         *(Contender(name, known[name].label, "method") for name in asked),
-        *(Contender(name, known[name].label, "control") for name in CONTROLS),
+        *(Contender(name, known[name].label, "method" if name in named else "control") for name in CONTROLS),
         *(Contender(name, PEERS[name], "peer") for name in section.peers),
     ]
 

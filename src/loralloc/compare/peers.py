@@ -20,6 +20,7 @@ from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.recipe.stages import Stage, prepare_training
+from loralloc.tasks.quantization import stored_config
 from loralloc.training.step_data import random_state, set_random_state
 from loralloc.training.trainer import RunTrainer
 
@@ -77,6 +78,8 @@ def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
         weight.numel() for name, weight in stage.model.named_parameters() if ".lora_" in name
     )
     plan.save(folder.plan)
+    stored_config(stage.data.model).save_pretrained(folder.model)
+    stage.data.tokenizer.save_pretrained(folder.model)
     stage.model.save_pretrained(str(folder.adapter))
     folder.write_json(folder.metrics, metrics)
 

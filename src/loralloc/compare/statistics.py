@@ -13,13 +13,11 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
-import mpmath
 import numpy as np
 from numpy.typing import NDArray
 
-from loralloc.tasks.metrics import holm
+from loralloc.tasks.students_t import t_probability, t_quantile
 
 Floats = NDArray[np.float64]
 
@@ -137,6 +135,8 @@ def variance_parts(table: Floats, seed: int = 0) -> Parts:
         seed: Of the bootstrap.
     """
     n, m = table.shape
+    if n * m == 1:  # of which nothing is known
+        return Parts(math.inf, 0.0, 0.0, 1.0)
     generator = np.random.default_rng(seed)
     total = float(bootstrap_means(table, generator, seeds=True, rows=True).var())
     by_seed = float(table.mean(axis=1).var(ddof=1)) / n if n > 1 else 0.0
@@ -163,33 +163,18 @@ def p_value(mean: float, parts: Parts) -> float:
     return 2 * (1 - t_probability(abs(mean) / math.sqrt(parts.total), parts.freedom))
 
 
-def t_probability(t: float, degrees: float) -> float:
-    """Return P(T ≤ t) of Student's t.
+def holm(probabilities: Sequence[float]) -> list[float]:
+    """Correct probabilities for their number (Holm, 1979), in the order given.
 
-    >>> round(t_probability(2.776445, 4), 6)
-    0.975
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
     """
-    tail = float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True)) / 2
-    return 1 - tail if t > 0 else tail
-
-
-def t_quantile(probability: float, degrees: float) -> float:
-    """Return t with P(T ≤ t) = probability, above one half.
-
-    By Newton's method from the normal quantile, which lies below: the distribution is concave there, so that no step
-    goes too far.
-
-    >>> round(t_quantile(0.975, 2), 4), round(t_quantile(0.975, 1e6), 4)
-    (4.3027, 1.96)
-    """
-    t = NormalDist().inv_cdf(probability)
-    constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(math.pi * degrees) / 2
-    while True:
-        density = math.exp(constant - (degrees + 1) / 2 * math.log1p(t * t / degrees))
-        step = (probability - t_probability(t, degrees)) / density
-        t += step
-        if step <= 1e-9 * t:
-            return t
+    order = sorted(range(len(probabilities)), key=probabilities.__getitem__)
+    corrected, highest = [0.0] * len(order), 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - place) * probabilities[index]))
+        corrected[index] = highest
+    return corrected
 
 
 def seeds_needed(difference: Difference, margin: float, comparisons: int) -> int | None:

@@ -37,6 +37,8 @@ def verdict(compared: Sequence[Compared], loss: float, margin: float) -> str:
         loss: Plain LoRA's, on the test data.
         margin: The smallest difference that matters, as a share of it.
     """
+    if not any(one.entry.contender.kind in IN_QUESTION for one in compared):
+        return "nothing but controls was set beside plain LoRA: name methods in compare.methods"
     known = [
         (one.entry.contender.label, one.difference)
         for one in compared

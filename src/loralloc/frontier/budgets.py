@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loralloc.errors import UserError
-from loralloc.tasks.metrics import holm
+from loralloc.tasks.students_t import t_probability, t_quantile
 
 POINTS, SMALLEST = 12, 1 / 32
 """Budgets on a frontier, and the smallest as a share of what was trained."""
@@ -46,12 +46,12 @@ def chosen(averages: Sequence[float], modules: int, total: int) -> list[int]:
         UserError: One is above what there is, or below one rank in all.
     """
     for average in averages:
-        if not 1 / modules <= average <= total / modules:
+        if not 0.5 <= average * modules <= total + 0.5:
             raise UserError(
-                f"--ranks: this adapter has an average rank of {total / modules:.4g} in {modules} modules, and one "
+                f"this adapter has an average rank of {total / modules:.4g} in {modules} modules, and one "
                 f"rank in all is the least (an average of {1 / modules:.2g}), got {average:g}"
             )
-    return sorted({max(1, int(float(f"{average * modules:.12g}"))) for average in averages}, reverse=True)
+    return sorted({max(1, min(total, round(average * modules))) for average in averages}, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Worse:
         mean: Mean difference.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        p: Probability of so large a difference where there is none, corrected for the number of points; 1 for the best.
+        p: Probability of so large a difference where there is none, corrected for all pairs of points; 1 for the best.
     """
 
     mean: float
@@ -79,10 +79,12 @@ class Worse:
 def compare_points(losses: Sequence[NDArray[np.floating]]) -> list[Worse]:
     """Compare every point with the one of the lowest mean loss, example by example.
 
-    One-sided paired tests (normal approximation), corrected by Holm for their number.
+    Two-sided paired t tests. Which point is the best is seen in the same losses, so that each is corrected for all
+    pairs of points (Bonferroni): with equal points, some size is called worse in less than 5 % of frontiers.
 
     Args:
-        losses: Losses of the same examples in the same order, [n], for each point.
+        losses: Losses of the same examples in the same order, [n], for each point. One that is not finite counts as
+            infinitely large.
 
     Raises:
         UserError: There is one example alone, which cannot be compared.
@@ -90,24 +92,22 @@ def compare_points(losses: Sequence[NDArray[np.floating]]) -> list[Worse]:
     table = np.asarray(losses, dtype=np.float64)
     if table.shape[1] < 2:
         raise UserError("sizes are compared by the losses of validation examples, and there is only one; give more")
-    best = int(table.mean(1).argmin())
-    differences = table - table[best]
-    means = differences.mean(1)
-    errors = differences.std(1, ddof=1) / math.sqrt(table.shape[1])
-    raw = [_upper_tail(mean, error) for mean, error in zip(means, errors, strict=True)]
-    others = [index for index in range(len(table)) if index != best]
-    corrected = dict(zip(others, holm([raw[index] for index in others]), strict=True))
-    return [
-        Worse(float(mean), float(mean - 1.96 * error), float(mean + 1.96 * error), corrected.get(index, 1.0))
-        for index, (mean, error) in enumerate(zip(means, errors, strict=True))
-    ]
+    means = np.where(np.isfinite(table).all(1), table.mean(1), np.inf)
+    best, pairs = int(means.argmin()), max(1, len(table) * (len(table) - 1) // 2)
+    return [_worse(row - table[best], pairs) for row in table]
 
 
-def _upper_tail(mean: float, error: float) -> float:
-    """P(Z > mean / error); without spread, whether there is a difference decides."""
+def _worse(differences: NDArray[np.floating], pairs: int) -> Worse:
+    """How much worse a point is, from the differences of its losses to the best one's."""
+    if not np.isfinite(differences).all():
+        return Worse(math.inf, math.inf, math.inf, 0.0)
+    count, mean = len(differences), float(differences.mean())
+    error = float(differences.std(ddof=1)) / math.sqrt(count)
     if error == 0:
-        return 0.0 if mean > 0 else 1.0
-    return 0.5 * math.erfc(mean / error / math.sqrt(2))
+        return Worse(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    half = error * t_quantile(0.975, count - 1)
+    p = 2 * (1 - t_probability(abs(mean) / error, count - 1))
+    return Worse(mean, mean - half, mean + half, min(1.0, pairs * p))
 
 
 def recommend(sizes: Sequence[int], worse: Sequence[Worse]) -> int:

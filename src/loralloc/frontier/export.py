@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loralloc.adapter.export import Export, export_adapter
+from loralloc.frontier.orders import Order
 from loralloc.frontier.run import Settings
 from loralloc.frontier.source import Source
 from loralloc.recipe.from_recipe import load_adapter, task_data
@@ -17,21 +17,29 @@ SHOWN_TO = 0.006
 """Average ranks are shown in three digits: one that is this close to a point's, in shares of it, means the point."""
 
 
-def as_measured(folder: Path, settings: Settings, average: float) -> Settings:
-    """Return the settings with which a frontier that is there was made, and of its sizes the one that is meant.
+def as_measured(folder: Path, order: Order | None, recover: float | None, average: float) -> Settings:
+    """Return the settings with which a frontier that is there was made, and the one size that is meant.
 
     Args:
         folder: Folder of the frontier.
-        settings: What to take where there is none.
+        order: The order that is asked for; None for that of the frontier, or the default where there is none.
+        recover: The share of steps likewise.
         average: The average rank that is asked for.
     """
     record = _record(folder)
-    near = [point["average_rank"] for point in record.get("points", ())]
-    near = [value for value in near if abs(value - average) <= SHOWN_TO * value]
-    average = min(near, key=lambda value: abs(value - average), default=average)
-    if record:
-        settings = replace(settings, order=record["order"], recover=record["recovery"]["share"])
-    return replace(settings, averages=(average,))
+    near = [point for point in record.get("points", ()) if _is_meant(point["average_rank"], average)]
+    ranks = [min(near, key=lambda point: abs(point["average_rank"] - average))["ranks"]] if near else None
+    default = Settings()
+    return Settings(
+        order or record.get("order", default.order),
+        record.get("recovery", {}).get("share", default.recover) if recover is None else recover,
+        [average],
+        ranks,
+    )
+
+
+def _is_meant(shown: float, average: float) -> bool:
+    return abs(shown - average) <= SHOWN_TO * shown
 
 
 def _record(folder: Path) -> Mapping[str, Any]:

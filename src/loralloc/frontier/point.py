@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +102,12 @@ class PointFolder:
             return Point(**record, cut=_measured(cut), recovered=None if recovered is None else _measured(recovered))
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def clear(self) -> None:
+        """Make room for a point; what is there of another one goes, its record first."""
+        self._record.unlink(missing_ok=True)
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        self.root.mkdir(parents=True, exist_ok=True)
 
     def write(self, point: Point) -> None:
         """Keep a point."""

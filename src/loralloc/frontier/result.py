@@ -63,14 +63,14 @@ class Frontier:
         """Say in a sentence which size is recommended, and why."""
         point, n = self.choice, len(self.choice.best.losses)
         size = f"average rank {self.average(point):.3g} ({point.ranks:,} ranks, {megabytes(point.nbytes)})"
-        largest = self.points[0]
-        if self.recommended == self.best == 0:
-            return f"Keep {size}: every smaller size is worse on {n:,} validation examples."
+        if len(self.points) == 1:
+            return f"{size[:1].upper()}{size[1:]} is the only size that was tried."
         if self.recommended == self.best:
-            return f"Take {size}: it has the lowest loss of all sizes, and every smaller one is worse."
+            smaller = "; smaller ones that were tried are worse" if self.choice is not self.points[-1] else ""
+            return f"Take {size}: it has the lowest loss of all sizes that were tried{smaller}."
         return (
             f"Take {size}: the smallest size that is not significantly worse than the best on {n:,} validation "
-            f"examples, {point.nbytes / largest.nbytes:.0%} of the largest."
+            f"examples, {point.nbytes / self.points[0].nbytes:.0%} of the largest that was tried."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from loralloc._version import __version__
+from loralloc.adapter.export import save_adapter
 from loralloc.adapter.terms import Terms
 from loralloc.allocate import keep_top
 from loralloc.errors import UserError
@@ -23,12 +25,13 @@ from loralloc.frontier.orders import Order, score_terms
 from loralloc.frontier.point import Measured, Point, PointFolder
 from loralloc.frontier.result import Frontier
 from loralloc.frontier.source import Source
-from loralloc.plain_lora import plain_sites
+from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
 from loralloc.recipe import stages
 from loralloc.recipe.from_recipe import load_adapter, task_data
 from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import dump_recipe
 from loralloc.recipe.screen import Screen
 from loralloc.tasks.base import TaskData
 from loralloc.training import processes
@@ -47,11 +50,13 @@ class Settings:
         order: In which order terms are given up.
         recover: Share of the run's steps that each cut is trained on; 0 for none.
         averages: Average ranks to try; None for twelve, from all of them downwards.
+        ranks: Ranks in all to try, instead.
     """
 
     order: Order = "singular_value"
     recover: float = DEFAULT_RECOVERY
     averages: Sequence[float] | None = None
+    ranks: Sequence[int] | None = None
 
 
 def make_frontier(source: Source, settings: Settings, screen: Screen, told: Callable[[Point], None]) -> Frontier:
@@ -81,15 +86,15 @@ def make_frontier(source: Source, settings: Settings, screen: Screen, told: Call
         trainer = stages.make_evaluator(source.recipe, data, model, Path(scratch), screen)
         model = _adapted(trainer)
         terms = Terms.of(model)
+        check_plain(model, terms.sites[0].adapter, [(site.name, site.layer) for site in terms.sites])
         scores = score_terms(settings.order, model, terms, _batches(settings.order, trainer, data))
-        bench = _Bench(source, data, trainer, terms, scores, screen, _of(source, settings, steps))
+        bench = _Bench(source, data, trainer, terms, scores, screen, _of(source, settings, steps, data))
         modules = source.modules or len(terms.sites)
         points = [bench.cut(ranks) for ranks in _budgets(settings, modules, terms.count)]
         if steps:
             points = bench.recover(points, steps, told)
         else:
             for point in points:
-                bench.keep(point)
                 told(point)
     worse = compare_points([point.best.array for point in points])
     best = recommend([point.ranks for point in points], worse)
@@ -97,6 +102,8 @@ def make_frontier(source: Source, settings: Settings, screen: Screen, told: Call
 
 
 def _budgets(settings: Settings, modules: int, total: int) -> list[int]:
+    if settings.ranks is not None:
+        return list(settings.ranks)
     return spread(total) if settings.averages is None else chosen(settings.averages, modules, total)
 
 
@@ -110,9 +117,11 @@ def _recovery_steps(source: Source, settings: Settings, data: TaskData) -> int:
     return max(1, round(settings.recover * steps))
 
 
-def _of(source: Source, settings: Settings, steps: int) -> dict[str, Any]:
-    """What a kept point must have been made of."""
-    return {"adapter": source.fingerprint(), "order": settings.order, "steps": steps, "loralloc": __version__}
+def _of(source: Source, settings: Settings, steps: int, data: TaskData) -> dict[str, Any]:
+    """What a kept point must have been made of: adapter, order, recovery, recipe and validation data."""
+    told = f"{dump_recipe(source.recipe)}{[dict(row) for row in data.validation]}"
+    made_by = hashlib.sha256(told.encode()).hexdigest()[:16]
+    return {"adapter": source.fingerprint(), "order": settings.order, "steps": steps, "made_by": made_by}
 
 
 def _adapted(trainer: RunTrainer) -> PeftModel:
@@ -150,15 +159,17 @@ class _Bench:
         keep, folder = keep_top(self.scores, ranks), self._folder(ranks)
         if (kept := folder.read()) is not None:
             return kept
-        folder.root.mkdir(parents=True, exist_ok=True)
+        folder.clear()
         plan = self._plan(keep)
         plan.save(folder.plan)
         with self.terms.cut(keep):
             begun = time.perf_counter()
             measured = self._measure(self.trainer, begun)
-            _adapted(self.trainer).save_pretrained(str(folder.adapter))
+            save_adapter(_adapted(self.trainer), folder.adapter)
         size = self.terms.sites[0].A.element_size()
-        return Point(ranks, plan.parameters, plan.parameters * size, max(plan.ranks.values()), measured)
+        point = Point(ranks, plan.parameters, plan.parameters * size, max(plan.ranks.values()), measured)
+        folder.write(point)
+        return point
 
     def recover(self, points: Sequence[Point], steps: int, told: Callable[[Point], None]) -> list[Point]:
         """Train each cut for so many steps; the adapter that they were cut from leaves memory first."""
@@ -172,14 +183,10 @@ class _Bench:
         for point in points:
             if point.recovered is None:
                 point = self._recovered(point, steps, heads)
-                self.keep(point)
+                self._folder(point.ranks).write(point)
             told(point)
             done.append(point)
         return done
-
-    def keep(self, point: Point) -> None:
-        """Write a point down, so that it need not be measured again."""
-        self._folder(point.ranks).write(point)
 
     def _folder(self, ranks: int) -> PointFolder:
         return PointFolder(folder_of(self.source, ranks), self.of)
@@ -216,7 +223,7 @@ class _Bench:
             stage.train(resume=False)
             point = replace(point, recovered=self._measure(stage.trainer, begun))
             if point.gained:
-                stage.model.save_pretrained(str(folder.adapter))
+                save_adapter(stage.model, folder.adapter)
         leave_memory(data.model)
         return point
 
@@ -231,5 +238,11 @@ class _Bench:
             A, B = factors[site.name]
             site.A.copy_(A)
             site.B.copy_(B)
+        lost = heads.keys() - get_peft_model_state_dict(model).keys()
+        if lost:
+            raise UserError(
+                f"the adapter has trained more than the recipe would ({sorted(lost)[0]}): add its module to "
+                "lora.modules_to_save, or leave the recovery out with --recover 0"
+            )
         if heads:
             set_peft_model_state_dict(model, heads)

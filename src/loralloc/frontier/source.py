@@ -23,6 +23,7 @@ class Source:
         adapter: Folder of the adapter.
         recipe: Its task, data and settings.
         folder: Where the frontier is written.
+        recipe_file: Where an adapter's recipe is; None of a run, which has its own.
         scales: What B A was multiplied by while training, by module; empty where nobody wrote it down.
         modules: Modules that were adapted, also those that kept no rank; None where that is not known.
         steps: Optimizer steps of its training; None likewise.
@@ -32,6 +33,7 @@ class Source:
     adapter: Path
     recipe: Recipe
     folder: Path
+    recipe_file: Path | None
     scales: Mapping[str, float]
     modules: int | None
     steps: int | None
@@ -61,7 +63,7 @@ class Source:
             )
         if output is None:
             raise UserError(f"{path} is an adapter without a run: name a folder to write, --output FOLDER")
-        return cls(path, load_recipe(recipe), output, {}, None, None, None)
+        return cls(path, load_recipe(recipe), output, recipe, {}, None, None, None)
 
     @classmethod
     def _of_run(cls, path: Path, output: Path | None) -> Source:
@@ -72,15 +74,17 @@ class Source:
         scales = {name: module.scale for name, module in plan.modules.items()}
         recipe, steps = folder.load_recipe(), plan.provenance.get("steps")
         seconds = metrics.get("train_seconds")
-        return cls(folder.adapter, recipe, output or path / "frontier", scales, len(plan.modules), steps, seconds)
+        written = output or path / "frontier"
+        return cls(folder.adapter, recipe, written, None, scales, len(plan.modules), steps, seconds)
 
     @property
     def named(self) -> str:
         """How the command line names it."""
         run = self.adapter.parent
-        if (run / "recipe.yaml").is_file():
+        if self.folder == run / "frontier":
             return str(run)
-        return f"{self.adapter} --recipe RECIPE --output {self.folder}"
+        named = run if self.modules is not None else f"{self.adapter} --recipe {self.recipe_file}"
+        return f"{named} --output {self.folder}"
 
     def fingerprint(self) -> str:
         """Tell adapters apart: the start of a hash of its weights."""

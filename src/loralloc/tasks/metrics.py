@@ -7,7 +7,6 @@ A value that is not finite makes a regression metric not a number.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,20 +110,6 @@ def paired_difference(first: Floats, second: Floats) -> tuple[float, float, floa
     differences = first.astype(np.float64) - second
     mean, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(len(differences))
     return mean, mean - 1.96 * error, mean + 1.96 * error
-
-
-def holm(probabilities: Sequence[float]) -> list[float]:
-    """Correct probabilities for their number (Holm, 1979), in the order given.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(probabilities)), key=probabilities.__getitem__)
-    corrected, highest = [0.0] * len(order), 0.0
-    for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - place) * probabilities[index]))
-        corrected[index] = highest
-    return corrected
 
 
 def perplexity(losses: Floats) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from loralloc.gating import Site
 from loralloc.methods.base import Decision
 from loralloc.training.optimizer import check_clears, unwrapped
-from loralloc.training.restart import WarmUp, forget_adapter
+from loralloc.training.restart import WarmUp, check_shown, forget_adapter
 from loralloc.training.updates import RULES, Rows
 
 
@@ -45,10 +45,14 @@ class FreshRanks:
     ranks are therefore set to what the optimizer would have made of them with their own age (`updates`), until that no
     longer makes a difference in fp32. So are gates that are trained. Optimizers whose update does not depend on a step
     count are left alone; those of which neither is known are refused (`optimizer.MomentWatch`).
+
+    Args:
+        sites: The gated layers.
+        restarts: Whether the method will have the optimizer start anew, for which it has to be shown in every step.
     """
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.sites = sites
+    def __init__(self, sites: Sequence[Site], restarts: bool = False) -> None:
+        self.sites, self._restarts = sites, restarts
         self._ages: dict[int, tuple[Tensor, Tensor]] = {}  # site -> (positions of its fresh ranks, their ages)
         self._before: dict[int, list[Tensor | None]] = {}
         self._youngest = 0
@@ -98,6 +102,8 @@ class FreshRanks:
         Args:
             optimizer: The optimizer, or accelerate's wrapper of it; its rate is lowered in a warm-up.
         """
+        if self._restarts:
+            check_shown(optimizer)
         self._warm_up.before_step(optimizer)
         for index, (fresh, _) in self._ages.items():
             self._before[index] = [
@@ -112,6 +118,8 @@ class FreshRanks:
         Args:
             optimizer: The optimizer, or accelerate's wrapper of it.
         """
+        if self._restarts:
+            check_shown(optimizer)
         before, self._before = self._before, {}
         inner = unwrapped(optimizer)
         self._warm_up.after_step()

@@ -17,9 +17,19 @@ from loralloc.gating import Site
 from loralloc.training.optimizer import unwrapped
 
 SHOW = (
-    "the method has written new factors, with which the optimizer starts anew, so it has to see it: pass it to both "
-    "run.before_step(optimizer) and run.after_step(optimizer)"
+    "the method writes new factors in mid-run, with which the optimizer starts anew, so it has to see it: pass it to "
+    "both run.before_step(optimizer) and run.after_step(optimizer)"
 )
+
+
+def check_shown(optimizer: torch.optim.Optimizer | None) -> None:
+    """Ask for the optimizer in every step of a run in which it will start anew.
+
+    Raises:
+        UserError: No optimizer was shown.
+    """
+    if optimizer is None:
+        raise UserError(SHOW)
 
 
 def forget_adapter(optimizer: torch.optim.Optimizer | None, sites: Sequence[Site]) -> None:
@@ -32,9 +42,8 @@ def forget_adapter(optimizer: torch.optim.Optimizer | None, sites: Sequence[Site
     Raises:
         UserError: No optimizer was shown.
     """
+    check_shown(optimizer)
     inner = unwrapped(optimizer)
-    if inner is None:
-        raise UserError(SHOW)
     for parameter in (parameter for site in sites for parameter in (site.A, site.B, site.gate)):
         state = inner.state.pop(parameter, None)
         if state is not None and isinstance(inner, torch.optim.Adagrad):  # which makes its state when it is built
@@ -49,7 +58,7 @@ class WarmUp:
 
     def __init__(self) -> None:
         self._done, self._steps = 0, 0
-        self._rates: list[tuple[dict[str, Any], Any]] = []
+        self._rates: list[tuple[dict[str, Any], Any, Any]] = []
 
     def begin(self, steps: int) -> None:
         """Start with the next step.
@@ -63,25 +72,21 @@ class WarmUp:
         """Lower the learning rate for a step.
 
         Args:
-            optimizer: The optimizer, or accelerate's wrapper of it.
-
-        Raises:
-            UserError: A warm-up is going on, and no optimizer was shown.
+            optimizer: The optimizer, or accelerate's wrapper of it; it has been shown.
         """
         if self._done == self._steps:
             return
         inner = unwrapped(optimizer)
-        if inner is None:
-            raise UserError(SHOW)
         self._done += 1
         for group in inner.param_groups:
-            self._rates.append((group, group["lr"]))
-            group["lr"] = group["lr"] * (self._done / (self._steps + 1))
+            rate = group["lr"]
+            group["lr"] = rate * (self._done / (self._steps + 1))
+            self._rates.append((group, rate, group["lr"]))
 
     def after_step(self) -> None:
-        """Put the learning rate back."""
-        for group, rate in self._rates:
-            group["lr"] = rate
+        """Put the learning rate back, or raise in proportion what a scheduler has made of it meanwhile."""
+        for group, rate, lowered in self._rates:
+            group["lr"] = rate if group["lr"] is lowered else rate * (group["lr"] / lowered)
         self._rates = []
 
     def state_dict(self) -> dict[str, Tensor]:

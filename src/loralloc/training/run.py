@@ -125,7 +125,7 @@ class AllocationRun(Recorded):
         self._ranks = self._start_ranks = open_ranks(self.sites)
         self._peak = sum(self._ranks)
         self._budget: int | None = None  # what the method last decided under: it may have let the schedule's shrink
-        self._fresh = FreshRanks(self.sites)
+        self._fresh = FreshRanks(self.sites, method.restarts)
         self._shapes = {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites}
         self._kinds = kinds({site.name: site.rank for site in self.sites})
         self._compact = compact
