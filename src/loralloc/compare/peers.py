@@ -6,6 +6,7 @@ Their adapters may be more than plain LoRA, so that they are saved as PEFT saves
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,8 +66,10 @@ def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
 
     folder = RunFolder.of(recipe)
     stage = prepare_training(recipe, task_data(recipe), folder, screen, after_search=False, adapt=adapt)
+    begun = time.process_time()
     if peer == "eva":
         _start_from_data(stage)
+    looking = time.process_time() - begun
     if not resume:
         folder.create(recipe)
     stage.train(resume)
@@ -77,6 +80,7 @@ def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
     metrics["final_parameters"] = sum(
         weight.numel() for name, weight in stage.model.named_parameters() if ".lora_" in name
     )
+    metrics["processor_seconds"] = round(metrics["processor_seconds"] + looking, 2)
     plan.save(folder.plan)
     stored_config(stage.data.model).save_pretrained(folder.model)
     stage.data.tokenizer.save_pretrained(folder.model)

@@ -72,7 +72,8 @@ class Source:
             raise UserError(f"{path} has no adapter: its export failed; loralloc export {path} writes it")
         plan, metrics = RankPlan.load(folder.plan), _read(folder.metrics)
         scales = {name: module.scale for name, module in plan.modules.items()}
-        recipe, steps = folder.load_recipe(), plan.provenance.get("steps")
+        recipe = _for_one_process(folder.load_recipe(), int(metrics.get("processes", 1)))
+        steps = plan.provenance.get("steps")
         seconds = metrics.get("train_seconds")
         written = output or path / "frontier"
         return cls(folder.adapter, recipe, written, None, scales, len(plan.modules), steps, seconds)
@@ -90,6 +91,12 @@ class Source:
         """Tell adapters apart: the start of a hash of its weights."""
         digest = hashlib.sha256((self.adapter / ADAPTER_WEIGHTS).read_bytes())
         return digest.hexdigest()[:16]
+
+
+def _for_one_process(recipe: Recipe, processes: int) -> Recipe:
+    """Let one process see as many examples in a step as several did."""
+    accumulation = recipe.training.accumulation * processes
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"accumulation": accumulation})})
 
 
 def _read(path: Path) -> dict[str, float]:
