@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from loralloc.adapter.truncation import truncate_adapter
 from loralloc.budget import Budget
 from loralloc.plan import RankPlan
+from loralloc.recipe.from_recipe import task_data
 
 from .command import done, read_json, refused
 
@@ -167,6 +169,22 @@ class TestRefusals:
         message = refused("frontier", run, "--recover", 0, "--ranks", "2,99")
         assert "this adapter has an average rank of 2 in" in message
         assert message.rstrip().endswith("got 99")
+
+    def test_data_by_which_sizes_cannot_be_compared(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def without(**changes: object) -> str:
+            monkeypatch.setattr(
+                "loralloc.frontier.run.task_data",
+                lambda recipe: replace(data := task_data(recipe), **{k: v(data) for k, v in changes.items()}),
+            )
+            return refused("frontier", run)
+
+        assert without(example_losses=lambda data: None) == (
+            "task sequence-classification has no loss for each example, by which sizes could be compared; "
+            "loralloc truncate cuts its adapters"
+        )
+        assert without(validation=lambda data: data.validation.select([0])) == (
+            "data.validation: sizes are compared by the losses of validation examples; give more than one"
+        )
 
     def test_sizes_that_are_none(self, run: Path) -> None:
         assert "--ranks: give average ranks such as 8,4,2,1; ',' are none" in refused("frontier", run, "--ranks", ",")

@@ -136,6 +136,10 @@ class TestCells:
     def test_evaluations_of_the_recipe_are_kept(self, tmp_path: Path) -> None:
         assert {cell.recipe.training.eval_every for cell in cells_of(recipe_for(tmp_path, "--eval_every", "5"))} == {5}
 
+    def test_runs_that_would_share_a_folder_are_refused(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--learning_rates", "[1e-3, 1.0000001e-3]")
+        assert told(cells_of, recipe).endswith("lr0.001-s0: rates or budgets are too much alike; leave one out")
+
     def test_no_run_is_compact_since_most_could_not_be(self, tmp_path: Path) -> None:
         compact = {
             cell.contender.id: cell.recipe.training.compact
