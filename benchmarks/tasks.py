@@ -38,6 +38,8 @@ from loralloc.tasks.spec import TASKS
 
 RESULTS = Path(__file__).parent / "results" / "tasks.jsonl"
 STEPS, BATCH, AVERAGE, SEED = 200, 16, 4, 0
+SHORT, SHORT_STEPS = ("squad", "boolq", "commonsense_arc_challenge"), 120
+"""Sets whose rows are long, and their steps."""
 TRAIN_ROWS, TEST_ROWS = 4000, 600
 FLOOR = "head alone"
 
@@ -106,7 +108,8 @@ def recipe_of(
 ) -> dict[str, Any]:
     """The recipe of a run."""
     small = model != "demo:minilm"
-    training = {"steps": 60 if small else STEPS, "batch_size": 4 if small else BATCH}
+    steps = 60 if small else SHORT_STEPS if name in SHORT else STEPS
+    training = {"steps": steps, "batch_size": 4 if small else BATCH}
     return {
         "task": chosen["task"],
         "model": {"name": model},
