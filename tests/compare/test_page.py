@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import json
 import math
 import re
 from dataclasses import replace
@@ -65,6 +66,30 @@ def test_files_beside_it(tmp_path: Path) -> None:
     assert {row["state"] for row in rows} == {"finished"}
     assert sum(row["chosen"] == "True" for row in rows) == 7 * 3
     assert {row["parameters"] for row in rows} == {"320"}
+
+
+def test_what_the_page_says_stands_in_a_file_of_numbers(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "--budgets", "[1, 2]", "--seeds", "4")
+    words = words_of(page_of(recipe, noisy({"adalora": 0.3}, rows=0.02)))
+    found = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert [part["budget"] for part in found["budgets"]] == ["average rank 1", "average rank 2"]
+    for part in found["budgets"]:
+        assert part["verdict"] in words
+        plain, *others = part["contenders"]
+        assert plain["contender"] == "plain LoRA"
+        assert "difference" not in plain
+        assert plain["seeds"] == 4
+        adalora = next(one for one in others if one["contender"] == "AdaLoRA")
+        assert adalora["difference"]["mean"] == pytest.approx(adalora["loss"] - plain["loss"])
+        assert adalora["difference"]["low"] < adalora["difference"]["mean"] < adalora["difference"]["high"] < 0
+        assert signed(adalora["difference"]["mean"]) in words
+
+
+def test_what_nobody_has_found_is_null_there(tmp_path: Path) -> None:
+    page_of(recipe_for(tmp_path), lambda cell: "killed by SIGKILL")
+    (part,) = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))["budgets"]
+    assert all(one["loss"] is None for one in part["contenders"])
+    assert all(one["difference"] is None for one in part["contenders"][1:])
 
 
 def test_failures_are_rows_with_their_reasons(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 OUT/compare.yaml   the resolved recipe        OUT/compare.html   the page       OUT/runs/NAME/      a run
 OUT/compare.csv    a row for every run        OUT/figures/       PNG files      OUT/recipes/, logs/, failures/
+OUT/compare.json   what the page says
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ class CompareFolder:
     def table(self) -> Path:
         """A row for every run."""
         return self.root / "compare.csv"
+
+    @property
+    def record(self) -> Path:
+        """What the page says, as numbers."""
+        return self.root / "compare.json"
 
     @property
     def figures(self) -> Path:

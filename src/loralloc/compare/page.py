@@ -1,16 +1,16 @@
-"""The page of a comparison, its table and its figures: `compare.html`, `compare.csv`, `figures/*.png`."""
+"""The page of a comparison, and what stands beside it: `compare.html`, `.csv`, `.json`, `figures/*.png`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loralloc._version import __version__
 from loralloc.compare import figures, tables
 from loralloc.compare.fairness import fairness, notes
 from loralloc.compare.folder import CompareFolder
 from loralloc.compare.grid import Point, Shapes, section_of
+from loralloc.compare.record import json_text
 from loralloc.compare.results import Entry, Row, baseline_of, criterion, entries, paired
 from loralloc.compare.statistics import differences
 from loralloc.compare.verdict import Compared, verdict
@@ -23,9 +23,6 @@ from loralloc.report.palette import theme_colours
 from loralloc.report.tables import Table
 from loralloc.tasks.spec import TASKS
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Part:
@@ -33,6 +30,8 @@ class Part:
 
     point: Point
     verdict: str
+    baseline: Entry
+    compared: Sequence[Compared]
     results: Table
     costs: Table
     limit: float
@@ -41,7 +40,7 @@ class Part:
 
 
 def write_page(folder: CompareFolder, recipe: Recipe, shapes: Shapes, rows: Sequence[Row]) -> str:
-    """Write the page, the table and the figures of a comparison; what has failed is told.
+    """Write the page of a comparison, its tables and its figures; what has failed is told.
 
     Args:
         folder: Its folder.
@@ -62,6 +61,8 @@ def write_page(folder: CompareFolder, recipe: Recipe, shapes: Shapes, rows: Sequ
         for chart in drawn:
             png(chart.figure, folder.figures / f"{chart.name}.png")
     write_atomically(folder.table, tables.csv_text(rows, found, shapes.metric))
+    numbers = [(part.point, part.verdict, part.baseline, part.compared) for part in parts]
+    write_atomically(folder.record, json_text(numbers, shapes.metric))
     told = headline([(part.point.label, part.verdict) for part in parts])
     values = {
         "light": theme_colours("light"),
@@ -110,6 +111,8 @@ def _part(point: Point, found: Sequence[Entry], recipe: Recipe, shapes: Shapes) 
     return Part(
         point,
         verdict(compared, baseline.chosen.held_out("loss"), section_of(recipe).margin),
+        baseline,
+        compared,
         tables.result_table(compared, baseline, shapes.metric),
         tables.cost_table(here),
         limit,

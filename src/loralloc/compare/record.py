@@ -1,0 +1,72 @@
+"""What a comparison has found, as numbers: `compare.json`, for tables of others."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from loralloc._version import __version__
+from loralloc.compare.grid import Point
+from loralloc.compare.results import Entry
+from loralloc.compare.statistics import Difference
+from loralloc.compare.tables import agreement
+from loralloc.compare.verdict import Compared
+
+FORMAT = 1
+"""Of the file; another number where a key changes its meaning."""
+
+
+def json_text(parts: Sequence[tuple[Point, str, Entry, Sequence[Compared]]], metric: str) -> str:
+    """Return compare.json: for every budget the verdict, plain LoRA, and the others beside it.
+
+    Args:
+        parts: Of every budget the verdict, plain LoRA and the other contenders.
+        metric: What is shown beside the loss.
+    """
+    budgets = [
+        {
+            "budget": point.label,
+            "parameters": point.parameters,
+            "verdict": verdict,
+            "contenders": [_contender(baseline, metric), *(_compared(one, metric) for one in compared)],
+        }
+        for point, verdict, baseline, compared in parts
+    ]
+    tree = {"format": FORMAT, "loralloc": __version__, "metric": metric, "budgets": budgets}
+    return json.dumps(tree, indent=1, allow_nan=False) + "\n"
+
+
+def _contender(entry: Entry, metric: str) -> dict[str, Any]:
+    chosen = entry.chosen
+    return {
+        "contender": entry.contender.label,
+        "kind": entry.contender.kind,
+        "learning_rate": chosen.learning_rate,
+        "at_edge": entry.at_edge,
+        "seeds": len(chosen.finished),
+        "loss": _number(chosen.held_out("loss")),
+        metric: _number(chosen.held_out(metric)),
+        "parameters": _number(chosen.average("parameters")),
+        "processor_seconds": _number(chosen.average("processor_seconds")),
+        "memory_mib": _number(chosen.average("memory_mib")),
+        "agreement_of_plans": agreement(chosen),
+        "tried": {f"{trial.learning_rate:g}": _number(trial.held_out("loss")) for trial in entry.trials},
+    }
+
+
+def _compared(one: Compared, metric: str) -> dict[str, Any]:
+    return {**_contender(one.entry, metric), "difference": _difference(one.difference)}
+
+
+def _difference(found: Difference | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    names = ("mean", "low", "high", "p", "adjusted")
+    return {**{name: _number(getattr(found, name)) for name in names}, "seeds": found.seeds, "rows": found.rows}
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
