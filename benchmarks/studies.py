@@ -48,8 +48,8 @@ class Rows:
 
 
 ROWS: Mapping[str, Rows] = {
-    "e2e": Rows("e2e_nlg/train", "e2e_nlg/test", 4000, 400),
-    "rnnlg": Rows("rnnlg_tv/train", "rnnlg_tv/test", 4000, 400),
+    "e2e": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
+    "rnnlg": Rows("rnnlg_tv/train", "rnnlg_tv/test", 3000, 300),
 }
 
 

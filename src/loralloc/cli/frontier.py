@@ -35,6 +35,10 @@ def frontier(
             help="Share of the run's steps that each size is trained on after the cut, 0.2 by default; 0 for none."
         ),
     ] = None,
+    recover_rate: Annotated[
+        float | None,
+        typer.Option(help="Highest learning rate of that training, as a share of the run's; DEFAULT by default."),
+    ] = None,
     order: Annotated[
         Order | None,
         typer.Option(
@@ -63,6 +67,12 @@ def frontier(
 
     if recover is not None and not 0 <= recover < 1:
         raise UserError(f"--recover is a share of the run's steps, from 0 to below 1, got {recover:g}")
+    if recover_rate is not None and not 0 < recover_rate <= 10:
+        raise UserError(
+            f"--recover_rate is a share of the run's learning rate, above 0 and at most 10, got {recover_rate:g}"
+        )
+    if recover_rate is not None and recover == 0:
+        raise UserError("--recover_rate is for a recovery, and --recover 0 leaves it out")
     if to is not None and export is None:
         raise UserError("--to is where --export writes: give the average rank to export as well")
     if ranks is not None and export is not None:
@@ -81,10 +91,12 @@ def frontier(
     given = None if order is None else order.value
     source.folder.mkdir(parents=True, exist_ok=True)
     if export is not None:
-        _export(source, as_measured(source.folder, given, recover, export), target)
+        _export(source, as_measured(source.folder, given, recover, recover_rate, export), target)
     else:
         default = Settings()
-        _measure(source, Settings(given or default.order, default.recover if recover is None else recover, averages))
+        share = default.recover if recover is None else recover
+        rate = default.rate if recover_rate is None else recover_rate
+        _measure(source, Settings(given or default.order, share, averages, rate=rate))
 
 
 def _averages(words: str) -> list[float]:

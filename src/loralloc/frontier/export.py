@@ -17,24 +17,28 @@ SHOWN_TO = 0.006
 """Average ranks are shown in three digits: one that is this close to a point's, in shares of it, means the point."""
 
 
-def as_measured(folder: Path, order: Order | None, recover: float | None, average: float) -> Settings:
+def as_measured(
+    folder: Path, order: Order | None, recover: float | None, rate: float | None, average: float
+) -> Settings:
     """Return the settings with which a frontier that is there was made, and the one size that is meant.
 
     Args:
         folder: Folder of the frontier.
         order: The order that is asked for; None for that of the frontier, or the default where there is none.
         recover: The share of steps likewise.
+        rate: The share of the learning rate likewise.
         average: The average rank that is asked for.
     """
     record = _record(folder)
     near = [point for point in record.get("points", ()) if _is_meant(point["average_rank"], average)]
     ranks = [min(near, key=lambda point: abs(point["average_rank"] - average))["ranks"]] if near else None
-    default = Settings()
+    default, recovery = Settings(), record.get("recovery", {})
     return Settings(
         order or record.get("order", default.order),
-        record.get("recovery", {}).get("share", default.recover) if recover is None else recover,
+        recovery.get("share", default.recover) if recover is None else recover,
         [average],
         ranks,
+        recovery.get("rate", default.rate) if rate is None else rate,
     )
 
 

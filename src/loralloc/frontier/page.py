@@ -56,8 +56,9 @@ def _values(frontier: Frontier) -> dict[str, Any]:
         "facts": _facts(frontier),
         "table": table(frontier),
         "export": f"loralloc frontier {frontier.source.named} --export {frontier.average(frontier.choice):.3g}",
-        "recovered": frontier.steps > 0,
-        "steps": frontier.steps,
+        "recovered": frontier.recovery.steps > 0,
+        "steps": frontier.recovery.steps,
+        "rate": f"{frontier.recovery.rate:.0%}",
         "order": frontier.order.replace("_", " "),
         "examples": len(frontier.choice.best.losses),
     }
@@ -80,7 +81,7 @@ def _facts(frontier: Frontier) -> list[tuple[str, str]]:
 def table(frontier: Frontier) -> Table:
     """A row for each size."""
     head = ["average rank", "ranks", "size", "largest rank", "loss, cut"]
-    head += ["loss, recovered"] if frontier.steps else []
+    head += ["loss, recovered"] if frontier.recovery.steps else []
     head += [frontier.metric, "above the best (95 %)", "p"]
     rows = []
     for place, (point, worse) in enumerate(zip(frontier.points, frontier.worse, strict=True)):
@@ -119,7 +120,7 @@ def curve(frontier: Frontier) -> Figure:
     recovered = [point.recovered for point in frontier.points if point.recovered is not None]
     _line(axes, averages, cuts, "series-2" if recovered else "series-1", "cut")
     if recovered:
-        _line(axes, averages, recovered, "series-1", f"cut, then trained for {frontier.steps:,} steps")
+        _line(axes, averages, recovered, "series-1", f"cut, then trained for {frontier.recovery.steps:,} steps")
     axes.set_ylim(*_limits(recovered or cuts, cuts))
     choice = frontier.choice
     axes.plot(

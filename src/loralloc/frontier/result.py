@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,28 @@ from loralloc.frontier.source import Source
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """What every cut was given to recover.
+
+    Attributes:
+        share: Of the run's steps.
+        rate: Highest learning rate, as a share of the run's.
+        steps: How many that were; 0 for none.
+    """
+
+    share: float
+    rate: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class Frontier:
     """Quality over size.
 
     Attributes:
         source: The adapter.
         order: In which order terms were given up.
-        recover: Share of the run's steps that each cut was trained on.
-        steps: The same in steps; 0 for none.
+        recovery: What every cut was given to recover.
         metric: The task's metric.
         points: The sizes, from large to small.
         worse: How much worse each is than the best of them.
@@ -36,8 +50,7 @@ class Frontier:
 
     source: Source
     order: str
-    recover: float
-    steps: int
+    recovery: Recovery
     metric: str
     points: Sequence[Point]
     worse: Sequence[Worse]
@@ -81,7 +94,7 @@ class Frontier:
             "loralloc": __version__,
             "adapter": str(self.source.adapter),
             "order": self.order,
-            "recovery": {"share": self.recover, "steps": self.steps},
+            "recovery": asdict(self.recovery),
             "metric": self.metric,
             "modules": self.modules,
             "examples": len(self.choice.best.losses),

@@ -23,7 +23,7 @@ from loralloc.errors import UserError
 from loralloc.frontier.budgets import chosen, compare_points, recommend, spread
 from loralloc.frontier.orders import Order, score_terms
 from loralloc.frontier.point import Measured, Point, PointFolder
-from loralloc.frontier.result import Frontier
+from loralloc.frontier.result import Frontier, Recovery
 from loralloc.frontier.source import Source
 from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import ModuleRank, RankPlan
@@ -41,6 +41,9 @@ from loralloc.training.trainer import RunTrainer
 DEFAULT_RECOVERY = 0.2
 """Share of a run's steps that each cut is trained on."""
 
+DEFAULT_RATE = 1.0
+"""Its highest learning rate, as a share of the run's."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -51,12 +54,14 @@ class Settings:
         recover: Share of the run's steps that each cut is trained on; 0 for none.
         averages: Average ranks to try; None for twelve, from all of them downwards.
         ranks: Ranks in all to try, instead.
+        rate: Highest learning rate of the recovery, as a share of the run's.
     """
 
     order: Order = "singular_value"
     recover: float = DEFAULT_RECOVERY
     averages: Sequence[float] | None = None
     ranks: Sequence[int] | None = None
+    rate: float = DEFAULT_RATE
 
 
 def make_frontier(source: Source, settings: Settings, screen: Screen, told: Callable[[Point], None]) -> Frontier:
@@ -88,7 +93,7 @@ def make_frontier(source: Source, settings: Settings, screen: Screen, told: Call
         terms = Terms.of(model)
         check_plain(model, terms.sites[0].adapter, [(site.name, site.layer) for site in terms.sites])
         scores = score_terms(settings.order, model, terms, _batches(settings.order, trainer, data))
-        bench = _Bench(source, data, trainer, terms, scores, screen, _of(source, settings, steps, data))
+        bench = _Bench(source, data, trainer, terms, scores, screen, _of(source, settings, steps, data), settings.rate)
         modules = source.modules or len(terms.sites)
         points = [bench.cut(ranks) for ranks in _budgets(settings, modules, terms.count)]
         if steps:
@@ -98,7 +103,8 @@ def make_frontier(source: Source, settings: Settings, screen: Screen, told: Call
                 told(point)
     worse = compare_points([point.best.array for point in points])
     best = recommend([point.ranks for point in points], worse)
-    return Frontier(source, settings.order, settings.recover, steps, data.metric, points, worse, best, modules)
+    recovery = Recovery(settings.recover, settings.rate, steps)
+    return Frontier(source, settings.order, recovery, data.metric, points, worse, best, modules)
 
 
 def _budgets(settings: Settings, modules: int, total: int) -> list[int]:
@@ -121,7 +127,8 @@ def _of(source: Source, settings: Settings, steps: int, data: TaskData) -> dict[
     """What a kept point must have been made of: adapter, order, recovery, recipe and validation data."""
     told = f"{dump_recipe(source.recipe)}{[dict(row) for row in data.validation]}"
     made_by = hashlib.sha256(told.encode()).hexdigest()[:16]
-    return {"adapter": source.fingerprint(), "order": settings.order, "steps": steps, "made_by": made_by}
+    recovery = {"steps": steps, "rate": settings.rate if steps else None}
+    return {"adapter": source.fingerprint(), "order": settings.order, **recovery, "made_by": made_by}
 
 
 def _adapted(trainer: RunTrainer) -> PeftModel:
@@ -153,6 +160,7 @@ class _Bench:
     scores: Tensor
     screen: Screen
     of: dict[str, Any]
+    rate: float
 
     def cut(self, ranks: int) -> Point:
         """Keep so many ranks, and evaluate."""
@@ -216,7 +224,7 @@ class _Bench:
         folder, data = self._folder(point.ranks), replace(self.data, model=self.data.again())
         with TemporaryDirectory(prefix="loralloc-") as scratch:
             stage = stages.prepare_recovery(
-                self.source.recipe, folder.plan, data, RunFolder(Path(scratch)), self.screen, steps
+                self.source.recipe, folder.plan, data, RunFolder(Path(scratch)), self.screen, steps, self.rate
             )
             self._put(point.ranks, stage.model, heads)
             begun = time.perf_counter()

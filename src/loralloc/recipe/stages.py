@@ -198,14 +198,17 @@ def prepare_training(
 
 
 def prepare_recovery(
-    recipe: Recipe, plan: Path, data: TaskData, folder: RunFolder, screen: Screen, steps: int
+    recipe: Recipe, plan: Path, data: TaskData, folder: RunFolder, screen: Screen, steps: int, rate: float
 ) -> Stage:
     """Load and check everything that it takes to train an adapter on for some steps at the ranks of a plan.
+
+    Its highest learning rate is the recipe's times `rate`.
 
     The adapter is a fresh one: what it starts from is for the caller to write into it.
     """
     recovering = shortened(retraining_recipe(recipe, plan), steps)
     alone = {"save_every": None, "compact": False, "warmup": RECOVERY_WARM_UP}
+    alone["learning_rate"] = rate * recovering.training.learning_rate
     alone["trainer"] = without(recovering.training.trainer, TOLD_TO_OTHERS)
     recovering = recovering.model_copy(update={"training": recovering.training.model_copy(update=alone)})
     return _prepare(recovering, data, folder, screen, None, steps)

@@ -1,0 +1,181 @@
+"""Does one run's frontier pick the rank that a sweep of trainings picks, and at what share of the cost?
+
+    python benchmarks/frontier_sweep.py DATA --base MODEL --runs DIR    # called again, it goes on
+    python benchmarks/frontier_sweep.py --table                         # print the tables of docs/frontier.md
+
+DATA is a folder with packed JSON lines of e2e_nlg and rnnlg_tv, MODEL stories260K in transformers' format. The sweep
+trains plain LoRA at each of RANKS; the frontier cuts the run of the largest, with a recovery at several shares of its
+learning rate and by every order. Losses are of the same validation rows. One record a run or a frontier goes to
+benchmarks/results/frontier.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import yaml
+from studies import ROWS, write_rows
+
+from loralloc import __version__
+from loralloc.frontier.budgets import compare_points, recommend
+
+RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
+TASKS, SEEDS, RANKS = ("e2e", "rnnlg"), (0, 1, 2), (16, 8, 4, 2, 1)
+STEPS, BATCH, RATE = 150, 8, 2e-2
+ORDERS, SHARES = ("singular_value", "sensitivity", "ablation"), (0.1, 0.3, 1.0)
+
+
+def recipe_of(base: Path, task: str, seed: int, rank: int) -> dict[str, Any]:
+    """The recipe of a training in the sweep."""
+    columns = {"prompt": "{mr}", "completion": "ref", "max_length": 256}
+    return {
+        "task": "causal-lm",
+        "model": {"name": str(base.resolve())},
+        "data": {"train": f"{task}-train.jsonl", "validation": f"{task}-test.jsonl", **columns},
+        "method": {"name": "lora"},
+        "lora": {"r": rank, "alpha": 2 * rank, "target_modules": "all-linear"},
+        "training": {"steps": STEPS, "batch_size": BATCH, "learning_rate": RATE, "warmup": 0.05, "seed": seed},
+        "evaluate": {"cuts": 0},
+        "output": f"{task}-{seed}-{rank}",
+    }
+
+
+def loralloc(folder: Path, *words: object) -> None:
+    """Call the command line in a folder, with one thread."""
+    command = [str(Path(sys.executable).parent / "loralloc"), *map(str, words)]
+    subprocess.run(command, check=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def train(base: Path, folder: Path, task: str, seed: int, rank: int) -> dict[str, Any]:
+    """A training of the sweep; returns its record."""
+    recipe = recipe_of(base, task, seed, rank)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    loralloc(folder, "train", "recipe.yaml", "--replace")
+    run = folder / recipe["output"]
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    losses = json.loads((run / "losses.json").read_text(encoding="utf-8"))["losses"]
+    return {
+        "kind": "training",
+        "rank": rank,
+        "losses": [round(x, 5) for x in losses],
+        "seconds": metrics["train_seconds"],
+    }
+
+
+def frontier(folder: Path, task: str, seed: int, order: str, share: float) -> dict[str, Any]:
+    """A frontier of the run of the largest rank; returns its record."""
+    out = f"{task}-{seed}-{order}-{share:g}"
+    recovery = ("--recover", 0.2, "--recover_rate", share) if share else ("--recover", 0)
+    ranks = ",".join(map(str, RANKS))
+    run = f"{task}-{seed}-{RANKS[0]}"
+    loralloc(folder, "frontier", run, "--output", out, "--order", order, "--ranks", ranks, *recovery)
+    points = []
+    for path in sorted((folder / out / "points").glob("*/point.json")):
+        point = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: [round(x, 5) for x in point[name]["losses"]] for name in ("cut", "recovered") if point[name]}
+        seconds = sum(point[name]["seconds"] for name in ("cut", "recovered") if point[name])
+        points.append({"ranks": point["ranks"], **kept, "seconds": seconds})
+    modules = json.loads((folder / out / "frontier.json").read_text(encoding="utf-8"))["modules"]
+    return {"kind": "frontier", "modules": modules, "points": points}
+
+
+def run(base: Path, data: Path, folder: Path) -> None:
+    """Run what has no record."""
+    curves = [*product(ORDERS[:1], SHARES), *product(ORDERS, (0.0,))]
+    for seed, task in product(SEEDS, TASKS):
+        write_rows(ROWS[task], data, task, folder)
+        for rank in RANKS:
+            keep(train, base, folder, task, seed, rank=rank)
+        for order, share in curves:
+            keep(frontier, folder, task, seed, order=order, share=share)
+
+
+def keep(make: Callable[..., dict[str, Any]], *where: Any, **named: Any) -> None:
+    """Write a record, unless there is one."""
+    *_, task, seed = where
+    named = {"task": task, "seed": seed, **named}
+    if any(all(record.get(name) == value for name, value in named.items()) for record in records()):
+        return
+    made = make(*where, *list(named.values())[2:])
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**named, **made, "loralloc": __version__}) + "\n")
+
+
+def records() -> list[dict[str, Any]]:
+    """What has been found so far."""
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def table(found: Iterable[Mapping[str, Any]], task: str) -> str:
+    """Losses at every size over the seeds, the rank each curve picks, and its cost as a share of the sweep's."""
+    here = [record for record in found if record["task"] == task]
+    trained = [record for record in here if record["kind"] == "training"]
+    sweep = {seed: {one["rank"]: one for one in trained if one["seed"] == seed} for seed in SEEDS}
+    sweep = {seed: runs for seed, runs in sweep.items() if len(runs) == len(RANKS)}
+    lines = [f"| {task} | {' | '.join(map(str, RANKS))} | picks | cost |", f"|---{'|---' * (len(RANKS) + 2)}|"]
+    losses = {seed: [np.array(runs[rank]["losses"]) for rank in RANKS] for seed, runs in sweep.items()}
+    lines.append(row("trained at each rank", losses, dict.fromkeys(sweep, 1.0)))
+    for order, share in [*product(ORDERS, (0.0,)), *product(ORDERS[:1], SHARES)]:
+        curves = {
+            record["seed"]: sorted(record["points"], key=lambda point: -point["ranks"])
+            for record in here
+            if (record.get("order"), record.get("share")) == (order, share) and record["seed"] in sweep
+        }
+        if curves:
+            name = f"{order.replace('_', ' ')}, " + (f"recovered at {share:g}" if share else "cut")
+            values = {seed: [best_of(point) for point in points] for seed, points in curves.items()}
+            cost = {seed: cost_of(points, sweep[seed]) for seed, points in curves.items()}
+            lines.append(row(name, values, cost))
+    return "\n".join(lines)
+
+
+def best_of(point: Mapping[str, Any]) -> np.ndarray:
+    """The losses of a size: of the cut, or of its recovery where that is better."""
+    kept = [np.array(point[name]) for name in ("cut", "recovered") if name in point]
+    return min(kept, key=lambda losses: losses.mean())
+
+
+def cost_of(points: Iterable[Mapping[str, Any]], runs: Mapping[int, Mapping[str, Any]]) -> float:
+    """Seconds of the largest training and its frontier, as a share of all trainings."""
+    own = runs[RANKS[0]]["seconds"] + sum(point["seconds"] for point in points)
+    return own / sum(run["seconds"] for run in runs.values())
+
+
+def row(name: str, losses: Mapping[int, list[np.ndarray]], cost: Mapping[int, float]) -> str:
+    """A row of the table: mean losses over the seeds, the rank that every seed picks, the mean cost."""
+    means = [mean(float(of[place].mean()) for of in losses.values()) for place in range(len(RANKS))]
+    picks = [RANKS[recommend(RANKS, compare_points(of))] for of in losses.values()]
+    cells = [name, *(f"{value:.3f}" for value in means), ", ".join(map(str, picks)), f"{mean(cost.values()):.0%}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Run what has no record, or print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", type=Path)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/frontier"), help="where the runs are kept")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print("\n\n".join(table(records(), task) for task in TASKS))
+    elif arguments.data is None or arguments.base is None:
+        parser.error("DATA and --base, or --table")
+    else:
+        run(arguments.base, arguments.data, arguments.runs)
+
+
+if __name__ == "__main__":
+    main()
