@@ -138,6 +138,21 @@ class TestOfARun:
         one, two = (updates(next(folder.glob("frontier/points/*/adapter"))) for folder in (run, other))
         assert all(torch.equal(update, two[name]) for name, update in one.items())
 
+    @SLOW
+    def test_its_learning_rate_is_a_share_of_the_runs(self, run: Path) -> None:
+        """At next to none the cut stays what it is; what is exported was trained at the rate it was measured at."""
+        done("frontier", run, "--recover", 0.5, "--recover_rate", 1e-6, "--ranks", "1")
+        record = read_json(run / "frontier" / "frontier.json")
+        assert record["recovery"]["rate"] == 1e-6
+        (still,) = record["points"]
+        assert still["recovered"]["loss_per_example"] == pytest.approx(still["cut"]["loss_per_example"], abs=1e-4)
+        said = done("frontier", run, "--export", 1)
+        assert "step 1/" not in said
+        done("frontier", run, "--recover", 0.5, "--recover_rate", 1, "--ranks", "1")
+        (moved,) = points(run / "frontier")
+        assert moved["cut"]["metrics"] == still["cut"]["metrics"]
+        assert abs(moved["recovered"]["loss_per_example"] - still["cut"]["loss_per_example"]) > 1e-3
+
 
 @SLOW
 def test_of_any_adapter_with_its_recipe(run: Path, recipe: Path) -> None:
@@ -159,6 +174,14 @@ class TestRefusals:
         assert "there is no folder nowhere" in refused("frontier", "nowhere")
         assert "--recover is a share of the run's steps, from 0 to below 1, got 1" in refused(
             "frontier", run, "--recover", 1
+        )
+        for rate in (0, 11):
+            assert (
+                f"--recover_rate is a share of the run's learning rate, above 0 and at most 10, got {rate}"
+                in refused("frontier", run, "--recover_rate", rate)
+            )
+        assert "--recover_rate is for a recovery, and --recover 0 leaves it out" in refused(
+            "frontier", run, "--recover_rate", 0.5, "--recover", 0
         )
         assert "--ranks: give average ranks such as 8,4,2,1; 'few' are none" in refused(
             "frontier", run, "--ranks", "few"

@@ -37,7 +37,9 @@ def frontier(
     ] = None,
     recover_rate: Annotated[
         float | None,
-        typer.Option(help="Highest learning rate of that training, as a share of the run's; DEFAULT by default."),
+        typer.Option(
+            "--recover_rate", help="Highest learning rate of that training, as a share of the run's, 1 by default."
+        ),
     ] = None,
     order: Annotated[
         Order | None,
