@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from loralloc.compare import study
+from loralloc.compare.execute import Ended, Job
 from loralloc.compare.folder import CompareFolder
 from loralloc.errors import UserError
 
-from .fabricate import cells_of, fabricate, noisy, recipe_for
+from .fabricate import ROWS, cells_of, fabricate, noisy, recipe_for
 
 
 def refusal(folder: CompareFolder, recipe: object) -> str:
@@ -62,3 +66,27 @@ def test_a_run_of_other_settings_is_no_run_of_this_recipe(tmp_path: Path) -> Non
     run = fabricate(recipe, noisy({}), [first]).run(first.name)
     assert run.holds(first.recipe)
     assert not run.holds(second.recipe)
+
+
+def test_a_run_that_finished_but_diverged_is_repeated_on_request_alone(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "--seeds", "1")
+    diverged, fine, *_ = cells = cells_of(recipe)
+    folder = fabricate(recipe, lambda cell: [np.nan] * ROWS if cell is diverged else [1.0] * ROWS, cells)
+    assert study._is_due(folder, diverged, retry=True)
+    assert not study._is_due(folder, diverged, retry=False)
+    assert not study._is_due(folder, fine, retry=True)
+
+    class Nothing:
+        """Repeats nothing, but is asked to."""
+
+        asked: Sequence[Job] = ()
+
+        def run(self, jobs: Sequence[Job], started: object) -> Iterator[Ended]:
+            self.asked = jobs
+            return iter(())
+
+    executor = Nothing()
+    study._run(folder, cells, executor, True, 1, study.Watcher())
+    assert [job.name for job in executor.asked] == [diverged.name]
+    assert not folder.run(diverged.name).root.exists(), "or the run would take itself for finished"
+    assert folder.run(fine.name).metrics.is_file()

@@ -11,14 +11,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Protocol
+
+import torch
 
 from loralloc.compare.cell import REFUSED, run_cell
 from loralloc.errors import UserError
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Job:
         peer: Which of PEFT's own it is; None for any other.
         threads: Processor threads.
         folder: The current directory, from which a recipe's paths start.
+        gpus: What its process may see of the GPUs, as CUDA_VISIBLE_DEVICES says it; None: what this one does.
     """
 
     name: str
@@ -40,6 +46,7 @@ class Job:
     peer: str | None
     threads: int
     folder: str
+    gpus: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ def run_job(job: Job, track: Callable[[BaseProcess], None] = lambda process: Non
         return Ended(job.name, f"this machine does not see {job.recipe}: all machines must share the output folder")
     log = Path(job.log)
     begun = log.stat().st_size if log.is_file() else 0
+    if job.gpus is None:  # a server that Ray's worker has started earlier may know another GPU
+        job = replace(job, gpus=os.environ.get(VISIBLE))
     process = _server().Process(target=_work, args=(job,), name=job.name)
     process.start()
     track(process)
@@ -95,6 +104,8 @@ def _server() -> ForkServerContext:
 
 def _work(job: Job) -> None:
     """Run a cell in this process, and end it."""
+    if job.gpus is not None:
+        os.environ[VISIBLE] = job.gpus
     with Path(job.log).open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
@@ -113,8 +124,16 @@ def _reason(code: int, log: Path, begun: int) -> str:
     return told.removeprefix("error: ").strip() or f"ended with exit code {code}; see {log}"
 
 
+def gpus_in_turn(jobs: int) -> list[str]:
+    """Return a GPU for each of the jobs that run at a time, the next one in turn; nothing where there are none."""
+    named = os.environ.get(VISIBLE)
+    known = [str(place) for place in range(torch.cuda.device_count())] if named is None else named.split(",")
+    known = [gpu.strip() for gpu in known if gpu.strip() not in ("", "-1")]
+    return [known[place % len(known)] for place in range(jobs)] if known else []
+
+
 class LocalExecutor:
-    """Runs jobs on this machine.
+    """Runs jobs on this machine, each on the GPU whose turn it is.
 
     Args:
         jobs: How many at a time.
@@ -125,11 +144,18 @@ class LocalExecutor:
 
     def run(self, jobs: Sequence[Job], started: Callable[[str], None]) -> Iterator[Ended]:
         """Run jobs; where it is interrupted, so are they."""
+        free: SimpleQueue[str | None] = SimpleQueue()
+        for gpu in gpus_in_turn(self._jobs) or [None] * self._jobs:
+            free.put(gpu)
         with _processes() as track, ThreadPoolExecutor(self._jobs) as pool:
 
             def work(job: Job) -> Ended:
                 started(job.name)
-                return run_job(job, track)
+                gpu = free.get()
+                try:
+                    return run_job(replace(job, gpus=gpu), track)
+                finally:
+                    free.put(gpu)
 
             waiting: set[Future[Ended]] = {pool.submit(work, job) for job in jobs}
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,6 +127,8 @@ def _run(
         watcher.started(name)
 
     for cell in due:
+        if folder.run(cell.name).metrics.is_file():  # it has finished, but diverged
+            shutil.rmtree(folder.run(cell.name).root)
         folder.failure(cell.name).unlink(missing_ok=True)
         _write_recipe(folder.run_recipe(cell.name), dump_recipe(cell.recipe))
     for ended in executor.run([_job(folder, cell, threads) for cell in due], started):
@@ -144,7 +147,7 @@ def _write_recipe(path: Path, text: str) -> None:
 def _is_due(folder: CompareFolder, cell: Cell, retry: bool) -> bool:
     run = folder.run(cell.name)
     if run.metrics.is_file() and run.holds(cell.recipe):  # a plan to retrain may have become another one
-        return False
+        return retry and not read_row(folder, cell).finished
     failed = folder.reason(cell.name)
     return retry or failed is None or not failed[1]
 
