@@ -139,6 +139,31 @@ class TestOfARun:
         assert all(torch.equal(update, two[name]) for name, update in one.items())
 
     @SLOW
+    def test_every_size_begins_at_the_next_larger_one(self, run: Path) -> None:
+        words = ("--recover", 0.5, "--recover_rate", 1)
+        alone = Path(shutil.copytree(run, run.parent / "alone"))
+        done("frontier", run, *words, "--ranks", "2,1,0.5")
+        done("frontier", alone, *words, "--ranks", "0.5")
+        (lonely,), chained = points(alone / "frontier"), points(run / "frontier")
+        assert lonely["cut"]["metrics"] == chained[2]["cut"]["metrics"]
+        assert lonely["recovered"]["metrics"] != chained[2]["recovered"]["metrics"]
+        said = done("frontier", run, "--export", 0.5)
+        assert "step 1/" not in said, "as it was measured"
+        small = updates(run / "frontier/points" / f"{chained[2]['ranks']}-ranks/adapter")
+        assert all(torch.equal(update, small[name]) for name, update in updates(run / "frontier/adapter").items())
+
+    @SLOW
+    def test_an_interrupted_chain_goes_on_to_the_bit(self, run: Path) -> None:
+        words = ("frontier", run, "--recover", 0.5, "--recover_rate", 1, "--ranks", "2,1,0.5")
+        done(*words)
+        last = run / "frontier/points" / f"{points(run / 'frontier')[2]['ranks']}-ranks"
+        before = updates(last / "adapter")
+        (last / "point.json").unlink()
+        said = done(*words)
+        assert "step 1/" in said
+        assert all(torch.equal(update, before[name]) for name, update in updates(last / "adapter").items())
+
+    @SLOW
     def test_its_learning_rate_is_a_share_of_the_runs(self, run: Path) -> None:
         """At next to none the cut stays what it is; what is exported was trained at the rate it was measured at."""
         done("frontier", run, "--recover", 0.5, "--recover_rate", 1e-6, "--ranks", "1")

@@ -38,7 +38,7 @@ def frontier(
     recover_rate: Annotated[
         float | None,
         typer.Option(
-            "--recover_rate", help="Highest learning rate of that training, as a share of the run's, 1 by default."
+            "--recover_rate", help="Highest learning rate of that training, as a share of the run's, 0.3 by default."
         ),
     ] = None,
     order: Annotated[
@@ -131,8 +131,9 @@ def _export(source: Source, settings: Settings, target: Path) -> None:
     from loralloc.frontier.run import folder_of, make_frontier
 
     found = make_frontier(source, settings, terminal.Terminal(), lambda one: typer.echo(point_in_words(one)))
-    exported = export_point(source, folder_of(source, found.choice.ranks) / "adapter", target)
-    typer.echo(f"wrote {exported.path} ({found.choice.ranks:,} ranks, the largest {exported.max_rank})")
+    smallest = found.points[-1]
+    exported = export_point(source, folder_of(source, smallest.ranks) / "adapter", target)
+    typer.echo(f"wrote {exported.path} ({smallest.ranks:,} ranks, the largest {exported.max_rank})")
     typer.echo(f"checked: reloaded by stock PEFT, largest difference of a logit {exported.difference:.1e}")
     for line in exported.serving:
         typer.echo(f"serve:  {line}")

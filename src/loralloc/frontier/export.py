@@ -20,7 +20,9 @@ SHOWN_TO = 0.006
 def as_measured(
     folder: Path, order: Order | None, recover: float | None, rate: float | None, average: float
 ) -> Settings:
-    """Return the settings with which a frontier that is there was made, and the one size that is meant.
+    """Return the settings with which a frontier that is there was made, and its sizes down to the one that is meant.
+
+    Each size began at the next larger one; those that are there are not made anew.
 
     Args:
         folder: Folder of the frontier.
@@ -30,14 +32,19 @@ def as_measured(
         average: The average rank that is asked for.
     """
     record = _record(folder)
-    near = [point for point in record.get("points", ()) if _is_meant(point["average_rank"], average)]
-    ranks = [min(near, key=lambda point: abs(point["average_rank"] - average))["ranks"]] if near else None
+    points = record.get("points", ())
+    near = [point for point in points if _is_meant(point["average_rank"], average)]
+    if near:
+        meant = min(near, key=lambda point: abs(point["average_rank"] - average))["ranks"]
+    else:
+        meant = round(average * record.get("modules", 0))
+    ranks = [point["ranks"] for point in points if point["ranks"] > meant > 0]
     default, recovery = Settings(), record.get("recovery", {})
     return Settings(
         order or record.get("order", default.order),
         recovery.get("share", default.recover) if recover is None else recover,
         [average],
-        ranks,
+        [*ranks, meant] if ranks or near else None,
         recovery.get("rate", default.rate) if rate is None else rate,
     )
 
