@@ -4,9 +4,9 @@
     python benchmarks/frontier_sweep.py --table                         # print the tables of docs/frontier.md
 
 DATA is a folder with packed JSON lines of e2e_nlg and rnnlg_tv, MODEL stories260K in transformers' format. The sweep
-trains plain LoRA at each of RANKS; the frontier cuts the run of the largest, with a recovery at several shares of its
-learning rate and by every order, with the first seed; with the others as by default. Losses are of the same validation rows. One record a run or a frontier goes to
-benchmarks/results/frontier.jsonl.
+trains plain LoRA at each of RANKS. The frontier cuts the run of the largest: with the first seed with a recovery at
+several shares of its learning rate and by every order, with the others as by default. Losses are of the same validation
+rows. One record a run or a frontier goes to benchmarks/results/frontier.jsonl.
 """
 
 from __future__ import annotations
