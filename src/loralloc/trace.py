@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ class Trace:
 
     def used(self, event: RankEvent) -> int:
         """Return what the ranks of an event cost, in the unit of the budget."""
-        return sum(rank * cost for rank, cost in zip(event.ranks, self.costs, strict=True))
+        return sum(map(mul, event.ranks, self.costs))
 
 
 def read_trace(path: Path) -> Trace | None:

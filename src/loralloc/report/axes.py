@@ -18,6 +18,7 @@ WIDTH, HEIGHT = 4.0, 2.45  # inches; small, so that the text stays legible when 
 LEFT = 0.105  # share of the width to the left of the axes
 BELOW, ABOVE = 0.404, 0.282  # inches below and above the axes
 POINTS_PER_INCH = 72
+LONG = 10_000  # steps from which on their numbers are written short, or they would run into each other
 
 
 class EndLabel(NamedTuple):
@@ -45,6 +46,8 @@ def step_axes(run: RunRecord, title: str, height: float = HEIGHT) -> tuple[Figur
     axes.set_xlim(0, max(run.last_step, 1))
     axes.set_xlabel("step", loc="right", labelpad=1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if run.last_step >= LONG:
+        axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.yaxis.set_major_locator(MaxNLocator(5 if height >= HEIGHT else 3))
     axes.yaxis.set_major_formatter(lambda value, _: short_number(value, digits_needed(axes.yaxis.get_majorticklocs())))
     axes.margins(y=0.1)

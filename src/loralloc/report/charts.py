@@ -52,14 +52,18 @@ SIDES = {
 """The small charts, by what they draw."""
 
 
-def charts(run: RunRecord, highest: int) -> list[Chart]:
+def charts(run: RunRecord, grid: Grid, highest: int) -> list[Chart]:
     """Draw the figures for which the run has data; `highest` is the rank with the strongest colour."""
     drawn = []
+    if len(run.plan.modules) > figures.MOST_CELLS:
+        ranks = figures.heat_figure(run, grid, highest)
+        drawn.append(Chart("ranks", "Ranks", "A row for each layer, a column for each type.", ranks))
     trace = run.trace
     if trace and not _without_allocation(trace):
-        grid = arrange(trace.sites)
-        rows = "One row per module, grouped by type, first layer on top. The colours are those of the table above."
-        drawn = [
+        grid = grid if trace.sites == tuple(run.plan.modules) else arrange(trace.sites)
+        which = "One row per module" if len(trace.sites) <= figures.MOST_ROWS else "A row for each of a sample"
+        rows = f"{which}, grouped by type, first layer on top. The colours are those of the ranks above."
+        drawn += [
             Chart("budget", "Budget", _budget_caption(trace), figures.budget_figure(run, trace)),
             Chart("types", "Ranks by module type", _types_caption(grid), figures.types_figure(run, trace, grid)),
             Chart("timeline", "Ranks of every module", rows, figures.timeline_figure(run, trace, grid, highest)),

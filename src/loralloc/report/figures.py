@@ -7,6 +7,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loralloc.naming import short_names
 from loralloc.report.axes import (
     ABOVE,
@@ -22,12 +24,17 @@ from loralloc.report.axes import (
 )
 from loralloc.report.grid import Grid
 from loralloc.report.palette import LIGHT, RAMP, RAMP_STEPS, SERIES, TEXT_ON_RAMP, step_of
-from loralloc.report.run_record import RunRecord
+from loralloc.report.run_record import Points, RunRecord
+from loralloc.report.thinning import smoothed, thinned
 from loralloc.trace import Trace
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_CELLS = 1000  # modules that a heat map shows with their numbers
+MOST_ROWS = 1000  # modules of the timeline; of more, every n-th
+MOST_LINES = 40  # module types in grey; of more, every n-th
 SAMPLES = 160  # of the ranks along the time axis
 LOW = 1.5  # inches, the height of a figure of minor interest
 SMOOTH_FROM = 30  # logged losses from which on a smoothed line helps
@@ -72,15 +79,17 @@ def types_figure(run: RunRecord, trace: Trace, grid: Grid) -> Figure:
     events = [trace.events[i] for i in sorted({round(i * last / (SAMPLES * 2)) for i in range(SAMPLES * 2 + 1)})]
     steps = [*(event.step for event in events), run.reached]
     position = {name: i for i, name in enumerate(trace.sites)}
+    ranks = np.array([event.ranks for event in events])
     means = {
-        label: [sum(event.ranks[position[name]] for name in names) / len(names) for event in events]
+        label: ranks[:, [position[name] for name in names]].mean(axis=1).tolist()
         for label, names in _groups(grid).items()
     }
     order = sorted(means, key=lambda label: -means[label][-1])
     # Too many to tell apart: the extremes get a colour and a name, the others stay in the background.
     named = order if len(order) <= SERIES else order[: SERIES // 2] + order[-SERIES // 2 :]
+    others = [label for label in order if label not in named]
     labels = []
-    for label in order:
+    for label in [*others[:: math.ceil(len(others) / MOST_LINES) or 1], *named]:
         colour = f"series-{named.index(label) + 1}" if label in named else "rule"
         values = means[label]
         in_front = 3 if label in named else 2
@@ -95,25 +104,13 @@ def types_figure(run: RunRecord, trace: Trace, grid: Grid) -> Figure:
 
 def timeline_figure(run: RunRecord, trace: Trace, grid: Grid, highest: int) -> Figure:
     """The rank of every module over the steps: a row for each, grouped by module type, first layer on top."""
-    from matplotlib.colors import ListedColormap
-
     figure, axes = step_axes(run, "modules")
     position = {name: i for i, name in enumerate(trace.sites)}
-    groups = _groups(grid)
+    every = math.ceil(len(trace.sites) / MOST_ROWS)
+    groups = {label: names[::every] for label, names in _groups(grid).items()}
     rows = [position[name] for names in groups.values() for name in names]
     columns = [[step_of(ranks[row], highest) for row in rows] for ranks in _sampled_ranks(trace, run.reached)]
-    # The page shows the picture of its theme; all else in a figure changes its colour by itself.
-    for theme in ("dark", "light"):
-        axes.imshow(
-            list(zip(*columns, strict=True)),
-            cmap=ListedColormap(RAMP[theme]),
-            vmin=0,
-            vmax=RAMP_STEPS,
-            aspect="auto",
-            interpolation="none",
-            extent=(0, max(run.reached, 1), len(rows), 0),
-            gid=theme,
-        )
+    _picture(axes, list(zip(*columns, strict=True)), (0, max(run.reached, 1), len(rows), 0))
     axes.set_xlim(0, max(run.last_step, 1))
     axes.grid(visible=False)
     axes.set_yticks([])
@@ -121,12 +118,29 @@ def timeline_figure(run: RunRecord, trace: Trace, grid: Grid, highest: int) -> F
     first_row = 0
     labels = []
     for label, names in groups.items():
-        if first_row:
+        if first_row and len(groups) <= 2 * SERIES:  # more lines would hide what they divide
             axes.axhline(first_row, color=LIGHT["card"], linewidth=1.5)
         labels.append(EndLabel(first_row + len(names) / 2, _clip(label), "ink"))
         first_row += len(names)
     end_labels(axes, labels if len(labels) <= 2 * SERIES else [])
     return figure
+
+
+def _picture(axes: Axes, steps: Sequence[Sequence[float]], extent: tuple[float, float, float, float]) -> None:
+    """Draw steps of the ramp, NaN for none, in the colours of both themes: the page shows that of its own."""
+    from matplotlib.colors import ListedColormap
+
+    for theme in ("dark", "light"):
+        axes.imshow(
+            steps,
+            cmap=ListedColormap(RAMP[theme]),
+            vmin=0,
+            vmax=RAMP_STEPS,
+            aspect="auto",
+            interpolation="none",
+            extent=extent,
+            gid=theme,
+        )
 
 
 def _sampled_ranks(trace: Trace, end: int) -> list[tuple[int, ...]]:
@@ -143,19 +157,26 @@ def loss_figure(run: RunRecord) -> Figure:
     if run.train:
         steps, values = zip(*run.train, strict=True)
         if len(values) >= SMOOTH_FROM:
-            axes.plot(steps, values, color=LIGHT["area"], linewidth=0.9)
-            axes.plot(steps, smoothed(values), color=LIGHT["series-1"])
+            axes.plot(*_line(run.train), color=LIGHT["area"], linewidth=0.9)
+            means = tuple(zip(steps, smoothed(values), strict=True))
+            axes.plot(*_line(means), color=LIGHT["series-1"])
         else:
             axes.plot(steps, values, color=LIGHT["series-1"], marker="" if len(values) > 1 else "o")
         labels += _last_label(values, "training", "series-1")
     if run.evaluations:
-        steps, values = zip(*run.evaluations, strict=True)
-        axes.plot(steps, values, color=LIGHT["series-2"], marker="o", markersize=3.5, markeredgewidth=0)
+        _, values = zip(*run.evaluations, strict=True)
+        axes.plot(*_line(run.evaluations), color=LIGHT["series-2"], marker="o", markersize=3.5, markeredgewidth=0)
         labels += _last_label(values, "evaluation", "series-2")
     if run.trace:
         shade_phases(axes, run.trace, run)
     end_labels(axes, labels)
     return figure
+
+
+def _line(points: Points) -> tuple[Sequence[int], Sequence[float]]:
+    """The steps and the values of a line, no more of them than can be seen."""
+    steps, values = zip(*thinned(points), strict=True)
+    return steps, values
 
 
 def series_figure(run: RunRecord, name: str, title: str, *, from_zero: bool = False) -> Figure:
@@ -168,7 +189,7 @@ def series_figure(run: RunRecord, name: str, title: str, *, from_zero: bool = Fa
         from_zero: Whether the axis begins at 0.
     """
     figure, axes = step_axes(run, title, LOW)
-    steps, values = zip(*run.series[name], strict=True)
+    steps, values = _line(run.series[name])
     axes.plot(steps, values, color=LIGHT["series-1"], marker="" if len(values) > 1 else "o")
     if from_zero:
         axes.set_ylim(0, max([value for value in values if math.isfinite(value)], default=0) * 1.16 or 1)
@@ -201,6 +222,8 @@ def heat_figure(run: RunRecord, grid: Grid, highest: int) -> Figure:
     from matplotlib.patches import Rectangle
 
     modules = run.plan.modules
+    if len(modules) > MOST_CELLS:
+        return _heat_picture(run, grid, highest)
     columns = [*grid.types, *(["other"] if grid.others else [])]
     rows = grid.row_names + list(grid.others)
     side = 0.5 + 0.075 * max(map(len, rows))
@@ -230,26 +253,29 @@ def heat_figure(run: RunRecord, grid: Grid, highest: int) -> Figure:
     return figure
 
 
+def _heat_picture(run: RunRecord, grid: Grid, highest: int) -> Figure:
+    """The same without numbers, which nobody could read; modules outside the grid fill rows of their own below."""
+    from matplotlib.figure import Figure
+
+    modules, width = run.plan.modules, max(1, len(grid.types))
+    folded = [grid.others[at : at + width] for at in range(0, len(grid.others), width)]
+    rows = [[grid.cells.get((stack, layer, kind)) for kind in grid.types] for stack, layer in grid.rows]
+    rows += [[*names, *[None] * (width - len(names))] for names in folded]
+    steps = [[math.nan if name is None else step_of(modules[name].rank, highest) for name in row] for row in rows]
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    axes = figure.add_axes((LEFT, BELOW / HEIGHT, 0.97 - LEFT, 1 - (BELOW + ABOVE) / HEIGHT))
+    axes.set_title("layers")
+    axes.set_xlabel("module types", loc="right", labelpad=1)
+    axes.grid(visible=False)
+    _picture(axes, steps, (0, width, len(rows), 0))
+    return figure
+
+
 def _groups(grid: Grid) -> dict[str, list[str]]:
     """Modules by module type under the shortest names that tell the types apart; the others are a group."""
     names = short_names(grid.types)
     groups = {names[module_type]: grid.column(module_type) for module_type in grid.types}
     return groups | ({"other": list(grid.others)} if grid.others else {})
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the means over a window of about a fifteenth of the values; it narrows towards both ends.
-
-    >>> smoothed([1.0, 5.0, 3.0])
-    [1.0, 3.0, 3.0]
-    """
-    widest = max(1, len(values) // 30)
-    means = []
-    for i, value in enumerate(values):
-        half = min(widest, i, len(values) - 1 - i)
-        window = [v for v in values[i - half : i + half + 1] if math.isfinite(v)]
-        means.append(sum(window) / len(window) if math.isfinite(value) else math.nan)
-    return means
 
 
 def _last_label(values: Sequence[float], name: str, colour: str) -> list[EndLabel]:

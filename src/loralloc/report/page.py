@@ -49,9 +49,9 @@ def write_report(run: Path) -> Path:
     grid = arrange(record.plan.modules)
     highest = max(max(module.rank, module.start) for module in record.plan.modules.values())
     with report_settings():
-        drawn, beside = charts(record, highest), side_charts(record)
-        files = {chart.name: chart.figure for chart in drawn}
-        _write_pngs(record, files | {"ranks": figures.heat_figure(record, grid, highest)})
+        drawn, beside = charts(record, grid, highest), side_charts(record)
+        files = {"ranks": figures.heat_figure(record, grid, highest)} | {chart.name: chart.figure for chart in drawn}
+        _write_pngs(record, files)
         pictures = {chart.name: svg(chart.figure, chart.name, chart.heading) for chart in (*drawn, *beside)}
     values = _values(record, grid, highest) | {"charts": drawn, "side_charts": beside, "pictures": pictures}
     path = record.path / "report.html"
@@ -122,6 +122,7 @@ def _values(run: RunRecord, grid: Grid, highest: int) -> dict[str, Any]:
         "listed_bad_steps": run.trace.bad_steps if run.trace else (),
         "shown_bad_steps": SHOWN_BAD_STEPS,
         "modules": module_table(run),
+        "module_count": len(run.plan.modules),
         "metrics": metric_table(run),
         "scores": score_table(run),
         "samples": samples(run),

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,14 +58,14 @@ class RunRecord:
     search_steps: int
     absent: tuple[str, ...]
 
-    @property
+    @cached_property
     def last_step(self) -> int:
         """The end of the time axis: of a run that has ended, its last step; else the planned one, if that is more."""
         if self.finished and self.trace and self.trace.ended:
             return self.reached
         return max(self.reached, self.trace.total_steps if self.trace else 0)
 
-    @property
+    @cached_property
     def reached(self) -> int:
         """The last step anything is known of."""
         steps = [step for step, _ in (*self.train, *self.evaluations)]
@@ -176,18 +177,17 @@ class _Log(NamedTuple):
 
 def _read_log(path: Path) -> _Log:
     rows = read_jsonl(path)
-    budgets = ((int(row["step"]), number(row.get("budget"))) for row in rows)
     return _Log(
         _points(rows, "loss"),
         _points(rows, "eval_loss"),
-        tuple((step, int(value)) for step, value in budgets if math.isfinite(value)),
+        tuple((step, int(value)) for step, value in _points(rows, "budget") if math.isfinite(value)),
         {name: points for name in SERIES if (points := _points(rows, name))},
     )
 
 
 def _points(rows: Iterable[Mapping[str, Any]], name: str) -> Points:
     """What the rows of a log say of one thing."""
-    return tuple((int(row["step"]), number(row[name])) for row in rows if name in row)
+    return tuple([(row["step"], number(row[name])) for row in rows if name in row])  # read_jsonl has made steps whole
 
 
 def _after(search: _Log, log: _Log, steps: int) -> _Log:

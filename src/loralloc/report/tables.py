@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from statistics import mean
 from typing import Any, NamedTuple
 
 from loralloc.plan import ModuleRank
+from loralloc.report.figures import MOST_CELLS
 from loralloc.report.grid import Grid
 from loralloc.report.palette import step_of
 from loralloc.report.run_record import RunRecord, number
@@ -62,9 +64,14 @@ class HeatMap:
     others: list[Cell]
 
 
-def heat_map(run: RunRecord, grid: Grid, highest: int) -> HeatMap:
-    """Return the final ranks by layer and module type, with their totals, and what stands outside the layers."""
+def heat_map(run: RunRecord, grid: Grid, highest: int) -> HeatMap | None:
+    """Return the final ranks by layer and module type, with their totals, and what stands outside the layers.
+
+    None where there are so many that a picture says more.
+    """
     modules = run.plan.modules
+    if len(modules) > MOST_CELLS:
+        return None
     cells = {name: Cell(name, module, step_of(module.rank, highest)) for name, module in modules.items()}
     stacks: dict[str, list[Row]] = {stack: [] for stack in grid.stacks}
     for stack, layer in grid.rows:
@@ -88,13 +95,15 @@ def type_means(run: RunRecord, grid: Grid) -> list[tuple[str, float]]:
 
 
 def module_table(run: RunRecord) -> Table:
-    """Return every module with its rank, shape and parameters, and the totals."""
+    """Return the modules with their ranks, shapes and parameters, and the totals; of very many the first ones."""
     modules = run.plan.modules
     head = ("module", "rank", "start", "in", "out", "parameters")
     rows = [
         (name, f"{m.rank}", f"{m.start}", f"{m.inputs:,}", f"{m.outputs:,}", f"{m.parameters:,}")
-        for name, m in modules.items()
+        for name, m in islice(modules.items(), MOST_CELLS)
     ]
+    if len(modules) > MOST_CELLS:
+        rows.append((f"{len(modules) - MOST_CELLS:,} more, in ranks.json", "", "", "", "", ""))
     kept, start = _total(modules.values())
     return Table(head, rows, ("total", f"{kept:,}", f"{start:,}", "", "", f"{run.plan.parameters:,}"))
 

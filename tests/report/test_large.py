@@ -1,0 +1,40 @@
+"""A run as large as they come gives a page that can be opened."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from loralloc.report.page import write_report
+
+from .dom import check_page, read_page
+from .large import EVENTS, EXPERTS, LAYERS, ROWS, write_large
+
+
+def test_modules_that_are_too_many_to_read_are_a_picture(tmp_path: Path) -> None:
+    path = write_report(write_large(tmp_path, experts=13, events=5, rows=100))
+    check_page(read_page(path))
+    page = path.read_text(encoding="utf-8")
+    assert '<table class="heat"' not in page
+    assert "A row for each layer, a column for each type." in page
+    assert "40 more, in ranks.json" in page
+    assert "All modules" in page
+    assert "1,040" in page
+    few = write_report(write_large(tmp_path / "few", experts=2, events=5, rows=100)).read_text(encoding="utf-8")
+    assert '<table class="heat"' in few
+    assert "more, in ranks.json" not in few
+
+
+@pytest.mark.slow
+def test_in_seconds_and_in_a_file_of_a_megabyte(tmp_path: Path) -> None:
+    run = write_large(tmp_path)
+    begun = time.process_time()
+    page = write_report(run)
+    assert time.process_time() - begun < 20, "6 s on a quiet machine"
+    assert page.stat().st_size < 2e6
+    text = page.read_text(encoding="utf-8")
+    assert f"{2 * LAYERS * EXPERTS:,}" in text
+    assert f"{ROWS:,}" in text
+    assert EVENTS == 500
