@@ -18,7 +18,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench lint format reference clean
+.PHONY: help demo test check versions bench lint format reference clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,10 @@ test: lint ## lint, types, and the fast tests with all doctests
 
 check: .venv/.dev ## the slow tests: minutes of training
 	$(PYTEST) -m slow --dist loadfile
+
+versions: ## the fast tests with the lowest and the newest releases that pyproject.toml allows; see .ci/versions
+	.ci/versions lowest
+	.ci/versions newest
 
 # One thread a process, as with the tests: the numbers do not depend on how many cores are free.
 bench: .venv/.bench ## what rank allocation costs, against its peers; writes the tables of benchmarks/README.md
