@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from loralloc.report.page import write_report
 
 from .dom import check_page, read_page
-from .large import EVENTS, EXPERTS, LAYERS, ROWS, write_large
+from .large import EXPERTS, LAYERS, ROWS, write_large
 
 
 def test_modules_that_are_too_many_to_read_are_a_picture(tmp_path: Path) -> None:
@@ -28,13 +27,9 @@ def test_modules_that_are_too_many_to_read_are_a_picture(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_in_seconds_and_in_a_file_of_a_megabyte(tmp_path: Path) -> None:
-    run = write_large(tmp_path)
-    begun = time.process_time()
-    page = write_report(run)
-    assert time.process_time() - begun < 20, "6 s on a quiet machine"
-    assert page.stat().st_size < 2e6
+def test_twenty_thousand_modules_are_a_page_of_a_megabyte(tmp_path: Path) -> None:
+    page = write_report(write_large(tmp_path))
+    assert page.stat().st_size < 1e6
     text = page.read_text(encoding="utf-8")
     assert f"{2 * LAYERS * EXPERTS:,}" in text
     assert f"{ROWS:,}" in text
-    assert EVENTS == 500
