@@ -58,3 +58,16 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel as a function of its own everywhere, also where ordinary operations would do."""
+    monkeypatch.setattr("loralloc.kernel._composes", lambda *_: False)
+
+
+@pytest.fixture(params=["as chosen", "by hand"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel as it chooses its way, and as a function of its own."""
+    if request.param == "by hand":
+        monkeypatch.setattr("loralloc.kernel._composes", lambda *_: False)

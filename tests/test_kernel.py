@@ -16,6 +16,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from loralloc.kernel import gated_lora
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 
 def twin(x: Tensor, base_out: Tensor, A: Tensor, g: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
     """base_out + Σ_k s_k g_k (x · A_k) B_k: the sum of gated rank-one terms."""
@@ -112,6 +114,7 @@ class TestSecondDerivatives:
         assert not found["B"][:, 1].any()
         assert found["A"][0].any()
 
+    @pytest.mark.usefixtures("by_hand")
     def test_hang_on_the_activation_being_recomputed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The partner: with the saved activation as a constant, the second derivative of B would miss x and A."""
         inputs = draw()

@@ -29,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from loralloc.kernel import gated_lora
 
+pytestmark = pytest.mark.usefixtures("by_hand")
+
 
 class Products(TorchDispatchMode):
     """Records the dtype of the operands of every matrix product."""

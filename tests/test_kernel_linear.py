@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from loralloc.kernel import gated_linear, gated_lora
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 F32 = torch.float32
 NAMES = ("x", "A", "g", "B")
 biases = pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
@@ -116,6 +118,7 @@ def test_the_backward_pass_can_be_repeated() -> None:
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_weight_and_bias_stay_frozen() -> None:
     inputs, (W, b) = draw(), layer()
     y = in_one_step(inputs, W, b, SCALE)
@@ -160,6 +163,7 @@ def _graph(y: Tensor) -> int:
     return len(seen)
 
 
+@pytest.mark.usefixtures("by_hand")
 def test_it_is_one_node_of_the_graph_and_keeps_no_more() -> None:
     kept: dict[Callable[..., Tensor], int] = {}
     nodes: dict[Callable[..., Tensor], int] = {}

@@ -3,11 +3,13 @@
     y = base_out + s · ((x Aᵀ) ∘ g) Bᵀ        `gated_lora`: behind any layer
     y = x Wᵀ + b + s · ((x Aᵀ) ∘ g) Bᵀ        `gated_linear`: in one step with a frozen linear layer
 
-Notable choices:
+Two ways lead there, and `_composes` says which. Where all tensors have one precision of 32 bits or more, it is ordinary
+operations: what Python adds to each of a model's layers is then less than PEFT's own LoRA has. Everything else is a
+function of its own, `_GatedLoRA`, with a backward pass by hand. Its notable choices:
 
 * The add is part of the matrix product (`addmm`), the scale is folded into the gate, and only the input, the r-wide
-  activation and its factor s · g are kept for the backward pass, parameters aside. On a CPU the products that are r
-  wide are computed as r high.
+  activation and its factor s · g are kept for the backward pass, parameters aside: over a base in half precision no
+  wide copy of the input in the adapter's. On a CPU the products that are r wide are computed as r high.
 * `gated_linear` owns the layer's product, and that of its backward pass, and adds to both in place: a copy and a sum of
   wide tensors and a node of the graph less than a layer with `gated_lora` behind it.
 * `row_scale` multiplies the *weight* gradients of each output row (ALLoRA, arXiv 2410.09692): the input's gradient
@@ -62,6 +64,8 @@ def gated_lora(
     Returns:
         [..., out], in the dtype of `base_out`.
     """
+    if _composes(x, base_out, A, g, row_scale):
+        return _unflat(torch.addmm(_flat(base_out), torch.nn.functional.linear(_flat(x), A) * (g * s), B.t()), x)
     return _GatedLoRA.apply(x, base_out, None, None, A, g, B, s, row_scale)  # type: ignore[no-any-return]
 
 
@@ -90,7 +94,25 @@ def gated_linear(
     Returns:
         [..., out], in the dtype that `torch.nn.functional.linear(x, W, b)` has.
     """
+    if _composes(x, W, A, g, row_scale):
+        flat = _flat(x)
+        out = torch.nn.functional.linear(flat, W, b)
+        add = out.addmm if is_in_torch_dispatch_mode() else out.addmm_
+        return _unflat(add(torch.nn.functional.linear(flat, A) * (g * s), B.t()), x)
     return _GatedLoRA.apply(x, None, W, b, A, g, B, s, row_scale)  # type: ignore[no-any-return]
+
+
+def _composes(x: Tensor, frozen: Tensor, A: Tensor, g: Tensor, row_scale: Tensor | None) -> bool:
+    """Whether ordinary operations are exact, and keep no wide tensor that `_GatedLoRA` would not."""
+    return (
+        row_scale is None
+        and x.dtype is A.dtype
+        and frozen.dtype is A.dtype
+        and g.dtype is A.dtype
+        and g.dim() == 1
+        and A.dtype.itemsize >= 4
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def _compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
