@@ -4,6 +4,7 @@ python benchmarks/micro.py parts --shape llama-512    # forward, backward, alloc
 python benchmarks/micro.py operators --shape llama-512  # a step by operator, as the profiler sees it
 python benchmarks/micro.py onestep --shape llama-512  # frozen layer and update as one step of the graph, or as two
 python benchmarks/micro.py layer                      # a layer whose products cost nothing: what is beside them
+python benchmarks/micro.py ways                       # the kernel as ordinary operations, and by hand
 python benchmarks/micro.py products                   # an adapter's narrow products, either way around
 python benchmarks/micro.py repeats --shape llama-512  # a forward pass of 1 to 32 copies of a batch
 python benchmarks/micro.py averages                   # AdaLoRA's running averages: stacks, or lists of tensors
@@ -15,16 +16,17 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from unittest.mock import patch
 
 import torch
 from contenders import Setting, build
 from peft import LoraConfig, get_peft_model
 from shapes import SHAPES
-from timing import interleave
+from timing import bytes_alive, interleave, peak_memory
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from loralloc import AdaLoRA, Budget, attach
+from loralloc import AdaLoRA, Budget, attach, kernel
 
 Parts = Mapping[str, Callable[[], object]]
 
@@ -124,6 +126,33 @@ def layer(turns: int, layers: int = 200) -> None:
         show(f"base {dtype}, adapter {adapter}, µs", {name: 1000 * ms / layers for name, ms in found.items()})
 
 
+LAYERS = ((16, 16, 50), (128, 16, 50), (128, 512, 20), (384, 1024, 8), (512, 512, 8), (1024, 512, 4))
+"""Width, tokens, and how many."""
+
+
+def ways(turns: int) -> None:
+    """Forward and backward of layers of one width, as shares of PEFT LoRA's: as the kernel chooses, and by hand."""
+    for width, tokens, layers in LAYERS:
+        x = torch.randn(2, tokens // 2, width)
+        steps: dict[str, Callable[[], object]] = {}
+        for name in ("PEFT LoRA", "as chosen", "by hand"):
+            base = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
+            model = get_peft_model(base, LoraConfig(r=12, target_modules="all-linear"))
+            if name != "PEFT LoRA":
+                attach(model, AdaLoRA(Budget(average_rank=2)), total_steps=100)
+
+            def step(x: Tensor = x, model: nn.Module = model, chosen: bool = name != "by hand") -> None:
+                with patch.object(kernel, "_composes", kernel._composes if chosen else lambda *_: False):
+                    model(x).sum().backward()
+
+            steps[name] = step
+        times, alive = interleave(steps, turns), bytes_alive("cpu")
+        peaks = {name: peak_memory(step, "cpu") - alive for name, step in steps.items()}
+        found = {name: times.ratio(name, "PEFT LoRA", "processor").median for name in steps if name != "PEFT LoRA"}
+        found |= {f"{name}, memory": peaks[name] / peaks["PEFT LoRA"] for name in ("as chosen", "by hand")}
+        show(f"{layers} layers of {width}, {tokens} tokens", found, digits=3)
+
+
 @torch.no_grad()
 def products(turns: int) -> None:
     """A layer's products that are as narrow as its rank: h = x Aᵀ, t = dy B, dB = dyᵀ h, straight and turned around."""
@@ -189,7 +218,7 @@ def show(title: str, found: Mapping[str, float], digits: int = 2) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=(*OF_A_STEP, "layer", "products", "repeats", "averages"))
+    parser.add_argument("what", choices=(*OF_A_STEP, "layer", "ways", "products", "repeats", "averages"))
     parser.add_argument("--shape", choices=SHAPES, default="llama-512")
     parser.add_argument("--rank", type=int, default=12)
     parser.add_argument("--turns", type=int, default=20)
@@ -200,7 +229,7 @@ def main() -> None:
     elif options.what == "repeats":
         repeats(options.shape, options.turns)
     else:
-        {"layer": layer, "products": products, "averages": averages}[options.what](options.turns)
+        {"layer": layer, "ways": ways, "products": products, "averages": averages}[options.what](options.turns)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Stack:
 
     def weights(self) -> Tensor:
         """Stack the values, in the dtype of the running averages. Under `no_grad`."""
-        weights = torch.stack([*self.parameters]).to(self.mean.dtype)
+        weights = self._stacked([*self.parameters])
         if self.mean.device != weights.device:  # the model was moved after attaching
             for name in ("mean", "uncertainty", "positions"):
                 setattr(self, name, getattr(self, name).to(weights.device))
@@ -57,7 +57,11 @@ class Stack:
     def gradients(self) -> Tensor:
         """Stack the gradients; a parameter that took no part in the step has none and counts as zero."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        return torch.stack(gradients).to(self.mean.dtype)
+        return self._stacked(gradients)
+
+    def _stacked(self, tensors: list[Tensor]) -> Tensor:
+        """As `torch.stack`, which makes a view of every tensor first: for many small ones that takes longer than it."""
+        return torch.cat(tensors).view(self.mean.shape).to(self.mean.dtype)
 
     def resolution(self) -> float:
         """Relative rounding of the parameters themselves, which may be narrower than the averages."""
