@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loralloc import export_adapter
 from loralloc.adapter import export as export_module
-from loralloc.adapter.export import RECORD, Export, Profile
+from loralloc.adapter.export import Export, Profile
+from loralloc.adapter.folders import RECORD
 
 MODELS = list(BUILDERS)
 ADAPTER_PROFILES: tuple[Profile, ...] = ("ragged", "uniform")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loralloc import reading
 from loralloc.errors import UserError
+
+LAST_STEP = 2**53
+"""Above it, the steps of a figure would be no whole numbers any more."""
 
 
 def finite(value: Any) -> Any:
@@ -25,7 +28,8 @@ def write_atomically(path: Path, text: str) -> None:
     """Write text so that a reader, or a crash, sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:  # never through a link that somebody has put there
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -50,17 +54,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: It cannot be read, or a line in it is no JSON object with a step.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
-    lines = read_text(path).split("\n")
+    lines = read_text(path, reading.LINES_LIMIT).split("\n")
     rows: list[dict[str, Any]] = []
     for place, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = reading.parse_json(line)
             step = row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
+            if not 0 <= step <= LAST_STEP:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if place == len(lines):
                 break
             raise UserError(
@@ -72,13 +78,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, limit: int = reading.RECORD_LIMIT) -> str:
     """Read a file that this package has written.
 
+    Args:
+        path: The file.
+        limit: The most bytes that it may have.
+
     Raises:
-        UserError: It cannot be read, or is not UTF-8.
+        UserError: It cannot be read, is not UTF-8, no regular file, or a larger one.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return reading.read_text(path, limit)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); restore the file") from error

@@ -8,8 +8,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+LONGEST, DEEPEST = 512, 32
+"""Characters and parts that the name of a module has at most; those of the models that there are have a fifth."""
+
+
+def is_module_name(value: Any) -> bool:
+    r"""Whether a value from a file can be the name of a module, and is safe to print.
+
+    >>> is_module_name("layers.0.fc"), is_module_name(""), is_module_name("fc\x1b[2J"), is_module_name("x" * 513)
+    (True, False, False, False)
+    """
+    whole = isinstance(value, str) and 0 < len(value) <= LONGEST
+    return whole and value.isprintable() and value.count(".") < DEEPEST
 
 
 def ends_in(name: str, end: str) -> bool:
@@ -89,6 +103,20 @@ def _pattern(entries: Iterable[str] | str | None) -> str:
     return "|".join(rf"(.*\.)?{re.escape(entry)}" for entry in sorted(entries or ()))
 
 
+def sort_names(config: Any) -> None:
+    """Put names of modules in order, so that equal adapters are saved as equal bytes.
+
+    PEFT keeps them in sets and writes these in the order that they have, another one in each process.
+
+    Args:
+        config: A LoraConfig, changed in place.
+    """
+    for key in ("target_modules", "exclude_modules"):
+        names = getattr(config, key)
+        if isinstance(names, set):
+            setattr(config, key, sorted(names))
+
+
 class Place(NamedTuple):
     """Where a module is: the name before its layer's number, the number, and the name after it."""
 
@@ -159,14 +187,15 @@ def short_names(types: Sequence[str]) -> dict[str, str]:
     >>> short_names(["attention.output.dense", "output.dense", "attention.self.query"])
     {'attention.output.dense': 'attention.output', 'output.dense': 'output.dense', 'attention.self.query': 'query'}
     """
-    short = {}
-    for name in types:
-        parts = name.split(".")
-        others = [f".{other}." for other in types if other != name]
-        runs = (
-            ".".join(parts[at : at + length])
-            for length in range(1, len(parts))
-            for at in reversed(range(len(parts) - length + 1))
-        )
-        short[name] = next((run for run in runs if not any(f".{run}." in other for other in others)), name)
-    return short
+    runs = {name: _runs(name.split(".")) for name in types}
+    found_in = Counter(run for several in runs.values() for run in set(several))
+    return {name: next((run for run in several if found_in[run] == 1), name) for name, several in runs.items()}
+
+
+def _runs(parts: Sequence[str]) -> list[str]:
+    """Runs of a name's parts but for the whole, short ones first, and those at the end before others."""
+    return [
+        ".".join(parts[at : at + length])
+        for length in range(1, len(parts))
+        for at in reversed(range(len(parts) - length + 1))
+    ]

@@ -13,8 +13,13 @@ from typing import Any
 
 from loralloc.errors import UserError
 from loralloc.files import write_atomically
+from loralloc.naming import is_module_name
+from loralloc.reading import read_json
 
 FORMAT = 1
+
+MOST_FEATURES = 2**31 - 1
+"""Inputs or outputs of a layer, at most."""
 
 
 class PlanError(UserError):
@@ -128,14 +133,19 @@ class RankPlan:
         for key in ("budget", "cost", "provenance"):
             if not isinstance(data.get(key, {}), dict):
                 raise PlanError(f'{path}: "{key}" must be a mapping, got {data[key]!r}')
+        for key, value in data.get("budget", {}).items():
+            if not _is_finite(value):
+                raise PlanError(f'{path}: "budget.{key}" must be a finite number, got {value!r}')
+        if not isinstance(data.get("method", ""), str):
+            raise PlanError(f'{path}: "method" must be text, got {data["method"]!r}')
         modules = {name: _module(path, name, entry) for name, entry in data["modules"].items()}
         if not any(module.rank for module in modules.values()):
             raise PlanError(f"{path}: the plan keeps no rank in any module")
         peak = data.get("cost", {}).get("peak", {"ranks": None})
-        if not isinstance(peak, dict) or type(peak.get("ranks", "")) not in (int, type(None)):
+        if not isinstance(peak, dict) or not _is_count(peak.get("ranks", "")):
             raise PlanError(f'{path}: "cost.peak" must be {{"ranks": N}}, got {peak!r}')
         return cls(
-            method=str(data.get("method", "")),
+            method=data.get("method", ""),
             modules=modules,
             budget=data.get("budget", {}),
             peak=peak["ranks"],
@@ -145,6 +155,8 @@ class RankPlan:
 
 def _module(path: Path, name: str, entry: Any) -> ModuleRank:
     """Check one entry before anything is allocated from it."""
+    if not is_module_name(name):
+        raise PlanError(f"{path}: {name[:80]!r} is not the name of a module")
     try:
         numbers = {key: entry[key] for key in ("rank", "start", "in", "out", "scale")}
     except (KeyError, TypeError) as error:
@@ -156,9 +168,20 @@ def _module(path: Path, name: str, entry: Any) -> ModuleRank:
             f'{path}: module "{name}" must have whole numbers with 0 <= rank, start <= max(in, out), '
             f"got rank={rank!r}, start={start!r}, in={inputs!r}, out={outputs!r}"
         )
-    if type(scale) not in (int, float) or not 0 < scale <= sys.float_info.max:
+    if max(inputs, outputs) > MOST_FEATURES:
+        raise PlanError(f'{path}: module "{name}" has {max(inputs, outputs):,} features, and no layer has so many')
+    if not _is_finite(scale) or scale <= 0:
         raise PlanError(f'{path}: the scale of module "{name}" must be a positive finite number, got {scale!r}')
     return ModuleRank(rank, start, inputs, outputs, float(scale))
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (type(value) is int and 0 <= value < 2**63)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold; True and False are none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _read(path: Path) -> Any:
@@ -172,10 +195,12 @@ def _read(path: Path) -> Any:
         return found
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        return read_json(path, unique)
     except OSError as error:
         raise PlanError(f"{path}: cannot read the rank plan ({error.strerror})") from error
     except PlanError:
         raise
-    except (ValueError, RecursionError) as error:
+    except UserError as error:
+        raise PlanError(str(error)) from error
+    except ValueError as error:
         raise PlanError(f"{path}: not JSON ({error})") from error

@@ -7,7 +7,7 @@ stays fast.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,7 +31,7 @@ def is_text(value: Any) -> bool:
 def _check_number(value: Any) -> Any:
     if not is_number(value):
         raise ValueError("must be a number")
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # a float, or an integer that no float holds
         raise ValueError("must be a finite number")
     return value
 

@@ -23,10 +23,17 @@ from typing import Any
 
 from loralloc.errors import UserError
 from loralloc.files import read_jsonl, write_atomically
+from loralloc.naming import LONGEST, is_module_name
 from loralloc.schedule import FALLS, Schedule
 
 Event = dict[str, Any]
 Span = tuple[str, int, int]
+
+MOST_PHASES = 16
+"""A schedule has three."""
+
+LARGEST = 2**53
+"""No count of a trace is larger: a budget of so many bytes would be that of 10¹⁵ ranks."""
 
 
 # ---- Writing ----
@@ -201,35 +208,74 @@ def read_trace(path: Path) -> Trace | None:
         return _trace(path, rows[at], rows[at:])
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: an event lacks a field or has a wrong one ({error!r}); restore the file") from error
 
 
 def _trace(path: Path, start: Event, rows: Sequence[Event]) -> Trace:
-    sites, unit = tuple(map(str, start["sites"])), str(start.get("unit", "ranks"))
-    inputs, outputs = (tuple(map(int, start[key])) for key in ("in", "out"))
+    sites, unit = _sites(start["sites"]), _word(start.get("unit", "ranks"))
+    inputs, outputs = (_whole_numbers(start[key], least=1) for key in ("in", "out"))
     parameters = [a + b for a, b in zip(inputs, outputs, strict=True)]
+    costs = _whole_numbers(start.get("costs") or ([1] * len(sites) if unit == "ranks" else parameters))
+    if not len(sites) == len(inputs) == len(costs):
+        raise ValueError(f"{len(inputs)} sizes and {len(costs)} costs of {len(sites)} sites")
     events = []
     for row in (start, *(row for row in rows[1:] if "ranks" in row)):
-        ranks = tuple(map(int, row["ranks"]))
+        ranks = _whole_numbers(row["ranks"])
         if len(ranks) != len(sites):
             raise UserError(
                 f"{path}: {len(ranks)} ranks for {len(sites)} sites at step {row['step']}; restore the file"
             )
         budget = row.get("start_budget" if row is start else "budget")
-        events.append(RankEvent(int(row["step"]), ranks, None if budget is None else int(budget)))
+        events.append(RankEvent(row["step"], ranks, None if budget is None else _whole(budget)))
     target = start.get("target_budget")
     return Trace(
-        label=str(start.get("label", "")),
+        label=_word(start.get("label", "")),
         sites=sites,
         inputs=inputs,
         outputs=outputs,
         unit=unit,
-        costs=tuple(map(int, start.get("costs") or ([1] * len(sites) if unit == "ranks" else parameters))),
-        total_steps=int(start.get("total_steps") or 0),
-        phases=tuple((str(name), int(first), int(last)) for name, first, last in start.get("phases") or ()),
-        target=None if target is None else int(target),
+        costs=costs,
+        total_steps=_whole(start.get("total_steps") or 0),
+        phases=_spans(start.get("phases") or ()),
+        target=None if target is None else _whole(target),
         events=tuple(events),
         ended=rows[-1].get("event") == "finish",
         bad_steps=tuple(sorted({row["step"] for row in rows if row.get("event") == "bad_step"})),
     )
+
+
+def _sites(names: Sequence[Any]) -> tuple[str, ...]:
+    """Return names of modules, each once."""
+    wrong = next((name for name in names if not is_module_name(name)), None)
+    if wrong is not None or not isinstance(names, list) or len(set(names)) < len(names):
+        raise ValueError(f"sites must be names of modules, each once, got {_shown(names if wrong is None else wrong)}")
+    return tuple(names)
+
+
+def _spans(phases: Sequence[Any]) -> tuple[Span, ...]:
+    if len(phases) > MOST_PHASES:
+        raise ValueError(f"{len(phases):,} phases, and no schedule has more than {MOST_PHASES}")
+    return tuple((_word(name), _whole(first), _whole(last)) for name, first, last in phases)
+
+
+def _word(value: Any) -> str:
+    """Return a short text; refuse what is none."""
+    if not isinstance(value, str) or len(value) > LONGEST:
+        raise ValueError(f"{_shown(value)} is no name")
+    return value
+
+
+def _whole_numbers(values: Sequence[Any], least: int = 0) -> tuple[int, ...]:
+    return tuple(_whole(value, least) for value in values)
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    """Return a count; refuse what is none, such as 1e300 or -3."""
+    if type(value) is not int or not least <= value <= LARGEST:
+        raise ValueError(f"{_shown(value)} is no whole number from {least} to {LARGEST}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]

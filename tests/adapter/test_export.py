@@ -43,7 +43,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loralloc import AdaLoRA, Budget, attach, export_adapter
-from loralloc.adapter.export import PROFILES, RECORD, Factors, Profile, ragged, uniform
+from loralloc.adapter.export import PROFILES, Factors, Profile, ragged, uniform
+from loralloc.adapter.folders import RECORD
 
 # ---- Reload by stock PEFT ----
 

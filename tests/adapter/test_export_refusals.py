@@ -41,7 +41,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import GPT2ForSequenceClassification as GPT2Classifier
 
 from loralloc import UserError, export_adapter
-from loralloc.adapter.export import PROFILES, RECORD, Export, Profile
+from loralloc.adapter.export import PROFILES, Export, Profile
+from loralloc.adapter.folders import RECORD
 from loralloc.adapter.model_card import VLLM_RANKS
 from loralloc.gating import attach_gates, fold_gates, is_gated
 

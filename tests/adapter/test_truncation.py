@@ -263,7 +263,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (_pickle, "convert adapter_model.bin, a pickle, with PEFT's save_pretrained"),
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is no config of PEFT"),
     "no mapping": (lambda f: (f / "adapter_config.json").write_text("[]"), "is no config of PEFT"),
-    "not LoRA": (_prompt_tuning, "is an adapter of type IA3: only plain LoRA"),
+    "not LoRA": (_prompt_tuning, "is an adapter of type IA3: only LoRA can be read"),
     "DoRA": (
         lambda f: _configure(f, use_dora=True),
         "is no plain LoRA, which alone can be truncated: use_dora makes the update more, or other, than B·A",

@@ -14,7 +14,6 @@ lora_alpha, hence the scale lora_alpha / rank of the module; `uniform` has lora_
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 import tempfile
@@ -38,10 +37,11 @@ from loralloc.adapter.check import (
     computing_plainly,
     logits,
 )
-from loralloc.adapter.folders import RECORD, check_target
+from loralloc.adapter.folders import CARD, check_target, record_again, record_export
 from loralloc.adapter.model_card import Export, Profile, model_card
 from loralloc.errors import UserError, check_choice
 from loralloc.gating import is_gated
+from loralloc.naming import sort_names
 from loralloc.peft_layers import PREFIX, peft_model
 from loralloc.plain_lora import PlainSite, check_active, check_mergeable, check_plain, plain_sites, stored_apart
 
@@ -109,8 +109,7 @@ def export_adapter(
         if profile != "merged":
             write_card(model, export, folder)
         record = {"loralloc": __version__, "profile": profile, "ranks": export.ranks, "difference": export.difference}
-        record["files"] = sorted(entry.name for entry in folder.iterdir())
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record_export(folder, record)
         move_into_place(folder, path)
     return export
 
@@ -132,7 +131,8 @@ def write_card(model: PeftModel, export: Export, folder: Path, facts: Mapping[st
     """Write the model card of an adapter into its folder (see `model_card`)."""
     tokenizer = (folder / "tokenizer_config.json").is_file()
     text = model_card(model.get_base_model(), export, tokenizer, facts)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / CARD).write_text(text, encoding="utf-8")
+    record_again(folder)
 
 
 def _export(
@@ -222,6 +222,7 @@ def plain_config(config: PeftConfig, fields: Mapping[str, Any], left_out: list[s
         config.target_modules, config.exclude_modules = stay, None
     elif left_out:
         config.exclude_modules = sorted({*(config.exclude_modules or ()), *left_out})
+    sort_names(config)
     return config
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from loralloc.errors import UserError
+from loralloc.files import write_atomically
+from loralloc.reading import RECORD_LIMIT, check_inside, check_regular, read_object
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
+
+CARD = "README.md"
 
 RECORD = "loralloc_export.json"
 """Our record of an export, in a file of its own: readers of LoRA warn about keys they do not know."""
@@ -24,22 +32,64 @@ def check_adapter_folder(folder: Path) -> None:
         folder: What should be an adapter of PEFT.
 
     Raises:
-        UserError: It is missing, or a file is.
+        UserError: It is missing, or a file is, or is no regular file in this folder.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    if not (folder / ADAPTER_CONFIG).is_file():
+    check_inside(folder, [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS])
+    if not (folder / ADAPTER_CONFIG).exists():
         inner = folder / "adapter"
         hint = f"; the adapter of this run is {inner}" if (inner / ADAPTER_CONFIG).is_file() else ""
         raise UserError(f"{folder} is no adapter: it has no {ADAPTER_CONFIG}{hint}")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).exists():
         pickled = (folder / PICKLED_WEIGHTS).exists()
         cure = f"; convert {PICKLED_WEIGHTS}, a pickle, with PEFT's save_pretrained" if pickled else ""
         raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}{cure}")
+    check_regular(folder / ADAPTER_CONFIG, RECORD_LIMIT)
+    check_regular(folder / ADAPTER_WEIGHTS)
+
+
+def record_export(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the record of an export: some facts, and the SHA-256 of every file that is in the folder.
+
+    Args:
+        folder: The finished export.
+        facts: What else the record tells.
+    """
+    record = {**facts, "files": {name: _digest(folder / name) for name in sorted(_files(folder))}}
+    write_atomically(folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def record_again(folder: Path) -> None:
+    """Bring the record of an export up to date with a file that has been written anew; without a record, do nothing."""
+    if (folder / RECORD).exists():
+        record_export(folder, read_object(folder / RECORD))
+
+
+def exported_files(folder: Path) -> list[str]:
+    """Return the files of an export, its record last, as they were when it was checked; the card may have been edited.
+
+    Args:
+        folder: The export.
+
+    Raises:
+        UserError: The folder is no export of loralloc, or lacks a file of it, or holds another one in its place.
+    """
+    if not (folder / RECORD).exists():
+        raise UserError(f"{folder} is no export of loralloc, so nobody has checked it; loralloc export writes one")
+    recorded = _recorded(folder, "export it again")
+    if missing := [name for name in recorded if not (folder / name).exists()]:
+        raise UserError(f"{folder} lacks {', '.join(missing)}, which was exported there; export it again")
+    check_inside(folder, [folder / name for name in (*recorded, RECORD)])
+    if changed := [name for name, digest in recorded.items() if name != CARD and _digest(folder / name) != digest]:
+        raise UserError(f"{folder}: {changed[0]} has changed since it was exported and checked; export it again")
+    return [*recorded, RECORD]
 
 
 def check_target(path: Path) -> None:
     """Refuse to replace a folder that is not an export, or that holds anything besides.
+
+    The record does not decide what may go: a file has to be the very one that was exported, by its content.
 
     Args:
         path: Where an export is to be written.
@@ -49,14 +99,40 @@ def check_target(path: Path) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give a folder for the export")
-    found = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    if found and RECORD not in found:
-        raise UserError(f"{path} exists and is no export of loralloc; nothing was overwritten: choose another folder")
-    if found:
-        written = json.loads((path / RECORD).read_text(encoding="utf-8")).get("files", [])
-        strangers = sorted(found - {RECORD, *written})
-        if strangers:
-            raise UserError(
-                f"{path} holds more than the export written there ({strangers[0]}); nothing was overwritten: "
-                "choose another folder"
-            )
+    found = _files(path) if path.exists() else set()
+    if not found:
+        return
+    cure = "nothing was overwritten: choose another folder"
+    if RECORD not in {entry.name for entry in path.iterdir()}:
+        raise UserError(f"{path} exists and is no export of loralloc; {cure}")
+    recorded = _recorded(path, cure)
+    if strangers := sorted(found - recorded.keys()):
+        raise UserError(f"{path} holds more than the export written there ({strangers[0]}); {cure}")
+    if changed := [name for name in sorted(found) if _digest(path / name) != recorded[name]]:
+        raise UserError(f"{path}: {changed[0]} has changed since it was exported; {cure}")
+
+
+def _files(folder: Path) -> set[str]:
+    """Paths of all that is in a folder, at any depth, but the record: files, links and empty folders."""
+    found = set()
+    for root, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(root) / name).is_symlink()]
+        empty = [] if folders or files or root == str(folder) else ["."]
+        found |= {(Path(root) / name).relative_to(folder).as_posix() for name in (*files, *links, *empty)}
+    return found - {RECORD}
+
+
+def _recorded(folder: Path, cure: str) -> dict[str, str]:
+    """What the record says of the files: SHA-256 by name."""
+    files = read_object(folder / RECORD, cure).get("files")
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        raise UserError(f"{folder / RECORD} does not say what its files hold, as those of earlier versions; {cure}")
+    return files
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; nothing for a link, and for what is no file."""
+    if path.is_symlink() or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import glob
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from loralloc.adapter.folders import ADAPTER_CONFIG, RECORD
+from loralloc.adapter.folders import ADAPTER_CONFIG, exported_files
 from loralloc.errors import UserError
+from loralloc.reading import read_object
 
 
 def check_push(repository: str) -> None:
@@ -34,24 +35,10 @@ def check_push(repository: str) -> None:
         raise UserError("the Hub takes files from those that it knows: run `hf auth login` first, or set HF_TOKEN")
 
 
-def exported_files(folder: Path) -> list[str]:
-    """Return patterns that fit the files of an export, its record among them, and no others.
-
-    Raises:
-        UserError: The folder is no export of loralloc, or lacks a file of it.
-    """
-    if not (folder / RECORD).is_file():
-        raise UserError(f"{folder} is no export of loralloc, so nobody has checked it; loralloc export writes one")
-    names = [*json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"], RECORD]
-    if missing := [name for name in names if not (folder / name).exists()]:
-        raise UserError(f"{folder} lacks {', '.join(missing)}, which was exported there; export it again")
-    return [f"{name}/*" if (folder / name).is_dir() else name for name in names]
-
-
 def base_of(folder: Path) -> str | None:
     """Return what an exported adapter calls its base model; None for a merged model, which needs none."""
     path = folder / ADAPTER_CONFIG
-    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else None
+    return read_object(path).get("base_model_name_or_path") if path.exists() else None
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
@@ -89,7 +76,9 @@ def upload(api: HfApi, folder: Path, repository: str, files: list[str], revision
         UserError: The Hub refused them or could not be reached.
     """
     try:
-        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, revision=revision)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=list(map(glob.escape, files)), revision=revision
+        )
     except Exception as error:
         raise _not_pushed(repository, error) from error
 

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from loralloc._version import __version__
 from loralloc.adapter.export import Factors, move_into_place, plain_config, ragged
-from loralloc.adapter.folders import ADAPTER_CONFIG as CONFIG
 from loralloc.adapter.folders import ADAPTER_WEIGHTS as WEIGHTS
-from loralloc.adapter.folders import RECORD, check_adapter_folder, check_target
+from loralloc.adapter.folders import check_target, record_export
+from loralloc.adapter.stored import StoredAdapter, read_adapter
 from loralloc.budget import Budget, Modules
 from loralloc.errors import UserError
 from loralloc.methods.truncate import Truncate, balanced, decompose, keep_largest
 from loralloc.peft_layers import PREFIX
 from loralloc.plain_lora import check_plain_config
 from loralloc.plan import ModuleRank, RankPlan
-
-_FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -45,16 +37,6 @@ class Truncation:
     path: Path
     plan: RankPlan
     kept: float
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """An adapter as it stands in its folder: A [r, in] and B [out, r] by full module name, their scales, the rest."""
-
-    config: LoraConfig
-    factors: Mapping[str, Factors]
-    scales: Mapping[str, float]
-    others: Mapping[str, Tensor]
 
 
 def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> Truncation:
@@ -109,70 +91,28 @@ def _modules(values: Sequence[Tensor], factors: Sequence[Factors]) -> Modules:
     )
 
 
-def _read(folder: Path) -> _Stored:
-    check_adapter_folder(folder)
-    config = _read_config(folder)
+def _read(folder: Path) -> StoredAdapter:
+    """Read an adapter; refuse what is not plain LoRA."""
+    stored = read_adapter(folder)
+    if others := [key for key in stored.others if ".lora_" in key]:
+        raise UserError(f"{folder}: {others[0]} is no factor of a linear layer: only plain LoRA can be truncated")
     try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read: {str(error).splitlines()[0]}") from error
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key in [key for key in tensors if ".lora_" in key]:
-        match, tensor = _FACTOR.fullmatch(key), tensors.pop(key)
-        if match is None or tensor.dim() != 2:
-            raise UserError(f"{folder}: {key} is no factor of a linear layer: only plain LoRA can be truncated")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{folder}: {key} holds numbers that are not finite")
-        pairs.setdefault(match[1], {})[match[2]] = tensor
-    if not pairs:
-        raise UserError(f"{folder}: {WEIGHTS} holds no LoRA factors")
-    factors = {}
-    for name, pair in pairs.items():
-        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise UserError(f"{folder}: the factors of {name} do not fit together")
-        factors[name] = Factors(pair["A"], pair["B"])
-    return _Stored(config, factors, {name: _scale(config, name, f.rank) for name, f in factors.items()}, tensors)
-
-
-def _read_config(folder: Path) -> LoraConfig:
-    """Read the config; refuse what is not plain LoRA."""
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = settings.get("peft_type")
-        if kind != "LORA":
-            raise UserError(f"{folder} is an adapter of type {kind}: only plain LoRA can be truncated")
-        config = LoraConfig.from_pretrained(str(folder))
-    except UserError:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG} is no config of PEFT: {str(error).splitlines()[0]}") from error
-    try:
-        check_plain_config(config)
+        check_plain_config(stored.config)
     except UserError as error:
         raise UserError(f"{folder} is no plain LoRA, which alone can be truncated: {error}") from error
-    assert isinstance(config, LoraConfig)
-    return config
+    return stored
 
 
-def _scale(config: LoraConfig, name: str, rank: int) -> float:
-    """The factor of B·A as PEFT computes it."""
-    patterns = config.alpha_pattern or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.lora_alpha)  # type: ignore[arg-type]
-    patterns = config.rank_pattern or {}
-    stated = patterns.get(get_pattern_key(patterns.keys(), name), config.r)  # type: ignore[arg-type]
-    if stated != rank:
-        raise UserError(f"{name} has rank {rank} where {CONFIG} says {stated}: the files do not belong together")
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
-def _write(output: Path, stored: _Stored, factors: Mapping[str, Factors], plan: RankPlan) -> None:
+def _write(output: Path, stored: StoredAdapter, factors: Mapping[str, Factors], plan: RankPlan) -> None:
     """Write the folder beside its place and move it there whole."""
     fields, kept = ragged(factors)
     tensors = dict(stored.others)
     for name, factor in kept.items():
         for symbol, value in (("A", factor.A), ("B", factor.B)):
             dtype = getattr(stored.factors[name], symbol).dtype
-            tensors[f"{PREFIX}{name}.lora_{symbol}.weight"] = value.to(dtype).contiguous()
+            narrow = tensors[f"{PREFIX}{name}.lora_{symbol}.weight"] = value.to(dtype).contiguous()
+            if not torch.isfinite(narrow).all():
+                raise UserError(f"the update of {name} is too large for {dtype}, in which it is stored")
     config = plain_config(stored.config, fields, [name for name in factors if name not in kept])
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
@@ -180,7 +120,5 @@ def _write(output: Path, stored: _Stored, factors: Mapping[str, Factors], plan: 
         config.save_pretrained(str(folder))
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         plan.save(folder / "ranks.json")
-        files = sorted(entry.name for entry in folder.iterdir())
-        record = {"loralloc": __version__, "profile": "ragged", "ranks": plan.ranks, "files": files}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record_export(folder, {"loralloc": __version__, "profile": "ragged", "ranks": plan.ranks})
         move_into_place(folder, output)

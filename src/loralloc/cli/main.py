@@ -75,5 +75,20 @@ def main() -> None:
         app()
     except (UserError, FloatingPointError, OSError) as error:
         # A gradient that is never finite, a full disk, a file where a folder should be: the message says it all.
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+LONGEST_MESSAGE = 20_000
+"""Characters of a message, which may quote what stands in a file."""
+
+
+def _printable(text: str) -> str:
+    r"""Escape what a terminal would act on instead of showing it.
+
+    >>> _printable("a.json: got 'x\x1b[2J'")
+    "a.json: got 'x\\x1b[2J'"
+    """
+    shown = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
+    escaped = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
+    return "".join(escaped)

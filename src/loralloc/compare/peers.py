@@ -15,6 +15,7 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lo
 from transformers import PreTrainedModel, set_seed
 
 from loralloc.errors import UserError
+from loralloc.naming import sort_names
 from loralloc.recipe.from_recipe import adapter_config, task_data
 from loralloc.recipe.run import final_metrics, plan_of
 from loralloc.recipe.run_folder import RunFolder
@@ -62,6 +63,7 @@ def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
         CHANGES[peer](config)
         adapted = get_peft_model(model, config)
         assert isinstance(adapted, PeftModel)
+        sort_names(config)
         return adapted
 
     folder = RunFolder.of(recipe)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loralloc.adapter.export import Export, export_adapter
+from loralloc.errors import UserError
 from loralloc.frontier.orders import Order
 from loralloc.frontier.run import Settings
 from loralloc.frontier.source import Source
+from loralloc.reading import read_object
 from loralloc.recipe.from_recipe import load_adapter, task_data
 
 SHOWN_TO = 0.006
@@ -55,8 +56,8 @@ def _is_meant(shown: float, average: float) -> bool:
 
 def _record(folder: Path) -> Mapping[str, Any]:
     try:
-        return json.loads((folder / "frontier.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(folder / "frontier.json")
+    except UserError:
         return {}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loralloc.files import finite, write_atomically
+from loralloc.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,12 @@ class PointFolder:
     def read(self) -> Point | None:
         """Return the point that was kept; None where there is none, or one of something else."""
         try:
-            record = json.loads(self._record.read_text(encoding="utf-8"))
+            record = read_json(self._record)
             if record.pop("of") != dict(self.of):
                 return None
             cut, recovered = record.pop("cut"), record.pop("recovered")
             return Point(**record, cut=_measured(cut), recovered=None if recovered is None else _measured(recovered))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
             return None
 
     def clear(self) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loralloc.adapter.folders import ADAPTER_WEIGHTS, check_adapter_folder
 from loralloc.errors import UserError
 from loralloc.plan import RankPlan
+from loralloc.reading import read_object
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe, load_recipe
+from loralloc.setting_types import is_number
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,10 @@ class Source:
             raise UserError(f"{path} has no adapter: its export failed; loralloc export {path} writes it")
         plan, metrics = RankPlan.load(folder.plan), _read(folder.metrics)
         scales = {name: module.scale for name, module in plan.modules.items()}
-        recipe = _for_one_process(folder.load_recipe(), int(metrics.get("processes", 1)))
-        steps = plan.provenance.get("steps")
+        recipe = _for_one_process(folder.load_recipe(), _count(metrics.get("processes")) or 1)
+        steps = _count(plan.provenance.get("steps"))
         seconds = metrics.get("train_seconds")
+        seconds = float(seconds) if is_number(seconds) else None
         written = output or path / "frontier"
         return cls(folder.adapter, recipe, written, None, scales, len(plan.modules), steps, seconds)
 
@@ -89,8 +92,8 @@ class Source:
 
     def fingerprint(self) -> str:
         """Tell adapters apart: the start of a hash of its weights."""
-        digest = hashlib.sha256((self.adapter / ADAPTER_WEIGHTS).read_bytes())
-        return digest.hexdigest()[:16]
+        with (self.adapter / ADAPTER_WEIGHTS).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _for_one_process(recipe: Recipe, processes: int) -> Recipe:
@@ -99,5 +102,10 @@ def _for_one_process(recipe: Recipe, processes: int) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"accumulation": accumulation})})
 
 
-def _read(path: Path) -> dict[str, float]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.exists() else {}
+
+
+def _count(value: Any) -> int | None:
+    """Return what a file says of a number of things; None where it does not."""
+    return value if type(value) is int and 0 < value < 2**31 else None

@@ -21,15 +21,16 @@ from transformers import (
 )
 
 from loralloc.adapter.from_plan import lora_config
+from loralloc.adapter.stored import check_fits
 from loralloc.errors import UserError
-from loralloc.naming import named
+from loralloc.naming import named, sort_names
 from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.passthrough import LOAD, PEFT, TRAINER, imported, values
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.sections import ModelConfig
-from loralloc.recipe.targets import check_entries, check_new, check_patterns, linear_modules
+from loralloc.recipe.targets import check_entries, check_new, check_patterns, check_ranks, linear_modules
 from loralloc.setting_types import MethodSection
 from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import TaskData
@@ -40,6 +41,7 @@ from loralloc.tasks.spec import GREATER_IS_BETTER, TASKS
 from loralloc.training import processes
 from loralloc.training.seq2seq_trainer import RunSeq2SeqTrainer
 from loralloc.training.trainer import PlainTrainer, RunTrainer
+from loralloc.unpickling import nothing_unpickled
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
@@ -119,6 +121,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """
     set_seed(recipe.training.seed)
     lora, config = recipe.lora, adapter_config(recipe, model)
+    check_ranks(config, model)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -128,6 +131,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
             f"{linear_modules(model)} ({str(error).splitlines()[0]})"
         ) from error
     assert isinstance(adapted, PeftModel)
+    sort_names(config)
     check_new(model, adapted)
     sites = list(plain_sites(adapted))
     check_plain(adapted, sites[0].adapter, [(site.name, site.layer) for site in sites])
@@ -329,8 +333,10 @@ def load_adapter(base: PreTrainedModel, adapter: Path, *, trainable: bool = Fals
     Raises:
         UserError: It cannot be loaded, or does not fit the base model.
     """
+    check_fits(adapter, [name for name, _ in base.named_modules() if name])
     try:
-        return PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
+        with nothing_unpickled("export the adapter again, or convert it with PEFT's save_pretrained"):
+            return PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{adapter} cannot be loaded: {str(error).splitlines()[0]}") from error
 

@@ -1,8 +1,4 @@
-"""Where each value of a recipe comes from: YAML read with line numbers, and command-line flags over it.
-
-Scalars follow YAML 1.2, not the 1.1 rules that PyYAML keeps: `1e-3` is a number, and `yes`, `no` and
-`on` are text, because they are labels in real data.
-"""
+"""Where each value of a recipe comes from: YAML read with line numbers, and command-line flags over it."""
 
 from __future__ import annotations
 
@@ -14,20 +10,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from loralloc import reading
 from loralloc.errors import UserError, closest
+from loralloc.plain_yaml import FLOAT, PlainLoader
 
 Key = tuple[str | int, ...]
-
-_FLOAT = re.compile(  # with a point or an exponent, so that 010 is neither integer nor float
-    r"(?:[-+]?(?:(?:\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)"
-    r"|[-+]?\.inf|\.nan)$"
-)
-_SCALARS = (  # the first pattern that matches wins, so integers stand before floats
-    ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    ("int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")),
-    ("float", _FLOAT, list("-+.0123456789")),
-)
 
 _ELSEWHERE = {  # what other tools call it
     "lr": "training.learning_rate",
@@ -126,22 +113,8 @@ class Source:
             raise UserError("\n".join(f"{place.text}: {message}" for place, message in sorted(self.problems)))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases and tags: a recipe says each value plainly, where it is used."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            problem = f'aliases such as "*{event.anchor}" are not supported in recipes: repeat the value'
-        elif getattr(event, "tag", None) is not None:
-            problem = f'tags such as "{event.tag}" are not supported in recipes: write the plain value'
-        else:
-            return super().compose_node(parent, index)
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-
-
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or `_Loader` would take for something other than text."""
+    """Quotes what either YAML 1.1 or `PlainLoader` would take for something other than text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -152,11 +125,8 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
-_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
-for _tag, _pattern, _first in _SCALARS:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
 _Dumper.add_representer(str, _Dumper.represent_str)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
 def read_recipe_file(path: Path) -> Source:
@@ -173,7 +143,7 @@ def read_recipe_file(path: Path) -> Source:
     """
     source = Source(str(path))
     try:
-        node = _compose(path.read_text(encoding="utf-8-sig"), source)
+        node = _compose(reading.read_text(path, reading.RECIPE_LIMIT, "utf-8-sig"), source)
     except FileNotFoundError:
         message = f"{path}: there is no such file. `loralloc init` lists recipes to start from"
         raise UserError(message) from None
@@ -193,7 +163,7 @@ def read_recipe_file(path: Path) -> Source:
 
 def _compose(text: str, source: Source) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=_Loader)
+        return yaml.compose(text, Loader=PlainLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         lines = text.splitlines()
@@ -269,7 +239,7 @@ def parse_value(text: str) -> Any:
             rule = "a value that opens a bracket or a quote must be YAML"
             raise UserError(f"{rule}, got {text}. Text needs two pairs of quotes: '\"[ab].*\"'") from None
         return value
-    tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
+    tag = PlainLoader("").resolve(yaml.ScalarNode, text, (True, False))
     return _scalar(yaml.ScalarNode(tag, text))
 
 

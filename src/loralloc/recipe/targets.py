@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+from peft import LoraConfig
 from torch import nn
 
 from loralloc.errors import UserError, closest
+from loralloc.patterns import AT_LAYERS, ENDING, PatternError, check, fitting
 from loralloc.quantized import quantized_layers
 from loralloc.recipe.rules import listed
 from loralloc.recipe.sections import LoraSection
@@ -38,7 +41,8 @@ def check_entries(lora: LoraSection, model: nn.Module, planned: bool) -> None:
     every = [name for name, _ in model.named_modules(remove_duplicate=False)]
     unknown = [entry for entry in lora.modules_to_save or [] if not any(name.endswith(entry) for name in every)]
     found["modules_to_save"] = _no_such(unknown, every)
-    found |= {f"peft.{key}": _pattern_error(patterns) for key, patterns in _patterns(lora)}
+    found |= {f"peft.{key}": _pattern_error(patterns, names, ENDING) for key, patterns in _patterns(lora)}
+    found["peft.layers_pattern"] = _pattern_error(_listed(lora.peft.get("layers_pattern")), names, AT_LAYERS)
     _check_trainable(lora.modules_to_save or (), model)
     lines = [
         f"lora.{key}: {problem}; the model has {linear_modules(model)}" for key, problem in found.items() if problem
@@ -58,12 +62,31 @@ def check_patterns(lora: LoraSection, adapted: Sequence[str]) -> None:
         UserError: With the pattern and the name that was most likely meant.
     """
     for key, patterns in _patterns(lora):
-        for pattern in patterns:
-            if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in adapted):
+        for pattern, fits in zip(patterns, fitting(patterns, adapted, ENDING), strict=True):
+            if not fits:
                 raise UserError(
                     f'lora.peft.{key}: no adapted module fits "{pattern}".{_nearest_within(pattern, adapted)} '
                     "Correct it or leave it out"
                 )
+
+
+def check_ranks(config: LoraConfig, model: nn.Module) -> None:
+    """Refuse ranks that no layer has dimensions for, before PEFT takes memory for them.
+
+    Args:
+        config: The adapter's.
+        model: The base model.
+
+    Raises:
+        UserError: With the rank and the dimensions.
+    """
+    widest = max((max(_features(module)) for _, module in _linear_layers(model)), default=0)
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    if rank > widest:
+        raise UserError(
+            f"lora.r: rank {rank} is above the {widest} dimensions of the model's widest layer; lower it to "
+            f"{widest} at most"
+        )
 
 
 def _patterns(lora: LoraSection) -> Iterator[tuple[str, Sequence[str]]]:
@@ -71,13 +94,17 @@ def _patterns(lora: LoraSection) -> Iterator[tuple[str, Sequence[str]]]:
     return ((key, list(lora.peft.get(key, ()))) for key in ("rank_pattern", "alpha_pattern"))
 
 
-def _pattern_error(patterns: Sequence[str]) -> str:
-    """Say which pattern is none; nothing where all are."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            return f'"{pattern}" is no regular expression ({error})'
+def _listed(entries: str | Sequence[str] | None) -> Sequence[str]:
+    """What PEFT takes as one entry or several, as several."""
+    return [entries] if isinstance(entries, str) else entries or ()
+
+
+def _pattern_error(patterns: Sequence[str], names: Sequence[str], around: str) -> str:
+    """Say which pattern is none, or takes too long; nothing where all can be used."""
+    try:
+        check(patterns, names, around)
+    except PatternError as error:
+        return str(error)
     return ""
 
 
@@ -119,9 +146,20 @@ def check_new(model: nn.Module, adapted: nn.Module) -> None:
 
 def linear_modules(model: nn.Module) -> str:
     """List the names of linear layers with how often they occur, for a message."""
-    kinds = ((name.rpartition(".")[2], type(module).__name__) for name, module in model.named_modules())
-    names = Counter(name for name, kind in kinds if "Linear" in kind or kind == "Conv1D")
+    names = Counter(name.rpartition(".")[2] for name, _ in _linear_layers(model))
     return ", ".join(f"{name} ({count})" for name, count in names.most_common()) or "no linear layers"
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "Linear" in kind or kind == "Conv1D":
+            yield name, module
+
+
+def _features(layer: Any) -> tuple[int, ...]:
+    """Inputs and outputs of a linear layer, in the order that its class has."""
+    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
 
 
 def _problem(entries: str | Sequence[str] | None, names: Sequence[str]) -> str:
@@ -160,16 +198,19 @@ def _nearest_within(pattern: str, names: Sequence[str]) -> str:
 
 
 def _pattern_problem(pattern: str, names: Sequence[str]) -> str:
-    if error := _pattern_error([pattern]):
-        return error
-    if not any(re.fullmatch(pattern, name) for name in names):
-        single = any(pattern in _ends(name) for name in names)
-        cure = (
-            f" A name is written in a list: [{pattern}]" if single else f"{_nearest_within(pattern, names)} Correct it"
-        )
-        return f'no module fits the pattern "{pattern}".{cure}'
-    for part, narrowed in _alternatives(pattern):
-        if not any(re.fullmatch(narrowed, name) for name in names):
+    try:
+        if not fitting([pattern], names)[0]:
+            single = any(pattern in _ends(name) for name in names)
+            named = f" A name is written in a list: [{pattern}]"
+            return f'no module fits the pattern "{pattern}".' + (
+                named if single else f"{_nearest_within(pattern, names)} Correct it"
+            )
+        alternatives = list(_alternatives(pattern))
+        fits = fitting([narrowed for _, narrowed in alternatives], names)
+    except PatternError as error:
+        return str(error)
+    for (part, _), fitted in zip(alternatives, fits, strict=True):
+        if not fitted:
             return (
                 f'no module fits the part "{part}" of the pattern "{pattern}".{_nearest_within(part, names)} '
                 "Correct it or leave it out"

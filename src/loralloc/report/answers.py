@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loralloc.report.run_record import RunRecord, number
+from loralloc.report.run_record import RunRecord, mapping, number
 from loralloc.report.tables import Table
 from loralloc.report.wording import rounded
 
@@ -14,7 +14,7 @@ PARTS = ("prompt", "reference", "before", "after")
 
 def score_table(run: RunRecord) -> Table | None:
     """Return what the answers are worth by every metric, before and after training; None without metrics."""
-    before, after = (_mapping(_generation(run).get(name)) for name in ("untrained", "trained"))
+    before, after = (mapping(_generation(run).get(name)) for name in ("untrained", "trained"))
     rows = [
         (name.replace("_", " "), rounded(number(before.get(name))), rounded(number(value)))
         for name, value in after.items()
@@ -30,8 +30,4 @@ def samples(run: RunRecord) -> list[dict[str, str]]:
 
 
 def _generation(run: RunRecord) -> dict[str, Any]:
-    return _mapping(run.metrics.get("generation"))
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    return mapping(run.metrics.get("generation"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loralloc.report import figures
 from loralloc.report.grid import Grid, arrange
-from loralloc.report.run_record import RunRecord, number
+from loralloc.report.run_record import RunRecord, mapping, number
 from loralloc.trace import Trace
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def loss_over_size(run: RunRecord) -> list[tuple[float, float]]:
     """Return (average rank, validation loss) of the adapter's smaller sizes, and of itself, from small to large."""
     found = run.metrics.get("cuts")
     cuts = [cut for cut in found if isinstance(cut, dict)] if isinstance(found, list) else []
-    sizes = [(number(cut.get("average_rank")), number((cut.get("metrics") or {}).get("loss"))) for cut in cuts]
-    whole = number((run.metrics.get("validation") or {}).get("loss"))
+    sizes = [(number(cut.get("average_rank")), number(mapping(cut.get("metrics")).get("loss"))) for cut in cuts]
+    whole = number(mapping(run.metrics.get("validation")).get("loss"))
     sizes.insert(0, (run.plan.total_rank / len(run.plan.modules), whole))
     known = [size for size in sizes if all(map(math.isfinite, size))]
     return known[::-1] if len(known) > 1 else []

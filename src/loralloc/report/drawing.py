@@ -73,7 +73,10 @@ def report_settings() -> Iterator[None]:
 def png(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file, on the light background."""
     dpi = min(PNG_DPI, PNG_LONGEST / max(figure.get_size_inches()))
-    figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+    path.unlink(missing_ok=True)  # a link is replaced, and what it leads to stays
+    path.write_bytes(file.getvalue())
 
 
 def svg(figure: Figure, name: str, description: str) -> str:

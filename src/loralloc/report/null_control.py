@@ -10,6 +10,9 @@ import numpy as np
 from loralloc.report.run_record import RunRecord
 from loralloc.report.tables import Table
 
+MOST_RANKS, MOST_SIZES = 1024, 16
+"""Ranks of a module, and different numbers of them, up to which noise is drawn: it takes memory for each rank."""
+
 SPREADS = (0.1, 0.5)
 """Standard deviations of the logits: what a few hundred steps of their optimizer reach, and what long searches do."""
 
@@ -28,11 +31,14 @@ def thresholded_noise(k: int, spread: float, draws: int = 20_000, seed: int = 0)
 
 
 def null_control(run: RunRecord) -> Table | None:
-    """Return the learned ranks beside thresholded noise; None for other methods."""
+    """Return the learned ranks beside thresholded noise; None for other methods, and for ranks that none starts at."""
     if run.plan.method != "autolora" or run.plan.budget or not run.finished:
         return None
+    counts = Counter(module.start for module in run.plan.modules.values())
+    if len(counts) > MOST_SIZES or not 1 <= min(counts) <= max(counts) <= MOST_RANKS:
+        return None
     rows = []
-    for k, modules in sorted(Counter(module.start for module in run.plan.modules.values()).items()):
+    for k, modules in sorted(counts.items()):
         ranks = [module.rank for module in run.plan.modules.values() if module.start == k]
         rows.append(_row(f"learned, {modules} modules", k, mean(ranks), pstdev(ranks)))
         rows += [_row(f"random, standard deviation {spread}", k, *thresholded_noise(k, spread)) for spread in SPREADS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from loralloc import reading
 from loralloc.errors import UserError
 from loralloc.files import read_jsonl, read_text
+from loralloc.plain_yaml import PlainLoader
 from loralloc.plan import ModuleRank, PlanError, RankPlan
-from loralloc.trace import Trace, read_trace
+from loralloc.trace import LARGEST, Trace, read_trace
 
 Points = tuple[tuple[int, float], ...]
 """Steps, and a value at each."""
@@ -83,14 +84,12 @@ class RunRecord:
     @property
     def classes(self) -> dict[str, int]:
         """Training examples of every class; empty for a task without classes and for runs that did not count them."""
-        found = self.metrics.get("classes")
-        counts = {name: number(value) for name, value in found.items()} if isinstance(found, dict) else {}
+        counts = {name: number(value) for name, value in mapping(self.metrics.get("classes")).items()}
         return {name: int(value) for name, value in counts.items() if math.isfinite(value)}
 
     def section(self, name: str) -> dict[str, Any]:
         """Return one mapping of the recipe; empty when it is not there."""
-        value = self.recipe.get(name)
-        return value if isinstance(value, dict) else {}
+        return mapping(self.recipe.get(name))
 
 
 def read_run(path: Path) -> RunRecord:
@@ -105,8 +104,10 @@ def read_run(path: Path) -> RunRecord:
     files = {name: path / name for name in ("ranks.json", "trace.jsonl", "log.jsonl", "metrics.json", "recipe.yaml")}
     absent = []
     searched = path / "search" / "trace.jsonl"
-    trace = read_trace(files["trace.jsonl"] if files["trace.jsonl"].is_file() else searched)
-    finished = files["ranks.json"].is_file()
+    others = (searched, searched.with_name("log.jsonl"), path / "model" / "config.json", path / "figures")
+    reading.check_inside(path, [*files.values(), *others])
+    trace = read_trace(files["trace.jsonl"] if files["trace.jsonl"].exists() else searched)
+    finished = files["ranks.json"].exists()
     if not finished and trace is None:
         raise UserError(
             f"{path} is not a run folder: it has neither ranks.json nor a trace.jsonl with a start event. "
@@ -124,8 +125,8 @@ def read_run(path: Path) -> RunRecord:
     if trace is None:
         absent.append("trace.jsonl: how the ranks developed is not known.")
     log = _read_log(files["log.jsonl"])
-    search_steps = trace.events[-1].step if trace and searched.is_file() and files["log.jsonl"].is_file() else 0
-    if searched.is_file():
+    search_steps = trace.events[-1].step if trace and searched.exists() and files["log.jsonl"].exists() else 0
+    if searched.exists():
         log = _after(_read_log(searched.with_name("log.jsonl")), log, search_steps)
     if not log.train and not log.evaluations:
         absent.append("log.jsonl: no losses have been logged.")
@@ -163,9 +164,7 @@ def _plan_so_far(trace: Trace, recipe: dict[str, Any]) -> RankPlan:
         name: ModuleRank(rank, start, inputs, outputs, scale=math.nan)
         for name, rank, start, inputs, outputs in rows
     }
-    method = recipe.get("method")
-    name = str(method.get("name", "")) if isinstance(method, dict) else ""
-    return RankPlan(name, modules, provenance={"label": trace.label})
+    return RankPlan(str(mapping(recipe.get("method")).get("name", "")), modules, provenance={"label": trace.label})
 
 
 class _Log(NamedTuple):
@@ -180,7 +179,7 @@ def _read_log(path: Path) -> _Log:
     return _Log(
         _points(rows, "loss"),
         _points(rows, "eval_loss"),
-        tuple((step, int(value)) for step, value in _points(rows, "budget") if math.isfinite(value)),
+        tuple((step, int(value)) for step, value in _points(rows, "budget") if 0 <= value <= LARGEST),
         {name: points for name in SERIES if (points := _points(rows, name))},
     )
 
@@ -207,24 +206,18 @@ def _later(points: Points, steps: int) -> Points:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        data = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); restore the file, or delete it to report without it") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}; restore the file")
-    return data
+    return reading.read_object(path, "restore the file, or delete it to report without it")
 
 
 def _read_recipe(path: Path) -> tuple[str | None, dict[str, Any]]:
-    if not path.is_file():
+    if not path.exists():
         return None, {}
-    text = read_text(path)
+    text = read_text(path, reading.RECIPE_LIMIT)
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError:
+        data = yaml.load(text, PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
         # The text is shown as it is; only the lines for loading the adapter become less specific.
         data = None
     return text, data if isinstance(data, dict) else {}
@@ -233,7 +226,15 @@ def _read_recipe(path: Path) -> tuple[str | None, dict[str, Any]]:
 def number(value: object) -> float:
     """Return a JSON value as a number, NaN for anything that is none.
 
-    >>> number(3), number("3"), number(None), number(True)
-    (3.0, nan, nan, nan)
+    >>> number(3), number("3"), number(None), number(True), number(10**400)
+    (3.0, nan, nan, nan, nan)
     """
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """Return a JSON value that is an object, an empty one for anything else."""
+    return value if isinstance(value, dict) else {}

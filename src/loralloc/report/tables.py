@@ -13,7 +13,7 @@ from loralloc.plan import ModuleRank
 from loralloc.report.figures import MOST_CELLS
 from loralloc.report.grid import Grid
 from loralloc.report.palette import step_of
-from loralloc.report.run_record import RunRecord, number
+from loralloc.report.run_record import RunRecord, mapping, number
 from loralloc.report.wording import rounded
 
 SHOWN_CLASSES = 100
@@ -110,11 +110,8 @@ def module_table(run: RunRecord) -> Table:
 
 def metric_table(run: RunRecord) -> Table | None:
     """Return all values of metrics.json that were measured on data; None when there are none."""
-    results: dict[str, dict[str, Any]] = {
-        data: values for data in ("validation", "test") if isinstance(values := run.metrics.get(data), dict) and values
-    }
-    also = run.metrics.get("also")
-    results |= {name: values for name, values in (also if isinstance(also, dict) else {}).items() if values}
+    measured = {name: run.metrics.get(name) for name in ("validation", "test")} | mapping(run.metrics.get("also"))
+    results = {name: values for name, found in measured.items() if (values := mapping(found))}
     if not results:
         return None
     names = dict.fromkeys(name for values in results.values() for name in values)

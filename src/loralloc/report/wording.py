@@ -6,7 +6,8 @@ import json
 import math
 
 from loralloc.budget import in_words
-from loralloc.report.run_record import RunRecord, number
+from loralloc.reading import read_object
+from loralloc.report.run_record import RunRecord, mapping, number
 from loralloc.tasks.spec import TASKS
 
 
@@ -113,8 +114,8 @@ def _labels_argument(run: RunRecord) -> str:
         return ""
     labels = run.section("data").get("labels")
     config = run.path / "model" / "config.json"
-    if config.is_file():
-        labels = list(json.loads(config.read_text(encoding="utf-8")).get("id2label", ()))
+    if config.exists():
+        labels = list(mapping(read_object(config).get("id2label")))
     if labels is None:
         return ""
     return f", num_labels={len(labels) if isinstance(labels, list) else 1}"

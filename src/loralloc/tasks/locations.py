@@ -251,8 +251,14 @@ def _demo_folder(name: str) -> Path:
 
 
 def _check_model(name: str, folder: Path) -> None:
+    adapted = (folder / "adapter_config.json").exists()
     if (folder / "config.json").is_file():
+        if adapted:  # transformers would load it too, whatever it is
+            raise UserError(
+                f"model.name: {name} holds a PEFT adapter beside the model. Move adapter_config.json elsewhere, or "
+                "merge the adapter into the model."
+            )
         return
-    if (folder / "adapter_config.json").is_file():
+    if adapted:
         raise UserError(f"model.name: {name} holds a PEFT adapter, not a model. Name its base model.")
     raise UserError(f"model.name: {name} holds no model: it has no config.json.")

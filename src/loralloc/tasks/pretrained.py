@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from loralloc.tasks.locations import check_load_in, model_folder
 from loralloc.tasks.quantization import check_not_quantized, heads, load_quantized, prepare_quantized
 from loralloc.tasks.rows import shorten
 from loralloc.tasks.spec import TASKS
+from loralloc.unpickling import nothing_unpickled
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,12 @@ FROM_THE_HUB = (
     "token",
 )
 """Arguments of `from_pretrained` that say where a model is: configuration and tokenizer are loaded with them too."""
+
+PICKLES = (
+    "convert it to safetensors (load the model where you trust it, and save_pretrained), or set "
+    "model.load.use_safetensors: false if you trust whoever wrote it"
+)
+"""What to do about weights in pytorch_model.bin."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class Checkpoint:
     """More arguments of the model's `from_pretrained`."""
     load_in: str | None = None
     """`4bit` or `8bit` to quantise it."""
+
+    @property
+    def reads_pickles(self) -> bool:
+        """Whether the recipe lets weights be pickles."""
+        return self.load.get("use_safetensors") is False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -87,9 +100,10 @@ def locate(section: ModelSection) -> Checkpoint:
 
 @contextmanager
 def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn the many errors of `from_pretrained` into one that names the model and the cure."""
+    """Turn the many errors of `from_pretrained` into one that names the model and the cure; pickles are refused."""
     try:
-        yield
+        with nullcontext() if checkpoint.reads_pickles else nothing_unpickled(PICKLES):
+            yield
     except UserError:
         raise
     except (
@@ -113,9 +127,11 @@ def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _cure(reason: str, checkpoint: Checkpoint) -> str:
-    """What helps against the two failures whose own words do not say."""
+    """What helps against the failures whose own words do not say."""
     if "trust_remote_code" in reason and not checkpoint.trust_remote_code:
         return " If you trust its code, set model.trust_remote_code: true."
+    if re.search(r"(no|a) file named model\.(\S+\.)?safetensors", reason) and not checkpoint.reads_pickles:
+        return f" Weights in pytorch_model.bin are a pickle, which can run any code, and are not read: {PICKLES}."
     # Without the packages that read SentencePiece models, transformers takes one for a tiktoken file and asks for that.
     if "tiktoken" in reason and not (is_sentencepiece_available() and is_protobuf_available()):
         return ' If it is a SentencePiece model, install the extra: pip install "loralloc[sentencepiece]".'
@@ -208,7 +224,8 @@ def _load_weights(kind: Any, checkpoint: Checkpoint, seed: int, options: Mapping
 
     def load(**more: Any) -> Any:
         torch.default_generator.manual_seed(seed)
-        arguments = {**checkpoint.load, **checkpoint.options, **options, **more}
+        safe = {"use_safetensors": not checkpoint.reads_pickles}
+        arguments = {**checkpoint.load, **safe, **checkpoint.options, **options, **more}
         return kind.from_pretrained(checkpoint.path, dtype=checkpoint.dtype, output_loading_info=True, **arguments)
 
     if checkpoint.load_in is None:

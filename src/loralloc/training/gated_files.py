@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loralloc.errors import UserError
 from loralloc.gating import Site, folded
+from loralloc.naming import sort_names
 from loralloc.peft_layers import PREFIX
 
 FILE = "gated_factors.safetensors"
@@ -39,6 +40,7 @@ class GatedFiles:
 
     def __init__(self, model: PeftModel, sites: Sequence[Site]) -> None:
         self._model, self._sites = model, sites
+        sort_names(model.peft_config[sites[0].adapter])
         for name in _REPLACED:
             setattr(model, name, getattr(self, name))
 

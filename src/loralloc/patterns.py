@@ -1,0 +1,124 @@
+r"""Regular expressions of recipes and adapters: tried on the names of modules before PEFT matches with them.
+
+`(x+x+)+y` takes longer than a life on a name of forty x, and Python's matcher cannot be told to stop. So patterns are
+tried in a process of their own, which the system ends when a limit of processor time is reached. Patterns without
+repetition and choice, such as names, need no such care. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from loralloc.errors import UserError
+
+ENDING = r"(.*\.)?({})"
+"""What PEFT puts around a key of `rank_pattern` and `alpha_pattern`."""
+SAVED = r"(^|.*\.){}($|\..*)"
+"""The same of an entry of `modules_to_save`."""
+AT_LAYERS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\..*"
+"""The same of an entry of `layers_pattern`."""
+
+SECONDS = 0.3
+"""Processor time for one pattern on all names: what is ever written takes a thousandth of it."""
+SECONDS_A_NAME = 20e-6
+"""What each name adds to it, for models of ten thousands of modules."""
+MOST_PAIRS = 50_000_000
+"""Patterns times names: a minute."""
+_WALL_SECONDS = 60.0
+"""When to give up where the system cannot measure a process's time (Windows)."""
+
+_HARMLESS = re.compile(r"(?:[\w.,:/ -]|\\[^\w\s])*")
+
+_CHILD = """
+import json, re, signal, sys
+seconds, pairs, names = json.load(sys.stdin)
+measured = hasattr(signal, "setitimer")
+if measured:
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+for pattern, whole in pairs:
+    if measured:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        re.compile(pattern)
+        fits = re.compile(whole).fullmatch
+        found = [at for at, name in enumerate(names) if fits(name)]
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+        found = str(error) or "too large"
+    if measured:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    print(json.dumps(found), flush=True)
+"""
+
+
+class PatternError(UserError):
+    """A pattern is no regular expression, or takes too long."""
+
+
+def fitting(patterns: Sequence[str], names: Sequence[str], around: str = "{}") -> list[list[str]]:
+    r"""Return the names that each pattern fits as a whole.
+
+    Args:
+        patterns: Regular expressions.
+        names: Names of modules.
+        around: What PEFT puts around a pattern, for example `(.*\.)?({})`.
+
+    Raises:
+        PatternError: With the first pattern that is none, or that takes too long.
+
+    >>> fitting(["q|v", "a.c"], ["q", "k", "abc"])
+    [['q'], ['abc']]
+    """
+    if len(patterns) * len(names) > MOST_PAIRS:
+        raise PatternError(f"{len(patterns):,} patterns for {len(names):,} modules are too many to compare")
+    tried = _tried(patterns, names, around)
+    return [
+        tried[pattern] if pattern in tried else list(filter(re.compile(_inside(around, pattern)).fullmatch, names))
+        for pattern in patterns
+    ]
+
+
+def check(patterns: Sequence[str], names: Sequence[str], around: str = "{}") -> None:
+    """Refuse patterns as `fitting` does, without asking what the others fit."""
+    _tried(patterns, names, around)
+
+
+def _inside(around: str, pattern: str) -> str:
+    before, after = around.split("{}")
+    return f"{before}{pattern}{after}"
+
+
+def _tried(patterns: Sequence[str], names: Sequence[str], around: str) -> dict[str, list[str]]:
+    """The names that those patterns fit that may take long, found by another process."""
+    risky = [pattern for pattern in dict.fromkeys(patterns) if not _HARMLESS.fullmatch(pattern)]
+    if not risky:
+        return {}
+    pairs = [(pattern, _inside(around, pattern)) for pattern in risky]
+    seconds = SECONDS + SECONDS_A_NAME * len(names)
+    try:
+        output = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _CHILD],
+            input=json.dumps([seconds, pairs, list(names)]).encode(),
+            capture_output=True,
+            timeout=_WALL_SECONDS,
+            check=False,
+        ).stdout
+    except subprocess.TimeoutExpired as stopped:
+        output = stopped.stdout or b""
+    answers = [json.loads(line) for line in output.splitlines()]
+    for pattern, answer in zip(risky, answers, strict=False):
+        if isinstance(answer, str):
+            raise PatternError(f'"{_shown(pattern)}" is no regular expression ({answer})')
+    if len(answers) < len(risky):
+        raise PatternError(
+            f'"{_shown(risky[len(answers)])}" takes longer than {seconds:.1f} s to compare with the names of '
+            f"{len(names)} modules; write it without a repetition inside of a repetition, or list the names"
+        )
+    return {pattern: [names[at] for at in answer] for pattern, answer in zip(risky, answers, strict=True)}
+
+
+def _shown(pattern: str) -> str:
+    return pattern if len(pattern) <= 200 else f"{pattern[:197]}..."
