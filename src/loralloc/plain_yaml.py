@@ -10,6 +10,8 @@ import re
 
 import yaml
 
+from loralloc.reading import DEEPEST
+
 FLOAT = re.compile(  # with a point or an exponent, so that 010 is neither integer nor float
     r"(?:[-+]?(?:(?:\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)"
     r"|[-+]?\.inf|\.nan)$"
@@ -32,9 +34,33 @@ class PlainLoader(yaml.SafeLoader):
             problem = f'aliases such as "*{event.anchor}" are not supported in recipes: repeat the value'
         elif getattr(event, "tag", None) is not None:
             problem = f'tags such as "{event.tag}" are not supported in recipes: write the plain value'
+        elif not _is_text(getattr(event, "value", "")):
+            problem = "half of a character (a lone surrogate) is no text"
         else:
             return super().compose_node(parent, index)
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """Open a bracket, unless too many are open: PyYAML looks at each of them for every character."""
+        self._check_depth(self.flow_level)
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        """Begin an indented block, unless it is in too many others."""
+        self._check_depth(len(self.indents))
+        return super().add_indent(column)
+
+    def _check_depth(self, depth: int) -> None:
+        if depth > DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {DEEPEST} deep", problem_mark=self.get_mark())
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 PlainLoader.yaml_implicit_resolvers = {}  # none of YAML 1.1's

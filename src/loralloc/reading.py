@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +25,8 @@ LINES_LIMIT = 512 * MIB
 """Bytes of a log or a trace."""
 RECIPE_LIMIT = MIB // 4
 """Bytes of a recipe: the longest one of this package has 4,000."""
+_SURROGATE = re.compile(r"\\u[dD][89abAB]")
+"""What may be half of a character, which Python can neither print nor write."""
 DEEPEST = 64
 """Nested brackets of a JSON file."""
 
@@ -71,10 +74,8 @@ def read_bytes(path: Path, limit: int = RECORD_LIMIT) -> bytes:
         OSError: It cannot be read.
         UserError: It is no regular file, or a larger one.
     """
-    # Without this flag the opening of a FIFO waits for somebody who writes into it.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        _check(path, os.fstat(descriptor), limit)
+    with open(path, "rb", opener=_open_at_once) as file:
+        _check(path, os.fstat(file.fileno()), limit)
         content = file.read(limit + 1)
     if len(content) > limit:  # files of the kernel say that they have none
         raise _too_large(path, len(content), limit)
@@ -121,10 +122,14 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
     """
     try:
         value = json.loads(text, object_pairs_hook=pairs)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
         if text.count("[") + text.count("{") > DEEPEST and _is_deeper(value, DEEPEST):
             raise RecursionError
     except RecursionError:
         raise ValueError(f"brackets are nested more than {DEEPEST} deep") from None
+    except UnicodeEncodeError:
+        raise ValueError("half of a character (a lone surrogate) is no text") from None
     return value
 
 
@@ -151,6 +156,11 @@ def read_object(path: Path, cure: str = "restore the file") -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}; {cure}")
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting, as the opening of a FIFO does, for somebody who writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _check(path: Path, found: os.stat_result, limit: int | None) -> None:

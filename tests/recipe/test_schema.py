@@ -243,7 +243,10 @@ class TestFiles:
             ("# nothing\n",
              "recipe.yaml:1: a recipe is a mapping of keys such as `task: causal-lm`; the file is empty"),
             ("- a\n", "recipe.yaml:1: a recipe is a mapping of keys such as `task: causal-lm`; this is not"),
-            ("[" * 5000, "recipe.yaml: not valid YAML: brackets are nested too deeply"),
+            ("[" * 5000, f"recipe.yaml:1: not valid YAML: nested more than 64 deep: '{'[' * 200}'"),
+            ("- " * 5000, f"recipe.yaml:1: not valid YAML: nested more than 64 deep: '{'- ' * 100}'"),
+            ('a: "\\ud800"\n',
+             "recipe.yaml:1: not valid YAML: half of a character (a lone surrogate) is no text: 'a: \"\\\\ud800\"'"),
         ],
     )  # fmt: skip
     def test_what_is_no_recipe(self, write: Write, text: str, expected: str) -> None:

@@ -169,7 +169,7 @@ def _read_config(folder: Path) -> LoraConfig:
         _Settings.model_validate(settings)
     except ValidationError as error:
         errors = error.errors()
-        first = errors[0]["loc"][0]
+        first = errors[0]["loc"][0]  # a key: what is no text has been refused
         rule = joined_rule([one for one in errors if one["loc"][0] == first])
         raise UserError(f"{path}: {first} {rule}, got {shown(settings.get(str(first)))}") from None
     try:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from loralloc.adapter.export import Export, export_adapter
 from loralloc.errors import UserError
-from loralloc.frontier.orders import Order
+from loralloc.frontier.orders import ORDERS, Order
 from loralloc.frontier.run import Settings
 from loralloc.frontier.source import Source
 from loralloc.reading import read_object
+from loralloc.setting_types import is_number
 from loralloc.recipe.from_recipe import load_adapter, task_data
 
 SHOWN_TO = 0.006
@@ -32,26 +33,34 @@ def as_measured(
         rate: The share of the learning rate likewise.
         average: The average rank that is asked for.
     """
-    record = _record(folder)
-    points = record.get("points", ())
-    near = [point for point in points if _is_meant(point["average_rank"], average)]
+    record, default = _record(folder), Settings()
+    sizes = list(_sizes(record.get("points")))
+    near = [size for size in sizes if abs(size[0] - average) <= SHOWN_TO * size[0]]
+    modules = record.get("modules")
     if near:
-        meant = min(near, key=lambda point: abs(point["average_rank"] - average))["ranks"]
+        meant = min(near, key=lambda size: abs(size[0] - average))[1]
     else:
-        meant = round(average * record.get("modules", 0))
-    ranks = [point["ranks"] for point in points if point["ranks"] > meant > 0]
-    default, recovery = Settings(), record.get("recovery", {})
+        meant = round(average * modules) if is_number(modules) else 0
+    larger = [ranks for _, ranks in sizes if ranks > meant > 0]
+    recovery = record.get("recovery")
+    kept = recovery if isinstance(recovery, dict) else {}
+    share, factor = kept.get("share"), kept.get("rate")
+    measured = float(share) if is_number(share) and 0 <= share < 1 else default.recover
+    at = float(factor) if is_number(factor) and 0 < factor <= 10 else default.rate
     return Settings(
-        order or record.get("order", default.order),
-        recovery.get("share", default.recover) if recover is None else recover,
+        order or next((known for known in ORDERS if known == record.get("order")), default.order),
+        measured if recover is None else recover,
         [average],
-        [*ranks, meant] if ranks or near else None,
-        recovery.get("rate", default.rate) if rate is None else rate,
+        [*larger, meant] if larger or near else None,
+        at if rate is None else rate,
     )
 
 
-def _is_meant(shown: float, average: float) -> bool:
-    return abs(shown - average) <= SHOWN_TO * shown
+def _sizes(points: Any) -> Iterator[tuple[float, int]]:
+    """The average ranks and the ranks of the points of a frontier, as far as its file has them."""
+    for point in points if isinstance(points, list) else ():
+        if isinstance(point, dict) and is_number(point.get("average_rank")) and type(point.get("ranks")) is int:
+            yield point["average_rank"], point["ranks"]
 
 
 def _record(folder: Path) -> Mapping[str, Any]:

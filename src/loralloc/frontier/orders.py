@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -15,6 +15,7 @@ from loralloc.methods.ablora.scores import two_point_importance
 from loralloc.training.step_data import ObservedData
 
 Order = Literal["singular_value", "sensitivity", "ablation"]
+ORDERS: tuple[Order, ...] = get_args(Order)
 
 SAMPLES = 256
 """Validation examples that terms are scored on, at most."""

@@ -233,6 +233,20 @@ def dump_recipe(recipe: Recipe) -> str:
         recipe: The recipe.
 
     Returns:
-        The text. Keys that are not set (null) are left out.
+        The text. Keys that are not set (null) are left out, where that is what their absence means.
     """
-    return dump_yaml(recipe.model_dump(exclude_none=True))
+    return dump_yaml(_without_unset(recipe, recipe.model_dump()))
+
+
+def _without_unset(section: Any, values: Any) -> Any:
+    """Leave out of a section's values what is null by default and null here."""
+    if isinstance(section, list):
+        return [_without_unset(*pair) for pair in zip(section, values, strict=True)]
+    if not isinstance(section, BaseModel):
+        return values
+    defaults = {name: field.default for name, field in type(section).model_fields.items()}
+    return {
+        name: _without_unset(getattr(section, name), value)
+        for name, value in values.items()
+        if value is not None or defaults.get(name) is not None
+    }

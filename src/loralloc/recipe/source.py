@@ -154,10 +154,7 @@ def read_recipe_file(path: Path) -> Source:
     if not isinstance(node, yaml.MappingNode):
         found = "the file is empty" if node is None else "this is not"
         raise UserError(f"{path}:1: a recipe is a mapping of keys such as `task: causal-lm`; {found}")
-    try:
-        source.tree = _build(node, (), source)
-    except RecursionError:
-        raise UserError(f"{path}: sections are nested too deeply") from None
+    source.tree = _build(node, (), source)
     return source
 
 
@@ -167,13 +164,11 @@ def _compose(text: str, source: Source) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         lines = text.splitlines()
-        written = lines[mark.line].strip() if mark and mark.line < len(lines) else ""
+        written = lines[mark.line].strip()[:200] if mark and mark.line < len(lines) else ""
         raise UserError(f"{source.line(mark).text}: not valid YAML: {error.problem}: {written!r}") from error
     except yaml.reader.ReaderError as error:
         number = text.count("\n", 0, error.position) + 1
         raise UserError(f"{source.name}:{number}: not valid YAML: it holds a control character") from error
-    except RecursionError:
-        raise UserError(f"{source.name}: not valid YAML: brackets are nested too deeply") from None
 
 
 def _build(node: yaml.Node, key: Key, source: Source) -> Any:

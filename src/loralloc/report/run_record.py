@@ -217,7 +217,7 @@ def _read_recipe(path: Path) -> tuple[str | None, dict[str, Any]]:
     text = read_text(path, reading.RECIPE_LIMIT)
     try:
         data = yaml.load(text, PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError):
         # The text is shown as it is; only the lines for loading the adapter become less specific.
         data = None
     return text, data if isinstance(data, dict) else {}

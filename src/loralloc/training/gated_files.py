@@ -23,6 +23,7 @@ from loralloc.errors import UserError
 from loralloc.gating import Site, folded
 from loralloc.naming import sort_names
 from loralloc.peft_layers import PREFIX
+from loralloc.unpickling import nothing_unpickled
 
 FILE = "gated_factors.safetensors"
 """A, B and gates of every site, by the names that they have in the model."""
@@ -74,7 +75,8 @@ class GatedFiles:
                 f"{model_id} has no {FILE}, and the gates of the attached rank allocation would change what its "
                 "adapter computes; load it into a model without an allocation, or under another adapter_name"
             )
-        result = type(self._model).load_adapter(self._model, str(model_id), adapter_name, *args, **kwargs)
+        with nothing_unpickled("give a folder with adapter_model.safetensors"):
+            result = type(self._model).load_adapter(self._model, str(model_id), adapter_name, *args, **kwargs)
         if adapter_name == self._sites[0].adapter:
             self._model.load_state_dict(load_file(path), strict=False)
             result.missing_keys.clear()

@@ -33,6 +33,7 @@ from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
 from loralloc.training.log_file import LogFile
 from loralloc.training.meter import Meter
+from loralloc.unpickling import nothing_unpickled
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -178,6 +179,10 @@ class RunTrainer(Base):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / saved.COMPLETE).unlink(missing_ok=True)
         self.model.save_pretrained(str(folder), state_dict=state_dict)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with nothing_unpickled("take that checkpoint away, and resume from an earlier one"):
+            super()._load_from_checkpoint(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
