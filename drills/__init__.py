@@ -1,5 +1,5 @@
 """Drills: what may befall a run, done to it on purpose, thousands of times.
 
-`make drill` runs them all and prints what was tried, survived and lost; each takes a seed and a number of cases, so that
-the tests run a few cases of each. A drill is a module of this package with a function `drill(seed, cases)`.
+`make drill` runs them all and prints what was tried, survived and lost; each takes a seed and a number of cases, so
+that the tests run a few cases of each. A drill is a module of this package with a function `drill(seed, cases)`.
 """

@@ -46,7 +46,8 @@ class Stored(NamedTuple):
     fill: int
 
 
-def _factors() -> dict[str, Stored]:
+def factors() -> dict[str, Stored]:
+    """Return the tensors of an adapter as it should be."""
     return {
         f"base_model.model.{name}.lora_{symbol}.weight": Stored("F32", (4, 8) if symbol == "A" else (8, 4), 62)
         for name in NAMES
@@ -56,7 +57,7 @@ def _factors() -> dict[str, Stored]:
 
 @st.composite
 def _tensors(draw: st.DrawFn) -> dict[str, Stored]:
-    tensors = _factors()
+    tensors = factors()
     for _ in range(draw(st.integers(0, 2))):
         key = draw(st.sampled_from(list(tensors)))
         change = draw(st.sampled_from(["kind", "shape", "fill", "drop", "name", "more"]))
@@ -76,8 +77,8 @@ def _tensors(draw: st.DrawFn) -> dict[str, Stored]:
     return tensors
 
 
-def _file(tensors: Mapping[str, Stored]) -> bytes:
-    """A safetensors file, written by hand: its writers refuse what strangers do not."""
+def weights_file(tensors: Mapping[str, Stored]) -> bytes:
+    """Return a safetensors file, written by hand: its writers refuse what strangers do not."""
     header, data = {}, b""
     for key, (kind, shape, fill) in tensors.items():
         size = WIDTHS[kind]
@@ -103,7 +104,7 @@ def _cases(draw: st.DrawFn) -> Case:
     config = draw(mutated(CONFIG))
     for name in draw(st.lists(st.sampled_from(FIELDS), max_size=1)):
         config[name] = draw(values)
-    weights = _file(draw(_tensors()))
+    weights = weights_file(draw(_tensors()))
     if draw(st.integers(0, 9)) == 0:
         at = draw(st.integers(0, len(weights) - 1))
         weights = weights[:at] + draw(st.binary(max_size=8)) + weights[at:]

@@ -51,14 +51,22 @@ _events: list[str] | None = None
 
 
 def _watch(event: str, args: tuple[Any, ...]) -> None:
-    if _events is not None and event in ("pickle.find_class", "socket.connect", "os.system", "os.exec", "os.posix_spawn"):
+    if _events is not None and event in (
+        "pickle.find_class",
+        "socket.connect",
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+    ):
         _events.append(f"{event} {args}"[:200])
 
 
 _hooked = False
 
 
-def attempts(name: str, cases: SearchStrategy[Any], run: Callable[[Place, Any], object], number: int, start: int) -> Outcome:
+def attempts(
+    name: str, cases: SearchStrategy[Any], run: Callable[[Place, Any], object], number: int, start: int
+) -> Outcome:
     """Draw cases and run each in a place of its own.
 
     Args:
@@ -76,7 +84,11 @@ def attempts(name: str, cases: SearchStrategy[Any], run: Callable[[Place, Any], 
 
     @seed(start)
     @settings(
-        max_examples=number, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        max_examples=number,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
     @given(cases)
     def each(case: Any) -> None:
@@ -135,7 +147,12 @@ def _made(place: Place) -> Iterator[Path]:
 
 
 def _tells(path: Path) -> bool:
-    return not path.is_symlink() and path.is_file() and path.stat().st_size < 2**26 and SECRET.encode() in path.read_bytes()
+    return (
+        not path.is_symlink()
+        and path.is_file()
+        and path.stat().st_size < 2**26
+        and SECRET.encode() in path.read_bytes()
+    )
 
 
 def _processor_seconds() -> float:

@@ -44,4 +44,6 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = [(o.name, o.tried, o.survived, o.refused, len(o.lost)) for o in outcomes]
     head = ("drill", "tried", "survived", "of them refused in words", "lost")
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |".replace("| --- ", "|---").replace("--- |", "---|") for line in lines)
+    return "\n".join(
+        f"| {' | '.join(map(str, line))} |".replace("| --- ", "|---").replace("--- |", "---|") for line in lines
+    )

@@ -12,10 +12,15 @@ from drills.attempt import Place, attempts
 from drills.grammar import FILES, damaged, mutated, put
 from drills.outcome import Outcome
 
-BOMB = "\n".join(
-    ["a0: &a0 [x, x]", *(f"a{depth}: &a{depth} [*a{depth - 1}, *a{depth - 1}]" for depth in range(1, 40))]
+BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{depth}: &a{depth} [*a{depth - 1}, *a{depth - 1}]" for depth in range(1, 40))])
+ATTACKS = (
+    BOMB,
+    "task: !!python/object/apply:os.system ['true']",
+    "? {a: b}\n: c",
+    "%YAML 9.9\n---\na: b",
+    "- a\n- b",
+    "\0",
 )
-ATTACKS = (BOMB, "task: !!python/object/apply:os.system ['true']", "? {a: b}\n: c", "%YAML 9.9\n---\na: b", "- a\n- b", "\0")
 
 
 @cache

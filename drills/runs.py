@@ -67,7 +67,8 @@ class Case(NamedTuple):
     figures: str
 
 
-def _lines(rows: Sequence[Any]) -> str:
+def lines(rows: Sequence[Any]) -> str:
+    """Return rows as JSONL."""
     return "".join(f"{as_json(row)}\n" for row in rows)
 
 
@@ -75,15 +76,17 @@ def _lines(rows: Sequence[Any]) -> str:
 def _cases(draw: st.DrawFn) -> Case:
     texts = {
         "ranks.json": as_json(draw(mutated(PLAN, 2))),
-        "trace.jsonl": _lines(draw(mutated(TRACE, 2))),
-        "log.jsonl": _lines(draw(mutated(LOG, 2))),
+        "trace.jsonl": lines(draw(mutated(TRACE, 2))),
+        "log.jsonl": lines(draw(mutated(LOG, 2))),
         "metrics.json": as_json(draw(mutated(METRICS, 3))),
         "model/config.json": as_json(draw(mutated(CONFIG, 1))),
         "recipe.yaml": draw(st.sampled_from(RECIPE)),
     }
     spoiled = draw(st.sampled_from(list(texts)))  # else too few would ever be read to their ends
     files = {
-        name: (draw(damaged(text)), draw(FILES)) if name == spoiled else (text.encode("utf-8", "surrogatepass"), "as it is")
+        name: (draw(damaged(text)), draw(FILES))
+        if name == spoiled
+        else (text.encode("utf-8", "surrogatepass"), "as it is")
         for name, text in texts.items()
         if name == spoiled or draw(st.integers(0, 5))
     }

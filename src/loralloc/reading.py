@@ -25,7 +25,7 @@ LINES_LIMIT = 512 * MIB
 """Bytes of a log or a trace."""
 RECIPE_LIMIT = MIB // 4
 """Bytes of a recipe: the longest one of this package has 4,000."""
-_SURROGATE = re.compile(r"\\u[dD][89abAB]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """What may be half of a character, which Python can neither print nor write."""
 DEEPEST = 64
 """Nested brackets of a JSON file."""

@@ -1,11 +1,12 @@
 """Nothing is unpickled: neither by this package, nor by the libraries that it asks to load something.
 
-A pickle is a program. torch's restricted reader of pickles has had holes, so that it is not asked to read them at all.
+A pickle is a program. torch's restricted reader of pickles has had holes, so that it is not asked to read them at all,
+unless a recipe says so of a base model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,22 +14,53 @@ import torch
 
 from loralloc.errors import UserError
 
+_LOADER = "load"
+"""The function of torch that reads pickles, and all of them: the libraries look it up there whenever they call it."""
+
 
 @contextmanager
 def nothing_unpickled(cure: str) -> Iterator[None]:
-    """Refuse pickles inside, wherever in a library `torch.load` is called.
+    """Refuse pickles inside, wherever in a library they would be read.
 
     Args:
         cure: What to do instead, the end of the message.
     """
 
     def refuse(file: Any, *args: Any, **kwargs: Any) -> Any:
-        name = file if isinstance(file, str) else getattr(file, "name", type(file).__name__)
-        raise UserError(f"{name} is a pickle, which can run any code, and is not read; {cure}")
+        raise UserError(f"{_name(file)} is a pickle, which can run any code, and is not read; {cure}")
 
-    reader = vars(torch)["load"]
-    vars(torch)["load"] = refuse
+    with _in_place_of_torchs(refuse):
+        yield
+
+
+@contextmanager
+def only_tensors_unpickled() -> Iterator[None]:
+    """Read pickles of tensors inside, with torch's restricted reader; refuse those of anything else."""
+    read = getattr(torch, _LOADER)
+
+    def restricted(file: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return read(file, *args, **{**kwargs, "weights_only": True})
+        except Exception as error:  # the class of the error is one of pickle's
+            if not str(error).startswith("Weights only load failed"):
+                raise
+            raise UserError(
+                f"{_name(file)} is a pickle of more than tensors, which can run any code, and is not read"
+            ) from error
+
+    with _in_place_of_torchs(restricted):
+        yield
+
+
+@contextmanager
+def _in_place_of_torchs(load: Callable[..., Any]) -> Iterator[None]:
+    stock = getattr(torch, _LOADER)
+    setattr(torch, _LOADER, load)
     try:
         yield
     finally:
-        vars(torch)["load"] = reader
+        setattr(torch, _LOADER, stock)
+
+
+def _name(file: Any) -> str:
+    return str(file) if isinstance(file, str) or hasattr(file, "__fspath__") else getattr(file, "name", "a file")

@@ -12,8 +12,8 @@ from loralloc.frontier.orders import ORDERS, Order
 from loralloc.frontier.run import Settings
 from loralloc.frontier.source import Source
 from loralloc.reading import read_object
-from loralloc.setting_types import is_number
 from loralloc.recipe.from_recipe import load_adapter, task_data
+from loralloc.setting_types import is_number
 
 SHOWN_TO = 0.006
 """Average ranks are shown in three digits: one that is this close to a point's, in shares of it, means the point."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from loralloc.tasks.locations import check_load_in, model_folder
 from loralloc.tasks.quantization import check_not_quantized, heads, load_quantized, prepare_quantized
 from loralloc.tasks.rows import shorten
 from loralloc.tasks.spec import TASKS
-from loralloc.unpickling import nothing_unpickled
+from loralloc.unpickling import nothing_unpickled, only_tensors_unpickled
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def locate(section: ModelSection) -> Checkpoint:
 def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
     """Turn the many errors of `from_pretrained` into one that names the model and the cure; pickles are refused."""
     try:
-        with nullcontext() if checkpoint.reads_pickles else nothing_unpickled(PICKLES):
+        with only_tensors_unpickled() if checkpoint.reads_pickles else nothing_unpickled(PICKLES):
             yield
     except UserError:
         raise
