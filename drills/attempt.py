@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 import signal
 import sys
@@ -24,7 +25,7 @@ LONGEST = 20.0
 """Seconds after which an attempt is taken to hang."""
 LONGEST_REFUSAL = 1.0
 """Processor seconds that a refusal may take, with those of the processes that it has started."""
-MESSAGE = 2**21
+LONGEST_MESSAGE = 2**21
 """Characters of a message, which may quote a value."""
 
 
@@ -43,43 +44,53 @@ class Place:
     written: Path
 
 
-class _Hangs(BaseException):
+class _HangsError(BaseException):
     """An attempt has taken too long; no `except Exception` holds it up."""
 
 
-_events: list[str] | None = None
+FORBIDDEN = ("pickle.find_class", "socket.connect", "os.system", "os.exec")
+"""Events of Python's audit that no file of a stranger may cause."""
+
+Run = Callable[[Place, Any], object]
+"""Writes a case into its place, and does what is asked; it may raise what the command line tells in words."""
 
 
-def _watch(event: str, args: tuple[Any, ...]) -> None:
-    if _events is not None and event in (
-        "pickle.find_class",
-        "socket.connect",
-        "os.system",
-        "os.exec",
-        "os.posix_spawn",
-    ):
-        _events.append(f"{event} {args}"[:200])
+class _Watch:
+    """Notes forbidden events while somebody looks; Python keeps such a hook until the process ends."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] | None = None
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.seen is not None and event in FORBIDDEN:
+            self.seen.append(f"{event} {args}"[:200])
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[list[str]]:
+        """Give the list of what is seen inside."""
+        self.seen = seen = []
+        try:
+            yield seen
+        finally:
+            self.seen = None
 
 
-_hooked = False
+@functools.cache
+def _watch() -> _Watch:
+    return _Watch()
 
 
-def attempts(
-    name: str, cases: SearchStrategy[Any], run: Callable[[Place, Any], object], number: int, start: int
-) -> Outcome:
+def attempts(name: str, cases: SearchStrategy[Any], run: Run, number: int, start: int) -> Outcome:
     """Draw cases and run each in a place of its own.
 
     Args:
         name: What the drill is called.
         cases: Where the cases come from.
-        run: Writes a case into its place and does what is asked; it may raise what the command line tells in words.
+        run: What is done with each.
         number: How many cases.
         start: The seed.
     """
-    global _hooked
-    if not _hooked:
-        sys.addaudithook(_watch)
-        _hooked = True
     outcome = Outcome(name)
 
     @seed(start)
@@ -93,51 +104,54 @@ def attempts(
     @given(cases)
     def each(case: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="loralloc-drill-") as root:
-            reason = _attempt(Path(root), run, case, outcome)
+            place = Place(Path(root, "sent"), Path(root, "mine.txt"), Path(root, "out"))
+            message, reason = _attempt(place, run, case)
+            reason = reason or _harm(place, message)
         if reason:
             outcome.lost.append(f"{name}: {reason}; case: {case!r:.2000}")
+        else:
+            outcome.refused += bool(message)
+            outcome.done += not message
 
     each()
     return outcome
 
 
-def _attempt(root: Path, run: Callable[[Place, Any], object], case: Any, outcome: Outcome) -> str:
-    """Run a case; return what was lost by it."""
-    global _events
+def _attempt(place: Place, run: Run, case: Any) -> tuple[str, str]:
+    """Run a case; return the words in which it was refused, and what was wrong about that."""
     from loralloc.errors import UserError
 
-    place = Place(root / "sent", root / "mine.txt", root / "out")
     place.inside.mkdir()
     place.written.mkdir()
     place.outside.write_text(SECRET)
-    before, message, _events = _processor_seconds(), "", []
-    try:
-        with _stopped_after(LONGEST):
-            run(place, case)
-    except (UserError, OSError, FloatingPointError) as error:  # what the command line tells in words
-        message = str(error)
-        if not message:
-            return f"{type(error).__name__} without a word"
-    except _Hangs:
-        return f"takes more than {LONGEST:g} s"
-    except BaseException as error:
-        return f"{type(error).__name__}: {str(error)[:300]}"
-    finally:
-        events, _events = _events, None
+    before, message = _processor_seconds(), ""
+    with _watch().looking() as seen:
+        try:
+            with _stopped_after(LONGEST):
+                run(place, case)
+        except (UserError, OSError, FloatingPointError) as error:  # what the command line tells in words
+            message = str(error)
+            if not message:
+                return "", f"{type(error).__name__} without a word"
+        except _HangsError:
+            return "", f"takes more than {LONGEST:g} s"
+        except BaseException as error:
+            return "", f"{type(error).__name__}: {str(error)[:300]}"
+    if seen:
+        return message, f"did {seen[0]}"
     seconds = _processor_seconds() - before
-    if events:
-        return f"did {events[0]}"
-    if message and seconds > LONGEST_REFUSAL:
-        return f"refused after {seconds:.1f} s of processor time: {message[:300]}"
-    if len(message) > MESSAGE:
-        return f"a message of {len(message):,} characters"
-    if place.outside.read_text() != SECRET or {path.name for path in root.iterdir()} != {"sent", "mine.txt", "out"}:
+    slow = message and seconds > LONGEST_REFUSAL
+    return message, f"refused after {seconds:.1f} s of processor time: {message[:300]}" if slow else ""
+
+
+def _harm(place: Place, message: str) -> str:
+    """What was told or changed that belongs to this machine."""
+    around = {path.name for path in place.inside.parent.iterdir()}
+    if place.outside.read_text() != SECRET or around != {"sent", "mine.txt", "out"}:
         return "a file outside was changed"
-    if SECRET in message or any(_tells(path) for path in _made(place)):
-        return "the secret was told"
-    outcome.refused += bool(message)
-    outcome.done += not message
-    return ""
+    if len(message) > LONGEST_MESSAGE:
+        return f"a message of {len(message):,} characters"
+    return "the secret was told" if SECRET in message or any(map(_tells, _made(place))) else ""
 
 
 def _made(place: Place) -> Iterator[Path]:
@@ -147,12 +161,8 @@ def _made(place: Place) -> Iterator[Path]:
 
 
 def _tells(path: Path) -> bool:
-    return (
-        not path.is_symlink()
-        and path.is_file()
-        and path.stat().st_size < 2**26
-        and SECRET.encode() in path.read_bytes()
-    )
+    small = not path.is_symlink() and path.is_file() and path.stat().st_size < 2**26
+    return small and SECRET.encode() in path.read_bytes()
 
 
 def _processor_seconds() -> float:
@@ -163,7 +173,7 @@ def _processor_seconds() -> float:
 @contextlib.contextmanager
 def _stopped_after(seconds: float) -> Iterator[None]:
     def stop(*args: Any) -> None:
-        raise _Hangs
+        raise _HangsError
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

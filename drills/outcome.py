@@ -42,8 +42,5 @@ def table(outcomes: Sequence[Outcome]) -> str:
     | plans | 10 | 9 | 7 | 1 |
     """
     rows = [(o.name, o.tried, o.survived, o.refused, len(o.lost)) for o in outcomes]
-    head = ("drill", "tried", "survived", "of them refused in words", "lost")
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(
-        f"| {' | '.join(map(str, line))} |".replace("| --- ", "|---").replace("--- |", "---|") for line in lines
-    )
+    lines = ["| drill | tried | survived | of them refused in words | lost |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])

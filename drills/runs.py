@@ -83,13 +83,9 @@ def _cases(draw: st.DrawFn) -> Case:
         "recipe.yaml": draw(st.sampled_from(RECIPE)),
     }
     spoiled = draw(st.sampled_from(list(texts)))  # else too few would ever be read to their ends
-    files = {
-        name: (draw(damaged(text)), draw(FILES))
-        if name == spoiled
-        else (text.encode("utf-8", "surrogatepass"), "as it is")
-        for name, text in texts.items()
-        if name == spoiled or draw(st.integers(0, 5))
-    }
+    files = {name: (text.encode("utf-8", "surrogatepass"), "as it is") for name, text in texts.items()}
+    files = {name: file for name, file in files.items() if draw(st.integers(0, 5))}
+    files[spoiled] = (draw(damaged(texts[spoiled])), draw(FILES))
     return Case(files, draw(st.sampled_from(["missing"] * 8 + ["link out", "link to a folder", "file", "links in it"])))
 
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from loralloc.errors import UserError
 
@@ -93,7 +94,7 @@ def _inside(around: str, pattern: str) -> str:
 
 def _tried(patterns: Sequence[str], names: Sequence[str], around: str) -> dict[str, list[str]]:
     """The names that those patterns fit that may take long, found by another process."""
-    risky = [pattern for pattern in dict.fromkeys(patterns) if not _HARMLESS.fullmatch(pattern)]
+    risky: list[str] = [pattern for pattern in dict.fromkeys(patterns) if not _HARMLESS.fullmatch(pattern)]
     if not risky:
         return {}
     pairs = [(pattern, _inside(around, pattern)) for pattern in risky]
@@ -108,7 +109,7 @@ def _tried(patterns: Sequence[str], names: Sequence[str], around: str) -> dict[s
         ).stdout
     except subprocess.TimeoutExpired as stopped:
         output = stopped.stdout or b""
-    answers = [json.loads(line) for line in output.splitlines()]
+    answers: list[Any] = [json.loads(line) for line in output.splitlines()]
     for pattern, answer in zip(risky, answers, strict=False):
         if isinstance(answer, str):
             raise PatternError(f'"{_shown(pattern)}" is no regular expression ({answer})')

@@ -40,10 +40,10 @@ class PlainLoader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
-    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
         """Open a bracket, unless too many are open: PyYAML looks at each of them for every character."""
         self._check_depth(self.flow_level)
-        super().fetch_flow_collection_start(token)
+        super().fetch_flow_collection_start(TokenClass)
 
     def add_indent(self, column: int) -> bool:
         """Begin an indented block, unless it is in too many others."""

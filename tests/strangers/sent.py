@@ -88,7 +88,7 @@ NO_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a FIFO": (_fifo, r"is a FIFO, and what is read must be a regular file"),
     "a device": (_link("/dev/zero"), r"(is a link out of its folder, to /dev/zero; put a copy|is a device, and what)"),
     "a folder": (_folder, r"([Ii]s a (folder|directory)|is a folder, and what is read must be a regular file)"),
-    "a terabyte": (
+    "terabytes": (
         _sparse,
         r"has 4,398,046,511,104 bytes, and (no file of its kind more than|this machine has) [\d,]+",
     ),

@@ -1,4 +1,4 @@
-"""Adapter folders of strangers: refused in words and in less than a second, by `truncate` and before PEFT loads them."""
+"""Adapter folders of strangers: refused in words and in less than a second, by `truncate` and before PEFT loads."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "targets that are a mapping": ({"target_modules": {"q": 1}}, "target_modules must be text or a list, got"),
     "a target that is a number": ({"target_modules": ["q", 3]}, "target_modules must be text"),
     "a module to import": (
-        {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+        {"megatron_config": {"a": 1}, "megatron_core": "this"},
         "megatron_config must be null",
     ),
     "another kind": ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**9}, "of type PROMPT_TUNING: only LoRA"),
@@ -133,7 +133,7 @@ def test_more_ranks_than_a_layer_has_dimensions(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "sent", {"r": 9, "rank_pattern": {}})
     tensors = {key: Stored("F32", (9, 8) if "_A" in key else (8, 9), 62) for key in adapters.factors()}
     (folder / "adapter_model.safetensors").write_bytes(weights_file(tensors))
-    with pytest.raises(UserError, match="sent: layers.0.q has rank 9, above the 8 dimensions of its layer$"):
+    with pytest.raises(UserError, match=r"sent: layers.0.q has rank 9, above the 8 dimensions of its layer$"):
         read_adapter(folder)
 
 

@@ -49,7 +49,7 @@ def test_a_record_cannot_name_a_file_of_mine(name: str, digest: str | None, expo
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("years of work")
     record(export, lambda found: found["files"].update({name: digest}))
-    with pytest.raises(UserError, match="nothing was overwritten: choose another folder$"):
+    with pytest.raises(UserError, match=r"nothing was overwritten: choose another folder$"):
         again(export)
     assert mine.read_text() == "years of work"
 
@@ -105,7 +105,7 @@ def test_a_record_that_does_not_say_what_files_hold(files: Any, export: Path) ->
     said = f"{export / RECORD} does not say what its files hold, as those of earlier versions; nothing was overwritten"
     with pytest.raises(UserError, match=f"^{re.escape(said)}: choose another folder$"):
         again(export)
-    with pytest.raises(UserError, match="as those of earlier versions; export it again$"):
+    with pytest.raises(UserError, match=r"as those of earlier versions; export it again$"):
         exported_files(export)
 
 
@@ -127,14 +127,14 @@ def test_a_record_that_is_none(text: str, export: Path) -> None:
 class TestPushed:
     def test_only_what_was_checked(self, export: Path) -> None:
         (export / "adapter_model.safetensors").write_bytes(b"other weights")
-        with pytest.raises(UserError, match="adapter_model.safetensors has changed since it was exported and checked"):
+        with pytest.raises(UserError, match=r"adapter_model.safetensors has changed since it was exported and checked"):
             exported_files(export)
 
     def test_no_file_of_this_machine(self, export: Path) -> None:
         (export.parent / "key").write_text("secret")
         (export / "notes.txt").symlink_to("../key")
         record(export, lambda found: found["files"].update({"notes.txt": ""}))
-        with pytest.raises(UserError, match="notes.txt is a link out of its folder"):
+        with pytest.raises(UserError, match=r"notes.txt is a link out of its folder"):
             exported_files(export)
         record(export, lambda found: found["files"].update({"../key": ""}))
         with pytest.raises(UserError, match="is a link out of its folder"):

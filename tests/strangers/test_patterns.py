@@ -83,5 +83,5 @@ def test_names_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_many_are_refused_before_they_are_compared() -> None:
-    with quickly(), pytest.raises(PatternError, match="^100,000 patterns for 1,000 modules are too many to compare$"):
+    with quickly(), pytest.raises(PatternError, match=r"^100,000 patterns for 1,000 modules are too many to compare$"):
         fitting(["a"] * 100_000, ["b"] * 1000)

@@ -45,7 +45,7 @@ def test_a_file_of_the_kernel_has_no_size_and_no_end(monkeypatch: pytest.MonkeyP
 def test_a_file_may_be_as_large_as_its_limit(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 100)
     assert reading.read_bytes(tmp_path / "a", 100) == b"x" * 100
-    with pytest.raises(UserError, match="a has 100 bytes, and no file of its kind more than 99$"):
+    with pytest.raises(UserError, match=r"a has 100 bytes, and no file of its kind more than 99$"):
         reading.read_bytes(tmp_path / "a", 99)
 
 
@@ -120,7 +120,7 @@ class TestJson:
             text = bracket * depth + "1" + close * depth
             assert reading.parse_json(text) == json.loads(text)
         for depth in (reading.DEEPEST + 1, 500, 200_000):
-            with quickly(), pytest.raises(ValueError, match="^brackets are nested more than 64 deep$"):
+            with quickly(), pytest.raises(ValueError, match=r"^brackets are nested more than 64 deep$"):
                 reading.parse_json(bracket * depth + "1" + close * depth)
 
     def test_many_brackets_side_by_side(self) -> None:

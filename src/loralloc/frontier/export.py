@@ -42,13 +42,14 @@ def as_measured(
     else:
         meant = round(average * modules) if is_number(modules) else 0
     larger = [ranks for _, ranks in sizes if ranks > meant > 0]
+    measured_by = next((known for known in ORDERS if known == record.get("order")), None)
     recovery = record.get("recovery")
     kept = recovery if isinstance(recovery, dict) else {}
     share, factor = kept.get("share"), kept.get("rate")
     measured = float(share) if is_number(share) and 0 <= share < 1 else default.recover
     at = float(factor) if is_number(factor) and 0 < factor <= 10 else default.rate
     return Settings(
-        order or next((known for known in ORDERS if known == record.get("order")), default.order),
+        order or measured_by or default.order,
         measured if recover is None else recover,
         [average],
         [*larger, meant] if larger or near else None,

@@ -76,8 +76,8 @@ class Source:
         scales = {name: module.scale for name, module in plan.modules.items()}
         recipe = _for_one_process(folder.load_recipe(), _count(metrics.get("processes")) or 1)
         steps = _count(plan.provenance.get("steps"))
-        seconds = metrics.get("train_seconds")
-        seconds = float(seconds) if is_number(seconds) else None
+        found: Any = metrics.get("train_seconds")
+        seconds = float(found) if is_number(found) else None
         written = output or path / "frontier"
         return cls(folder.adapter, recipe, written, None, scales, len(plan.modules), steps, seconds)
 
