@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PAPERS = ROOT / "docs" / "papers.md"
 
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 LINK = re.compile(r"\[(?P<label>[^\]]*)\]\((?P<target>[^)\s]+)\)")
+TEST = re.compile(r"`((?:[\w.]+/)*\w+\.py)((?:::\w+)*)`")
 SYMBOL = re.compile(r"`(\w+)\.([\w.]+)`")
 
 
@@ -94,3 +98,12 @@ def test_wrong_links_and_symbols_are_found(tmp_path: Path) -> None:
         "[e](gone.py) [f](#no-heading)\n```\n[g](in_code.py)\n```\n"
     )
     assert broken_links(page) == ["gone.py", "#no-heading"]
+
+
+def test_every_promise_of_security_has_its_test() -> None:
+    found = TEST.findall((ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(found) > 15
+    for path, inner in found:
+        (file,) = [ROOT / path] if "/" in path else ROOT.glob(f"tests/strangers/{path}")
+        name = inner.removeprefix("::").replace("::", ".")
+        assert not name or name in symbols(file), (path, name)
