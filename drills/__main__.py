@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 
-DRILLS = {"plans": 3000, "adapters": 2000, "recipes": 1000, "runs": 600}
+DRILLS = {"plans": 4000, "adapters": 3000, "recipes": 2000, "runs": 800}
 """The modules of this package that are drills, with the cases of each: minutes on one core."""
 
 MEMORY = 8 * 2**30

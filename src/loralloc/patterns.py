@@ -118,7 +118,7 @@ def _tried(patterns: Sequence[str], names: Sequence[str], around: str) -> dict[s
             f'"{_shown(risky[len(answers)])}" takes longer than {seconds:.1f} s to compare with the names of '
             f"{len(names)} modules; write it without a repetition inside of a repetition, or list the names"
         )
-    return {pattern: [names[at] for at in answer] for pattern, answer in zip(risky, answers, strict=True)}
+    return {pattern: [names[int(at)] for at in answer] for pattern, answer in zip(risky, answers, strict=True)}
 
 
 def _shown(pattern: str) -> str:

@@ -63,6 +63,14 @@ MODEL_MISTAKES: dict[str, tuple[list[Any], str]] = {
         ["--lora.r", 17],
         r"^lora.r: rank 17 is above the 16 dimensions of \d+ layers whose .*query.*; lower it to 16 at most$",
     ),
+    "a rank of a billion": (
+        ["--lora.r", 10**9],
+        r"^lora.r: rank 1000000000 is above the 32 dimensions of the model's widest layer; lower it to 32 at most$",
+    ),
+    "a pattern without end": (
+        ["--target_modules", "(.*)*" * 12 + "y"],
+        r"^lora.target_modules: .* takes longer than 0.3 s to compare with the names of \d+ modules; write it without",
+    ),
     "no module matches": (
         ["--target_modules", "[q_proj, v_proj]"],
         r'^lora.target_modules: no module is named "q_proj" or "v_proj"\. .* dense \(7\), query \(2\), key \(2\)',

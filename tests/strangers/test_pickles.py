@@ -14,12 +14,14 @@ import torch
 from cli.command import refused, save_encoder
 from models import tiny_peft
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from loralloc import AdaLoRA, Budget, UserError, attach
 from loralloc.adapter.stored import check_fits
 from loralloc.recipe.from_recipe import load_adapter
 from loralloc.tasks.base import ModelSection
 from loralloc.tasks.pretrained import load_config, load_model, load_tokenizer, locate
+from loralloc.training.trainer import PlainTrainer
 from loralloc.unpickling import nothing_unpickled
 
 
@@ -90,6 +92,19 @@ def test_a_checkpoint_of_an_allocation(tmp_path: Path, trace: Path) -> None:
     ):
         model.load_adapter(str(tmp_path / "checkpoint"), "default")
     assert not trace.exists()
+
+
+def test_a_checkpoint_of_plain_lora(tmp_path: Path, trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers finds no safetensors file, it lets PEFT read the pickle."""
+    torch.save(Bomb(trace), tmp_path / "adapter_model.bin")
+    read = lambda self, folder: torch.load(folder / "adapter_model.bin", weights_only=False)  # noqa: E731
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", read)
+    trainer = object.__new__(PlainTrainer)
+    with pytest.raises(UserError, match=r"is not read; take that checkpoint away, and resume from an earlier one$"):
+        trainer._load_from_checkpoint(tmp_path)
+    assert not trace.exists()
+    read(trainer, tmp_path)
+    assert trace.exists()
 
 
 # ---- Base models ----

@@ -42,9 +42,9 @@ def as_measured(
     else:
         meant = round(average * modules) if is_number(modules) else 0
     larger = [ranks for _, ranks in sizes if ranks > meant > 0]
-    measured_by = next((known for known in ORDERS if known == record.get("order")), None)
+    measured_by: Order | None = next((known for known in ORDERS if known == record.get("order")), None)
     recovery = record.get("recovery")
-    kept = recovery if isinstance(recovery, dict) else {}
+    kept: dict[str, Any] = recovery if isinstance(recovery, dict) else {}
     share, factor = kept.get("share"), kept.get("rate")
     measured = float(share) if is_number(share) and 0 <= share < 1 else default.recover
     at = float(factor) if is_number(factor) and 0 < factor <= 10 else default.rate
