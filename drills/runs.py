@@ -110,4 +110,9 @@ def _run(place: Place, case: Case) -> None:
 
 def drill(seed: int, cases: int) -> Outcome:
     """Write reports; nothing outside of the folder is read or written."""
+    import matplotlib.figure
+    import matplotlib.pyplot  # noqa: F401 - seconds, which are no attempt's
+
+    import loralloc.report.page  # noqa: F401
+
     return attempts("run folders", _cases(), _run, cases, seed)

@@ -221,8 +221,10 @@ class TestSource:
         for path in sources():
             wrong += [f"{where}: {name}" for where, name in imports(path) if name.split(".")[0] in UNPICKLERS]
             wrong += [f"{where}: {name}" for where, name in imports(path) if name == "torch.load"]
+            # `unpickling` takes the place of torch.load, so that no library finds it.
+            loaders = () if unit_of(path) == "unpickling" else ("torch.load", "torch.jit.load")
             for node in ast.walk(syntax(path)):
-                if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.jit.load"):
+                if isinstance(node, ast.Attribute) and ast.unparse(node) in loaders:
                     wrong.append(f"{place(path)}:{node.lineno}: {ast.unparse(node)}")
                 if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                     wrong.append(f"{place(path)}:{node.value.lineno}: allow_pickle")

@@ -188,7 +188,7 @@ def short_names(types: Sequence[str]) -> dict[str, str]:
     {'attention.output.dense': 'attention.output', 'output.dense': 'output.dense', 'attention.self.query': 'query'}
     """
     runs = {name: _runs(name.split(".")) for name in types}
-    found_in = Counter(run for several in runs.values() for run in set(several))
+    found_in = Counter(run for name, several in runs.items() for run in {name, *several})
     return {name: next((run for run in several if found_in[run] == 1), name) for name, several in runs.items()}
 
 

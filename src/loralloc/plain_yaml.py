@@ -23,19 +23,27 @@ _SCALARS = (  # the first pattern that matches wins, so integers stand before fl
     ("float", FLOAT, list("-+.0123456789")),
 )
 
+MOST_NODES = 10_000
+"""Keys and values of a file: PyYAML takes half a second for them."""
+
 
 class PlainLoader(yaml.SafeLoader):
     """YAML in which each value is written plainly, where it is used."""
 
+    _nodes = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Make a node of the next event; refuse aliases and tags."""
         event = self.peek_event()
+        self._nodes += 1
         if isinstance(event, yaml.AliasEvent):
             problem = f'aliases such as "*{event.anchor}" are not supported in recipes: repeat the value'
         elif getattr(event, "tag", None) is not None:
             problem = f'tags such as "{event.tag}" are not supported in recipes: write the plain value'
         elif not _is_text(getattr(event, "value", "")):
             problem = "half of a character (a lone surrogate) is no text"
+        elif self._nodes > MOST_NODES:
+            problem = f"more than {MOST_NODES:,} values"
         else:
             return super().compose_node(parent, index)
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)

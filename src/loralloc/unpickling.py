@@ -14,9 +14,6 @@ import torch
 
 from loralloc.errors import UserError
 
-_LOADER = "load"
-"""The function of torch that reads pickles, and all of them: the libraries look it up there whenever they call it."""
-
 
 @contextmanager
 def nothing_unpickled(cure: str) -> Iterator[None]:
@@ -36,7 +33,7 @@ def nothing_unpickled(cure: str) -> Iterator[None]:
 @contextmanager
 def only_tensors_unpickled() -> Iterator[None]:
     """Read pickles of tensors inside, with torch's restricted reader; refuse those of anything else."""
-    read = getattr(torch, _LOADER)
+    read = torch.load
 
     def restricted(file: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -54,12 +51,13 @@ def only_tensors_unpickled() -> Iterator[None]:
 
 @contextmanager
 def _in_place_of_torchs(load: Callable[..., Any]) -> Iterator[None]:
-    stock = getattr(torch, _LOADER)
-    setattr(torch, _LOADER, load)
+    """Let the libraries, which look `torch.load` up whenever they call it, find another function."""
+    stock = torch.load
+    torch.load = load
     try:
         yield
     finally:
-        setattr(torch, _LOADER, stock)
+        torch.load = stock
 
 
 def _name(file: Any) -> str:

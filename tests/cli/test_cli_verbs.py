@@ -105,7 +105,7 @@ class TestEvaluate:
     def test_a_damaged_adapter(self, run: Path) -> None:
         (run / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 20)
         message = refused("evaluate", run)
-        assert message.startswith(f"{run / 'adapter'} cannot be loaded: ")
+        assert message.startswith(f"{run / 'adapter' / 'adapter_model.safetensors'} cannot be read: ")
 
 
 class TestExport:

@@ -244,6 +244,8 @@ class TestFiles:
              "recipe.yaml:1: a recipe is a mapping of keys such as `task: causal-lm`; the file is empty"),
             ("- a\n", "recipe.yaml:1: a recipe is a mapping of keys such as `task: causal-lm`; this is not"),
             ("[" * 5000, f"recipe.yaml:1: not valid YAML: nested more than 64 deep: '{'[' * 200}'"),
+            ("a: [" + "1," * 10_001,
+             f"recipe.yaml:1: not valid YAML: more than 10,000 values: 'a: [{'1,' * 98}'"),
             ("- " * 5000, f"recipe.yaml:1: not valid YAML: nested more than 64 deep: '{'- ' * 100}'"),
             ('a: "\\ud800"\n',
              "recipe.yaml:1: not valid YAML: half of a character (a lone surrogate) is no text: 'a: \"\\\\ud800\"'"),

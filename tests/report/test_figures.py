@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -76,13 +77,15 @@ class TestThemes:
         assert all(name.startswith("loss-") for name in re.findall(r"url\(#([^)]*)\)", text))
 
     def test_names_and_descriptions_are_text_whatever_is_in_them(self, tmp_path: Path) -> None:
-        modules = {f"layers.{layer}.</svg>\x01<script>&": (8, 8) for layer in range(2)}
+        modules = {f"layers.{layer}.</svg><script>&": (8, 8) for layer in range(2)}
         folder, trace = read(Fabricated(modules, start=4, average=2), tmp_path / "run")
         with report_settings():
             text = svg(types_figure(folder, trace, arrange(trace.sites)), "types", '"<script>')
+            budget = svg(budget_figure(folder, replace(trace, unit="</svg>\x01")), "budget", "a figure")
         root = ElementTree.XML(text)
         assert root.get("aria-label") == '"<script>'
-        assert "2.0 </svg>\N{REPLACEMENT CHARACTER}<script>&" in list(root.itertext())
+        assert "2.0 </svg><script>&" in list(root.itertext())
+        assert "</svg>\N{REPLACEMENT CHARACTER}" in list(ElementTree.XML(budget).itertext())
         assert root.findall(".//script") == root.findall(".//style") == root.findall(".//metadata") == []
 
 

@@ -50,7 +50,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(default=False, description="run Python code that the model's repository carries")
     load: dict[str, Any] = Field(
         default={},
-        description="more arguments of transformers' from_pretrained, by their own names",
+        description="more arguments of transformers' from_pretrained, by their own names; weights in "
+        "pytorch_model.bin, which are pickles, need use_safetensors: false",
         json_schema_extra=options_schema(LOAD),
     )
 
