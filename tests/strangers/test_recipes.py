@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from models import tiny_peft
 from peft import LoraConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loralloc.errors import UserError
 from loralloc.recipe.sections import LoraSection
@@ -52,3 +54,14 @@ def test_a_rank_of_a_billion(ranks: dict[str, Any]) -> None:
     with quickly(), pytest.raises(UserError, match=said):
         check_ranks(LoraConfig(**ranks), model)
     check_ranks(LoraConfig(r=wide), model)
+
+
+def test_the_size_of_a_layer_is_asked_for_where_it_tells() -> None:
+    class LinearScalingRotaryEmbedding(nn.Module):
+        """As in transformers: its name is no sign of a weight."""
+
+    model = nn.ModuleDict({"rotary": LinearScalingRotaryEmbedding(), "conv": Conv1D(24, 8)})
+    check_ranks(LoraConfig(r=24), model)
+    with pytest.raises(UserError, match="rank 25 is above the 24 dimensions of the model's widest layer"):
+        check_ranks(LoraConfig(r=25), model)
+    check_ranks(LoraConfig(r=10**9), nn.ModuleDict({"rotary": LinearScalingRotaryEmbedding()}))  # PEFT finds no layer

@@ -80,9 +80,9 @@ def check_ranks(config: LoraConfig, model: nn.Module) -> None:
     Raises:
         UserError: With the rank and the dimensions.
     """
-    widest = max((max(_features(module)) for _, module in _linear_layers(model)), default=0)
+    widest = max((size for _, module in _linear_layers(model) for size in _features(module)), default=0)
     rank = max([config.r, *(config.rank_pattern or {}).values()])
-    if rank > widest:
+    if 0 < widest < rank:
         raise UserError(
             f"lora.r: rank {rank} is above the {widest} dimensions of the model's widest layer; lower it to "
             f"{widest} at most"
@@ -158,8 +158,10 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _features(layer: Any) -> tuple[int, ...]:
-    """Inputs and outputs of a linear layer, in the order that its class has."""
-    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
+    """Inputs and outputs of a linear layer, in whichever order; nothing for what is none, or does not tell."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return layer.in_features, layer.out_features
+    return tuple(getattr(getattr(layer, "weight", None), "shape", ()))
 
 
 def _problem(entries: str | Sequence[str] | None, names: Sequence[str]) -> str:
