@@ -21,7 +21,7 @@ from drills.outcome import Outcome
 
 SECRET = "the-secret-of-this-machine-7f3a"
 """What stands in a file beside the folder that a stranger has sent."""
-LONGEST = 20.0
+LONGEST = 60.0
 """Seconds after which an attempt is taken to hang."""
 LONGEST_REFUSAL = 1.0
 """Processor seconds that a refusal may take, with those of the processes that it has started."""
