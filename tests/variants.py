@@ -86,6 +86,8 @@ FAST: Mapping[str, int] = {
     "reference/test_adalora_twin_loop.py::test_averages_and_scores_rest_in_the_final_phase": 3,
     "report/test_figures.py::test_the_heat_map_of_a_huge_model_stays_a_picture_one_can_open": 0,
     "report/test_page.py::TestModels::test_hundreds_of_modules": 0,
+    "strangers/test_patterns.py::test_one_that_explodes_is_refused_in_less_than_a_second": 10,
+    "strangers/test_runs.py::test_metrics_that_are_none_are_left_out": 2,
     "tasks/test_data.py::test_demo_data_by_split": 0,
     "tasks/test_docstrings.py::test_another_process_makes_the_same_rows": 0,
     "tasks/test_docstrings.py::test_splits_share_no_module_and_no_text": 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
@@ -41,6 +41,7 @@ def test_the_same_as_the_matcher_of_python(pattern: str, around: str) -> None:
     assert fitting([pattern], LONG, around) == [[name for name in LONG if whole.fullmatch(name)]]
 
 
+@settings(max_examples=10)  # each of which starts a process
 @given(st.lists(st.sampled_from([*INNOCENT, "(q|k)_proj", "[a-z]+_proj"]), max_size=3))
 def test_several_at_once_are_told_apart(several: list[str]) -> None:
     expected = [[name for name in NAMES if re.fullmatch(pattern, name)] for pattern in several]
