@@ -36,7 +36,7 @@ def as_measured(
     record, default = _record(folder), Settings()
     sizes = list(_sizes(record.get("points")))
     near = [size for size in sizes if abs(size[0] - average) <= SHOWN_TO * size[0]]
-    modules = record.get("modules")
+    modules: Any = record.get("modules")
     if near:
         meant = min(near, key=lambda size: abs(size[0] - average))[1]
     else:
@@ -45,7 +45,8 @@ def as_measured(
     measured_by: Order | None = next((known for known in ORDERS if known == record.get("order")), None)
     recovery = record.get("recovery")
     kept: dict[str, Any] = recovery if isinstance(recovery, dict) else {}
-    share, factor = kept.get("share"), kept.get("rate")
+    share: Any = kept.get("share")
+    factor: Any = kept.get("rate")
     measured = float(share) if is_number(share) and 0 <= share < 1 else default.recover
     at = float(factor) if is_number(factor) and 0 < factor <= 10 else default.rate
     return Settings(
