@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,39 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder survive a crash of the machine: those that were made, renamed and removed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says that there is no space left: by its number or, from Rust's libraries, in its words."""
+    full = {errno.ENOSPC, errno.EDQUOT}
+    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
+
+
+def drop_half_written(folder: Path) -> None:
+    """Remove what `write_atomically` has left, here and below, in processes that were killed while they wrote.
+
+    Args:
+        folder: A folder in which nobody else keeps files.
+    """
+    for path in folder.rglob(".*"):
+        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+            path.unlink()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

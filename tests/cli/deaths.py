@@ -60,9 +60,16 @@ def _state(run: Path) -> dict[str, Any]:
     for name in found:
         if name.endswith(("trainer_state.json", "window.json")):
             found[name] = _without_times(json.loads(found[name]))
+        if name.endswith("manifest.json"):
+            found[name] = _without_checksums(json.loads(found[name]))
     found["log.jsonl"] = _without_times(log_rows(run))
     found["metrics.json"] = _without_times(read_json(run / "metrics.json"))
     return found
+
+
+def _without_checksums(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint is, with the names of its files, of which some hold times."""
+    return {**manifest, "files": list(manifest["files"]), "checksum": None}
 
 
 def _without_times(value: Any) -> Any:

@@ -131,7 +131,7 @@ def test_an_estimate_does_nothing_beside_steps(write: Write, here: Path, monkeyp
         raise AssertionError
 
     monkeypatch.setattr("loralloc.training.trainer.RunTrainer.evaluate", never)
-    monkeypatch.setattr("loralloc.training.checkpoint.mark_complete", never)
+    monkeypatch.setattr("loralloc.training.trainer.write_manifest", never)
     often = ("--eval_every", 1, "--save_every", 1, "--training.trainer", "{push_to_hub: true, report_to: tensorboard}")
     assert "s a step" in done("estimate", write_data("chat", write, here), *often)
 

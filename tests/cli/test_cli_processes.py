@@ -198,7 +198,9 @@ def test_a_run_killed_and_resumed_on_two_processes_is_the_same_run(two: Any) -> 
         assert result["resumed"]["checksum"] == result["whole"]["checksum"]
     kept = folder / "killed" / "checkpoints" / f"checkpoint-{STEPS}"
     assert {path.name for path in kept.glob("random-*")} == {"random-0.json", "random-1.json"}
-    assert read_json(kept / "complete.json") == {"step": STEPS, "processes": 2}
+    manifest = read_json(kept / "manifest.json")
+    assert (manifest["step"], manifest["processes"]) == (STEPS, 2)
+    assert {"random-0.json", "random-1.json"} <= manifest["files"].keys()
     rows = [[row for row in log_rows(folder / run) if "loss" in row] for run in ("killed", "whole")]
     assert rows[0] == rows[1]
 

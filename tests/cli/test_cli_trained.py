@@ -105,8 +105,8 @@ def test_a_loss_that_diverged_is_not_worth_another_export(recipe: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         trained = stages.Stage.train
 
-        def diverge(stage: stages.Stage, resume: bool) -> None:
-            trained(stage, resume)
+        def diverge(stage: stages.Stage, checkpoint: Path | None) -> None:
+            trained(stage, checkpoint)
             next(weight for weight in stage.model.parameters() if weight.requires_grad).data.fill_(float("nan"))
 
         patched.setattr(stages.Stage, "train", diverge)

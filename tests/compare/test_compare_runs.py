@@ -172,7 +172,7 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    while not list(tmp_path.glob("out/runs/r2-adalora-lr0.01-s0/checkpoints/*/complete*")):
+    while not list(tmp_path.glob("out/runs/r2-adalora-lr0.01-s0/checkpoints/*/manifest*")):
         time.sleep(0.05)
         assert time.monotonic() < deadline
     os.killpg(process.pid, signal.SIGKILL)

@@ -173,7 +173,7 @@ def test_training_does_not_notice_that_evaluations_write(encoder_decoder: str, t
     warm = {"max_new_tokens": 4, "metrics": ["exact_match"], "temperature": 1.0}
     stages_ = stage_of(encoder_decoder, tmp_path / "a"), stage_of(encoder_decoder, tmp_path / "b", generate=warm)
     for stage in stages_:
-        stage.train(resume=False)
+        stage.train()
     assert losses(stages_[0].trainer) == losses(stages_[1].trainer)
     told = [row for row in stages_[1].trainer.state.log_history if "eval_exact_match" in row]
     assert [row["step"] for row in told] == [3, 6]

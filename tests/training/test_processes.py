@@ -14,7 +14,8 @@ from transformers import Trainer
 
 from loralloc import UserError
 from loralloc.training import processes
-from loralloc.training.checkpoint import check_processes, mark_complete
+from loralloc.training.checkpoint import check_processes
+from loralloc.training.manifest import Manifest, write_manifest
 from loralloc.training.trainer import PlainTrainer
 
 
@@ -98,7 +99,7 @@ class TestAgreement:
 
 @pytest.mark.parametrize(("written", "here", "launcher"), [(2, 1, "torchrun --nproc-per-node=2 "), (1, 2, "")])
 def test_a_run_goes_on_with_as_many_processes(written: int, here: int, launcher: str, tmp_path: Path) -> None:
-    mark_complete(tmp_path, 4, written)
+    write_manifest(tmp_path, Manifest(step=4, processes=written))
     check_processes(tmp_path, written)
     with pytest.raises(UserError) as refusal:
         check_processes(tmp_path, here)

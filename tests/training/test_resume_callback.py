@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import random
 import re
 import shutil
@@ -34,6 +33,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, RankAllocation, UserError
 from loralloc.training.callback import MARKER, TENSORS
+from loralloc.training.manifest import sealed, unsealed
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8, "logging_steps": 1}
 
@@ -216,9 +216,14 @@ def resume(checkpoint: Path, **settings: Any) -> RankAllocation:
     return allocation
 
 
+def rewrite(checkpoint: Path, **numbers: Any) -> None:
+    """Let the allocation's state say something else, with a checksum that fits."""
+    path = checkpoint / MARKER
+    path.write_text(sealed({**unsealed(path.read_bytes()), **numbers}))
+
+
 def test_bad_steps_before_the_checkpoint_are_remembered(checkpoint: Path) -> None:
-    marker = json.loads((checkpoint / MARKER).read_text())
-    (checkpoint / MARKER).write_text(json.dumps({**marker, "bad_steps": 3}))
+    rewrite(checkpoint, bad_steps=3)
     plan = resume(checkpoint).plan
     assert plan is not None
     assert (plan.provenance["bad_steps"], plan.provenance["steps"]) == (3, STEPS)
@@ -309,8 +314,7 @@ def test_another_scale_of_the_adapter_is_refused(checkpoint: Path) -> None:
     ],
 )
 def test_another_method_or_model_is_refused(key: str, value: Any, words: str, checkpoint: Path) -> None:
-    path = checkpoint / MARKER
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    rewrite(checkpoint, **{key: value})
     with pytest.raises(UserError, match=another_run(words)):
         resume(checkpoint)
 

@@ -39,6 +39,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from loralloc.files import read_jsonl
 from loralloc.recipe import run as pipeline
 from loralloc.training import checkpoint as checkpoints
+from loralloc.training import trainer as trainers
 from loralloc.training.trainer import PlainTrainer
 
 STEPS = 20
@@ -106,7 +107,7 @@ def check_same(run: Path, other: Path) -> None:
 
 def newest() -> str:
     """The checkpoint that a run would be resumed from."""
-    found = checkpoints.newest_complete(Path("run/checkpoints"), before=STEPS)
+    found = checkpoints.newest_whole(Path("run/checkpoints"), before=STEPS).checkpoint
     return "" if found is None else found.name
 
 
@@ -173,15 +174,15 @@ class TestResume:
         check_same(Path("run"), whole("adalora"))
 
     @pytest.mark.parametrize(
-        "name",
+        ("module", "name"),
         [
-            "save_random_state",
-            pytest.param("save_optimizer", marks=pytest.mark.slow),
-            pytest.param("mark_complete", marks=pytest.mark.slow),
+            (checkpoints, "save_random_state"),
+            pytest.param(checkpoints, "save_optimizer", marks=pytest.mark.slow),
+            pytest.param(trainers, "write_manifest", marks=pytest.mark.slow),
         ],
     )
-    def test_falls_back_when_killed_while_saving(self, name: str, whole: Whole) -> None:
-        with killed_in(checkpoints, name, step=10):
+    def test_falls_back_when_killed_while_saving(self, module: Any, name: str, whole: Whole) -> None:
+        with killed_in(module, name, step=10):
             train("adalora")
         assert get_last_checkpoint("run/checkpoints") == "run/checkpoints/checkpoint-10", "there, but not complete"
         assert newest() == "checkpoint-8"
@@ -248,7 +249,7 @@ class TestResume:
         code = "from loralloc.cli.main import main; main()"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=subprocess.DEVNULL)
-        marker = Path("run/checkpoints/checkpoint-6") / checkpoints.COMPLETE
+        marker = Path("run/checkpoints/checkpoint-6") / "manifest.json"
         while process.poll() is None and not marker.exists():
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -374,20 +375,6 @@ class TestFiles:
             walk(*pair, steps=3)
         assert all(torch.equal(mine, other) for mine, other in zip(ours[0], theirs[0], strict=True))
         assert {path.suffix for path in tmp_path.iterdir() if "optimizer" in path.name} == {".json", ".safetensors"}
-
-    def test_the_newest_complete_checkpoint_has_the_highest_step(self, tmp_path: Path) -> None:
-        assert checkpoints.newest_complete(tmp_path / "none", before=20) is None
-        for step in (2, 9, 10, 11):
-            (tmp_path / f"checkpoint-{step}").mkdir()
-        assert checkpoints.newest_complete(tmp_path, before=20) is None
-        for step in (9, 10, 2):
-            checkpoints.mark_complete(tmp_path / f"checkpoint-{step}", step, processes=1)
-        assert checkpoints.newest_complete(tmp_path, before=20) == tmp_path / "checkpoint-10"
-        assert checkpoints.newest_complete(tmp_path, before=11) == tmp_path / "checkpoint-10"
-        assert checkpoints.newest_complete(tmp_path, before=10) == tmp_path / "checkpoint-9"
-        assert checkpoints.newest_complete(tmp_path, before=2) is None
-        checkpoints.mark_complete(tmp_path / "checkpoint-10", 10, processes=1, ended=True)  # nothing follows it
-        assert checkpoints.newest_complete(tmp_path, before=20) == tmp_path / "checkpoint-9"
 
     @pytest.mark.parametrize(("kept", "left"), [(9, {"checkpoint-2", "checkpoint-9"}), (None, set())])
     def test_checkpoints_of_steps_that_come_again_go(self, kept: int | None, left: set[str], tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def measure(recipe: Recipe) -> Measured:
         seconds = clock() - begun
         times = StepTimes()
         stage.trainer.add_callback(times)
-        stage.train(resume=False)
+        stage.train()
     evaluated = 1 if data.test is None else 1 + len(data.validation) / len(data.test)
     return Measured(median(times.seconds[FIRST:]), seconds * evaluated, untrained)
 

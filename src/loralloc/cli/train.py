@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loralloc.cli import completion
-from loralloc.errors import UserError
+from loralloc.cli.streams import lasting_streams
+from loralloc.errors import UserError, check_choice
+from loralloc.recipe.changes import ALLOWED
+
+if TYPE_CHECKING:
+    from loralloc.recipe.schema import Recipe
 
 
 def train(
@@ -17,7 +24,14 @@ def train(
         Path,
         typer.Argument(help="The recipe, a YAML file; see `loralloc init`.", autocompletion=completion.recipe_files),
     ],
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-changed",
+            help=f"With --resume: what may differ from the run so far, {' or '.join(ALLOWED)}.",
+        ),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Start over in the folder of an earlier run.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load everything, show budget and schedule, train nothing.")
@@ -31,6 +45,10 @@ def train(
         raise UserError(f"name the recipe before the flags: loralloc train RECIPE {recipe} ...")
     if resume and replace:
         raise UserError("--resume continues a run and --replace starts it over: give one of them")
+    if allow_changed and not resume:
+        raise UserError("--allow-changed says what may differ in a run that goes on: give it with --resume")
+    for kind in allow_changed or ():
+        check_choice("--allow-changed", kind, ALLOWED)
     if quiet + verbose + as_json > 1:
         raise typer.BadParameter("--quiet, --verbose and --json exclude each other: give one of them")
     from loralloc.cli.checks import check_inputs, check_output, is_alone
@@ -45,8 +63,36 @@ def train(
     from loralloc.recipe.trial import refused_values
     from loralloc.training import processes
 
-    with screen_for(quiet, verbose, as_json) as screen:
+    with lasting_streams(), screen_for(quiet, verbose, as_json) as screen:
         with processes.one_voice():
             settings = load_recipe(recipe, context.args, refused_values)
-        act = run.rehearse if dry_run else run.run
-        act(settings, resume=resume, start_over=replace, screen=screen)
+        if dry_run:
+            run.rehearse(settings, resume=resume, start_over=replace, screen=screen)
+        else:
+            allowed = allow_changed or ()
+            _stoppable(settings, lambda: run.run(settings, resume, replace, screen=screen, allow_changed=allowed))
+
+
+def _stoppable(recipe: Recipe, act: Callable[[], object]) -> None:
+    """Run a recipe; where a signal ends it, say how to go on."""
+    from loralloc.recipe.run import resume_line
+    from loralloc.recipe.run_folder import RunFolder
+    from loralloc.training import processes
+    from loralloc.training.signals import Stopped, listening
+
+    try:
+        with listening():
+            act()
+    except Stopped as stopped:
+        folder, name = RunFolder.of(recipe), stopped.signal.name
+        if not processes.is_main():
+            raise
+        if stopped.step is not None:
+            said = f"stopped by {name} after step {stopped.step:,}, which is saved; go on with"
+        elif folder.is_run() and folder.can_go_on:
+            said = f"stopped by {name}; go on from what was saved before with"
+        else:
+            print(f"stopped by {name} before there was anything to save", file=sys.stderr)
+            raise
+        print(f"{said} {resume_line(folder)}", file=sys.stderr)
+        raise

@@ -15,9 +15,10 @@ import torch
 
 from loralloc.compare.peers import train_peer
 from loralloc.errors import UserError
+from loralloc.recipe.changes import ChangedError
 from loralloc.recipe.run import run
 from loralloc.recipe.run_folder import RunFolder
-from loralloc.recipe.schema import load_recipe
+from loralloc.recipe.schema import Recipe, load_recipe
 from loralloc.recipe.screen import Screen
 
 REFUSED = 2
@@ -55,6 +56,14 @@ def train(path: Path, peer: str | None) -> None:
         return
     begun = any(path for one in (folder, folder.search) for path in one.checkpoints.glob("checkpoint-*"))
     resume = same and (begun or folder.search.plan.is_file())
+    try:
+        _train(recipe, peer, resume)
+    except ChangedError as error:
+        Said().warning(f"{error}. The run starts over")
+        _train(recipe, peer, resume=False)
+
+
+def _train(recipe: Recipe, peer: str | None, resume: bool) -> None:
     if peer is None:
         run(recipe, resume=resume, start_over=not resume, untrained=math.nan, report=False, screen=Said())
     else:

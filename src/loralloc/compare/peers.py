@@ -74,7 +74,7 @@ def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
     looking = time.process_time() - begun
     if not resume:
         folder.create(recipe)
-    stage.train(resume)
+    stage.train(stage.checkpoint() if resume else None)
     seconds, plan = stage.trainer.train_seconds, plan_of(stage)
     if (failure := stage.failure(plan)) is not None:
         raise UserError(failure)

@@ -283,7 +283,7 @@ class _Bench:
             )
             self._put(point.ranks, stage.model, above, heads if above is None else above.heads)
             begun = time.perf_counter()
-            stage.train(resume=False)
+            stage.train()
             point = replace(point, recovered=self._measure(stage.trainer, begun))
             if point.gained:
                 save_adapter(stage.model, folder.adapter)

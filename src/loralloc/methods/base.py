@@ -275,7 +275,10 @@ class Method(ABC):
         """Close what is above the target, for good, and return the kept ranks, boolean [R]."""
 
     def state_dict(self, state: Any) -> dict[str, Tensor]:
-        """Everything a resumed run needs beyond the model's and the optimizer's own tensors."""
+        """Everything a resumed run needs beyond the model's and the optimizer's own tensors.
+
+        A run checks names, shapes and dtypes of what comes back, and that all of it is finite.
+        """
         del state
         return {}
 

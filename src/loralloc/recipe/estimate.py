@@ -109,7 +109,7 @@ def estimate(recipe: Recipe) -> Estimate:
         stage.trainer.add_callback(times)
         stage.trainer.add_callback(_StopAfter(STEPS + 1))
         trained = [parameter for parameter in stage.model.parameters() if parameter.requires_grad]
-        stage.train(resume=False)
+        stage.train()
     adapter = _bytes(trained)
     memory = {"weights": _bytes(stage.model.parameters()) - adapter, "adapter": adapter, "gradients": adapter}
     memory["optimizer"] = _bytes(_state_tensors(stage.trainer.optimizer))

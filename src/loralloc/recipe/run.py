@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,19 +15,23 @@ from typing import Any, cast
 
 from datasets import Dataset
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 
 from loralloc import trace
 from loralloc._version import __version__
 from loralloc.adapter.export import Export, export_adapter, write_card
 from loralloc.adapter.hub import exported_files, upload
 from loralloc.errors import UserError
+from loralloc.files import disk_is_full
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
 from loralloc.recipe import stages
 from loralloc.recipe.card import card_facts
+from loralloc.recipe.changes import in_words, split_changes
 from loralloc.recipe.cuts import evaluate_cuts
 from loralloc.recipe.from_recipe import task_data
+from loralloc.recipe.lock import locked
 from loralloc.recipe.outcome import Outcome
 from loralloc.recipe.passthrough import TOLD_TO_OTHERS, TRAINER, with_options, without
 from loralloc.recipe.run_folder import RunFolder
@@ -38,6 +44,8 @@ from loralloc.tasks.base import TaskData, length_of
 from loralloc.tasks.generation import Generation
 from loralloc.tasks.quantization import stored_config
 from loralloc.training import processes
+from loralloc.training.checkpoint import drop_cut_off
+from loralloc.training.manifest import MANIFEST
 from loralloc.training.trainer import RunTrainer
 
 SAMPLES = 5
@@ -51,6 +59,7 @@ def run(
     untrained: float | None = None,
     screen: Screen | None = None,
     report: bool = True,
+    allow_changed: Collection[str] = (),
 ) -> Outcome:
     """Train, allocate, export, evaluate and report one recipe.
 
@@ -60,40 +69,95 @@ def run(
 
     Args:
         recipe: The recipe.
-        resume: Continue from the newest complete checkpoint.
+        resume: Continue from the newest whole checkpoint; of a finished run, write what is missing.
         start_over: Replace an earlier run.
         untrained: The value of the metric before training, where it is known; else it is measured.
         screen: Shows what happens; None shows nothing.
         report: Write the page, which can be written later.
+        allow_changed: What may differ from the run that is resumed, of `changes.ALLOWED`.
+
+    Raises:
+        UserError: The recipe, its data or its folder do not allow the run, or the disk is full.
     """
+    screen = screen or Screen()
     processes.join()
-    with processes.one_voice():
-        return _run(recipe, resume, start_over, untrained, screen or Screen(), report)
+    with processes.one_voice(), ExitStack() as stack, _speaking_of_a_full_disk(RunFolder.of(recipe)):
+        with processes.together():
+            check_values(recipe)
+            folder = _open_folder(recipe, resume, start_over)
+        processes.on_main(stack.enter_context, locked(folder.root))
+        with processes.together():
+            _open_folder(recipe, resume, start_over)  # somebody may have finished there meanwhile
+        if resume and folder.metrics.is_file():
+            return _finish(folder, screen)
+        return _run(recipe, folder, resume, untrained, screen, report, allow_changed)
+
+
+@contextmanager
+def _speaking_of_a_full_disk(folder: RunFolder) -> Iterator[None]:
+    """Turn what libraries say of a full disk into one message; a checkpoint that is half written makes room.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not disk_is_full(error):
+            raise
+        for one in (folder, folder.search):
+            drop_cut_off(one.checkpoints)
+        kept = [path.parent.name for path in folder.checkpoints.glob(f"checkpoint-*/{MANIFEST}")]
+        whole = f"; {' and '.join(sorted(kept))} in {folder.checkpoints} are not touched" if kept else ""
+        raise UserError(
+            f"the disk with {folder.root} is full{whole}. Make room, then go on with {resume_line(folder)}"
+        ) from error
+
+
+def resume_line(folder: RunFolder) -> str:
+    """The command that goes on with a run."""
+    return f"{processes.launcher()}loralloc train {folder.recipe} --resume"
+
+
+def _finish(folder: RunFolder, screen: Screen) -> Outcome:
+    """Write the page that a finished run lacks."""
+    processes.on_main(write_report, folder.root)
+    screen.note(f"the run had finished; what was missing is written now: {folder.report}")
+    metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    return Outcome(folder, RankPlan.load(folder.plan), metrics, None)
 
 
 def _run(
-    recipe: Recipe, resume: bool, start_over: bool, untrained: float | None, screen: Screen, report: bool
+    recipe: Recipe,
+    folder: RunFolder,
+    resume: bool,
+    untrained: float | None,
+    screen: Screen,
+    report: bool,
+    allow_changed: Collection[str],
 ) -> Outcome:
     if recipe.compare is not None:
         screen.note(f"the section compare is for loralloc compare; this trains {recipe.method.name} alone")
     with processes.together():
-        check_values(recipe)
-        folder = _open_folder(recipe, resume, start_over)
         data = task_data(recipe)
-    search_plan = None
+    if resume:
+        processes.on_main(_go_on, folder, recipe, screen)
+    search_plan, continues = None, resume
     if stages.searches(recipe):
-        search_plan, data = _search(recipe, data, folder, resume, screen)
+        continues = resume and folder.search.plan.is_file()  # else the training begins in this process
+        search_plan, data = _search(recipe, data, folder, resume, screen, allow_changed)
     with processes.together():
         trained_recipe = recipe if search_plan is None else stages.retraining_recipe(recipe, folder.search.plan)
         stage = stages.prepare_training(trained_recipe, data, folder, screen, after_search=search_plan is not None)
     if not resume and search_plan is None:
         processes.on_main(folder.create, recipe)
+    checkpoint = stage.checkpoint(allow_changed) if continues else None
     if untrained is None:
         found = stage.evaluate("untrained")
         stage.check_metric(found)
         untrained = found[data.metric]
     before = stage.generate()
-    stage.train(resume)
+    stage.train(checkpoint)
     seconds, plan = stage.trainer.train_seconds, plan_of(stage)
     if search_plan is not None:
         plan = _combined(search_plan, plan)
@@ -155,8 +219,16 @@ def _open_folder(recipe: Recipe, resume: bool, start_over: bool) -> RunFolder:
     return RunFolder.resume(recipe) if resume else RunFolder.for_new_run(recipe, start_over)
 
 
+def _go_on(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
+    """Say what the recipe has otherwise than before, where that may be, and keep it."""
+    _, changes = split_changes(folder.load_recipe(), recipe)
+    if changes:
+        screen.note(f"the recipe differs where it may: {in_words(changes)}")
+    folder.go_on(recipe)
+
+
 def _search(
-    recipe: Recipe, data: TaskData, folder: RunFolder, resume: bool, screen: Screen
+    recipe: Recipe, data: TaskData, folder: RunFolder, resume: bool, screen: Screen, allow_changed: Collection[str]
 ) -> tuple[RankPlan, TaskData]:
     """Search for the ranks, or read what an earlier process has found; return them and data whose model is fresh."""
     with processes.together():
@@ -167,7 +239,7 @@ def _search(
     if not resume:
         processes.on_main(folder.create, recipe)
     processes.on_main(folder.search.root.mkdir, exist_ok=True)
-    stage.train(resume)
+    stage.train(stage.checkpoint(allow_changed) if resume else None)
     plan = plan_of(stage)
     if (failure := stage.failure(plan)) is not None:
         raise UserError(failure)

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loralloc.errors import UserError
-from loralloc.files import finite, write_atomically
+from loralloc.files import drop_half_written, finite, write_atomically
+from loralloc.recipe.changes import ChangedError, in_words, split_changes
 from loralloc.recipe.schema import Recipe, dump_recipe, load_recipe, peek_recipe
 
+LOCK = ".lock"
+"""The file in a run folder that says who is at work in it."""
 HEADER = "# The resolved recipe of this run, written by loralloc."
 
 
@@ -99,6 +102,11 @@ class RunFolder:
         return self.root / "losses.json"
 
     @property
+    def report(self) -> Path:
+        """The page, written last."""
+        return self.root / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """Resumable state."""
         return self.root / "checkpoints"
@@ -159,13 +167,20 @@ class RunFolder:
     def create(self, recipe: Recipe) -> None:
         """Make the folder and write the recipe; what an earlier run wrote goes, anything else stays."""
         for entry in (*self.ENTRIES, "ragged", "uniform", "merged", "frontier"):
-            path = self.root / entry
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(self.root / entry)
         self.root.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.recipe, _text(recipe))
+        self.go_on(recipe)
+
+    def go_on(self, recipe: Recipe) -> None:
+        """Write the recipe that the run goes on with, and clear away what a killed process has left half written."""
+        for folder in (self.checkpoints, self.search.root):
+            drop_half_written(folder)
+        for entry in self.ENTRIES:  # what else is in the folder may be somebody else's
+            for left in self.root.glob(f".{entry}.*"):
+                _remove(left)
+        _remove(self._partial)
+        if not self.holds(recipe):
+            write_atomically(self.recipe, _text(recipe))
 
     def holds(self, recipe: Recipe) -> bool:
         """Whether the folder's run is one of this very recipe."""
@@ -176,9 +191,10 @@ class RunFolder:
 
         That is its recipe, files and folders without content, and the first event of the trace.
         """
-        if not all(entry.name in self.ENTRIES for entry in self.root.iterdir()):
+        if not all(entry.name in (*self.ENTRIES, LOCK) for entry in self.root.iterdir()):
             return False
         written = {path for path in self.root.rglob("*") if path.is_file() and path.stat().st_size > 0}
+        written.discard(self.root / LOCK)
         traces = {self.trace, self.search.trace}
         begun = any(path.read_bytes().count(b"\n") > 1 for path in written & traces)
         return not begun and written <= {self.recipe, *traces} and (not written or self.is_run())
@@ -189,11 +205,14 @@ class RunFolder:
         Args:
             save: Called with the folder to write.
         """
-        partial = self.root / "trained.partial"
-        for folder in (partial, self.trained):
+        for folder in (self._partial, self.trained):
             shutil.rmtree(folder, ignore_errors=True)
-        save(str(partial))
-        partial.rename(self.trained)
+        save(str(self._partial))
+        self._partial.rename(self.trained)
+
+    @property
+    def _partial(self) -> Path:
+        return self.root / "trained.partial"
 
     def drop_trained(self) -> None:
         """Forget what was trained: the adapter is written."""
@@ -212,22 +231,30 @@ class RunFolder:
         """Open the folder of an interrupted run of the same recipe.
 
         Raises:
-            UserError: It is not a run, belongs to another recipe, has finished, or kept no checkpoints.
+            UserError: It is not a run, belongs to another recipe, has finished with its report, or kept no
+                checkpoints.
         """
         folder = cls.existing(cls.of(recipe).root)
-        if dump_recipe(folder.load_recipe()) != dump_recipe(recipe):
-            raise UserError(
-                f"{folder.recipe} differs from the recipe given; resume with the same settings, or choose another "
-                f"--output{folder._export_hint()}"
+        changes, _ = split_changes(folder.load_recipe(), recipe)
+        if changes:
+            raise ChangedError(
+                f"{folder.recipe} differs from the recipe given: {in_words(changes)}; resume with the same settings, "
+                f"or choose another --output{folder._export_hint()}"
             )
-        if folder.metrics.is_file():
+        if folder.metrics.is_file() and folder.report.is_file():
             raise UserError(f"{folder.root} has finished; there is nothing to resume")
-        if not recipe.training.keeps_checkpoints and not folder.search.plan.is_file():
+        if not recipe.training.keeps_checkpoints and not folder.can_go_on:
             raise UserError(
                 f"{folder.root} kept no checkpoints (training.save_every is not set); start over with --replace"
                 f"{folder._export_hint()}"
             )
         return folder
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there is anything that a resumed run would not have to do again."""
+        begun = any(path for one in (self, self.search) for path in one.checkpoints.glob("checkpoint-*"))
+        return begun or self.search.plan.is_file() or self.metrics.is_file()
 
     def _export_hint(self) -> str:
         """What else can be done with a run whose export failed."""
@@ -244,6 +271,13 @@ class RunFolder:
     def write_json(self, path: Path, record: dict[str, Any]) -> None:
         """Write a record into the folder."""
         write_atomically(path, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _text(recipe: Recipe) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,6 +21,8 @@ from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
 from loralloc.peft_layers import evaluating
 from loralloc.plan import RankPlan
 from loralloc.recipe.best import best_arguments, best_callbacks, wait_for_final_ranks
+from loralloc.recipe.changes import check_unchanged
+from loralloc.recipe.fingerprints import depends_on
 from loralloc.recipe.from_recipe import add_adapter, check_precision, method_data, trainer_class, training_arguments
 from loralloc.recipe.passthrough import (
     OF_THE_EXPORTED_ALONE,
@@ -40,7 +42,9 @@ from loralloc.tasks.preview import parts_of
 from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
-from loralloc.training.checkpoint import check_processes, drop_after, newest_complete
+from loralloc.training.checkpoint import check_processes, drop_after, newest_whole
+from loralloc.training.manifest import read_manifest
+from loralloc.training.signals import finishing_steps
 from loralloc.training.step_data import random_state, set_random_state
 from loralloc.training.trainer import Agreement, RunTrainer, SkipBadSteps
 
@@ -85,15 +89,46 @@ class Stage:
     steps: int
     screen: Screen
 
-    def train(self, resume: bool) -> None:
-        """Train, from the newest complete checkpoint when a run is resumed and has one."""
-        checkpoint = newest_complete(self.folder.checkpoints, before=self.steps) if resume else None
-        if checkpoint is not None:
-            check_processes(checkpoint, processes.world_size())
-        if resume:
-            processes.on_main(drop_after, self.folder.checkpoints, checkpoint)
-        with self.screen.training():
-            self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Train, from a checkpoint on or from the start."""
+        start = None if checkpoint is None else str(checkpoint)
+        with self.screen.training(), finishing_steps():
+            self.trainer.train(resume_from_checkpoint=start)
+
+    def checkpoint(self, allow_changed: Collection[str] = ()) -> Path | None:
+        """Find the newest whole checkpoint to go on from, and say what has been passed over; later ones go.
+
+        Args:
+            allow_changed: What may differ from the run that wrote it, of `changes.ALLOWED`.
+
+        Raises:
+            UserError: It belongs to a run that differs, or was whole once and none is now.
+        """
+        folder = self.folder.checkpoints
+        found = processes.on_main(self._find, folder, allow_changed)
+        if found is None:  # another process looks
+            found = -1
+        step = int(processes.gather(found)[0])
+        checkpoint = None if step < 0 else folder / f"checkpoint-{step}"
+        processes.on_main(drop_after, folder, checkpoint)
+        return checkpoint
+
+    def _find(self, folder: Path, allow_changed: Collection[str]) -> int:
+        """The step of the checkpoint to go on from; −1 where there is none."""
+        found = newest_whole(folder, before=self.steps)
+        told = [f"{folder / name} is not whole: {reason}" for name, reason in found.skipped.items()]
+        if found.checkpoint is None and found.damaged:
+            raise UserError(f"no checkpoint is whole any more: {'; '.join(told)}. Start over with --replace")
+        for sentence in told:
+            self.screen.warning(f"{sentence}; it is passed over")
+        if found.checkpoint is None:
+            self.screen.note(f"there is no checkpoint in {folder} to go on from: the training starts anew")
+            return -1
+        check_processes(found.checkpoint, processes.world_size())
+        manifest, mine = read_manifest(found.checkpoint), self.trainer.depends_on()
+        for words in check_unchanged(manifest.depends_on, mine, allow_changed, found.checkpoint):
+            self.screen.warning(f"{words}, as --allow-changed says it may")
+        return manifest.step
 
     def rehearse(self) -> None:
         """Do everything that a training does before its first step, refusals included, and end there."""
@@ -171,6 +206,7 @@ def prepare_search(recipe: Recipe, data: TaskData, folder: RunFolder, screen: Sc
     stage = _prepare(
         shortened(recipe, steps), parts, folder.search, screen, make_method(recipe.method, held_out), steps
     )
+    stage.trainer.depends_on = depends_on(recipe, data, stage.model)
     screen.start(recipe, data, stage.model, steps)
     screen.search(steps, len(cast(Dataset, train)), len(held_out))
     return stage
@@ -189,6 +225,7 @@ def prepare_training(
     steps = total_steps(recipe, data.packed(train) if isinstance(train, Dataset) else None)
     method = make_method(recipe.method, held_out)
     stage = _prepare(recipe, replace(data, train=train), folder, screen, method, steps, adapt)
+    stage.trainer.depends_on = depends_on(recipe, data, stage.model)
     if after_search:
         screen.retraining(steps, length_of(train))
     else:

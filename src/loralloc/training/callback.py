@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,16 @@ from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
 from loralloc.training.history import LOG, TRACE, free_folder, write_run
 from loralloc.training.log_file import LogFile
+from loralloc.training.manifest import sealed, sha256_of, unsealed
 from loralloc.training.processes import is_main
 from loralloc.training.run import AllocationRun
 from loralloc.training.step_data import CollatedBatches, random_state, set_random_state
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
 """Files beside each checkpoint: the allocation's state. The marker says whether the run had finished."""
+
+LISTED = (".safetensors", ".pt")
+"""Endings of the files whose checksums the marker has: weights, optimizer and schedule, which one process writes."""
 
 HEADING = "## Rank allocation"
 UNFINISHED = """\
@@ -143,7 +146,7 @@ class RankAllocation(TrainerCallback):
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.steps_until_final)
         if state.global_step > 0:
-            self._resume(_checkpoint(args, state), kwargs["optimizer"])
+            self._resume(_checkpoint(args, state), state.global_step, kwargs["optimizer"])
         elif self._trace is not None and args.should_save:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             self._trace.write_text("", encoding="utf-8")
@@ -201,7 +204,7 @@ class RankAllocation(TrainerCallback):
         _describe(folder, UNFINISHED.format(step=state.global_step, steps=state.max_steps))
         tensors, numbers = self.run.state_dict()
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
-        write_atomically(folder / MARKER, json.dumps({"finished": False, **numbers}) + "\n")
+        _mark(folder, {"finished": False, **numbers})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -212,19 +215,17 @@ class RankAllocation(TrainerCallback):
         best = Path(state.best_model_checkpoint or folder)
         another = args.load_best_model_at_end and best.name != folder.name  # what the model is now, and the folder not
         if state.is_world_process_zero and (folder / MARKER).is_file() and not another:
-            numbers = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-            write_atomically(folder / MARKER, json.dumps({**numbers, "finished": True}) + "\n")
+            numbers = unsealed((folder / MARKER).read_bytes())
             peft_model(kwargs["model"]).save_pretrained(str(folder))
             self.plan.save(folder / "ranks.json")
             _describe(folder, FINISHED)
+            _mark(folder, {**numbers, "finished": True})
         if self._folder is not None and args.should_save:
             write_run(self._folder, self.run, state.log_history)
 
-    def _resume(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    def _resume(self, folder: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
         try:
-            numbers = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-            tensors = load_file(folder / TENSORS)
-            self.run.load_state_dict(tensors, numbers, optimizer)
+            self.run.load_state_dict(*_read_state(folder, step), optimizer)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -246,6 +247,27 @@ class RankAllocation(TrainerCallback):
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """The folder in which the Trainer keeps the checkpoint of the current step."""
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+def _mark(folder: Path, numbers: dict[str, Any]) -> None:
+    """Write the marker, with the checksums of what else is there: a damaged checkpoint is not resumed from."""
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.suffix in LISTED}
+    write_atomically(folder / MARKER, sealed({**numbers, "files": files}))
+
+
+def _read_state(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read (tensors, numbers) of the allocation from a checkpoint.
+
+    Raises:
+        ValueError: A file that the marker lists has changed, or the marker is of another step.
+    """
+    numbers = unsealed((folder / MARKER).read_bytes())
+    for name, checksum in numbers["files"].items():
+        if sha256_of(folder / name) != checksum:
+            raise ValueError(f"{name} has other content than was written")
+    if numbers["step"] != step:
+        raise ValueError(f"{MARKER} is of step {numbers['step']}")
+    return load_file(folder / TENSORS), numbers
 
 
 def _describe(folder: Path, text: str) -> None:

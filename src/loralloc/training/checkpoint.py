@@ -1,7 +1,8 @@
-"""Checkpoints of `loralloc train`: safetensors and JSON only, complete or not there.
+"""Checkpoints of `loralloc train`: safetensors and JSON only, whole or not there.
 
-Each checkpoint folder ends with `complete.json`, written last; a run resumes from the newest folder that has it, so a
-process killed in the middle of a save loses that save and nothing else.
+Each checkpoint folder ends with `manifest.json`, written last; a run resumes from the newest folder whose files are as
+it lists them, so that a process killed in the middle of a save loses that save, a damaged file what came after the
+checkpoint before, and both nothing else.
 
 | file | holds | written in |
 |---|---|---|
@@ -12,7 +13,7 @@ process killed in the middle of a save loses that save and nothing else.
 | `scaler.json` | the loss scale of fp16 | here |
 | `random-PROCESS.json` | the generators of a process | here |
 | `window.json`, `bad_steps.json` | what the log averages, steps that plain LoRA has skipped | `trainer` |
-| `complete.json` | the step | here |
+| `manifest.json` | its files, and what the run depends on | `manifest` |
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +33,61 @@ from torch import Tensor
 
 from loralloc.errors import UserError
 from loralloc.files import write_atomically
+from loralloc.training import processes
+from loralloc.training.manifest import MANIFEST, damage, read_manifest
 
-COMPLETE = "complete.json"
 SCALER = "scaler.json"
 
 
-def newest_complete(folder: Path, before: int) -> Path | None:
-    """Return the complete checkpoint with the highest step below `before`, or None.
+@dataclass(frozen=True)
+class Found:
+    """What a run can go on from.
+
+    Attributes:
+        checkpoint: The newest whole checkpoint; None where there is none.
+        skipped: Why newer ones do not count, by their names.
+        damaged: Whether one of these has been whole.
+    """
+
+    checkpoint: Path | None
+    skipped: Mapping[str, str]
+    damaged: bool
+
+
+def newest_whole(folder: Path, before: int) -> Found:
+    """Find the whole checkpoint with the highest step below `before`.
 
     The Trainer would take a step too many from a checkpoint of the last step, or of that at which a run ended early.
+
+    Args:
+        folder: Where checkpoints are.
+        before: The last step of the run.
     """
-    on_the_way = (path for path in folder.glob(f"checkpoint-*/{COMPLETE}") if not _read(path).get("ended"))
-    steps = (path.parent.name.removeprefix("checkpoint-") for path in on_the_way)
-    found = [int(step) for step in steps if step.isdecimal() and int(step) < before]
-    return folder / f"checkpoint-{max(found)}" if found else None
+    skipped, damaged = {}, False
+    for step in sorted((step for step in _steps(folder) if step < before), reverse=True):
+        checkpoint = folder / f"checkpoint-{step}"
+        reason = damage(checkpoint) or _damage_of_best(checkpoint)
+        if reason is not None:
+            skipped[checkpoint.name] = reason
+            damaged |= (checkpoint / MANIFEST).exists()
+        elif not read_manifest(checkpoint).ended:
+            return Found(checkpoint, skipped, damaged)
+    return Found(None, skipped, damaged)
+
+
+def _damage_of_best(checkpoint: Path) -> str | None:
+    """A run that keeps its best state cannot go on without it."""
+    best = read_manifest(checkpoint).best
+    if best is None or best == checkpoint.name:
+        return None
+    reason = damage(checkpoint.parent / best)
+    return None if reason is None else f"the best state is in {best}, and {reason}"
+
+
+def _steps(folder: Path) -> Iterator[int]:
+    """The steps of the checkpoints in a folder, whole or not."""
+    steps = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir())
+    return (int(step) for step in steps if step.isdecimal())
 
 
 def drop_after(folder: Path, kept: Path | None) -> None:
@@ -55,40 +98,28 @@ def drop_after(folder: Path, kept: Path | None) -> None:
         kept: The checkpoint from which the run goes on; None for the start.
     """
     first = -1 if kept is None else int(kept.name.removeprefix("checkpoint-"))
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdecimal() and int(step) > first:
-            shutil.rmtree(path)
+    for step in [step for step in _steps(folder) if step > first]:
+        shutil.rmtree(folder / f"checkpoint-{step}")
 
 
-def mark_complete(checkpoint: Path, step: int, processes: int, *, ended: bool = False) -> None:
-    """Declare a checkpoint complete: everything else in it has been written, by every process.
-
-    Args:
-        checkpoint: Its folder.
-        step: Optimizer steps done.
-        processes: How many have written.
-        ended: Whether the training ends with it, before its planned end.
-    """
-    record = {"step": step, "processes": processes, **({"ended": True} if ended else {})}
-    write_atomically(checkpoint / COMPLETE, json.dumps(record) + "\n")
+def drop_cut_off(folder: Path) -> None:
+    """Remove checkpoints whose writing has failed: what they hold is of no use, and takes space."""
+    for step in list(_steps(folder)):
+        if not (folder / f"checkpoint-{step}" / MANIFEST).exists():
+            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def check_processes(checkpoint: Path, processes: int) -> None:
+def check_processes(checkpoint: Path, count: int) -> None:
     """Refuse to go on with more or fewer processes: batches and random states are theirs.
 
     Raises:
         UserError: Another number of processes wrote the checkpoint.
     """
-    written_by = _read(checkpoint / COMPLETE)["processes"]
-    if written_by != processes:
-        launcher = "" if written_by == 1 else f"torchrun --nproc-per-node={written_by} --no-python "
+    written_by = read_manifest(checkpoint).processes
+    if written_by != count:
+        launcher = processes.launcher(written_by)
         raise UserError(
-            f"{checkpoint} was written by a run on {written_by} processes, and this one is on {processes}; resume on "
+            f"{checkpoint} was written by a run on {written_by} processes, and this one is on {count}; resume on "
             f"as many: {launcher}loralloc train RECIPE --resume"
         )
 

@@ -49,6 +49,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def launcher(count: int | None = None) -> str:
+    """What stands before `loralloc` on the command line for so many processes on one machine, with a blank.
+
+    Args:
+        count: Processes; None for those that there are now.
+    """
+    count = world_size() if count is None else count
+    return "" if count == 1 else f"torchrun --nproc-per-node={count} --no-python "
+
+
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0

@@ -1,4 +1,4 @@
-"""Whether a run resumes from its own state: the same settings, and the weights that the state was taken with."""
+"""Whether a run resumes from its own state: whole, of the same settings, and taken with the weights that it has."""
 
 from __future__ import annotations
 
@@ -7,8 +7,80 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from loralloc.errors import UserError
 from loralloc.gating import Site
+
+
+def described(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Dtype and shape of every tensor of a state, by its name."""
+    return {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+
+
+def check_state(
+    tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], fresh: Mapping[str, Tensor], mine: Mapping[str, Any]
+) -> None:
+    """Refuse a state of another run, or one that no run can have written.
+
+    Args:
+        tensors: The tensors of the state (see `AllocationRun.state_dict`).
+        numbers: Its numbers.
+        fresh: The tensors of the run that resumes, before it takes the state up.
+        mine: Its numbers, with its weights loaded.
+
+    Raises:
+        UserError: With what differs, or what is wrong.
+    """
+    lacking = [key for key in mine if key not in numbers]
+    if lacking:
+        raise _damaged(f"it lacks {', '.join(lacking)}")
+    check_same_run(numbers, mine)
+    total, ranks = mine["schedule"]["total_steps"], numbers["ranks"]
+    capacities = [capacity for capacity, *_ in mine["sites"].values()]
+    _check_count("step", numbers["step"], total)
+    _check_count("bad_steps", numbers["bad_steps"], numbers["step"])
+    _check_count("bad_in_a_row", numbers["bad_in_a_row"], numbers["bad_steps"])
+    if not isinstance(ranks, list) or len(ranks) != len(capacities):
+        raise _damaged(f"it has not one rank for each of {len(capacities)} modules")
+    for name, rank, capacity in zip(mine["sites"], ranks, capacities, strict=True):
+        _check_count(f"the rank of {name}", rank, capacity)
+    _check_count("peak", numbers["peak"], sum(capacities), least=sum(ranks))
+    if numbers["budget"] is not None:
+        _check_count("budget", numbers["budget"])
+    if mine["data"] is not None:
+        _check_count("the number of batches drawn", (numbers["data"] or {}).get("drawn"))
+    _check_tensors(tensors, numbers["tensors"], described(fresh))
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], recorded: Mapping[str, Any], fresh: Mapping[str, Any]) -> None:
+    """Compare tensors with what was written and with what the run has; scores are finite as long as steps are."""
+    found = described(tensors)
+    for name in (*recorded, *found):
+        if name not in found or name not in recorded:
+            raise _damaged(f"the tensor {name} is {'missing' if name in recorded else 'none of its own'}")
+        if found[name] != list(recorded[name]):
+            raise _damaged(f"{name} is {_shape(found[name])}, and was written as {_shape(recorded[name])}")
+        if name in fresh and found[name] != fresh[name]:
+            raise _damaged(f"{name} is {_shape(found[name])}, and this run has {_shape(fresh[name])}")
+        if not tensors[name].isfinite().all():
+            raise _damaged(f"{name} holds numbers that are not finite")
+
+
+def _check_count(name: str, value: Any, most: int | None = None, least: int = 0) -> None:
+    """Refuse what is no whole number, or is out of range."""
+    if type(value) is not int or value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise _damaged(f"{name} is {value!r} and should be a whole number {bounds}")
+
+
+def _damaged(reason: str) -> UserError:
+    return UserError(f"the allocation's state is damaged: {reason}; resume from another checkpoint")
+
+
+def _shape(described: Any) -> str:
+    dtype, shape = described
+    return f"{dtype.removeprefix('torch.')} {shape}"
 
 
 def check_same_run(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ from loralloc.training.optimizer import (
     optimizer_name,
 )
 from loralloc.training.processes import check_agreement
-from loralloc.training.resume import check_same_run, gate_checksum
+from loralloc.training.resume import check_state, described, gate_checksum
 from loralloc.training.statistics import kinds, rank_statistics
 from loralloc.training.step_data import ObservedData
 
@@ -352,7 +352,8 @@ class AllocationRun(Recorded):
             "data": None if self.data is None else self.data.state_dict(),
         }
         final = {} if self._final is None else {"run.final": self._final}
-        return {**self.method.state_dict(self.state), **self._fresh.state_dict(), **final}, numbers
+        tensors = {**self.method.state_dict(self.state), **self._fresh.state_dict(), **final}
+        return tensors, {**numbers, "tensors": described(tensors)}
 
     def load_state_dict(
         self,
@@ -368,11 +369,10 @@ class AllocationRun(Recorded):
             optimizer: The optimizer; a compact run needs it.
 
         Raises:
-            UserError: The state is of another method, model, schedule or of other weights; the message says what
-                differs.
+            UserError: The state is damaged, or is of another method, model, schedule or of other weights; the message
+                says what differs.
         """
-        _, mine = self.state_dict()
-        check_same_run(numbers, mine)
+        check_state(tensors, numbers, *self.state_dict())
         self.step = int(numbers["step"])
         self._checks.bad, self._checks.bad_in_a_row = int(numbers["bad_steps"]), int(numbers["bad_in_a_row"])
         self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])

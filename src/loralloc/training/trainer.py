@@ -1,4 +1,4 @@
-"""What `loralloc train` adds to a Trainer: checkpoints that hold no pickle and are complete or not there, and a log."""
+"""What `loralloc train` adds to a Trainer: checkpoints that hold no pickle and are whole or not there, and a log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from loralloc.files import write_atomically
 from loralloc.tasks.base import Evaluated
@@ -32,7 +32,9 @@ from loralloc.training import checkpoint as saved
 from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
 from loralloc.training.log_file import LogFile
+from loralloc.training.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from loralloc.training.meter import Meter
+from loralloc.training.signals import StopOnSignal
 from loralloc.unpickling import nothing_unpickled
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ else:
 
 
 class RunTrainer(Base):
-    """What a run adds to any Trainer: checkpoints that are safetensors and JSON, and complete or not there; a log.
+    """What a run adds to any Trainer: checkpoints that are safetensors and JSON, and whole or not there; a log.
 
     To be named before the Trainer among the bases of a class.
 
@@ -51,6 +53,7 @@ class RunTrainer(Base):
         guard: Skips bad steps, and counts them; None where an allocation does.
         evaluated: Predictions, targets and examples of the last evaluation; None before the first.
         written: What the model has written in the last evaluation; None where evaluations let it write nothing.
+        depends_on: Says what a run that resumes from a checkpoint must have in common with it.
         meter: Counts what is trained on; rows of the log with a loss say how fast, and how much memory it takes.
         processor_seconds: What the training has cost, see `meter.processor_time`; known once it has ended.
     """
@@ -60,6 +63,7 @@ class RunTrainer(Base):
     evaluated: Evaluated | None = None
     _examples: Any = None
     written: Generation | None = None
+    depends_on: Callable[[], Mapping[str, Any]] = dict
     counts: Literal["tokens", "examples"] = "examples"
 
     def __init__(
@@ -74,8 +78,9 @@ class RunTrainer(Base):
         self.guard, self._metrics_of = guard, compute_metrics
         self.meter = Meter(self.counts)
         first = [] if guard is None else [guard]
-        # The last callback: when it declares a checkpoint complete, all others have written.
-        super().__init__(*args, callbacks=[*first, *callbacks, LogFile(log), _Completion(self)], **kwargs)
+        # The last callbacks: when a checkpoint is declared whole, all others have written, and then the run may end.
+        last = [LogFile(log), _Completion(self), StopOnSignal()]
+        super().__init__(*args, callbacks=[*first, *callbacks, *last], **kwargs)
         self.remove_callback(PrinterCallback)
         if compute_metrics is not None:
             self.compute_metrics = self._judge
@@ -173,11 +178,19 @@ class RunTrainer(Base):
             sampler.set_epoch = set_epoch  # pyright: ignore[reportAttributeAccessIssue]
         return sampler
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint; older ones go once it is whole, and not before."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert isinstance(self.model, PeftModel)
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / saved.COMPLETE).unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         self.model.save_pretrained(str(folder), state_dict=state_dict)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -276,7 +289,7 @@ class SkipBadSteps(TrainerCallback):
 
 
 class _Completion(TrainerCallback):
-    """Keep the loss of the logging window that a checkpoint cuts, and declare the checkpoint complete."""
+    """Keep the loss of the logging window that a checkpoint cuts, and declare the checkpoint whole."""
 
     FILE = "window.json"
 
@@ -298,8 +311,16 @@ class _Completion(TrainerCallback):
             "figures": trainer.window(),
         }
         write_atomically(folder / self.FILE, json.dumps(record) + "\n")
-        ended = control.should_training_stop and state.global_step < state.max_steps
-        saved.mark_complete(folder, state.global_step, len(losses), ended=ended)
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        facts = Manifest(
+            step=state.global_step,
+            processes=len(losses),
+            ended=control.should_training_stop and state.global_step < state.max_steps,
+            best=None if best is None else Path(best).name,
+            depends_on=trainer.depends_on(),
+        )
+        write_manifest(folder, facts)
+        rotate_checkpoints(str(folder.parent), args.save_total_limit, state.best_model_checkpoint)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -324,6 +345,9 @@ class _Completion(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.processor_seconds = self._trainer.meter.processor_seconds
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and (folder / MANIFEST).exists():  # an allocation has written the end into it
+            write_manifest(folder, read_manifest(folder))
 
 
 class Agreement(TrainerCallback):

@@ -1,0 +1,145 @@
+"""What may differ between a run and its resumption: what does not matter, and what the user says may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from loralloc.errors import UserError
+
+if TYPE_CHECKING:
+    from loralloc.recipe.schema import Recipe
+
+ALLOWED = ("data", "versions")
+"""What `--allow-changed` takes."""
+
+FREE = (
+    *("output", "compare"),
+    *("data.train", "data.validation", "data.test", "data.also"),  # paths: what counts is what is in the rows
+    *("evaluate", "training.eval_every"),
+    *("training.log_every", "training.save_every"),
+    *(f"training.trainer.{name}" for name in ("disable_tqdm", "report_to", "run_name", "project", "save_total_limit")),
+    *(f"training.trainer.{name}" for name in ("logging_dir", "logging_first_step", "log_level", "push_to_hub")),
+)
+"""Keys, and sections, that change nothing in what is trained."""
+JUDGING = ("evaluate", "training.eval_every")
+"""Those that do where evaluations decide: with `keep_best`, `early_stopping` or `load_best_model_at_end`."""
+
+
+class ChangedError(UserError):
+    """A run cannot be resumed because something that it depends on is not what it was."""
+
+
+def settings(recipe: Recipe, *, all_keys: bool = False) -> dict[str, Any]:
+    """Return the keys of a recipe that decide what is trained, with dots, and their values.
+
+    Args:
+        recipe: The recipe.
+        all_keys: Whether to return those as well that decide nothing.
+    """
+    flat = dict(_flat(recipe.model_dump(mode="json", exclude_none=True)))
+    free = () if all_keys else free_keys(recipe)
+    return {key: value for key, value in flat.items() if not _inside(key, free)}
+
+
+def free_keys(recipe: Recipe) -> tuple[str, ...]:
+    """Keys and sections of a recipe that may differ in a resumed run."""
+    training = recipe.training
+    judged = training.keep_best or training.early_stopping or training.trainer.get("load_best_model_at_end")
+    return tuple(key for key in FREE if not (judged and key in JUDGING))
+
+
+def split_changes(theirs: Recipe, mine: Recipe) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
+    """Return the keys in which two recipes differ, with both values: those that matter, and those that may differ."""
+    changes = compare(settings(theirs, all_keys=True), settings(mine, all_keys=True))
+    free = set(free_keys(theirs)) & set(free_keys(mine))
+    may = {key: pair for key, pair in changes.items() if _inside(key, free)}
+    return {key: pair for key, pair in changes.items() if key not in may}, may
+
+
+def compare(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which two mappings differ, with both values; None where one of them lacks the key.
+
+    >>> compare({"a": 1, "b": 2}, {"a": 1, "c": 3})
+    {'b': (2, None), 'c': (None, 3)}
+    """
+    keys = dict.fromkeys((*theirs, *mine))
+    return {key: (theirs.get(key), mine.get(key)) for key in keys if theirs.get(key) != mine.get(key)}
+
+
+def in_words(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Say what differs.
+
+    >>> in_words({"training.steps": (16, 99), "lora.dropout": (0.1, None)})
+    'training.steps is 99 and was 16; lora.dropout is not set and was 0.1'
+    """
+
+    def word(value: Any) -> str:
+        return "not set" if value is None else str(value)
+
+    return "; ".join(f"{key} is {word(mine)} and was {word(theirs)}" for key, (theirs, mine) in changes.items())
+
+
+def check_unchanged(
+    theirs: Mapping[str, Any], mine: Mapping[str, Any], allowed: Collection[str], place: object
+) -> list[str]:
+    """Refuse to go on from a checkpoint where something that it depends on has changed.
+
+    Args:
+        theirs: What the checkpoint was written with (`fingerprints.depends_on`).
+        mine: The same of the run that is to go on.
+        allowed: Which of `ALLOWED` may differ.
+        place: The checkpoint, for the message.
+
+    Returns:
+        What differs and is allowed, in words.
+
+    Raises:
+        ChangedError: With all that differs, and how to allow it where that can be.
+    """
+    found = {kind: words for kind in mine if (words := _difference(kind, theirs.get(kind), mine[kind]))}
+    refused = {kind: words for kind, words in found.items() if kind not in allowed}
+    if refused:
+        can = [kind for kind in refused if kind in ALLOWED]
+        flags = " ".join(f"--allow-changed {kind}" for kind in can)
+        cure = f", or say that they may differ: {flags}" if len(can) == len(refused) else ""
+        raise ChangedError(
+            f"{place} belongs to a run that differs: {'; '.join(refused.values())}. Go on with what it began with"
+            f"{cure}, or start over with --replace"
+        )
+    return [words for kind, words in found.items() if kind in allowed]
+
+
+def _difference(kind: str, theirs: Any, mine: Any) -> str:
+    """What differs, in words; nothing where nothing does."""
+    if theirs == mine:
+        return ""
+    if theirs is None:
+        return f"it does not say what {kind} it began with"
+    if kind == "data":
+        return "; ".join(_rows(f"data.{name}", *pair) for name, pair in compare(theirs, mine).items())
+    if kind == "base":
+        return "the weights of the base model are others"
+    if kind == "plan":
+        return "the plan has other ranks or scales"
+    return in_words(compare(theirs, mine))
+
+
+def _rows(name: str, theirs: Any, mine: Any) -> str:
+    if not (isinstance(theirs, Mapping) and isinstance(mine, Mapping)) or "rows" not in theirs or "rows" not in mine:
+        return f"{name} has other content"
+    if theirs["rows"] != mine["rows"]:
+        return f"{name} has {mine['rows']:,} examples and had {theirs['rows']:,}"
+    return f"{name} has as many examples as before, but others or in another order"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _inside(key: str, sections: Collection[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

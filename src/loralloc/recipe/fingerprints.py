@@ -1,0 +1,55 @@
+"""What a run depends on, from its recipe to its weights, as its checkpoints record it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+
+from loralloc.plan import RankPlan
+from loralloc.recipe.changes import settings
+from loralloc.recipe.schema import Recipe
+from loralloc.tasks.base import TaskData
+from loralloc.tasks.locations import data_file, train_sources
+from loralloc.training.fingerprints import rows_fingerprint, versions, weights_fingerprint
+from loralloc.training.manifest import sha256_of
+
+
+def depends_on(recipe: Recipe, data: TaskData, model: PeftModel) -> Callable[[], dict[str, Any]]:
+    """Return a function that says what the run of a recipe depends on; the rows are read when it is first called.
+
+    Args:
+        recipe: The recipe.
+        data: All data, before a method holds some of them out.
+        model: The adapted model before it trains, whole and in this process.
+    """
+    base = weights_fingerprint(model)
+
+    @functools.cache
+    def found() -> dict[str, Any]:
+        fixed = settings(recipe)
+        fixed.pop("plan", None)  # what it says counts, not where it is
+        plan = {} if recipe.plan is None else {"plan": _plan(recipe.plan)}
+        rows = {"train": _training_rows(recipe, data), "validation": rows_fingerprint(data.validation)}
+        return {"recipe": fixed, **plan, "data": rows, "base": base, "versions": versions()}
+
+    return found
+
+
+def _training_rows(recipe: Recipe, data: TaskData) -> dict[str, Any]:
+    """Of streamed data, their sources: files by their content, the others by their names."""
+    if isinstance(data.train, Dataset):
+        return rows_fingerprint(data.train)
+    sources = train_sources(recipe.data)
+    return {"sources": [one if one.startswith("hub:") else sha256_of(data_file(one)) for one in sources]}
+
+
+def _plan(path: str) -> str:
+    modules = RankPlan.load(path).modules
+    told = {name: [module.rank, module.scale] for name, module in modules.items()}
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()

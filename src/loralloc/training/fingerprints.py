@@ -1,0 +1,90 @@
+"""Fingerprints of what a run depends on: base weights, rows of data, versions. Equal things have equal ones."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from torch import nn
+
+PACKAGES = ("loralloc", "torch", "transformers", "peft", "accelerate", "trl", "datasets", "tokenizers", "bitsandbytes")
+"""What computes a step, or makes its batches."""
+
+SAMPLES = 1024
+"""Entries of each base weight that its fingerprint looks at."""
+CHUNK = 1000
+"""Rows that are read at a time."""
+
+
+def weights_fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Fingerprint the frozen weights of a model: names, shapes, dtypes, and some entries of each.
+
+    Reading all of a large model would take longer than loading it, so that up to `SAMPLES` entries at even distances
+    count of each tensor, among them the scales of quantised ones. Another model, another checkpoint of it, another
+    dtype or weights that were scaled have another fingerprint. A change of single entries can stay unseen.
+
+    Args:
+        model: The model with its adapter, before it trains.
+
+    Returns:
+        The number of tensors, and a SHA-256.
+    """
+    moving = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    moving |= {name for name, _ in model.named_buffers()}
+    digest, count = hashlib.sha256(), 0
+    for name, weight in model.state_dict().items():
+        if name in moving or ".lora_" in name or not isinstance(weight, torch.Tensor) or weight.is_meta:
+            continue
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: -(-flat.numel() // SAMPLES) or 1].cpu().contiguous()
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        count += 1
+    return {"tensors": count, "sha256": digest.hexdigest()}
+
+
+def rows_fingerprint(rows: Dataset) -> dict[str, Any]:
+    """Fingerprint the content of rows, in their order, however they lie in memory.
+
+    Args:
+        rows: Examples as they are trained on.
+
+    Returns:
+        The number of rows, and a SHA-256.
+    """
+    digest = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(batch_size=CHUNK):
+        assert isinstance(table, pa.Table)
+        for name in sorted(table.column_names):
+            digest.update(name.encode())
+            _add(digest, table.column(name).combine_chunks())
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
+
+
+def _add(digest: Any, array: Any) -> None:
+    """Add a column's content: that of lists without making Python's, since most of it is token ids."""
+    digest.update(f"{array.type} {len(array)}".encode())
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        digest.update(pc.list_value_length(array).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
+        _add(digest, array.flatten())
+    elif pa.types.is_primitive(array.type) and not array.null_count:
+        digest.update(array.to_numpy(zero_copy_only=False).tobytes())
+    else:
+        digest.update(repr(array.to_pylist()).encode())
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a run computes with, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,112 @@
+"""Signals that end a run: the step is finished, a checkpoint is written, and the process ends as a scheduler expects.
+
+| signal | who sends it | exit code |
+|---|---|---|
+| SIGTERM | `kill`, schedulers and clouds that take a machine back | 143 |
+| SIGUSR1 | schedulers that announce the end of the time (`sbatch --signal=USR1@300`) | 143 |
+| SIGINT | Ctrl-C | 130 |
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loralloc.training import processes
+
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+PATIENCE = 1.0
+"""Seconds after which a second Ctrl-C ends a run at once; launchers pass the first one on more than once."""
+
+
+class Stopped(SystemExit):
+    """A signal has ended the run.
+
+    Attributes:
+        signal: Which.
+        step: The step after which it was saved; None where it was not training.
+    """
+
+    def __init__(self, number: int, step: int | None = None) -> None:
+        self.signal, self.step = signal.Signals(number), step
+        super().__init__(EXIT_CODES[self.signal])
+
+
+class _Watch:
+    """What has been asked of this process."""
+
+    def __init__(self) -> None:
+        self.owner, self.training = os.getpid(), False
+        self.asked: int | None = None
+        self.since = 0.0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal while training, and end at once otherwise."""
+        del frame
+        if os.getpid() != self.owner:  # a worker that loads data: it ends as if nobody had listened
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        again = number == signal.SIGINT and self.asked is not None and time.monotonic() - self.since > PATIENCE
+        if not self.training or again:
+            raise Stopped(number)
+        if self.asked is None:
+            self.asked, self.since = number, time.monotonic()
+
+
+_watch: _Watch | None = None
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Answer the signals of `EXIT_CODES` inside, in the main thread of a process that runs one recipe."""
+    global _watch
+    watch = _watch = _Watch()
+    before = {number: signal.signal(number, watch.handle) for number in EXIT_CODES}
+    try:
+        yield
+    finally:
+        _watch = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def finishing_steps() -> Iterator[None]:
+    """Let a training end after the step in which a signal comes, where somebody is `listening`."""
+    watch = _watch
+    if watch is None:
+        yield
+        return
+    watch.training = True
+    try:
+        yield
+    finally:
+        watch.training = False
+    if watch.asked is not None:  # in the last step, or after it
+        raise Stopped(watch.asked)
+
+
+class StopOnSignal(TrainerCallback):
+    """Save after the step in which a signal has come to any process, and end there. Comes after all other callbacks."""
+
+    _number = 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint."""
+        if _watch is not None:
+            self._number = int(max(processes.gather(_watch.asked or 0)))
+            control.should_save |= self._number > 0
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End, once the first process has completed the checkpoint."""
+        if self._number:
+            processes.gather(0)
+            raise Stopped(self._number, state.global_step)
