@@ -1,4 +1,4 @@
-"""`loralloc train --resume`: from the newest whole checkpoint, of the same run, and what is missing of a finished one."""
+"""`loralloc train --resume`: from the newest whole checkpoint, of the same run; and what a finished one still lacks."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ Killed = Callable[[str], Path]
 
 
 def words(method: str, recipe: Path | str = "recipe.yaml") -> list[Any]:
-    alpha = ["--lora.alpha", 4] if method == "allora" else []
+    own = ["--lora.alpha", 4] if method == "allora" else ["--lora.dropout", 0.1]
     return [
-        *("train", recipe, "--method", METHODS[method], *alpha, "--steps", 12, "--save_every", 4),
-        *("--log_every", 3, "--lora.dropout", 0.1),
+        *("train", recipe, "--method", METHODS[method], *own, "--steps", 12, "--save_every", 4),
+        *("--log_every", 3),
     ]
 
 
@@ -221,8 +221,8 @@ class TestChanges:
         before = files(Path("run"))
         message = refused(*words("adalora"), "--data.train", own.name, "--resume")
         assert message == (
-            f"run/checkpoints/checkpoint-8 belongs to a run that differs: {said}. Go on with what it began with, or say "
-            "that they may differ: --allow-changed data, or start over with --replace"
+            f"run/checkpoints/checkpoint-8 belongs to a run that differs: {said}. Go on with what it began with, or "
+            "say that they may differ: --allow-changed data, or start over with --replace"
         )
         assert files(Path("run")) == before
         assert f"{said}, as --allow-changed says it may" in resume("--data.train", own.name, "--allow-changed", "data")
@@ -286,7 +286,7 @@ class TestChanges:
 
     def test_of_logging_and_evaluation_are_free_and_said(self, killed: Killed) -> None:
         whole = killed()
-        more = ["--log_every", 4, "--eval_every", 6, "--save_every", 6, "--evaluate.cuts", "[0.5]"]
+        more = ["--log_every", 4, "--eval_every", 6, "--save_every", 6, "--evaluate.cuts", 2]
         said = resume(*more)
         for change in ("training.log_every is 4 and was 3", "training.eval_every is 6 and was not set"):
             assert change in said
@@ -295,7 +295,7 @@ class TestChanges:
         assert "log_every: 4" in Path("run/recipe.yaml").read_text(encoding="utf-8")
 
     def test_of_evaluation_are_not_free_where_it_decides(self, recipe: Path) -> None:
-        keep = [*words("adalora"), "--keep_best", "true", "--eval_every", 4]
+        keep = [*words("adalora"), "--early_stopping", 3, "--eval_every", 4]
         with killed_at(KILLED):
             done(*keep)
         message = refused(*keep[:-1], 2, "--resume")

@@ -50,12 +50,12 @@ class TestSeal:
     def test_one_bit_is_enough_to_break_it(self, record: dict[str, Any], bit: int) -> None:
         content = bytearray(sealed(record).encode())
         content[bit // 8 % len(content)] ^= 1 << bit % 8
-        with pytest.raises(ValueError, match="^its content is not what was written$"):
+        with pytest.raises(ValueError, match="its content is not what was written"):
             unsealed(bytes(content))
 
     @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"3", b'{"checksum": "abc"}', b"\xff"])
     def test_what_was_not_sealed_is_refused(self, content: bytes) -> None:
-        with pytest.raises(ValueError, match="^its content is not what was written$"):
+        with pytest.raises(ValueError, match="its content is not what was written"):
             unsealed(content)
 
 

@@ -1,0 +1,183 @@
+"""Signals end a training after the step: it is saved, the exit code is what schedulers expect, and it can go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from loralloc.cli import progress
+from loralloc.recipe import run as pipeline
+from loralloc.training import signals
+from loralloc.training.checkpoint import newest_whole
+from loralloc.training.trainer import RunTrainer
+
+from .command import done, loralloc, read_json, refused
+from .deaths import differences
+
+pytestmark = pytest.mark.usefixtures("unreported")
+
+WORDS = ["--steps", 12, "--log_every", 3, "--lora.dropout", 0.1]
+SAVING = ["--save_every", 4]
+CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+
+
+@contextmanager
+def signalled(number: int, where: Any, name: str, step: int | None = None) -> Iterator[None]:
+    """A signal comes to this process when a method is called; of a callback, after a step."""
+    alive = getattr(where, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if step is None or args[2].global_step == step:
+            os.kill(os.getpid(), number)
+        return alive(*args, **kwargs)
+
+    with patch.object(where, name, call):
+        yield
+
+
+def at_step(number: int, step: int) -> Any:
+    return signalled(number, progress.Progress, "on_step_end", step)
+
+
+@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("saving", [SAVING, []], ids=["saving", "not saving"])
+def test_the_step_is_finished_saved_and_the_run_can_go_on(number: signal.Signals, saving: Any, recipe: Path) -> None:
+    done("train", recipe, *WORDS, *saving)
+    Path("run").rename("whole")
+    handlers = {other: signal.getsignal(other) for other in CODES}
+    with at_step(number, 6):
+        result = loralloc("train", recipe, *WORDS, *saving)
+    assert result.code == CODES[number]
+    assert result.err == (
+        f"stopped by {number.name} after step 6, which is saved; go on with loralloc train run/recipe.yaml --resume\n"
+    )
+    assert {other: signal.getsignal(other) for other in CODES} == handlers
+    found = newest_whole(Path("run/checkpoints"), before=12)
+    assert (found.checkpoint, found.skipped) == (Path("run/checkpoints/checkpoint-6"), {})
+    assert not Path("run/adapter").exists()
+    done(*result.err.partition("loralloc ")[2].split())
+    apart = [name for name in differences(Path("run"), Path("whole")) if not name.startswith("checkpoints/")]
+    assert apart == []
+
+
+def test_a_search_is_stopped_and_goes_on_too(recipe: Path) -> None:
+    search = [*WORDS, "--method", "{name: autolora, validation: 0.25, search: 12, check_every: 3}"]
+    with at_step(signal.SIGTERM, 6):
+        result = loralloc("train", recipe, *search)
+    assert (result.code, "after step 6, which is saved" in result.err) == (143, True)
+    assert [path.name for path in Path("run/search/checkpoints").iterdir()] == ["checkpoint-6"]
+    done(*result.err.partition("loralloc ")[2].split())
+    assert read_json(Path("run/metrics.json"))["search"]["steps"] == 12
+
+
+def test_before_anything_is_saved_it_ends_at_once(recipe: Path) -> None:
+    with signalled(signal.SIGTERM, pipeline, "task_data"):
+        result = loralloc("train", recipe, *WORDS)
+    assert (result.code, result.err) == (143, "stopped by SIGTERM before there was anything to save\n")
+    assert not Path("run").exists()
+
+
+def test_after_training_it_names_what_was_saved_before(recipe: Path) -> None:
+    with signalled(signal.SIGTERM, pipeline, "export_adapter"):
+        result = loralloc("train", recipe, *WORDS, *SAVING)
+    assert result.code == 143
+    go_on = "loralloc train run/recipe.yaml --resume"
+    assert result.err == f"stopped by SIGTERM; go on from what was saved before with {go_on}\n"
+    done("train", "run/recipe.yaml", "--resume")
+
+
+def test_in_the_last_step_it_is_saved_like_any_other(recipe: Path) -> None:
+    with at_step(signal.SIGUSR1, 12):
+        result = loralloc("train", recipe, *WORDS, *SAVING)
+    assert (result.code, "after step 12, which is saved" in result.err) == (143, True)
+    done("train", "run/recipe.yaml", "--resume")
+
+
+@pytest.mark.parametrize(("waited", "saved"), [(2 * signals.PATIENCE, False), (0.0, True)])
+def test_only_a_second_ctrl_c_that_comes_later_ends_at_once(
+    waited: float, saved: bool, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launchers pass the first one on, so that it comes twice."""
+    step = RunTrainer.training_step
+
+    def twice(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            now = time.monotonic() + waited
+            monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunTrainer, "training_step", twice)
+    result = loralloc("train", recipe, *WORDS, *SAVING)
+    assert result.code == 130
+    assert ("after step 6, which is saved" in result.err) == saved
+    assert Path("run/checkpoints/checkpoint-6").exists() == saved
+
+
+def test_a_dry_run_is_interrupted_as_usual(recipe: Path) -> None:
+    with signalled(signal.SIGINT, pipeline, "task_data"):
+        assert loralloc("train", recipe, "--dry-run").code == 130
+
+
+def test_nothing_listens_outside_of_a_run() -> None:
+    with pytest.raises(signals.Stopped) as stopped, signals.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (stopped.value.code, stopped.value.signal, stopped.value.step) == (143, signal.SIGTERM, None)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_processes_that_load_data_end_as_ever() -> None:
+    with signals.listening():
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_sends_it_from_outside(recipe: Path) -> None:
+    words = ["train", "recipe.yaml", "--steps", "400", "--save_every", "200"]
+    command = [sys.executable, "-c", "from loralloc.cli.main import main; main()", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not Path("run/log.jsonl").is_file() or not Path("run/log.jsonl").stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 143
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert "which is saved; go on with loralloc train run/recipe.yaml --resume" in said
+    assert "Traceback" not in said
+    done("train", "run/recipe.yaml", "--resume")
+
+
+def test_a_second_process_is_refused_and_a_killed_one_is_no_obstacle(recipe: Path) -> None:
+    again: list[str] = []
+    alive = pipeline.task_data
+
+    def meanwhile(*args: Any) -> Any:
+        if not again:
+            again.append("")
+            again[0] = refused("train", recipe, *WORDS)
+        return alive(*args)
+
+    with patch.object(pipeline, "task_data", meanwhile):
+        done("train", recipe, *WORDS)
+    assert again[0].startswith(f"run is in use: process {os.getpid()} on ")
+    assert again[0].endswith("is at work in it; wait for it, or end it. A run folder takes one process at a time")
+    assert not Path("run/.lock").exists()
+    Path("run/.lock").write_text("process 1 on moon", encoding="utf-8")
+    done("train", recipe, *WORDS, "--replace")
