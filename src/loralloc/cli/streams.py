@@ -5,59 +5,57 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 
 class Lasting:
-    """A stream whose writes do not fail: after the first that does, what is written goes nowhere.
+    """A stream whose writes do not fail: from the first that would on, what is written goes nowhere.
 
     Args:
-        stream: What is written to; None where the process was started without it.
+        stream: What is written to.
     """
 
-    def __init__(self, stream: IO[str] | None) -> None:
-        self._stream: IO[str] = stream or _nowhere()
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
 
     def write(self, text: str) -> int:
         """Write, or lose it."""
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._give_up()
-            return len(text)
+        with self._or_nowhere():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
         """Hand on what was written, or lose it."""
-        try:
+        with self._or_nowhere():
             self._stream.flush()
-        except OSError:
-            self._give_up()
 
-    def _give_up(self) -> None:
-        """Leave the broken stream; what it still holds would fail again when the interpreter ends."""
-        broken, self._stream = self._stream, _nowhere()
+    @contextmanager
+    def _or_nowhere(self) -> Iterator[None]:
+        """Lead a broken stream to nowhere, with what it still holds: else it would fail again when the process ends."""
         try:
-            os.dup2(self._stream.fileno(), broken.fileno())
-        except (OSError, ValueError):  # it is no file
-            return
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def _nowhere() -> IO[str]:
-    return open(os.devnull, "w", encoding="utf-8")
-
-
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Let nothing inside fail because nobody reads what it prints."""
+    """Let nothing inside fail because nobody reads what it prints, or the process has no output at all."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Lasting(stream) for stream in before)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        sys.stdout, sys.stderr = before
+    with ExitStack() as stack:
+        sys.stdout, sys.stderr = (  # type: ignore[assignment]
+            Lasting(stream or stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))) for stream in before
+        )
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = before

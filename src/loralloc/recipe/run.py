@@ -108,10 +108,10 @@ def _speaking_of_a_full_disk(folder: RunFolder) -> Iterator[None]:
         for one in (folder, folder.search):
             drop_cut_off(one.checkpoints)
         kept = [path.parent.name for path in folder.checkpoints.glob(f"checkpoint-*/{MANIFEST}")]
-        whole = f"; {' and '.join(sorted(kept))} in {folder.checkpoints} are not touched" if kept else ""
-        raise UserError(
-            f"the disk with {folder.root} is full{whole}. Make room, then go on with {resume_line(folder)}"
-        ) from error
+        verb = "is" if len(kept) == 1 else "are"
+        whole = f"; {' and '.join(sorted(kept))} in {folder.checkpoints} {verb} not touched" if kept else ""
+        cure = f"go on with {resume_line(folder)}" if folder.is_run() else "start again"
+        raise UserError(f"the disk with {folder.root} is full{whole}. Make room, then {cure}") from error
 
 
 def resume_line(folder: RunFolder) -> str:

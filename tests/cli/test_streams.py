@@ -1,0 +1,68 @@
+"""Nobody needs to read what a run prints: it goes on where its output ends, and is the same run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from loralloc.cli.streams import Lasting, lasting_streams
+
+from .command import files
+
+COMMAND = [sys.executable, "-c", "from loralloc.cli.main import main; main()", "train", "recipe.yaml", "--steps", "6"]
+
+
+def test_what_is_written_arrives() -> None:
+    inner = StringIO()
+    stream = Lasting(inner)
+    assert stream.write("words") == 5
+    stream.flush()
+    assert (inner.getvalue(), stream.isatty()) == ("words", False)
+
+
+@pytest.mark.parametrize("act", ["write", "flush"])
+def test_a_reader_that_has_left_costs_the_words_alone(act: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1 if act == "write" else -1) as pipe:
+        stream = Lasting(pipe)
+        stream.write("words\n")
+        stream.flush()
+        stream.write("more\n")
+        stream.flush()
+    # what the pipe still holds does not fail when it is closed
+
+
+def test_a_process_without_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with lasting_streams():
+        print("words", flush=True)
+    assert sys.stdout is None
+
+
+def test_they_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sys.stdout, sys.stderr
+    with lasting_streams():
+        assert isinstance(sys.stdout, Lasting)
+        assert isinstance(sys.stderr, Lasting)
+    assert (sys.stdout, sys.stderr) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["--json"], ["--quiet"]])
+def test_a_run_whose_output_is_closed_is_the_same_run(recipe: Path, words: list[str]) -> None:
+    subprocess.run([*COMMAND, *words], check=True, stdout=subprocess.DEVNULL)
+    Path("run").rename("whole")
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run([*COMMAND, *words], check=False, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, "")
+    adapter = "adapter/adapter_model.safetensors"
+    assert Path("run", adapter).read_bytes() == Path("whole", adapter).read_bytes()
+    assert files(Path("run")).keys() == files(Path("whole")).keys()
