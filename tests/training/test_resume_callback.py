@@ -257,6 +257,30 @@ def test_damaged_tensors_are_refused(checkpoint: Path) -> None:
         resume(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "gated_factors.safetensors", TENSORS])
+def test_a_flipped_bit_is_refused(name: str, checkpoint: Path) -> None:
+    path = checkpoint / name
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1  # within the last tensor
+    path.write_bytes(bytes(content))
+    words = f"{name} has other content than was written"
+    with pytest.raises(UserError, match=f"{UNUSABLE}ValueError: {re.escape(words)}"):
+        resume(checkpoint)
+
+
+def test_a_state_of_another_step_is_refused(checkpoint: Path) -> None:
+    rewrite(checkpoint, step=4)
+    with pytest.raises(UserError, match=rf"{UNUSABLE}ValueError: {re.escape(MARKER)} is of step 4\)"):
+        resume(checkpoint)
+
+
+@pytest.mark.parametrize("bad_steps", [9, -1, 10**9])
+def test_a_state_that_no_run_can_have_is_refused(bad_steps: int, checkpoint: Path) -> None:
+    rewrite(checkpoint, bad_steps=bad_steps)
+    with pytest.raises(UserError, match=f"^the allocation's state is damaged: bad_steps is {bad_steps} and should be"):
+        resume(checkpoint)
+
+
 TWO_RANKS = Budget(average_rank=2)
 
 
