@@ -17,6 +17,7 @@ from loralloc.recipe import run as pipeline
 from loralloc.training import checkpoint as checkpoints
 from loralloc.training import fingerprints
 from loralloc.training.manifest import MANIFEST
+from loralloc.training.trainer import RunTrainer
 
 from .command import RECIPE, done, files, read_json, read_rows, refused, write_rows
 from .deaths import differences, killed_at, killed_in
@@ -365,9 +366,19 @@ class TestFinished:
         with killed_in(pipeline, missing):
             done(*words("adalora"))
         assert not Path("run/metrics.json").exists()
-        resume()
+        with pytest.MonkeyPatch.context() as patched:  # nothing is trained again
+            patched.setattr(RunTrainer, "training_step", None)
+            resume()
         assert unlike(Path("run"), whole) == ["report.html"]
         assert not Path("run/trained").exists()
+
+    def test_the_last_checkpoint_is_enough(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        once = ["--steps", 6, "--save_every", 6]
+        with killed_in(pipeline, "export_adapter"):
+            done("train", recipe, *once)
+        monkeypatch.setattr(RunTrainer, "training_step", None)
+        assert "starts anew" not in done("train", recipe, *once, "--resume")
+        assert read_json(Path("run/metrics.json"))["total_steps"] == 6
 
     def test_it_needs_no_checkpoints_for_that(self, recipe: Path, page: list[Path]) -> None:
         with killed_in(pipeline, "write_report"):
@@ -389,11 +400,25 @@ class TestBest:
         message = refused(*keep, "--resume")
         assert f"run/checkpoints/{name} is not whole: adapter_model.safetensors has other content" in message
 
+    def test_a_best_state_that_is_damaged_is_not_exported(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        bring_back = RunTrainer._load_best_model
+
+        def spoil(trainer: RunTrainer) -> None:
+            flip(Path(trainer.state.best_model_checkpoint or "", "adapter_model.safetensors"))
+            bring_back(trainer)
+
+        monkeypatch.setattr(RunTrainer, "_load_best_model", spoil)
+        keep = ["--keep_best", "true", "--eval_every", 2, "--save_every", 2, "--steps", 24]
+        message = refused("train", recipe, *keep)
+        assert "which is not whole any more: adapter_model.safetensors has other content" in message
+        assert "the last state is a plain adapter in run/checkpoints/checkpoint-24" in message
+        assert not Path("run/adapter").exists()
+
     def test_older_checkpoints_go_once_the_new_one_is_whole(self, recipe: Path) -> None:
         one = [*words("adalora"), "--training.trainer", "{save_total_limit: 1}"]
         with killed_in(checkpoints, "save_random_state", step=8):
             done(*one)
         assert {path.name for path in Path("run/checkpoints").iterdir()} == {"checkpoint-4", "checkpoint-8"}
-        assert checkpoints.newest_whole(Path("run/checkpoints"), before=12).checkpoint is not None
+        assert checkpoints.newest_whole(Path("run/checkpoints")).checkpoint is not None
         done(*one, "--resume")
         assert {path.name for path in Path("run/checkpoints").iterdir()} == {"checkpoint-12"}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from loralloc.compare import cell, study
 from loralloc.errors import UserError
+from loralloc.recipe.changes import NotResumableError
+from loralloc.recipe.run_folder import RunFolder
 
 
 def test_it_waits_for_a_run_whose_comparison_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +34,26 @@ def test_another_recipe_takes_the_place_of_the_file(tmp_path: Path) -> None:
     for text in ("a", "b"):
         study._write_recipe(path, text)
         assert path.read_text() == text
+
+
+def test_a_run_that_cannot_go_on_starts_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[bool] = []
+
+    def run(recipe: object, peer: str | None, resume: bool) -> None:
+        tried.append(resume)
+        if resume:
+            raise NotResumableError("torch is 9.9 and was 2.10")
+
+    (tmp_path / "run" / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    recipe = SimpleNamespace(output=str(tmp_path / "run"))
+    monkeypatch.setattr(cell, "load_recipe", lambda path: recipe)
+    monkeypatch.setattr(RunFolder, "holds", lambda folder, given: given is recipe)
+    monkeypatch.setattr(cell, "_train", run)
+    cell.train(tmp_path / "a.yaml", None)
+    assert tried == [True, False]
+    assert capsys.readouterr().err == "torch is 9.9 and was 2.10. The run starts over\n"
 
 
 @pytest.mark.parametrize("error", [UserError("lower the rate"), FloatingPointError("lower the rate")])

@@ -116,19 +116,17 @@ class TestDamage:
 
 class TestNewestWhole:
     def test_has_the_highest_step(self, tmp_path: Path) -> None:
-        assert newest_whole(tmp_path / "none", before=20).checkpoint is None
+        assert newest_whole(tmp_path / "none").checkpoint is None
         for step in (9, 10, 2):
             save(tmp_path, step)
-        for before, step in {20: 10, 11: 10, 10: 9, 3: 2}.items():
-            assert newest_whole(tmp_path, before).checkpoint == tmp_path / f"checkpoint-{step}"
-        assert newest_whole(tmp_path, before=2).checkpoint is None
+        assert newest_whole(tmp_path).checkpoint == tmp_path / "checkpoint-10"
 
     def test_passes_over_what_is_damaged_and_says_why(self, tmp_path: Path) -> None:
         for step in (2, 9, 10):
             save(tmp_path, step)
         flip(tmp_path / "checkpoint-10" / "weights.safetensors", 77)
         (tmp_path / "checkpoint-9" / MANIFEST).unlink()
-        found = newest_whole(tmp_path, before=20)
+        found = newest_whole(tmp_path)
         assert found.checkpoint == tmp_path / "checkpoint-2"
         assert found.skipped == {
             "checkpoint-10": "weights.safetensors has other content than was written",
@@ -139,21 +137,15 @@ class TestNewestWhole:
     def test_tells_a_damaged_checkpoint_from_one_that_was_cut_off(self, damaged: bool, tmp_path: Path) -> None:
         name = "weights.safetensors" if damaged else MANIFEST
         (save(tmp_path, 2) / name).unlink()
-        found = newest_whole(tmp_path, before=20)
+        found = newest_whole(tmp_path)
         assert (found.checkpoint, found.damaged) == (None, damaged)
-
-    def test_nothing_follows_the_last_of_a_run_that_ended(self, tmp_path: Path) -> None:
-        save(tmp_path, 9)
-        save(tmp_path, 10, ended=True)
-        found = newest_whole(tmp_path, before=20)
-        assert (found.checkpoint, found.skipped) == (tmp_path / "checkpoint-9", {})
 
     def test_needs_its_best_state(self, tmp_path: Path) -> None:
         for step, best in {2: None, 6: "checkpoint-6", 8: "checkpoint-6"}.items():
             save(tmp_path, step, best=best)
-        assert newest_whole(tmp_path, before=20).checkpoint == tmp_path / "checkpoint-8"
+        assert newest_whole(tmp_path).checkpoint == tmp_path / "checkpoint-8"
         flip(tmp_path / "checkpoint-6" / "inner" / "state.json", 3)
-        found = newest_whole(tmp_path, before=20)
+        found = newest_whole(tmp_path)
         content = "inner/state.json has other content than was written"
         assert found.checkpoint == tmp_path / "checkpoint-2"
         assert found.skipped["checkpoint-8"] == f"the best state is in checkpoint-6, and {content}"

@@ -107,7 +107,7 @@ def check_same(run: Path, other: Path) -> None:
 
 def newest() -> str:
     """The checkpoint that a run would be resumed from."""
-    found = checkpoints.newest_whole(Path("run/checkpoints"), before=STEPS).checkpoint
+    found = checkpoints.newest_whole(Path("run/checkpoints")).checkpoint
     return "" if found is None else found.name
 
 
@@ -230,8 +230,9 @@ class TestResume:
     def test_killed_after_the_last_step(self, variant: str, whole: Whole) -> None:
         with killed_in(pipeline, "export_adapter"):
             train(variant)
-        assert newest() == f"checkpoint-{STEPS - 2}", "the Trainer would take one step more from the last"
-        train(variant, "--resume")
+        assert newest() == f"checkpoint-{STEPS}"
+        with patch.object(PlainTrainer, "training_step", None):
+            train(variant, "--resume")
         check_same(Path("run"), whole(variant))
 
     def test_a_line_that_was_cut_off(self, whole: Whole) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from loralloc.compare.peers import train_peer
 from loralloc.errors import UserError
-from loralloc.recipe.changes import ChangedError
+from loralloc.recipe.changes import NotResumableError
 from loralloc.recipe.run import run
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe, load_recipe
@@ -58,7 +58,7 @@ def train(path: Path, peer: str | None) -> None:
     resume = same and (begun or folder.search.plan.is_file())
     try:
         _train(recipe, peer, resume)
-    except ChangedError as error:
+    except NotResumableError as error:
         Said().warning(f"{error}. The run starts over")
         _train(recipe, peer, resume=False)
 

@@ -53,7 +53,7 @@ def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
     Args:
         recipe: The recipe of plain LoRA at the same rank.
         peer: Which of `CHANGES`.
-        resume: Continue from the newest complete checkpoint.
+        resume: Continue from the newest whole checkpoint.
         screen: Told what must not be overlooked.
     """
 

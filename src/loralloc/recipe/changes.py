@@ -26,8 +26,8 @@ JUDGING = ("evaluate", "training.eval_every")
 """Those that do where evaluations decide: with `keep_best`, `early_stopping` or `load_best_model_at_end`."""
 
 
-class ChangedError(UserError):
-    """A run cannot be resumed because something that it depends on is not what it was."""
+class NotResumableError(UserError):
+    """A run cannot go on from what it has saved: that is damaged, or what it depends on is not what it was."""
 
 
 def settings(recipe: Recipe, *, all_keys: bool = False) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def check_unchanged(
         What differs and is allowed, in words.
 
     Raises:
-        ChangedError: With all that differs, and how to allow it where that can be.
+        NotResumableError: With all that differs, and how to allow it where that can be.
     """
     found = {kind: words for kind in mine if (words := _difference(kind, theirs.get(kind), mine[kind]))}
     refused = {kind: words for kind, words in found.items() if kind not in allowed}
@@ -103,7 +103,7 @@ def check_unchanged(
         can = [kind for kind in refused if kind in ALLOWED]
         flags = " ".join(f"--allow-changed {kind}" for kind in can)
         cure = f", or say that they may differ: {flags}" if len(can) == len(refused) else ""
-        raise ChangedError(
+        raise NotResumableError(
             f"{place} belongs to a run that differs: {'; '.join(refused.values())}. Go on with what it began with"
             f"{cure}, or start over with --replace"
         )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from loralloc.errors import UserError
 from loralloc.files import drop_half_written, finite, write_atomically
-from loralloc.recipe.changes import ChangedError, in_words, split_changes
+from loralloc.recipe.changes import NotResumableError, in_words, split_changes
 from loralloc.recipe.schema import Recipe, dump_recipe, load_recipe, peek_recipe
 
 LOCK = ".lock"
@@ -237,7 +237,7 @@ class RunFolder:
         folder = cls.existing(cls.of(recipe).root)
         changes, _ = split_changes(folder.load_recipe(), recipe)
         if changes:
-            raise ChangedError(
+            raise NotResumableError(
                 f"{folder.recipe} differs from the recipe given: {in_words(changes)}; resume with the same settings, "
                 f"or choose another --output{folder._export_hint()}"
             )

@@ -21,7 +21,7 @@ from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
 from loralloc.peft_layers import evaluating
 from loralloc.plan import RankPlan
 from loralloc.recipe.best import best_arguments, best_callbacks, wait_for_final_ranks
-from loralloc.recipe.changes import check_unchanged
+from loralloc.recipe.changes import NotResumableError, check_unchanged
 from loralloc.recipe.fingerprints import depends_on
 from loralloc.recipe.from_recipe import add_adapter, check_precision, method_data, trainer_class, training_arguments
 from loralloc.recipe.passthrough import (
@@ -115,10 +115,10 @@ class Stage:
 
     def _find(self, folder: Path, allow_changed: Collection[str]) -> int:
         """The step of the checkpoint to go on from; −1 where there is none."""
-        found = newest_whole(folder, before=self.steps)
+        found = newest_whole(folder)
         told = [f"{folder / name} is not whole: {reason}" for name, reason in found.skipped.items()]
         if found.checkpoint is None and found.damaged:
-            raise UserError(f"no checkpoint is whole any more: {'; '.join(told)}. Start over with --replace")
+            raise NotResumableError(f"no checkpoint is whole any more: {'; '.join(told)}. Start over with --replace")
         for sentence in told:
             self.screen.warning(f"{sentence}; it is passed over")
         if found.checkpoint is None:

@@ -54,24 +54,20 @@ class Found:
     damaged: bool
 
 
-def newest_whole(folder: Path, before: int) -> Found:
-    """Find the whole checkpoint with the highest step below `before`.
-
-    The Trainer would take a step too many from a checkpoint of the last step, or of that at which a run ended early.
+def newest_whole(folder: Path) -> Found:
+    """Find the whole checkpoint with the highest step.
 
     Args:
         folder: Where checkpoints are.
-        before: The last step of the run.
     """
     skipped, damaged = {}, False
-    for step in sorted((step for step in _steps(folder) if step < before), reverse=True):
+    for step in sorted(_steps(folder), reverse=True):
         checkpoint = folder / f"checkpoint-{step}"
         reason = damage(checkpoint) or _damage_of_best(checkpoint)
-        if reason is not None:
-            skipped[checkpoint.name] = reason
-            damaged |= (checkpoint / MANIFEST).exists()
-        elif not read_manifest(checkpoint).ended:
+        if reason is None:
             return Found(checkpoint, skipped, damaged)
+        skipped[checkpoint.name] = reason
+        damaged |= (checkpoint / MANIFEST).exists()
     return Found(None, skipped, damaged)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class LogFile(TrainerCallback):
         """Begin the file, or take back what a resumed run does again."""
         if args.should_save:
             rows = read_jsonl(self._path) if state.global_step else []
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step]
+            training = takewhile(lambda row: "train_loss" not in row, rows)  # which ends with the row that has it
+            kept = [json.dumps(row) + "\n" for row in training if row["step"] <= state.global_step]
             write_atomically(self._path, "".join(kept))
 
     def on_log(

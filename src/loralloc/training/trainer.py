@@ -25,6 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from loralloc.errors import UserError
 from loralloc.files import write_atomically
 from loralloc.tasks.base import Evaluated
 from loralloc.tasks.generation import Generation
@@ -32,7 +33,7 @@ from loralloc.training import checkpoint as saved
 from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
 from loralloc.training.log_file import LogFile
-from loralloc.training.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from loralloc.training.manifest import MANIFEST, Manifest, damage, read_manifest, write_manifest
 from loralloc.training.meter import Meter
 from loralloc.training.signals import StopOnSignal
 from loralloc.unpickling import nothing_unpickled
@@ -52,6 +53,7 @@ class RunTrainer(Base):
         begun: When training began, on `time.perf_counter`'s clock; a resumed run counts what went before.
         guard: Skips bad steps, and counts them; None where an allocation does.
         evaluated: Predictions, targets and examples of the last evaluation; None before the first.
+        over: Whether the checkpoint that a resumed run goes on from is its last: there is nothing left to train.
         written: What the model has written in the last evaluation; None where evaluations let it write nothing.
         depends_on: Says what a run that resumes from a checkpoint must have in common with it.
         meter: Counts what is trained on; rows of the log with a loss say how fast, and how much memory it takes.
@@ -63,6 +65,7 @@ class RunTrainer(Base):
     evaluated: Evaluated | None = None
     _examples: Any = None
     written: Generation | None = None
+    over: bool = False
     depends_on: Callable[[], Mapping[str, Any]] = dict
     counts: Literal["tokens", "examples"] = "examples"
 
@@ -109,6 +112,14 @@ class RunTrainer(Base):
 
     def restore_window(self, state: Mapping[str, Any]) -> None:
         """Take up what `window` returned."""
+
+    def _run_epoch(self, *args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> None:
+        """Train for an epoch; after the last step the Trainer would make one more, since it looks after a step."""
+        if self.over:
+            self._load_rng_state(resume_from_checkpoint)
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on a batch, and count it."""
@@ -185,6 +196,21 @@ class RunTrainer(Base):
             super()._save_checkpoint(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
+
+    def _load_best_model(self) -> None:
+        """Bring the best state back.
+
+        Raises:
+            UserError: Its checkpoint is damaged, and would be exported as if it were not.
+        """
+        best = Path(self.state.best_model_checkpoint or "")
+        if (reason := damage(best)) is not None:
+            last = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+            raise UserError(
+                f"the best state is in {best}, which is not whole any more: {reason}. Start over with --replace; the "
+                f"last state is a plain adapter in {last}, where the run has saved it"
+            )
+        super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert isinstance(self.model, PeftModel)
@@ -328,10 +354,12 @@ class _Completion(TrainerCallback):
         self._trainer.begun = time.perf_counter()
         self._trainer.meter.start()
         self._trainer.meter.processor_seconds = 0.0
+        self._trainer.over = False
         if state.global_step == 0:
             return
-        path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE
-        record = json.loads(path.read_text(encoding="utf-8"))
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        self._trainer.over = state.global_step >= state.max_steps or read_manifest(folder).ended
+        record = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
         self._trainer.begun -= record["seconds"]
         self._trainer.meter.processor_seconds = record["processor_seconds"]
         loss = record["losses"][processes.rank()]
