@@ -99,11 +99,16 @@ def test_elsewhere(where: Any, name: str, calls: int, recipe: Path) -> None:
     done("train", "run/recipe.yaml", "--resume")
 
 
-def test_before_there_is_a_run(recipe: Path) -> None:
-    with full(RunFolder, "create", 1):
-        result = loralloc("train", recipe, *WORDS)
-    assert (result.code, result.err) == (2, "error: the disk with run is full. Make room, then start again\n")
-    done("train", recipe, *WORDS)
+@pytest.mark.parametrize(
+    ("where", "name", "calls", "cure"),
+    [(RunFolder, "create", 1, "start again"), (log_file.LogFile, "on_log", 2, "start over with --replace")],
+)
+def test_where_nothing_was_saved(where: Any, name: str, calls: int, cure: str, recipe: Path) -> None:
+    words = ["train", recipe, "--steps", 6, "--log_every", 3]
+    with full(where, name, calls):
+        result = loralloc(*words)
+    assert (result.code, result.err) == (2, f"error: the disk with run is full. Make room, then {cure}\n")
+    done(*words, *cure.split()[3:])
 
 
 def test_other_errors_of_files_are_what_they_are(recipe: Path) -> None:

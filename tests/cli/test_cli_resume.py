@@ -184,16 +184,17 @@ class TestDamage:
     def test_half_written_files_go(self, killed: Killed, here: Path) -> None:
         killed()
         theirs = [here / "run" / ".thesis.txt.77", here / "run" / "notes" / ".metrics.json.77"]
+        theirs += [here / "run" / ".adapter.old" / "weights", here / "run" / ".model.bak"]
         ours = [here / "run" / ".metrics.json.77", saved("adalora", 8) / ".window.json.77"]
-        ours += [here / "run" / ".adapter.x7f" / "export" / "adapter_model.safetensors"]
+        ours += [here / "run" / ".adapter.x7f0_9ab" / "export" / "adapter_model.safetensors"]
         ours += [here / "run" / "trained.partial" / "adapter_model.safetensors"]
         for path in (*theirs, *ours):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         resume()
-        assert [path.exists() for path in theirs] == [True, True]
+        assert [path.exists() for path in theirs] == [True] * 4
         assert [path.exists() for path in ours] == [False] * 4
-        assert not (here / "run" / ".adapter.x7f").exists()
+        assert not (here / "run" / ".adapter.x7f0_9ab").exists()
 
 
 class TestChanges:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +11,6 @@ from loralloc.cli import completion
 from loralloc.cli.streams import lasting_streams
 from loralloc.errors import UserError, check_choice
 from loralloc.recipe.changes import ALLOWED
-
-if TYPE_CHECKING:
-    from loralloc.recipe.schema import Recipe
 
 
 def train(
@@ -60,6 +55,7 @@ def train(
         check_output(outline, resume, replace)
     from loralloc.cli.screens import screen_for
     from loralloc.recipe import run
+    from loralloc.recipe.going_on import stopped_by_signals
     from loralloc.recipe.trial import refused_values
     from loralloc.training import processes
 
@@ -69,30 +65,5 @@ def train(
         if dry_run:
             run.rehearse(settings, resume=resume, start_over=replace, screen=screen)
         else:
-            allowed = allow_changed or ()
-            _stoppable(settings, lambda: run.run(settings, resume, replace, screen=screen, allow_changed=allowed))
-
-
-def _stoppable(recipe: Recipe, act: Callable[[], object]) -> None:
-    """Run a recipe; where a signal ends it, say how to go on."""
-    from loralloc.recipe.run import resume_line
-    from loralloc.recipe.run_folder import RunFolder
-    from loralloc.training import processes
-    from loralloc.training.signals import Stopped, listening
-
-    try:
-        with listening():
-            act()
-    except Stopped as stopped:
-        folder, name = RunFolder.of(recipe), stopped.signal.name
-        if not processes.is_main():
-            raise
-        if stopped.step is not None:
-            said = f"stopped by {name} after step {stopped.step:,}, which is saved; go on with"
-        elif folder.is_run() and folder.can_go_on:
-            said = f"stopped by {name}; go on from what was saved before with"
-        else:
-            print(f"stopped by {name} before there was anything to save", file=sys.stderr)
-            raise
-        print(f"{said} {resume_line(folder)}", file=sys.stderr)
-        raise
+            with stopped_by_signals(settings):
+                run.run(settings, resume, replace, screen=screen, allow_changed=allow_changed or ())

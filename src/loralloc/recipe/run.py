@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,14 +15,12 @@ from typing import Any, cast
 
 from datasets import Dataset
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
 
 from loralloc import trace
 from loralloc._version import __version__
 from loralloc.adapter.export import Export, export_adapter, write_card
 from loralloc.adapter.hub import exported_files, upload
 from loralloc.errors import UserError
-from loralloc.files import disk_is_full
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
@@ -31,6 +29,7 @@ from loralloc.recipe.card import card_facts
 from loralloc.recipe.changes import in_words, split_changes
 from loralloc.recipe.cuts import evaluate_cuts
 from loralloc.recipe.from_recipe import task_data
+from loralloc.recipe.going_on import speaking_of_a_full_disk
 from loralloc.recipe.lock import locked
 from loralloc.recipe.outcome import Outcome
 from loralloc.recipe.passthrough import TOLD_TO_OTHERS, TRAINER, with_options, without
@@ -44,8 +43,6 @@ from loralloc.tasks.base import TaskData, length_of
 from loralloc.tasks.generation import Generation
 from loralloc.tasks.quantization import stored_config
 from loralloc.training import processes
-from loralloc.training.checkpoint import drop_cut_off
-from loralloc.training.manifest import MANIFEST
 from loralloc.training.trainer import RunTrainer
 
 SAMPLES = 5
@@ -81,7 +78,7 @@ def run(
     """
     screen = screen or Screen()
     processes.join()
-    with processes.one_voice(), ExitStack() as stack, _speaking_of_a_full_disk(RunFolder.of(recipe)):
+    with processes.one_voice(), ExitStack() as stack, speaking_of_a_full_disk(recipe):
         with processes.together():
             check_values(recipe)
             folder = _open_folder(recipe, resume, start_over)
@@ -91,32 +88,6 @@ def run(
         if resume and folder.metrics.is_file():
             return _finish(folder, screen)
         return _run(recipe, folder, resume, untrained, screen, report, allow_changed)
-
-
-@contextmanager
-def _speaking_of_a_full_disk(folder: RunFolder) -> Iterator[None]:
-    """Turn what libraries say of a full disk into one message; a checkpoint that is half written makes room.
-
-    Raises:
-        UserError: The disk is full.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if not disk_is_full(error):
-            raise
-        for one in (folder, folder.search):
-            drop_cut_off(one.checkpoints)
-        kept = [path.parent.name for path in folder.checkpoints.glob(f"checkpoint-*/{MANIFEST}")]
-        verb = "is" if len(kept) == 1 else "are"
-        whole = f"; {' and '.join(sorted(kept))} in {folder.checkpoints} {verb} not touched" if kept else ""
-        cure = f"go on with {resume_line(folder)}" if folder.is_run() else "start again"
-        raise UserError(f"the disk with {folder.root} is full{whole}. Make room, then {cure}") from error
-
-
-def resume_line(folder: RunFolder) -> str:
-    """The command that goes on with a run."""
-    return f"{processes.launcher()}loralloc train {folder.recipe} --resume"
 
 
 def _finish(folder: RunFolder, screen: Screen) -> Outcome:

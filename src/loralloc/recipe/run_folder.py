@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -175,9 +176,9 @@ class RunFolder:
         """Write the recipe that the run goes on with, and clear away what a killed process has left half written."""
         for folder in (self.checkpoints, self.search.root):
             drop_half_written(folder)
-        for entry in self.ENTRIES:  # what else is in the folder may be somebody else's
-            for left in self.root.glob(f".{entry}.*"):
-                _remove(left)
+        for path in self.root.glob(".*"):  # here, other files may be somebody else's
+            if _HALF_WRITTEN.fullmatch(path.name):
+                _remove(path)
         _remove(self._partial)
         if not self.holds(recipe):
             write_atomically(self.recipe, _text(recipe))
@@ -271,6 +272,10 @@ class RunFolder:
     def write_json(self, path: Path, record: dict[str, Any]) -> None:
         """Write a record into the folder."""
         write_atomically(path, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+
+
+_HALF_WRITTEN = re.compile(rf"\.({'|'.join(map(re.escape, RunFolder.ENTRIES))})\.\d+|\.adapter\.[a-z0-9_]{{8}}")
+"""Names of files that are not in their place yet, and of the folder of an export."""
 
 
 def _remove(path: Path) -> None:

@@ -106,9 +106,7 @@ class Stage:
         """
         folder = self.folder.checkpoints
         found = processes.on_main(self._find, folder, allow_changed)
-        if found is None:  # another process looks
-            found = -1
-        step = int(processes.gather(found)[0])
+        step = int(processes.gather(-1 if found is None else found)[0])  # what the first process has found
         checkpoint = None if step < 0 else folder / f"checkpoint-{step}"
         processes.on_main(drop_after, folder, checkpoint)
         return checkpoint

@@ -1,0 +1,77 @@
+"""What a run that ends before its time says: how it ended, what is saved, and the command that goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+from loralloc.errors import UserError
+from loralloc.files import disk_is_full
+from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.schema import Recipe
+from loralloc.training import processes
+from loralloc.training.checkpoint import drop_cut_off
+from loralloc.training.manifest import MANIFEST
+from loralloc.training.signals import Stopped, listening
+
+
+@contextmanager
+def speaking_of_a_full_disk(recipe: Recipe) -> Iterator[None]:
+    """Turn what libraries say of a full disk into one message; a checkpoint that is half written makes room.
+
+    Args:
+        recipe: What is run inside.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not disk_is_full(error):
+            raise
+        folder = RunFolder.of(recipe)
+        for one in (folder, folder.search):
+            drop_cut_off(one.checkpoints)
+        kept = sorted(path.parent.name for path in folder.checkpoints.glob(f"checkpoint-*/{MANIFEST}"))
+        verb = "is" if len(kept) == 1 else "are"
+        whole = f"; {' and '.join(kept)} in {folder.checkpoints} {verb} not touched" if kept else ""
+        again = "start over with --replace" if folder.is_run() else "start again"
+        cure = f"go on with {_command(folder)}" if _goes_on(folder, recipe) else again
+        raise UserError(f"the disk with {folder.root} is full{whole}. Make room, then {cure}") from error
+
+
+@contextmanager
+def stopped_by_signals(recipe: Recipe) -> Iterator[None]:
+    """Let signals end the run inside, and say on stderr how to go on.
+
+    Args:
+        recipe: What is run inside.
+    """
+    try:
+        with listening():
+            yield
+    except Stopped as stopped:
+        if processes.is_main():
+            print(_farewell(stopped, RunFolder.of(recipe), recipe), file=sys.stderr)
+        raise
+
+
+def _farewell(stopped: Stopped, folder: RunFolder, recipe: Recipe) -> str:
+    name = stopped.signal.name
+    if stopped.step is not None:
+        return f"stopped by {name} after step {stopped.step:,}, which is saved; go on with {_command(folder)}"
+    if _goes_on(folder, recipe):
+        return f"stopped by {name}; go on from what was saved before with {_command(folder)}"
+    return f"stopped by {name} before there was anything to save"
+
+
+def _goes_on(folder: RunFolder, recipe: Recipe) -> bool:
+    return folder.is_run() and (folder.can_go_on or recipe.training.keeps_checkpoints)
+
+
+def _command(folder: RunFolder) -> str:
+    return f"{processes.launcher()}loralloc train {folder.recipe} --resume"
