@@ -138,13 +138,18 @@ def test_nothing_listens_outside_of_a_run() -> None:
 
 
 def test_processes_that_load_data_end_as_ever() -> None:
+    reading, writing = os.pipe()
     with signals.listening():
         child = os.fork()
         if child == 0:
+            os.write(writing, b"!")
             time.sleep(60)
             os._exit(0)
+        os.read(reading, 1)  # Python forgets what comes to a process before it runs
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    os.close(reading)
+    os.close(writing)
 
 
 @pytest.mark.slow
