@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -21,6 +23,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from transformers import BertConfig
+
+from loralloc.training.manifest import damage
 
 from .command import LANGUAGE, PLAIN, RECIPE, done, examples, log_rows, ranks, read_json, refused, write_rows
 
@@ -257,6 +261,30 @@ def test_the_adapter_can_be_evaluated_by_two_processes(two: Any) -> None:
     accuracy = read_json(two[0] / "lora" / "metrics.json")["validation"]["accuracy"]
     assert f"{accuracy:.4f}" in first["out"]
     assert (second["code"], second["out"]) == (0, "")
+
+
+def test_a_signal_to_the_launcher_ends_both_after_the_same_step(home: Path) -> None:
+    script, folder = Path(sys.executable).with_name("loralloc"), home / "signalled"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    words = ["train", "plain.yaml", "--steps", "4000", "--log_every", "1", "--output", "signalled"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (
+        chdir(home),
+        subprocess.Popen(
+            [*command, script, *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as launched,
+    ):
+        while not (folder / "log.jsonl").is_file() or not (folder / "log.jsonl").stat().st_size:
+            assert launched.poll() is None
+            time.sleep(0.05)
+        launched.send_signal(signal.SIGTERM)
+        said = launched.communicate(timeout=300)[1]
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    step = checkpoint.name.removeprefix("checkpoint-")
+    go_on = "torchrun --nproc-per-node=2 --no-python loralloc train signalled/recipe.yaml --resume"
+    assert said.count(f"stopped by SIGTERM after step {int(step):,}, which is saved; go on with {go_on}") == 1
+    assert damage(checkpoint) is None
+    assert {path.name for path in checkpoint.glob("random-*")} == {"random-0.json", "random-1.json"}
 
 
 def test_a_mistake_ends_the_launcher_too(home: Path) -> None:
