@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -55,15 +56,21 @@ def train(
         check_output(outline, resume, replace)
     from loralloc.cli.screens import screen_for
     from loralloc.recipe import run
-    from loralloc.recipe.going_on import stopped_by_signals
+    from loralloc.recipe.going_on import farewell
     from loralloc.recipe.trial import refused_values
     from loralloc.training import processes
+    from loralloc.training.signals import Stopped, listening
 
     with lasting_streams(), screen_for(quiet, verbose, as_json) as screen:
         with processes.one_voice():
             settings = load_recipe(recipe, context.args, refused_values)
         if dry_run:
             run.rehearse(settings, resume=resume, start_over=replace, screen=screen)
-        else:
-            with stopped_by_signals(settings):
+            return
+        try:
+            with listening():
                 run.run(settings, resume, replace, screen=screen, allow_changed=allow_changed or ())
+        except Stopped as stopped:
+            if processes.is_main():
+                print(farewell(stopped, settings), file=sys.stderr)
+            raise

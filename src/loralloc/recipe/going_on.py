@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from loralloc.recipe.schema import Recipe
 from loralloc.training import processes
 from loralloc.training.checkpoint import drop_cut_off
 from loralloc.training.manifest import MANIFEST
-from loralloc.training.signals import Stopped, listening
+from loralloc.training.signals import Stopped
 
 
 @contextmanager
@@ -44,24 +43,14 @@ def speaking_of_a_full_disk(recipe: Recipe) -> Iterator[None]:
         raise UserError(f"the disk with {folder.root} is full{whole}. Make room, then {cure}") from error
 
 
-@contextmanager
-def stopped_by_signals(recipe: Recipe) -> Iterator[None]:
-    """Let signals end the run inside, and say on stderr how to go on.
+def farewell(stopped: Stopped, recipe: Recipe) -> str:
+    """Say how a signal has ended a run, and how to go on.
 
     Args:
-        recipe: What is run inside.
+        stopped: What has ended it.
+        recipe: What was run.
     """
-    try:
-        with listening():
-            yield
-    except Stopped as stopped:
-        if processes.is_main():
-            print(_farewell(stopped, RunFolder.of(recipe), recipe), file=sys.stderr)
-        raise
-
-
-def _farewell(stopped: Stopped, folder: RunFolder, recipe: Recipe) -> str:
-    name = stopped.signal.name
+    folder, name = RunFolder.of(recipe), stopped.signal.name
     if stopped.step is not None:
         return f"stopped by {name} after step {stopped.step:,}, which is saved; go on with {_command(folder)}"
     if _goes_on(folder, recipe):
