@@ -156,14 +156,13 @@ def test_processes_that_load_data_end_as_ever() -> None:
 def test_a_scheduler_that_sends_it_from_outside(recipe: Path) -> None:
     words = ["train", "recipe.yaml", "--steps", "400", "--save_every", "200"]
     command = [sys.executable, "-c", "from loralloc.cli.main import main; main()", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not Path("run/log.jsonl").is_file() or not Path("run/log.jsonl").stat().st_size:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 143
-    assert process.stderr is not None
-    said = process.stderr.read()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not Path("run/log.jsonl").is_file() or not Path("run/log.jsonl").stat().st_size:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143
     assert "which is saved; go on with loralloc train run/recipe.yaml --resume" in said
     assert "Traceback" not in said
     done("train", "run/recipe.yaml", "--resume")
