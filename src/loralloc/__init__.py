@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loralloc.methods.controls import DepthLinear, Random, Uniform
     from loralloc.methods.truncate import Truncate
     from loralloc.plan import RankPlan
+    from loralloc.sharding import kept_whole
     from loralloc.training.callback import RankAllocation
     from loralloc.training.run import attach
 
@@ -44,6 +45,7 @@ __all__ = [
     "__version__",
     "attach",
     "export_adapter",
+    "kept_whole",
     "lora_config",
     "truncate_adapter",
 ]
@@ -63,6 +65,7 @@ _HOME = {
     "UserError": "loralloc.errors",
     "attach": "loralloc.training.run",
     "export_adapter": "loralloc.adapter.export",
+    "kept_whole": "loralloc.sharding",
     "lora_config": "loralloc.adapter.from_plan",
     "truncate_adapter": "loralloc.adapter.truncation",
 }

@@ -41,6 +41,7 @@ from loralloc.peft_layers import (
 )
 from loralloc.plain_lora import PlainSite, check_plain
 from loralloc.quantized import keep_trainable, parameter_count
+from loralloc.sharding import check_sharding
 
 _LINEAR_FORWARD = nn.Linear.forward  # as it was when this was imported: some tools replace it for all layers
 
@@ -281,6 +282,7 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
             are gated already.
     """
     check_not_parallel(model)
+    check_sharding(model)
     peft = peft_model(model)
     adapter = lora_adapter(peft, adapter)
     layers = check_linear(peft, adapter)

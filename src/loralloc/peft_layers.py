@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from peft import LoraConfig, PeftMixedModel, PeftModel
@@ -70,8 +71,8 @@ NOT_GATED = {
 PARALLEL = {
     "DistributedDataParallel": "it has gathered the gradients that processes share, and would not share those of gates",
     "DataParallel": "its replicas do not know of gates; launch with torchrun or accelerate launch (DDP)",
-    "FullyShardedDataParallel": "it shards the factors that scores are made of; use DDP",
-    "DeepSpeedEngine": "it hides the gradients that scores are made of; use DDP",
+    "FullyShardedDataParallel": "it flattens the factors that scores are made of; use FSDP2 (fully_shard) or DDP",
+    "DeepSpeedEngine": "it hides the gradients that scores are made of; use FSDP2 (fully_shard) or DDP",
 }
 """Wrappers inside which no gate can be attached, with the reason."""
 
@@ -210,6 +211,16 @@ def lora_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
     return layers
 
 
+def adapter_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold what adapters are made of, gates among them, and copies of modules that are saved whole."""
+    found = []
+    for part in model.modules():
+        if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            held = [attrgetter(name)(part) for name in part.adapter_layer_names if hasattr(part, name.split(".")[0])]
+            found += [module for module in held if isinstance(module, nn.Module)]
+    return found
+
+
 def class_name(layer: LoraLayer) -> str:
     """Return a layer's class by full name, as in `SUPPORTED`."""
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
@@ -317,9 +328,6 @@ def _problem(layer: Any, adapter: str) -> _Problem | None:
     if not B.requires_grad and not B.detach().any():
         frozen = "B is frozen, and zero as in every fresh adapter, so that nothing could ever be learned"
         return _Problem(frozen, f'call model.set_adapter("{adapter}"), after which A alone can be frozen')
-    if type(A.data).__name__ == "DTensor":
-        sharded = "the adapter is sharded over processes (tensor parallel or FSDP), which is not supported yet"
-        return _Problem(sharded, "train with one process or with DDP")
     return None
 
 

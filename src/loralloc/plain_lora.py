@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loralloc.errors import UserError
 from loralloc.naming import named
@@ -127,6 +128,12 @@ def check_mergeable(model: PeftModel, adapter: str, layers: Sequence[tuple[str, 
             'model in full precision, and the adapter (exported with profile="ragged") onto it, and export that: '
             'export_adapter(PeftModel.from_pretrained(base, "ADAPTER"), path, profile="merged"); of a run with '
             "model.load_in in its recipe, loralloc export RUN --profile merged does it"
+        )
+    if any(isinstance(parameter.data, DTensor) for parameter in model.parameters()):
+        raise UserError(
+            "the base model is sharded over processes, and no process holds a weight to merge into; export "
+            'profile="ragged", and merge in one process: export_adapter(PeftModel.from_pretrained(base, "ADAPTER"), '
+            'path, profile="merged"), or loralloc export RUN --profile merged'
         )
     owners: dict[int, list[str]] = {}
     for name, module in model.get_base_model().named_modules():

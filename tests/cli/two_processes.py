@@ -18,6 +18,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from loralloc.errors import UserError
 from loralloc.recipe import run as pipeline
@@ -47,7 +51,8 @@ def watched(found: dict[str, Any]) -> Iterator[None]:
 
     def note(stage: Any, plan: Any, *rest: Any) -> Any:
         wrapper = type(stage.trainer.model_wrapped).__name__
-        found.update(ranks=plan.ranks, checksum=checksum(stage.trainer.model), wrapper=wrapper)
+        apart = sorted(name for name, p in stage.trainer.model.named_parameters() if isinstance(p.data, DTensor))
+        found.update(ranks=plan.ranks, checksum=checksum(stage.trainer.model), wrapper=wrapper, sharded=apart)
         return final_metrics(stage, plan, *rest)
 
     with patch.object(pipeline, "final_metrics", note):
@@ -68,8 +73,34 @@ def fails(owner: Any, name: str, rank: int, error: Exception) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def sharded() -> Iterator[None]:
+    """What `accelerate launch` with an FSDP2 config file sets up, and accelerate does on GPUs alone."""
+    create = Trainer.create_accelerator_and_postprocess
+
+    def with_plugin(trainer: Trainer) -> None:
+        create(trainer)
+        options: Any = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
+        trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        trainer.is_fsdp_enabled = True
+
+    with patch.object(Trainer, "create_accelerator_and_postprocess", with_plugin):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def sharded_and_killed() -> Iterator[None]:
+    with sharded(), killed_at(5):
+        yield
+
+
 MISHAPS: dict[str, Any] = {
     "killed": lambda: killed_at(5),
+    "sharded": sharded,
+    "sharded-and-killed": sharded_and_killed,
     "folder": lambda: fails(RunFolder, "create", 0, OSError("no space left on device")),
     "data": lambda: fails(pipeline, "task_data", 1, UserError("there is no file train.jsonl here")),
     "apart": lambda: patch.object(PlainTrainer, "_left_as_it_is", nullcontext),

@@ -31,6 +31,7 @@ from loralloc.outputs import has_choices, logits_of
 from loralloc.peft_layers import bare_base, evaluating
 from loralloc.plain_lora import plain_sites
 from loralloc.quantized import dequantized
+from loralloc.sharding import callable_inside, sharded_parts
 
 Batch = Mapping[str, Any]
 
@@ -97,16 +98,18 @@ def check_adapter(model: PeftModel, folder: Path, factors: Mapping[str, Factors]
         RuntimeError: The files are another adapter.
     """
     stored = min((factor.A.dtype for factor in factors.values()), key=lambda dtype: dtype.itemsize)
+    parts = sharded_parts(model)
     with computing_plainly(model):
         trained = logits(model, batch)
         with bare_base(model) as base:
-            without = logits(base, batch)
-            with warnings.catch_warnings():
+            with callable_inside(parts, base), warnings.catch_warnings():
+                without = logits(base, batch)
                 warnings.simplefilter("ignore")  # about keys: they are compared below
                 stock = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=stored.itemsize >= 4).eval()
             _compare_keys(folder, stock)
             _compare_updates(stock, factors)
-            loaded = logits(stock, batch)
+            with callable_inside(parts, base):
+                loaded = logits(stock, batch)
     if not torch.equal(trained, without) and torch.equal(loaded, without):
         raise RuntimeError("the reloaded export has no effect: its logits are the base model's; nothing was written")
     return compare(trained, loaded, stored=stored)

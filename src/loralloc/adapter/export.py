@@ -18,6 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from loralloc.gating import is_gated
 from loralloc.naming import sort_names
 from loralloc.peft_layers import PREFIX, peft_model
 from loralloc.plain_lora import PlainSite, check_active, check_mergeable, check_plain, plain_sites, stored_apart
+from loralloc.sharding import own_place
 
 PROFILES: tuple[Profile, ...] = ("ragged", "uniform", "merged")
 
@@ -59,7 +61,8 @@ def export_adapter(
     """Write a plain LoRA adapter (or the merged model), reload it with stock PEFT and compare the logits.
 
     The folder appears only when the check has passed; an adapter that stood there is replaced then. The model itself is
-    left as it is, so that a refused export can be repeated.
+    left as it is, so that a refused export can be repeated. Of a model that is sharded over processes every one of them
+    must call it, since they compute together, and the first one's files stay.
 
     Args:
         model: A `PeftModel` whose active adapter is plain LoRA: after `RankAllocation` or `finish()`, or any other.
@@ -76,8 +79,18 @@ def export_adapter(
     """
     path = Path(path).resolve()
     check_choice("profile", profile, PROFILES)
+    with own_place(model, path) as place:
+        return replace(_export_to(place, peft_model(model), profile, batch, tokenizer), path=path)
+
+
+def _export_to(
+    path: Path,
+    model: PeftModel,
+    profile: Profile,
+    batch: Mapping[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Export:
     check_target(path)
-    model = peft_model(model)
     sites = list(plain_sites(model))
     adapter = sites[0].adapter
     if is_gated(model, adapter):

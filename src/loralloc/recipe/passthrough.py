@@ -64,6 +64,7 @@ def _number_of_a_device(name: Any) -> Any:
 Device = Annotated[int | str, BeforeValidator(_number_of_a_device)]
 
 SCORES = "scores of ranks are made of whole gradients and factors"
+SHARDED = "accelerate launch --config_file with fsdp_version: 2"
 ONCE = "a run computes its metrics once, from the predictions for all examples"
 STARTS = "it belongs to a start that changes the base weights or needs data, of which no plain adapter can be exported"
 
@@ -112,10 +113,10 @@ OPTIONS = (
             "save_strategy": ("training", "save_every"),
         },
         refused={
-            "deepspeed": f"{SCORES}, which DeepSpeed hides; start several processes with torchrun",
-            "fsdp": f"{SCORES}, which FSDP shards; start several processes with torchrun",
-            "fsdp_config": f"{SCORES}, which FSDP shards; start several processes with torchrun",
-            "parallelism_config": f"{SCORES}, which parallel layers shard; start several processes with torchrun",
+            "deepspeed": f"{SCORES}, which DeepSpeed hides; use FSDP2 ({SHARDED}) or torchrun",
+            "fsdp": f"the launcher says it: {SHARDED}",
+            "fsdp_config": f"the launcher says it: {SHARDED}",
+            "parallelism_config": f"{SCORES}, which parallel layers split; use FSDP2 ({SHARDED}) or torchrun",
             "auto_find_batch_size": "it starts over with ranks that are allocated already; halve training.batch_size",
             "resume_from_checkpoint": "loralloc train RECIPE --resume continues a run",
             "enable_jit_checkpoint": "its checkpoints lack the allocation's state; set training.save_every",

@@ -43,6 +43,7 @@ from loralloc.tasks.base import TaskData, length_of
 from loralloc.tasks.generation import Generation
 from loralloc.tasks.quantization import stored_config
 from loralloc.training import processes
+from loralloc.training.engines import under_fsdp2
 from loralloc.training.trainer import RunTrainer
 
 SAMPLES = 5
@@ -135,7 +136,10 @@ def _run(
         processes.on_main(shutil.copyfile, folder.search.trace, folder.trace)
     elif stage.allocation is None:
         processes.on_main(_write_constant_trace, folder, plan, stage.trainer)
-    export = processes.on_main(_write_adapter, folder, plan, stage)
+    if under_fsdp2(stage.trainer):  # they compute the check of the export together
+        export = _write_adapter(folder, plan, stage)
+    else:
+        export = processes.on_main(_write_adapter, folder, plan, stage)
     metrics = final_metrics(stage, plan, untrained, seconds)
     if (after := stage.generate()) is not None and before is not None:
         metrics["generation"] = _generation_record(before, after)
@@ -241,17 +245,18 @@ def _combined(searched: RankPlan, trained: RankPlan) -> RankPlan:
     return replace(searched, provenance={**trained.provenance, "settings": settings, "search": steps})
 
 
-def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
-    """Write plan and adapter, and what else it takes to load it.
+def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export | None:
+    """Write plan and adapter, and what else it takes to load it; what is returned is the first process's.
 
     Raises:
         UserError: The training or the export failed; what was trained is kept, and the message says what to do.
     """
     data, model = stage.data, stage.model
-    plan.save(folder.plan)
-    stored_config(data.model).save_pretrained(folder.model)
-    data.tokenizer.save_pretrained(folder.model)
-    folder.keep_trained(model.save_pretrained)
+    if processes.is_main():
+        plan.save(folder.plan)
+        stored_config(data.model).save_pretrained(folder.model)
+        data.tokenizer.save_pretrained(folder.model)
+        folder.keep_trained(model.save_pretrained)
     if (failure := stage.failure(plan)) is not None:
         raise UserError(f"{failure}; what was trained is kept in {folder.trained}")
     try:
@@ -262,6 +267,8 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export:
         else:
             cure = "the loss diverged: lower the learning rate"
         raise UserError(f"the run ended without an adapter: {error}; {cure}") from error
+    if not processes.is_main():
+        return None
     folder.drop_trained()
     return export
 

@@ -43,6 +43,7 @@ from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 from loralloc.training.checkpoint import check_processes, drop_after, newest_whole
+from loralloc.training.engines import refuse_engines, under_fsdp2
 from loralloc.training.manifest import read_manifest
 from loralloc.training.signals import finishing_steps
 from loralloc.training.step_data import random_state, set_random_state
@@ -315,6 +316,12 @@ def _prepare(
     callbacks = [first, *best_callbacks(recipe), screen.progress(allocation)]
     trainer = _trainer(recipe, data, model, folder, train_dataset=data.train, guard=guard, callbacks=callbacks)
     model = cast(PeftModel, trainer.model)
+    refuse_engines(trainer.args)
+    if under_fsdp2(trainer) and recipe.evaluate.generate is not None:
+        raise UserError(
+            "evaluate.generate: one process writes the answers, and of a base model that FSDP2 shards it has a part; "
+            "remove it, and let loralloc chat RUN answer"
+        )
     checks = guard.checks if allocation is None else allocation.run.checks  # type: ignore[union-attr]
     checks.say, checks.say_every = screen.warning, recipe.training.log_every
     if allocation is not None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.trainer_callback import CallbackHandler
 
@@ -24,6 +22,7 @@ from loralloc.files import write_atomically
 from loralloc.methods.base import Method
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
+from loralloc.training.engines import keep_adapter_whole, refuse_engines
 from loralloc.training.history import LOG, TRACE, free_folder, write_run
 from loralloc.training.log_file import LogFile
 from loralloc.training.manifest import sealed, sha256_of, unsealed
@@ -36,6 +35,7 @@ TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
 
 LISTED = (".safetensors", ".pt")
 """Endings of the files whose checksums the marker has: weights, optimizer and schedule, which one process writes."""
+_Sender = TypeVar("_Sender")
 
 HEADING = "## Rank allocation"
 UNFINISHED = """\
@@ -118,6 +118,8 @@ class RankAllocation(TrainerCallback):
         self._run = AllocationRun(kwargs["model"], self.method, compact=self._compact)
         if self._trace is not None:
             self._run.on_event = self._append_event
+        if (trainer := _sender(Trainer)) is not None:
+            keep_adapter_whole(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -126,7 +128,7 @@ class RankAllocation(TrainerCallback):
         if self.plan is not None:
             raise UserError("this allocation has finished; to train on, use the plain LoRA model without it")
         run = self.run
-        _refuse_engines(args)
+        refuse_engines(args)
         if unwrapped(kwargs["model"]) is not run.model:
             raise UserError(
                 "the Trainer trains another model than the one the allocation was attached to (model_init makes a new "
@@ -280,17 +282,23 @@ def _describe(folder: Path, text: str) -> None:
 def _go_before_reports(callback: TrainerCallback) -> None:
     """Move a callback in front of those that report to trackers, so that what it adds to a log reaches them.
 
-    A Trainer puts its own callbacks first. No event carries the list, but the one who sends it holds it.
+    A Trainer puts its own callbacks first.
     """
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-        frame = frame.f_back
-    if frame is None:  # not called by a Trainer
+    handler = _sender(CallbackHandler)
+    if handler is None:
         return
-    callbacks = frame.f_locals["self"].callbacks
+    callbacks = handler.callbacks
     flow = next((i for i, other in enumerate(callbacks) if isinstance(other, DefaultFlowCallback)), -1)
     callbacks.remove(callback)
     callbacks.insert(flow + 1, callback)  # it asks what the flow has decided
+
+
+def _sender(kind: type[_Sender]) -> _Sender | None:
+    """The object of a class that sends the event under way, which does not carry it; None for none."""
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
 
 
 def validation_batches(data: Any, training: Any, args: TrainingArguments) -> CollatedBatches:
@@ -313,22 +321,6 @@ def validation_batches(data: Any, training: Any, args: TrainingArguments) -> Col
             "none"
         ) from error
     return batches
-
-
-def _refuse_engines(args: TrainingArguments) -> None:
-    """Refuse, in one sentence, the engines under which gates or scores would silently be wrong."""
-    engine = AcceleratorState().distributed_type if AcceleratorState._shared_state else None
-    if args.deepspeed or engine == DistributedType.DEEPSPEED:
-        raise UserError("DeepSpeed is not supported: it hides the gradients that scores are made of; use DDP")
-    if args.fsdp or engine == DistributedType.FSDP:
-        raise UserError("FSDP is not supported yet: it shards the factors that scores are made of; use DDP")
-    if args.n_gpu > 1:
-        raise UserError("torch.nn.DataParallel is not supported; launch with torchrun or accelerate launch (DDP)")
-    if args.fp16 and not args.max_grad_norm:
-        raise UserError(
-            "fp16 without gradient clipping leaves the loss scale in the gradients that scores are made of; set "
-            "max_grad_norm=1.0, or use bf16"
-        )
 
 
 def _refuse_ignored_accumulation(args: TrainingArguments, model: nn.Module) -> None:

@@ -44,6 +44,7 @@ from loralloc.training.optimizer import (
 )
 from loralloc.training.processes import check_agreement
 from loralloc.training.resume import check_state, described, gate_checksum
+from loralloc.training.shared_gradients import SharedGradients
 from loralloc.training.statistics import kinds, rank_statistics
 from loralloc.training.step_data import ObservedData
 
@@ -116,6 +117,7 @@ class AllocationRun(Recorded):
                 self.begin(total_steps)
         self._files = GatedFiles(peft_model(model), self.sites)
         self._forget_example = keep_example(peft_model(model))
+        self._shared = SharedGradients(model)
         self.step = 0
         self.settled = False
         self.max_grad_norm: float | None = None

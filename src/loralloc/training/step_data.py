@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
+from loralloc.methods.base import any_process
 from loralloc.methods.validation import IGNORED, check_batch, check_labels, check_loss, loss_of
+from loralloc.sharding import compute_dtypes, is_sharded
 from loralloc.training.ablation import AblationScorer
 from loralloc.training.losses import SampleLoss, next_log_probs
 
@@ -144,8 +146,14 @@ class ObservedData:
             twice: Whether they are differentiated twice.
 
         Raises:
-            UserError: The step's loss was not the model's own, or is scaled as for fp16.
+            UserError: The step's loss was not the model's own, or is scaled as for fp16; or a sharded model is to be
+                differentiated twice.
         """
+        if twice and is_sharded(self.model):
+            raise UserError(
+                'mode="exact" differentiates the backward pass, and FSDP2 has let go of the base weights by then; use '
+                'mode="paper", or "fast"'
+            )
         seen = [pass_ for pass_ in self._seen if pass_.weights]
         if not seen:
             raise UserError(f"the batches of this step are not known: no gradient came through the loss {OWN_LOSS}")
@@ -166,7 +174,7 @@ class ObservedData:
     def precision(self) -> torch.dtype:
         """The coarsest precision in which anything of the current step was computed: of weights, or of autocast."""
         used = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
-        used |= {pass_.autocast[1] for pass_ in self._seen if pass_.autocast[0]}
+        used |= {pass_.autocast[1] for pass_ in self._seen if pass_.autocast[0]} | compute_dtypes(self.model)
         return max(used, key=lambda dtype: torch.finfo(dtype).eps)
 
     def validation_loss(self) -> Tensor:
@@ -226,7 +234,8 @@ class ObservedData:
         _, labels = SampleLoss.of(self.model).split(batch)
         most = int((labels != IGNORED).reshape(len(labels), -1).sum(1).argmax())
         sample = samples_of(batch, slice(most, most + 1))
-        return AblationScorer(self.model, self.sites, [sample], self._scoring).check_walk()
+        walks = AblationScorer(self.model, self.sites, [sample], self._scoring).check_walk()
+        return not any_process(torch.tensor(not walks, device=self.device))  # or processes would make other passes
 
     def batch(self, index: int) -> Batch:
         """A validation batch on the model's device; data without an end of their own start over."""

@@ -27,14 +27,17 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from loralloc.errors import UserError
 from loralloc.files import write_atomically
+from loralloc.sharding import is_sharded
 from loralloc.tasks.base import Evaluated
 from loralloc.tasks.generation import Generation
 from loralloc.training import checkpoint as saved
 from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
+from loralloc.training.engines import keep_adapter_whole, shard_now
 from loralloc.training.log_file import LogFile
 from loralloc.training.manifest import MANIFEST, Manifest, damage, read_manifest, write_manifest
 from loralloc.training.meter import Meter
+from loralloc.training.shared_gradients import SharedGradients
 from loralloc.training.signals import StopOnSignal
 from loralloc.unpickling import nothing_unpickled
 
@@ -85,6 +88,8 @@ class RunTrainer(Base):
         last = [LogFile(log), _Completion(self), StopOnSignal()]
         super().__init__(*args, callbacks=[*first, *callbacks, *last], **kwargs)
         self.remove_callback(PrinterCallback)
+        keep_adapter_whole(self)
+        self._shared = None if guard is None else SharedGradients(self.model)  # an allocation has its own
         if compute_metrics is not None:
             self.compute_metrics = self._judge
 
@@ -99,6 +104,7 @@ class RunTrainer(Base):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
         self._examples = self.eval_dataset if eval_dataset is None else eval_dataset
+        shard_now(self)
         with self._left_as_it_is(), self._trackers_wait(), self.meter.paused():
             return super().evaluate(eval_dataset, *args, **kwargs)
 
@@ -166,6 +172,8 @@ class RunTrainer(Base):
         model, prepared = self.model, self.accelerator._models
         assert model is not None
         attributes, models, wrapped = dict(vars(model)), list(prepared), self.model_wrapped
+        if is_sharded(model) and not prepared:  # accelerate would move it whole
+            prepared.append(model)
         try:
             yield
         finally:

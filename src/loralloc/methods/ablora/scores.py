@@ -1,4 +1,9 @@
-"""AB-LoRA's scores of ranks (eq. 6 of ALoRA), computed in three ways: all ablations, none, or those that matter."""
+"""AB-LoRA's scores of ranks (eq. 6 of ALoRA), computed in three ways: all ablations, none, or those that matter.
+
+Processes that train together compute the same numbers, up to rounding that differs between devices. Which ranks are
+ablated next depends on them, and a pass through a sharded model needs every process, so every number that such a choice
+is made from is the first process's (`agree`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loralloc.methods.ablora.settle import settle
-from loralloc.methods.base import Ablations
+from loralloc.methods.base import Ablations, agree
 
 Mode = Literal["fast", "exact", "taylor"]
 
@@ -40,12 +45,12 @@ def score_ranks(
         on, labels = ablations.gate_gradients(gates)
         off, _ = ablations.gate_gradients(torch.zeros_like(gates))
         on, off = (contributions[:, ranks.to(gates.device)].double().cpu() for contributions in (on, off))
-        scores, measured = two_point_importance(on, off, labels), {}
+        scores, measured = _agreed(two_point_importance(on, off, labels), gates), {}
         if mode == "fast":
             place = torch.full(gates.shape, -1, dtype=torch.long)
             place[ranks] = torch.arange(len(ranks))
             groups = [(place[members & (place >= 0)], count) for members, count in counts]
-            spread = ablation_spread(on, off, labels)
+            spread = _agreed(ablation_spread(on, off, labels), gates)
             scores, measured = _settled(ablations, gates, ranks, scores, spread, groups, generator)
         measured["sampling_error"] = float(_sampling_error(on + off).median())
     everywhere = torch.full(gates.shape, torch.nan, dtype=torch.float64)
@@ -73,7 +78,7 @@ def _settled(
 
     def exact(asked: Tensor) -> Tensor:
         settings = ablation_settings(gates, ranks[asked].to(gates.device))
-        return ablation_importance(ablations.ablate(settings)).double().cpu()
+        return _agreed(ablation_importance(ablations.ablate(settings)), gates)
 
     settled = settle(estimates, spread, groups, exact, generator)
     ablated = settled.ablated
@@ -83,6 +88,11 @@ def _settled(
         "error_allowed": float((settled.error * spread).median()),
         "score_spread": float(settled.scores.std(correction=0)),
     }
+
+
+def _agreed(numbers: Tensor, gates: Tensor) -> Tensor:
+    """The first process's numbers, float64 on the CPU; they travel on the device that the gates are on."""
+    return agree(numbers.double().to(gates.device)).cpu()
 
 
 def _sampling_error(contributions: Tensor) -> Tensor:
