@@ -66,7 +66,7 @@ def test_the_adapter_is_that_of_ddp(name: str, two: Any) -> None:
 @pytest.mark.parametrize("name", [*TRAINED, "language"])
 def test_the_base_is_sharded_and_the_adapter_is_not(name: str, two: Any) -> None:
     apart = two[1][0][f"sharded {name}"]["sharded"]
-    assert len(apart) > 20
+    assert len(apart) >= 20
     assert not [key for key in apart if "lora_" in key or "modules_to_save" in key]
     assert two[1][0][f"ddp {name}"]["sharded"] == []
 
