@@ -65,9 +65,7 @@ def measure(ranks: int) -> dict[str, float]:
     owner = torch.arange(len(modules.ranks)).repeat_interleave(torch.tensor(modules.ranks)).tolist()
     room, costs = [1] * len(modules.ranks), [1] * len(modules.ranks)
     everyone = torch.ones(ranks, dtype=torch.bool)
-    found["a round of ABLoRA, 7 ranks move"] = seconds(
-        lambda: reallocate(scores, owner, everyone, 7, room, costs)
-    )
+    found["a round of ABLoRA, 7 ranks move"] = seconds(lambda: reallocate(scores, owner, everyone, 7, room, costs))
     return found
 
 

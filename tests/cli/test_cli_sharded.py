@@ -41,7 +41,8 @@ def _commands() -> dict[str, list[Any]]:
         "sharded resumed": [*train, *SAVING, "--output", "killed", "--resume"],
         "sharded generate": [
             *language,
-            *("--evaluate.generate", "{samples: 4, metrics: [exact_match]}", "--output", "generate"),
+            *("--evaluate.generate", "{samples: 4, metrics: [exact_match]}", "--data.max_length", 64),
+            *("--output", "generate"),
         ],
         "sharded evaluated": ["evaluate", "sharded lora"],
     }

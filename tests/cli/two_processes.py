@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
+from loralloc.cli import progress
 from loralloc.errors import UserError
 from loralloc.recipe import run as pipeline
 from loralloc.recipe.run_folder import RunFolder
@@ -97,8 +99,23 @@ def sharded_and_killed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gone_at(step: int, rank: int) -> Iterator[None]:
+    """The operating system ends one of the processes after an optimizer step, and the others are not told."""
+    alive = progress.Progress.on_step_end
+
+    def die(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        if state.global_step == step and rank == RANK:
+            os.kill(os.getpid(), signal.SIGKILL)
+        alive(self, args, state, *rest, **kwargs)
+
+    with patch.object(progress.Progress, "on_step_end", die):
+        yield
+
+
 MISHAPS: dict[str, Any] = {
     "killed": lambda: killed_at(5),
+    "gone": lambda: gone_at(5, rank=1),
     "sharded": sharded,
     "sharded-and-killed": sharded_and_killed,
     "folder": lambda: fails(RunFolder, "create", 0, OSError("no space left on device")),

@@ -1,11 +1,12 @@
-"""A loop of one's own over a base model that FSDP2 has sharded, and what each of its processes ends with."""
+"""A loop of one's own over a sharded base model, or under DDP, and what each of its processes ends with."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,9 @@ from models import tiny_peft
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from trainers import BATCH, adapter_tensors, language_batch, sentences
 
 from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget, Truncate, attach, export_adapter, kept_whole
@@ -63,8 +65,9 @@ class Loop:
 
     Attributes:
         method: Name of the method.
-        order: Whether the model is sharded `before` or `after` attaching, or stays `whole`.
+        order: Whether the model is sharded `before` or `after` attaching, stays `whole`, or is wrapped by `ddp`.
         parts: Backward passes in a step; the gradients of all but the last are only collected.
+        unused: The step, if any, in which the second process's loss does not depend on the last block; for `ddp`.
         poison: (step, process) at which the loss is infinite; one process does the work of both.
         resume: The folder from which the second half starts, None for the whole run.
         save: The folder to which the first half is written; the run goes on.
@@ -74,6 +77,7 @@ class Loop:
     method: str = "adalora"
     order: str = "before"
     parts: int = 1
+    unused: int | None = None
     poison: tuple[int, int] | None = None
     resume: Path | None = None
     save: Path | None = None
@@ -88,6 +92,9 @@ class Loop:
         run = attach(model, methods()[self.method], total_steps=STEPS)
         if self.order == "after":
             shard(model)
+        called: nn.Module = model
+        if self.order == "ddp":
+            called = DistributedDataParallel(model, find_unused_parameters=self.unused is not None)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         events: list[dict[str, Any]] = []
         run.on_event = events.append
@@ -96,7 +103,7 @@ class Loop:
         for step in range(run.step, STEPS):
             if step == STEPS // 2 and self.save is not None:
                 save(self.save, model, run, optimizer)
-            self.backward(model, step, rank, world)
+            self.backward(called, step, rank, world)
             run.before_step(optimizer)
             optimizer.step()
             run.after_step(optimizer)
@@ -116,19 +123,33 @@ class Loop:
             found |= {"difference": exported.difference, "allowed": exported.allowed, "path": str(exported.path)}
         return found
 
-    def backward(self, model: PeftModel, step: int, rank: int, world: int) -> None:
+    def backward(self, model: nn.Module, step: int, rank: int, world: int) -> None:
         """The backward passes of a step, each on its share of the batch; their sum is the step's."""
         rows = sentences(BATCH * STEPS)[BATCH * step : BATCH * (step + 1)]
         total = labels(language_batch(rows))
         shares = [rows[index :: world * self.parts] for index in range(rank, world * self.parts, world)]
         for index, share in enumerate(shares):
-            if self.order != "whole":
-                model.set_requires_gradient_sync(index == len(shares) - 1)  # type: ignore[operator]
             batch = language_batch(share)
             infinite = self.poison in ((step, rank), (step, rank + world))
             weight = labels(batch) * world / total * (torch.inf if infinite else 1.0)
-            loss = model(**batch).loss * weight
-            loss.backward()
+            with collecting(model) if index < len(shares) - 1 else nullcontext():
+                output = model(**batch, output_hidden_states=True)
+                skipped = step == self.unused and rank == 1
+                (output.hidden_states[1].square().mean() if skipped else output.loss * weight).backward()
+
+
+@contextmanager
+def collecting(model: Any) -> Iterator[None]:
+    """Gradients stay the process's own inside."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        yield
 
 
 def labels(batch: dict[str, Any]) -> float:

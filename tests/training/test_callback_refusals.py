@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from models import logits, tiny_llama, tiny_peft
 from trainers import BATCH, adapter_tensors, arguments, build, language_batch, same_tensors, sentences, train
 from transformers import Trainer, TrainerState
@@ -249,10 +249,24 @@ def begin(folder: Path, settings: Arguments) -> None:
     [
         (
             {"deepspeed": "zero3.json"},
-            "DeepSpeed is not supported: it hides the gradients that scores are made of; use DDP",
+            "DeepSpeed is not supported: it takes the gradients that scores are made of into buffers of its own; to shard "
+            "a large base model use FSDP2 (accelerate launch with fsdp_version: 2 in its config file), else DDP",
         ),
-        ({"fsdp": True}, "FSDP is not supported yet: it shards the factors that scores are made of; use DDP"),
-        ({"n_gpu": 2}, "torch.nn.DataParallel is not supported; launch with torchrun or accelerate launch (DDP)"),
+        (
+            {"fsdp": True},
+            "FSDP was asked for, and accelerate shards nothing on CPUs: it would train the whole model in every process "
+            "without a word. Leave FSDP out (in a loop of your own, fully_shard works on CPUs too)",
+        ),
+        (
+            {"n_gpu": 2},
+            "this machine has 2 GPUs, and one process would spread every batch over them with torch.nn.DataParallel, "
+            "which is not supported; start one process for each: torchrun --nproc-per-node=2 --no-python loralloc train "
+            "RECIPE (or torchrun --nproc-per-node=2 SCRIPT), or use one of them, CUDA_VISIBLE_DEVICES=0",
+        ),
+        (
+            {"parallelism_config": SimpleNamespace(tp_size=2, cp_size=1)},
+            "tensor and context parallelism are not supported: they spread a layer's output over processes; use FSDP2",
+        ),
         ({"fp16": True, "max_grad_norm": 0.0}, "fp16 without gradient clipping leaves the loss scale in the gradients"),
         ({"fp16": True, "max_grad_norm": None}, "set max_grad_norm=1.0, or use bf16"),
     ],
@@ -262,23 +276,53 @@ def test_an_engine_that_would_be_wrong_is_refused(settings: dict[str, Any], word
         begin(tmp_path, Arguments(**settings))
 
 
+WHOLE = "FSDP2 with an adapter that every process holds whole needs "
+FSDP2 = {"fsdp_version": 2, "cpu_ram_efficient_loading": False}
+
+
 @pytest.mark.parametrize(
-    ("engine", "words"),
+    ("engine", "options", "words"),
     [
-        ("DEEPSPEED", "DeepSpeed is not supported: it hides the gradients that scores are made of; use DDP"),
-        ("FSDP", "FSDP is not supported yet: it shards the factors that scores are made of; use DDP"),
+        ("DEEPSPEED", {}, "DeepSpeed is not supported: it takes the gradients that scores are made of into buffers"),
+        ("MEGATRON_LM", {}, "Megatron-LM is not supported: it splits the layers that ranks are in; use FSDP2"),
+        (
+            "FSDP",
+            {"fsdp_version": 1},
+            "FSDP1 is not supported: it flattens the factors that scores are made of; set fsdp_version: 2 in the config "
+            "file of accelerate launch",
+        ),
+        (
+            "FSDP",
+            {**FSDP2, "cpu_ram_efficient_loading": True},
+            f"{WHOLE}fsdp_cpu_ram_efficient_loading: false (it loads sharded weights alone)",
+        ),
+        (
+            "FSDP",
+            {**FSDP2, "activation_checkpointing": True},
+            f"{WHOLE}fsdp_activation_checkpointing: false (use the Trainer's own)",
+        ),
+        ("FSDP", {**FSDP2, "cpu_offload": True}, f"{WHOLE}fsdp_offload_params: false (it has not been verified)"),
     ],
 )
 def test_an_engine_chosen_by_the_launcher_is_refused(
-    engine: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with `accelerate launch --use_deepspeed`: no argument of the Trainer names the engine."""
     trainer, allocation = build(tmp_path)
     for shared in (PartialState._shared_state, AcceleratorState._shared_state):
         monkeypatch.setitem(shared, "distributed_type", DistributedType[engine])
+    plugin = FullyShardedDataParallelPlugin(**options) if options else None
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
     state = TrainerState(max_steps=24)
     with refuses(words):
         allocation.on_train_begin(trainer.args, state, trainer.control, model=trainer.model)
+
+
+def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `accelerate launch --use_fsdp --cpu`."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with refuses("FSDP was asked for, and accelerate shards nothing on CPUs"):
+        begin(tmp_path, Arguments())
 
 
 @pytest.mark.parametrize("settings", [{}, {"fp16": True}, {"max_grad_norm": 0.0}])
