@@ -138,9 +138,8 @@ def main() -> None:
         base, trained = held(models[name], optimizer)
         rows.append((name, base / 2**20, trained / 2**20, sent.bytes / 2**20, statistics.median(times[name])))
     if dist.get_rank() == 0:
-        print(
-            "| | base, MiB | adapter, gradients, moments, MiB | sent in a step, MiB | step, s |\n|---|---|---|---|---|"
-        )
+        print("| | base, MiB | adapter, gradients, moments, MiB | sent in a step, MiB | step, s |")
+        print("|---|---|---|---|---|")
         for name, *figures in rows:
             print(f"| {name} |", " | ".join(f"{figure:.2f}" for figure in figures), "|")
     dist.destroy_process_group()

@@ -226,7 +226,8 @@ class TestFlags:
              "--training.trainer.max_steps: training.trainer.max_steps is training.steps in a recipe: set that"),
             (["--deepspeed", "ds.json"],
              "--deepspeed: training.trainer.deepspeed cannot be set: scores of ranks are made of whole gradients and "
-             "factors, which DeepSpeed hides; use FSDP2 (accelerate launch --config_file with fsdp_version: 2) or torchrun"),
+             "factors, which DeepSpeed hides; use FSDP2 (accelerate launch --config_file with fsdp_version: 2) or "
+             "torchrun"),
             (["--training.trainer.colour", "red"],
              '--training.trainer.colour: unknown key "colour" in "training.trainer", the options of '
              "transformers.TrainingArguments."),

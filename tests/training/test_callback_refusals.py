@@ -249,19 +249,19 @@ def begin(folder: Path, settings: Arguments) -> None:
     [
         (
             {"deepspeed": "zero3.json"},
-            "DeepSpeed is not supported: it takes the gradients that scores are made of into buffers of its own; to shard "
-            "a large base model use FSDP2 (accelerate launch with fsdp_version: 2 in its config file), else DDP",
+            "DeepSpeed is not supported: it takes the gradients that scores are made of into buffers of its own; to "
+            "shard a large base model use FSDP2 (accelerate launch with fsdp_version: 2 in its config file), else DDP",
         ),
         (
             {"fsdp": True},
-            "FSDP was asked for, and accelerate shards nothing on CPUs: it would train the whole model in every process "
-            "without a word. Leave FSDP out (in a loop of your own, fully_shard works on CPUs too)",
+            "FSDP was asked for, and accelerate shards nothing on CPUs: it would train the whole model in every "
+            "process without a word. Leave FSDP out (in a loop of your own, fully_shard works on CPUs too)",
         ),
         (
             {"n_gpu": 2},
             "this machine has 2 GPUs, and one process would spread every batch over them with torch.nn.DataParallel, "
-            "which is not supported; start one process for each: torchrun --nproc-per-node=2 --no-python loralloc train "
-            "RECIPE (or torchrun --nproc-per-node=2 SCRIPT), or use one of them, CUDA_VISIBLE_DEVICES=0",
+            "which is not supported; start one process for each: torchrun --nproc-per-node=2 --no-python loralloc "
+            "train RECIPE (or torchrun --nproc-per-node=2 SCRIPT), or use one of them, CUDA_VISIBLE_DEVICES=0",
         ),
         (
             {"parallelism_config": SimpleNamespace(tp_size=2, cp_size=1)},
@@ -288,8 +288,8 @@ FSDP2 = {"fsdp_version": 2, "cpu_ram_efficient_loading": False}
         (
             "FSDP",
             {"fsdp_version": 1},
-            "FSDP1 is not supported: it flattens the factors that scores are made of; set fsdp_version: 2 in the config "
-            "file of accelerate launch",
+            "FSDP1 is not supported: it flattens the factors that scores are made of; set fsdp_version: 2 in the "
+            "config file of accelerate launch",
         ),
         (
             "FSDP",

@@ -128,8 +128,9 @@ def _ignored_by_the_user(plugin: FullyShardedDataParallelPlugin, model: nn.Modul
 
 
 def _blocks(model: nn.Module) -> list[str] | None:
-    """Classes of the blocks to shard, by the model's own word; not those that hold embeddings, which accelerate shards
-    by themselves, and would shard twice.
+    """Classes of the blocks to shard, by the model's own word; None where it names none.
+
+    Those that hold embeddings are left out: accelerate shards embeddings by themselves, and would shard them twice.
     """
     base: Any = peft_model(model).get_base_model()
     embeddings, named = base.get_input_embeddings(), set(base._no_split_modules or ())
