@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from reference.ablora import importance, one_round, shapley
 from torch import Tensor
 
+from loralloc.methods.ablora import scores as scores_module
 from loralloc.methods.ablora.moves import Move, deal, reallocate
 from loralloc.methods.ablora.scores import (
     ablation_importance,
@@ -340,3 +341,49 @@ def test_the_three_modes_agree_on_a_quadratic_game_without_fisher(mode, monkeypa
     shift = mine - torch.tensor(list(naive.values()), dtype=torch.float64)
     assert float(shift.std()) < 1e-6  # equal up to a constant
     assert measured["mode"] == mode
+
+
+# ---- Several processes ----
+
+
+class RoundedGame:
+    """Forty ranks whose losses another device computes with other roundings; notes which settings it is asked for."""
+
+    def __init__(self, noise: float) -> None:
+        self._generator = torch.Generator().manual_seed(1)
+        self._worth = torch.linspace(-1, 1, 40, dtype=torch.float64)
+        self._noise = noise
+        self.asked: list[Tensor] = []
+        self.forwards = 0.0
+
+    def ablate(self, gates: Tensor) -> Tensor:
+        self.asked.append(gates)
+        exact = -(gates.double() @ self._worth)
+        return exact + self._noise * torch.randn(len(gates), generator=self._generator, dtype=torch.float64)
+
+    def gate_gradients(self, gates: Tensor) -> tuple[Tensor, int]:
+        noise = self._noise * torch.randn(8, 40, generator=self._generator, dtype=torch.float64)
+        return -self._worth.expand(8, 40) / 8 + noise, 1
+
+
+def asked_of(game: RoundedGame) -> list[Tensor]:
+    """The settings that a round of `fast` measures."""
+    groups = [(torch.ones(40, dtype=torch.bool), 7)]
+    score_ranks("fast", game, torch.ones(40), groups, torch.Generator().manual_seed(0))
+    return game.asked
+
+
+def test_every_process_ablates_what_the_first_one_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roundings differ between devices; a pass through a sharded model waits for a process that asks for another."""
+    said: list[Tensor] = []
+    monkeypatch.setattr(scores_module, "agree", lambda numbers: said.append(numbers.clone()) or numbers)
+    first = asked_of(RoundedGame(0.3))
+    apart = asked_of(RoundedGame(0.31))
+    assert [len(asked) for asked in apart] != [len(asked) for asked in first] or not all(
+        torch.equal(a, b) for a, b in zip(apart, first, strict=True)
+    )
+    heard = iter(said)
+    monkeypatch.setattr(scores_module, "agree", lambda numbers: next(heard))
+    second = asked_of(RoundedGame(0.31))
+    assert len(second) == len(first)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(second, first, strict=True))

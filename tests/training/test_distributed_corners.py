@@ -22,6 +22,7 @@ def uneven(folder: Path, world: int) -> dict[str, Any]:
     )
     trainer.train()
     assert allocation.plan is not None
+    assert trainer.model is not None
     return {"ranks": allocation.plan.ranks, "checksum": checksum(trainer.model), "steps": trainer.state.global_step}
 
 

@@ -40,9 +40,8 @@ class SharedGradients:
         self._handles: list[Any] = []
         self._queued = False
         if world_size() > 1:
-            self._handles.append(model.register_forward_pre_hook(self._begin))
+            self._handles.append(model.register_forward_pre_hook(torch.compiler.disable(self._begin)))
 
-    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: Any) -> None:
         """Before a forward pass: agree on the adapter where the base is sharded by now."""
         if is_sharded(self._model):

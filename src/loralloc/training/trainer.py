@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -89,7 +89,8 @@ class RunTrainer(Base):
         super().__init__(*args, callbacks=[*first, *callbacks, *last], **kwargs)
         self.remove_callback(PrinterCallback)
         keep_adapter_whole(self)
-        self._shared = None if guard is None else SharedGradients(self.model)  # an allocation has its own
+        if guard is not None:  # an allocation has its own
+            SharedGradients(cast(torch.nn.Module, self.model))
         if compute_metrics is not None:
             self.compute_metrics = self._judge
 
