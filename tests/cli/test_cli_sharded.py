@@ -1,7 +1,6 @@
 """`loralloc train` under FSDP2: two processes, each with half of the base model, train the adapter of DDP.
 
-accelerate sets FSDP2 up on GPUs alone, and on a CPU trains unsharded without a word. The two processes here are given
-what it sets up there, and shard over gloo (`two_processes.sharded`).
+The two processes are given what accelerate sets up on GPUs alone (`fsdp2`), and shard over gloo.
 """
 
 from __future__ import annotations

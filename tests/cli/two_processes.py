@@ -19,10 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 
 from loralloc.cli import progress
 from loralloc.errors import UserError
@@ -31,6 +28,8 @@ from loralloc.recipe.run_folder import RunFolder
 from loralloc.training.trainer import PlainTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `cli` is the folder of tests, as it is in pytest
+from fsdp2 import launched_with_fsdp2
+
 from cli.command import loralloc
 from cli.deaths import killed_at
 
@@ -76,26 +75,8 @@ def fails(owner: Any, name: str, rank: int, error: Exception) -> Iterator[None]:
 
 
 @contextmanager
-def sharded() -> Iterator[None]:
-    """What `accelerate launch` with an FSDP2 config file sets up, and accelerate does on GPUs alone."""
-    create = Trainer.create_accelerator_and_postprocess
-
-    def with_plugin(trainer: Trainer) -> None:
-        create(trainer)
-        options: Any = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
-        trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
-        for state in (AcceleratorState, PartialState):
-            state._shared_state["distributed_type"] = DistributedType.FSDP
-        trainer.is_fsdp_enabled = True
-
-    with patch.object(Trainer, "create_accelerator_and_postprocess", with_plugin):
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@contextmanager
 def sharded_and_killed() -> Iterator[None]:
-    with sharded(), killed_at(5):
+    with launched_with_fsdp2(), killed_at(5):
         yield
 
 
@@ -116,7 +97,7 @@ def gone_at(step: int, rank: int) -> Iterator[None]:
 MISHAPS: dict[str, Any] = {
     "killed": lambda: killed_at(5),
     "gone": lambda: gone_at(5, rank=1),
-    "sharded": sharded,
+    "sharded": launched_with_fsdp2,
     "sharded-and-killed": sharded_and_killed,
     "folder": lambda: fails(RunFolder, "create", 0, OSError("no space left on device")),
     "data": lambda: fails(pipeline, "task_data", 1, UserError("there is no file train.jsonl here")),
