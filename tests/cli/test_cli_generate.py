@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from loralloc.recipe import stages
+
 from .command import LANGUAGE, RECIPE, done, read_json, read_rows, refused
 from .test_cli_language import write_data
 
@@ -148,3 +150,15 @@ def test_a_search_is_estimated(recipe: Path) -> None:
 def test_a_line_before_training(recipe: Path) -> None:
     said = done("train", recipe, "--dry-run")
     assert "steps     16 of 8 examples, 128 tokens at most" in said
+
+
+def test_answers_of_one_process_are_refused_where_the_base_is_sharded(
+    write: Write, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "under_fsdp2", lambda trainer: True)
+    recipe = write_data("streamed", write, here)
+    said = refused("train", recipe, "--data.streaming", "false", "--steps", 2, *GENERATE)
+    assert (
+        "evaluate.generate: one process writes the answers, and of a base model that FSDP2 shards it has a part; "
+        "remove it, and let loralloc chat RUN answer"
+    ) in said

@@ -38,11 +38,6 @@ def _commands() -> dict[str, list[Any]]:
         "sharded whole": [*train, *SAVING, "--output", "whole"],
         "sharded-and-killed": [*train, *SAVING, "--output", "killed"],
         "sharded resumed": [*train, *SAVING, "--output", "killed", "--resume"],
-        "sharded generate": [
-            *language,
-            *("--evaluate.generate", "{samples: 4, metrics: [exact_match]}", "--data.max_length", 64),
-            *("--output", "generate"),
-        ],
         "sharded evaluated": ["evaluate", "sharded lora"],
     }
 
@@ -91,15 +86,6 @@ def test_checkpoints_hold_nothing_of_the_base(two: Any) -> None:
     found = {path.name for path in checkpoint.iterdir()}
     assert not [name for name in found if "fsdp" in name or name == "model.safetensors"]
     assert all("lora_" in key or "classifier" in key for key in load_file(checkpoint / "adapter_model.safetensors"))
-
-
-def test_answers_of_one_process_are_refused(two: Any) -> None:
-    said = [results["sharded generate"] for results in two[1]]
-    assert [result["code"] for result in said] == [2, 2]
-    assert (
-        "evaluate.generate: one process writes the answers, and of a base model that FSDP2 shards it has a part; "
-        "remove it, and let loralloc chat RUN answer"
-    ) in said[0]["err"] + said[1]["err"]
 
 
 def test_an_adapter_can_be_evaluated(two: Any) -> None:
