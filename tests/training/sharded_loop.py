@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -202,6 +203,7 @@ def in_one_process(rank: int, folder: Path, world: int, scenarios: Callable[[Pat
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     results = {name: scenario(rank, world) for name, scenario in scenarios(folder).items()}
     (folder / f"{rank}.json").write_text(json.dumps(results))
+    gc.collect()  # wrappers hold on to the process group
     dist.barrier()
     dist.destroy_process_group()
 
