@@ -41,9 +41,7 @@ class BytesSent(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not name.startswith("c10d"):  # copies in and out
             return result
-        if "allgather" in name:
-            self.bytes += _largest(args, result) * (world - 1) / world
-        elif "reduce_scatter" in name:
+        if "allgather" in name or "reduce_scatter" in name:
             self.bytes += _largest(args, result) * (world - 1) / world
         elif "allreduce" in name:
             self.bytes += 2 * _largest(args, result) * (world - 1) / world
