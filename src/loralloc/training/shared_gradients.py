@@ -40,7 +40,7 @@ class SharedGradients:
         self._handles: list[Any] = []
         self._queued = False
         if world_size() > 1:
-            self._handles.append(model.register_forward_pre_hook(torch.compiler.disable(self._begin)))
+            self._handles.append(model.register_forward_pre_hook(torch.compiler.disable(self._begin)))  # type: ignore[arg-type]
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         """Before a forward pass: agree on the adapter where the base is sharded by now."""
