@@ -412,7 +412,7 @@ class TestAtomicWrites:
         assert os.listdir(path.parent) == [path.name]
 
     def test_text_is_on_the_disk_before_it_has_the_name(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The old file must be there until the new one has been flushed in full."""
+        """The old file must be there until the new one has been flushed in full; then the folder with its name is."""
         path.write_text(self.OLD)
         seen: list[tuple[str, str]] = []
         fsync, replace = os.fsync, os.replace
@@ -424,7 +424,8 @@ class TestAtomicWrites:
 
         monkeypatch.setattr(os, "replace", replacing)
         write_atomically(path, "new\n" * 10_000)
-        assert seen == [("fsync", self.OLD), ("replace", "new\n" * 10_000)]
+        new = "new\n" * 10_000
+        assert seen == [("fsync", self.OLD), ("replace", new), ("fsync", new)]
 
     def test_a_missing_folder_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="nowhere"):

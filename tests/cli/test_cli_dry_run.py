@@ -48,7 +48,7 @@ def test_the_run_and_its_rehearsal_refuse_alike(
         def refuse(*_: Any) -> None:
             raise UserError("no such engine")
 
-        monkeypatch.setattr(callback, "_refuse_engines", refuse)
+        monkeypatch.setattr(callback, "refuse_engines", refuse)
     before = files(here)
     told = refused("train", recipe, *words, "--dry-run")
     assert message in told

@@ -126,8 +126,12 @@ def test_only_a_second_ctrl_c_that_comes_later_ends_at_once(
 
 
 def test_a_dry_run_is_interrupted_as_usual(recipe: Path) -> None:
-    with signalled(signal.SIGINT, pipeline, "task_data"):
-        assert loralloc("train", recipe, "--dry-run").code == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
+    try:
+        with signalled(signal.SIGINT, pipeline, "task_data"):
+            assert loralloc("train", recipe, "--dry-run").code == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_nothing_listens_outside_of_a_run() -> None:

@@ -94,12 +94,12 @@ def _modules(values: Sequence[Tensor], factors: Sequence[Factors]) -> Modules:
 def _read(folder: Path) -> StoredAdapter:
     """Read an adapter; refuse what is not plain LoRA."""
     stored = read_adapter(folder)
-    if others := [key for key in stored.others if ".lora_" in key]:
-        raise UserError(f"{folder}: {others[0]} is no factor of a linear layer: only plain LoRA can be truncated")
     try:
         check_plain_config(stored.config)
     except UserError as error:
         raise UserError(f"{folder} is no plain LoRA, which alone can be truncated: {error}") from error
+    if others := [key for key in stored.others if ".lora_" in key]:
+        raise UserError(f"{folder}: {others[0]} is no factor of a linear layer: only plain LoRA can be truncated")
     return stored
 
 
