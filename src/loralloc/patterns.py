@@ -109,7 +109,7 @@ def _tried(patterns: Sequence[str], names: Sequence[str], around: str) -> dict[s
         ).stdout
     except subprocess.TimeoutExpired as stopped:
         output = stopped.stdout or b""
-    answers: list[Any] = [json.loads(line) for line in output.splitlines()]
+    answers: list[Any] = [json.loads(line) for line in output.splitlines(keepends=True) if line.endswith(b"\n")]
     for pattern, answer in zip(risky, answers, strict=False):
         if isinstance(answer, str):
             raise PatternError(f'"{_shown(pattern)}" is no regular expression ({answer})')

@@ -59,8 +59,9 @@ def check_inside(folder: Path, paths: Iterable[Path]) -> None:
         UserError: With the link and where it leads.
     """
     root = Path(os.path.realpath(folder))
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
+    snapshot = next((place for place in (root, *root.parents) if place.parent.name == "snapshots"), None)
+    if snapshot is not None:
+        root = snapshot.parent.parent
     for path in paths:
         target = Path(os.path.realpath(path))
         if target != root and root not in target.parents:

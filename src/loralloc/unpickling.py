@@ -6,6 +6,7 @@ unless a recipe says so of a base model.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 
 from loralloc.errors import UserError
+
+_STOCK = torch.load
+_guards: list[Callable[..., Any]] = []
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -33,11 +38,10 @@ def nothing_unpickled(cure: str) -> Iterator[None]:
 @contextmanager
 def only_tensors_unpickled() -> Iterator[None]:
     """Read pickles of tensors inside, with torch's restricted reader; refuse those of anything else."""
-    read = torch.load
 
     def restricted(file: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return read(file, *args, **{**kwargs, "weights_only": True})
+            return _STOCK(file, *args, **{**kwargs, "weights_only": True})
         except Exception as error:  # the class of the error is one of pickle's
             if not str(error).startswith("Weights only load failed"):
                 raise
@@ -51,13 +55,25 @@ def only_tensors_unpickled() -> Iterator[None]:
 
 @contextmanager
 def _in_place_of_torchs(load: Callable[..., Any]) -> Iterator[None]:
-    """Let the libraries, which look `torch.load` up whenever they call it, find another function."""
-    stock = torch.load
-    torch.load = load
+    """Let the libraries, which look `torch.load` up whenever they call it, find another function.
+
+    Also in other threads, for some load with several. The newest of several functions counts; after the last one torch
+    has its own again.
+    """
+    with _lock:
+        _guards.append(load)
+        torch.load = _guarded
     try:
         yield
     finally:
-        torch.load = stock
+        with _lock:
+            _guards.remove(load)
+            if not _guards:
+                torch.load = _STOCK
+
+
+def _guarded(*args: Any, **kwargs: Any) -> Any:
+    return (_guards[-1] if _guards else _STOCK)(*args, **kwargs)
 
 
 def _name(file: Any) -> str:

@@ -175,11 +175,23 @@ class TestDamage:
     def test_one_that_was_cut_off_is_none(self, killed: Killed) -> None:
         whole = killed()
         for step in (4, 8):
-            (saved("adalora", step) / MANIFEST).unlink()
+            for name in (MANIFEST, "trainer_state.json"):
+                (saved("adalora", step) / name).unlink()
         said = resume()
         assert "it has no manifest.json: its writing was cut off; it is passed over" in said
         assert "the training starts anew" in said
         assert unlike(Path("run"), whole) == []
+
+    @pytest.mark.parametrize("of_before", [False, True], ids=["the manifest is lost", "of a version without manifests"])
+    def test_one_that_was_whole_is_not_deleted(self, killed: Killed, of_before: bool) -> None:
+        killed()
+        for step in (4, 8):
+            (saved("adalora", step) / MANIFEST).unlink()
+            if of_before:
+                (saved("adalora", step) / "trainer_state.json").rename(saved("adalora", step) / "complete.json")
+        before = files(Path("run"))
+        assert refused(*words("adalora"), "--resume").startswith("no checkpoint is whole any more: ")
+        assert files(Path("run")) == before
 
     def test_half_written_files_go(self, killed: Killed, here: Path) -> None:
         killed()

@@ -156,6 +156,17 @@ def test_processes_that_load_data_end_as_ever() -> None:
     os.close(writing)
 
 
+def test_workers_leave_what_all_processes_get_to_the_first_one() -> None:
+    """Ctrl-C comes to every process of a terminal; a worker that died of it would end the run before it is saved."""
+    stepping = signals._Watch()
+    stepping.owner = -1
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        stepping.handle(number, None)
+    assert stepping.asked is None
+    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+
+
 @pytest.mark.slow
 def test_a_scheduler_that_sends_it_from_outside(recipe: Path) -> None:
     words = ["train", "recipe.yaml", "--steps", "400", "--save_every", "200"]

@@ -105,7 +105,7 @@ def test_a_record_that_does_not_say_what_files_hold(files: Any, export: Path) ->
     said = f"{export / RECORD} does not say what its files hold, as those of earlier versions; nothing was overwritten"
     with pytest.raises(UserError, match=f"^{re.escape(said)}: choose another folder$"):
         again(export)
-    with pytest.raises(UserError, match=r"as those of earlier versions; export it again$"):
+    with pytest.raises(UserError, match=r"as those of earlier versions; remove the folder and export it again$"):
         exported_files(export)
 
 

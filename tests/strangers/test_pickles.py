@@ -65,6 +65,18 @@ def test_inside_torch_load_is_refused_and_afterwards_it_is_torchs(tmp_path: Path
     assert torch.equal(torch.load(tmp_path / "x.bin", weights_only=True)["x"], torch.ones(2))
 
 
+def test_guards_that_overlap_leave_torch_its_own(tmp_path: Path) -> None:
+    """As those of two threads do, of which the first to begin is the first to end."""
+    torch.save({"x": torch.ones(2)}, tmp_path / "x.bin")
+    before, first, second = torch.load, nothing_unpickled("do this"), nothing_unpickled("do that")
+    with first:
+        second.__enter__()
+    with pytest.raises(UserError, match="do that"):
+        torch.load(tmp_path / "x.bin")
+    second.__exit__(None, None, None)
+    assert torch.load is before
+
+
 # ---- Adapters ----
 
 

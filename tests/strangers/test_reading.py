@@ -86,7 +86,10 @@ class TestLinks:
         (repository / "blobs").mkdir()
         (repository / "blobs" / "abc").write_text("x")
         (snapshot / "a.json").symlink_to("../../blobs/abc")
+        (snapshot / "sub").mkdir()
+        (snapshot / "sub" / "c.json").symlink_to("../../../blobs/abc")
         reading.check_inside(snapshot, [snapshot / "a.json"])
+        reading.check_inside(snapshot / "sub", [snapshot / "sub" / "c.json"])
         (tmp_path / "mine").write_text("x")
         (snapshot / "b.json").symlink_to("../../../mine")
         with pytest.raises(UserError, match="is a link out of its folder"):

@@ -77,7 +77,7 @@ def exported_files(folder: Path) -> list[str]:
     """
     if not (folder / RECORD).exists():
         raise UserError(f"{folder} is no export of loralloc, so nobody has checked it; loralloc export writes one")
-    recorded = _recorded(folder, "export it again")
+    recorded = _recorded(folder, "remove the folder and export it again")
     if missing := [name for name in recorded if not (folder / name).exists()]:
         raise UserError(f"{folder} lacks {', '.join(missing)}, which was exported there; export it again")
     check_inside(folder, [folder / name for name in (*recorded, RECORD)])

@@ -100,7 +100,7 @@ def make_frontier(source: Source, settings: Settings, screen: Screen, told: Call
         scores = score_terms(settings.order, model, terms, _batches(settings.order, trainer, data))
         modules = source.modules or len(terms.sites)
         budgets = _budgets(settings, modules, terms.count)
-        chain = dict(zip(budgets, [None, *budgets], strict=False)) if steps else {}
+        chain = {ranks: budgets[:place] for place, ranks in enumerate(budgets)} if steps else {}
         of = _of(source, settings, steps, data)
         bench = _Bench(source, data, trainer, terms, scores, screen, of, settings.rate, chain)
         points = [bench.cut(ranks) for ranks in budgets]
@@ -194,7 +194,7 @@ class _Bench:
     screen: Screen
     of: dict[str, Any]
     rate: float
-    chain: Mapping[int, int | None]
+    chain: Mapping[int, Sequence[int]]
 
     def cut(self, ranks: int) -> Point:
         """Keep so many ranks, and evaluate."""

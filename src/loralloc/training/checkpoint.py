@@ -39,6 +39,10 @@ from loralloc.training.manifest import MANIFEST, damage, read_manifest
 SCALER = "scaler.json"
 
 
+WRITTEN_LAST = (MANIFEST, "trainer_state.json", "complete.json")
+"""Files of a checkpoint that was whole, or as good as: also of a version whose checkpoints had no manifest."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What a run can go on from.
@@ -67,7 +71,7 @@ def newest_whole(folder: Path) -> Found:
         if reason is None:
             return Found(checkpoint, skipped, damaged)
         skipped[checkpoint.name] = reason
-        damaged |= (checkpoint / MANIFEST).exists()
+        damaged |= any((checkpoint / name).exists() for name in WRITTEN_LAST)
     return Found(None, skipped, damaged)
 
 

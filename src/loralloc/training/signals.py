@@ -50,10 +50,11 @@ class _Watch:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note a signal while training, and end at once otherwise."""
         del frame
-        if os.getpid() != self.owner:  # a worker that loads data: it ends as if nobody had listened
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
+        if os.getpid() != self.owner:  # a worker that loads data
+            if number == signal.SIGTERM:  # by which it is ended, as if nobody had listened
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return  # the others come to all processes of a terminal or of a job: the first one says when to end
         again = number == signal.SIGINT and self.asked is not None and time.monotonic() - self.since > PATIENCE
         if not self.training or again:
             raise Stopped(number)

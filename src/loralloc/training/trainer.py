@@ -367,7 +367,10 @@ class _Completion(TrainerCallback):
         if state.global_step == 0:
             return
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        self._trainer.over = state.global_step >= state.max_steps or read_manifest(folder).ended
+        manifest = read_manifest(folder)
+        self._trainer.over = state.global_step >= state.max_steps or manifest.ended
+        if manifest.best is not None:  # the state has a path, which the folder may have left since
+            state.best_model_checkpoint = str(folder.parent / manifest.best)
         record = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
         self._trainer.begun -= record["seconds"]
         self._trainer.meter.processor_seconds = record["processor_seconds"]
