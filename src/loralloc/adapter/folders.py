@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loralloc.errors import UserError
-from loralloc.files import write_atomically
+from loralloc.files import sha256_of, write_atomically
 from loralloc.reading import RECORD_LIMIT, check_inside, check_regular, read_object
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS = (
@@ -134,5 +133,4 @@ def _digest(path: Path) -> str:
     """SHA-256 of a file; nothing for a link, and for what is no file."""
     if path.is_symlink() or not path.is_file():
         return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from loralloc.adapter.folders import ADAPTER_WEIGHTS, check_adapter_folder
 from loralloc.errors import UserError
+from loralloc.files import sha256_of
 from loralloc.plan import RankPlan
 from loralloc.reading import read_object
 from loralloc.recipe.run_folder import RunFolder
@@ -92,8 +92,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """Tell adapters apart: the start of a hash of its weights."""
-        with (self.adapter / ADAPTER_WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return sha256_of(self.adapter / ADAPTER_WEIGHTS)[:16]
 
 
 def _for_one_process(recipe: Recipe, processes: int) -> Recipe:

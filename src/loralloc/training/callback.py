@@ -18,14 +18,14 @@ from transformers.trainer_callback import CallbackHandler
 
 from loralloc import trace
 from loralloc.errors import UserError
-from loralloc.files import write_atomically
+from loralloc.files import sha256_of, write_atomically
 from loralloc.methods.base import Method
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
 from loralloc.training.engines import keep_adapter_whole, refuse_engines
 from loralloc.training.history import LOG, TRACE, free_folder, write_run
 from loralloc.training.log_file import LogFile
-from loralloc.training.manifest import sealed, sha256_of, unsealed
+from loralloc.training.manifest import sealed, unsealed
 from loralloc.training.processes import is_main
 from loralloc.training.run import AllocationRun
 from loralloc.training.step_data import CollatedBatches, random_state, set_random_state

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralloc.files import sync_folder, write_atomically
+from loralloc.files import sha256_of, sync_folder, write_atomically
 
 MANIFEST = "manifest.json"
 _CHECKSUM = "checksum"
@@ -117,12 +117,6 @@ def unsealed(content: bytes) -> dict[str, Any]:
         if sealed(record).encode() == content:
             return record
     raise ValueError("its content is not what was written")
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _secured(path: Path) -> dict[str, Any]:
