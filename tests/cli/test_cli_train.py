@@ -333,17 +333,12 @@ def test_the_same_recipe_gives_the_same_adapter(recipe: Path) -> None:
 
 
 @pytest.mark.usefixtures("unreported")
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--eval_every", 2],
-        ["--save_every", 2],
-        ["--log_every", 1],
-    ],
-)
-def test_looking_more_often_changes_nothing(recipe: Path, more: list[object]) -> None:
-    done("train", recipe, "--steps", 8, "--output", "a")
-    done("train", recipe, "--steps", 8, "--output", "b", *more)
+@pytest.mark.parametrize("more", [["--eval_every", 2], ["--save_every", 2], ["--log_every", 1]])
+@pytest.mark.parametrize("text", [RECIPE, PLAIN], ids=["adalora", "lora"])
+def test_looking_more_often_changes_nothing(write: Write, text: str, more: list[object]) -> None:
+    words = ["train", write(text), "--steps", 8, "--lora.dropout", 0.1]
+    done(*words, "--output", "a")
+    done(*words, "--output", "b", *more)
     assert ranks(Path("a")) == ranks(Path("b"))
     name = "adapter/adapter_model.safetensors"
     assert Path("a", name).read_bytes() == Path("b", name).read_bytes()

@@ -39,6 +39,7 @@ from loralloc.training.manifest import MANIFEST, Manifest, damage, read_manifest
 from loralloc.training.meter import Meter
 from loralloc.training.shared_gradients import SharedGradients
 from loralloc.training.signals import StopOnSignal
+from loralloc.training.step_data import random_state, set_random_state
 from loralloc.unpickling import nothing_unpickled
 
 if TYPE_CHECKING:
@@ -106,8 +107,12 @@ class RunTrainer(Base):
         """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
         self._examples = self.eval_dataset if eval_dataset is None else eval_dataset
         shard_now(self)
-        with self._left_as_it_is(), self._trackers_wait(), self.meter.paused():
-            return super().evaluate(eval_dataset, *args, **kwargs)
+        random = random_state()  # of which a loader draws a number
+        try:
+            with self._left_as_it_is(), self._trackers_wait(), self.meter.paused():
+                return super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            set_random_state(random)
 
     def without_answers(self) -> AbstractContextManager[None]:
         """Let the model write no answers in the evaluations inside, where it would."""
