@@ -171,7 +171,7 @@ class _Start:
 
     @classmethod
     def of(cls, model: PeftModel) -> _Start:
-        """What a model has become."""
+        """What an adapted model begins with."""
         terms = Terms.of(model)
         parts = {site.name: part for site, part in zip(terms.sites, terms.parts, strict=True)}
         return cls(parts, _heads(model))
@@ -215,18 +215,14 @@ class _Bench:
 
     def recover(self, points: Sequence[Point], steps: int, told: Callable[[Point], None]) -> list[Point]:
         """Train each cut for so many steps; the adapter that they were cut from leaves memory first."""
-        heads, above = _heads(_adapted(self.trainer)), None
+        heads = _heads(_adapted(self.trainer))
         leave_memory(self.data.model)
         done: list[Point] = []
         for point in points:
             if point.recovered is None:
                 gained = [one for one in done if one.gained]
-                if gained and above is None:  # it was kept from an earlier call
-                    above = self._kept(gained[-1])
-                point, above = self._recovered(point, steps, above, heads)
+                point = self._recovered(point, steps, self._kept(gained[-1]) if gained else None, heads)
                 self._folder(point.ranks).write(point)
-            else:
-                above = None
             told(point)
             done.append(point)
         return done
@@ -235,7 +231,7 @@ class _Bench:
         return PointFolder(folder_of(self.source, ranks), {**self.of, "after": self.chain.get(ranks)})
 
     def _kept(self, point: Point) -> _Start:
-        """What a size has become that is there already."""
+        """What a size has become: read from its files, so that a chain that was interrupted goes on to the bit."""
         assert self.data.again is not None
         model = load_adapter(self.data.again(), self._folder(point.ranks).adapter, trainable=True)
         start = _Start.of(model)
@@ -261,9 +257,7 @@ class _Bench:
         losses = tuple(round(float(loss), 7) for loss in self.data.example_losses(trainer.evaluated))
         return Measured(found, losses, round(time.perf_counter() - begun, 2))
 
-    def _recovered(
-        self, point: Point, steps: int, above: _Start | None, heads: Mapping[str, Tensor]
-    ) -> tuple[Point, _Start | None]:
+    def _recovered(self, point: Point, steps: int, above: _Start | None, heads: Mapping[str, Tensor]) -> Point:
         """Train a size as a fresh run of so many steps would be.
 
         Args:
@@ -271,9 +265,6 @@ class _Bench:
             steps: How many.
             above: What the last larger size has become that was the better for it; None: it begins at its cut.
             heads: What the run has trained beside the adapter.
-
-        Returns:
-            The point, and where the next smaller size begins.
         """
         assert self.data.again is not None
         folder, data = self._folder(point.ranks), replace(self.data, model=self.data.again())
@@ -287,9 +278,8 @@ class _Bench:
             point = replace(point, recovered=self._measure(stage.trainer, begun))
             if point.gained:
                 save_adapter(stage.model, folder.adapter)
-                above = _Start.of(stage.model)
         leave_memory(data.model)
-        return point, above
+        return point
 
     @torch.no_grad()
     def _put(self, ranks: int, model: PeftModel, above: _Start | None, heads: Mapping[str, Tensor]) -> None:
