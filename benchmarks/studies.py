@@ -6,18 +6,21 @@
 
 DATA is a folder with packed JSON lines of every set. A study is a recipe in benchmarks/studies; where its model is
 BASE, that is MODEL: stories260K in transformers' format. Anything else on the command line goes to `loralloc compare`.
-Its compare.csv and compare.json are kept in benchmarks/results/studies.
+Its compare.csv and compare.json are kept in benchmarks/results/studies, with an archive of what the finished runs have
+measured: where the same DIR is empty, they are put there again and not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,9 @@ from language import read
 
 HERE = Path(__file__).parent
 STUDIES, RESULTS = HERE / "studies", HERE / "results" / "studies"
+MEASURED = ("recipe.yaml", "metrics.json", "losses.json", "ranks.json", "log.jsonl", "trace.jsonl")
+"""The files of a run that a comparison reads, beside the weights, of which it asks the size."""
+WEIGHTS = "adapter/adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -78,14 +84,45 @@ def study(name: str, data: Path, base: Path | None, runs: Path, others: list[str
     if recipe["model"]["name"] == "BASE":
         if base is None:
             raise SystemExit(f"{name} wants a base model: --base MODEL")
-        recipe["model"]["name"] = str(base.resolve())
-    path = runs / f"{name}.yaml"
+        recipe["model"]["name"] = link(base, runs / "base").name  # what is kept tells nothing of this machine
+    path, output = runs / f"{name}.yaml", runs / recipe["output"]
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    restore(name, output)
     command = [str(Path(sys.executable).parent / "loralloc"), "compare", path.name, *others]
-    subprocess.run(command, check=True, cwd=runs, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    try:
+        subprocess.run(command, check=True, cwd=runs, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    finally:
+        keep(name, output)
     for ending in ("csv", "json"):
-        shutil.copy(runs / recipe["output"] / f"compare.{ending}", RESULTS / f"{name}.{ending}")
+        shutil.copy(output / f"compare.{ending}", RESULTS / f"{name}.{ending}")
+
+
+def link(target: Path, path: Path) -> Path:
+    """Let a link lead to a folder."""
+    path.unlink(missing_ok=True)
+    path.symlink_to(target.resolve())
+    return path
+
+
+def keep(name: str, output: Path) -> None:
+    """Pack what the finished runs of a study have measured; zeros stand in the place of weights."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(RESULTS / f"{name}.tar.xz", "w:xz") as archive:
+        archive.add(output / "compare.yaml", "compare.yaml")
+        for run in sorted(path.parent for path in output.glob("runs/*/metrics.json")):
+            for path in (run / part for part in MEASURED if (run / part).is_file()):
+                archive.add(path, str(path.relative_to(output)))
+            weights = tarfile.TarInfo(str((run / WEIGHTS).relative_to(output)))
+            weights.size = (run / WEIGHTS).stat().st_size
+            archive.addfile(weights, io.BytesIO(bytes(weights.size)))
+
+
+def restore(name: str, output: Path) -> None:
+    """Unpack what is kept of a study, where none of its runs is there."""
+    kept = RESULTS / f"{name}.tar.xz"
+    if kept.is_file() and not output.exists():
+        with tarfile.open(kept) as archive:
+            archive.extractall(output, filter="data")
 
 
 def table(found: Mapping[str, Any]) -> str:
