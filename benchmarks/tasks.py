@@ -68,7 +68,7 @@ SETS: Mapping[str, Mapping[str, Any]] = {
     "commonsense_arc_challenge": {"task": "multiple-choice-head", "data": CHOICES},
 }
 LIKELIHOOD: Mapping[str, Mapping[str, Any]] = {
-    "commonsense_arc_easy": {"task": "multiple-choice", "data": CHOICES},
+    "commonsense_arc_easy": {"task": "multiple-choice", "data": {**CHOICES, "max_length": 192}},
 }
 """What a causal model is tried on."""
 
