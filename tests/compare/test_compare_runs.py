@@ -86,6 +86,14 @@ def test_peers_are_pefts_own(whole: Path) -> None:
     assert {config["r"] for config in said.values()} == {2}
 
 
+def test_what_eva_looks_at_is_a_part_of_its_cost(whole: Path) -> None:
+    looked = {
+        name: read_json(whole / f"out/runs/r2-{name}-lr0.01-s0/metrics.json").get("search") for name in CONTENDERS[4:]
+    }
+    assert looked["eva"]["processor_seconds"] > 0
+    assert looked["dora"] is looked["rslora"] is None
+
+
 def test_what_has_finished_is_kept_and_more_seeds_can_be_added(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "out/runs").glob("*/metrics.json")}
     said = done("compare", "recipe.yaml", "--seeds", 2, "--learning_rates", "1e-2")

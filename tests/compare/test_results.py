@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -118,6 +119,19 @@ class TestRows:
         folder = fabricate(recipe, noisy({}), [])
         write_run(folder.run(cell.name), cell, np.full(ROWS, math.nan))
         assert read_row(folder, cell).reason == DIVERGED
+
+    def test_so_is_that_of_one_example(self, tmp_path: Path) -> None:
+        """Without it the run would leave the comparison without a word."""
+        recipe = recipe_for(tmp_path)
+        cell = cells_of(recipe)[0]
+        folder = fabricate(recipe, noisy({}), [])
+        write_run(folder.run(cell.name), cell, np.ones(ROWS))
+        kept = json.loads(folder.run(cell.name).losses.read_text())
+        kept["losses"][3] = None
+        folder.run(cell.name).losses.write_text(json.dumps(kept))
+        row = read_row(folder, cell)
+        assert row.reason == "the losses of 1 of 15 held-out examples are not finite: they cannot be compared"
+        assert not row.finished
 
     def test_what_has_not_run_and_what_has_failed(self, tmp_path: Path) -> None:
         recipe = recipe_for(tmp_path)

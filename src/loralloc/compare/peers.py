@@ -68,10 +68,7 @@ def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
 
     folder = RunFolder.of(recipe)
     stage = prepare_training(recipe, task_data(recipe), folder, screen, after_search=False, adapt=adapt)
-    begun = time.process_time()
-    if peer == "eva":
-        _start_from_data(stage)
-    looking = time.process_time() - begun
+    looked = _start_from_data(stage) if peer == "eva" else None
     if not resume:
         folder.create(recipe)
     stage.train(stage.checkpoint() if resume else None)
@@ -82,7 +79,8 @@ def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
     metrics["final_parameters"] = sum(
         weight.numel() for name, weight in stage.model.named_parameters() if ".lora_" in name
     )
-    metrics["processor_seconds"] = round(metrics["processor_seconds"] + looking, 2)
+    if looked is not None:
+        metrics["search"] = looked
     plan.save(folder.plan)
     stored_config(stage.data.model).save_pretrained(folder.model)
     stage.data.tokenizer.save_pretrained(folder.model)
@@ -90,9 +88,13 @@ def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
     folder.write_json(folder.metrics, metrics)
 
 
-def _start_from_data(stage: Stage) -> None:
-    """Let EVA look at training batches; the random numbers of the run are as if it had not."""
-    before = random_state()
+def _start_from_data(stage: Stage) -> dict[str, float]:
+    """Let EVA look at training batches; the random numbers of the run are as if it had not.
+
+    Returns:
+        What that has cost, as a search tells it.
+    """
+    before, begun, worked = random_state(), time.perf_counter(), time.process_time()
     stage.model.to(stage.trainer.args.device)
     try:
         initialize_lora_eva_weights(
@@ -104,6 +106,7 @@ def _start_from_data(stage: Stage) -> None:
         )
     finally:
         set_random_state(before)
+    return {"seconds": time.perf_counter() - begun, "processor_seconds": time.process_time() - worked}
 
 
 def _read_tokens(batch: dict[str, Any], config: LoraConfig) -> torch.Tensor | None:

@@ -24,6 +24,7 @@ from loralloc.tasks.spec import GREATER_IS_BETTER
 from loralloc.trace import read_trace
 
 DIVERGED = "the validation loss is not finite: the training has diverged"
+UNFINITE = "the losses of {} of {:,} held-out examples are not finite: they cannot be compared"
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,13 @@ def read_row(folder: CompareFolder, cell: Cell) -> Row:
     weights = run.adapter / "adapter_model.safetensors"
     searched = number(search.get("processor_seconds", 0.0))
     cost = number(metrics["processor_seconds"]) + searched
+    losses = _losses(run, held_out or validation)
     return Row(
         cell,
-        reason="" if math.isfinite(validation.get("loss", math.nan)) else DIVERGED,
+        reason=_not_finite(validation, losses),
         validation=validation,
         held_out=held_out or validation,
-        losses=_losses(run, held_out or validation),
+        losses=losses,
         parameters=metrics["final_parameters"],
         adapter_bytes=weights.stat().st_size if weights.is_file() else 0,
         seconds=number(metrics["train_seconds"]) + number(search.get("seconds", 0.0)),
@@ -106,6 +108,15 @@ def read_row(folder: CompareFolder, cell: Cell) -> Row:
         ranks=RankPlan.load(run.plan).ranks,
         course=_course(run, log, cost, searched, validation.get("loss", math.nan)),
     )
+
+
+def _not_finite(validation: Mapping[str, float], losses: NDArray[np.float64] | None) -> str:
+    """Why a run that has come to its end cannot be compared; empty where it can."""
+    if not math.isfinite(validation.get("loss", math.nan)):
+        return DIVERGED
+    if losses is None or np.isfinite(losses).all():
+        return ""
+    return UNFINITE.format(int((~np.isfinite(losses)).sum()), len(losses))
 
 
 def _numbers(found: Mapping[str, Any] | None) -> dict[str, float]:
@@ -257,8 +268,7 @@ def paired(entry: Entry, baseline: Entry) -> NDArray[np.float64] | None:
         for row in entry.chosen.finished
         if row.losses is not None and row.cell.seed in theirs and len(row.losses) == len(theirs[row.cell.seed])
     ]
-    kept = [pair for pair in pairs if np.isfinite(pair).all()]
-    return np.stack(kept) if kept else None
+    return np.stack(pairs) if pairs else None
 
 
 def baseline_of(found: Iterable[Entry], point: Point) -> Entry:
