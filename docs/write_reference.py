@@ -195,7 +195,8 @@ def _values(key: str, node: Mapping[str, Any]) -> list[str]:
         kinds = _values(key, node["items"])
         return [f"list of {least}{kinds[0] if len(kinds) == 1 else 'values'}"]
     if node["type"] == "object":
-        return ["mapping"] if node.get("additionalProperties") else [f"[options](#{key})"]
+        named = "patternProperties" in node or node.get("additionalProperties")
+        return ["mapping"] if named else [f"[options](#{key})"]
     plain = {"integer": ["whole number"], "number": ["number"], "string": ["text"], "null": ["`null`"]}
     return [f"{kind}{_range(node)}" for kind in plain.get(node["type"], ["`true`", "`false`"])]
 

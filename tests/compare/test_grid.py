@@ -127,6 +127,27 @@ class TestCells:
     def test_the_recipes_own_settings_are_kept(self, tmp_path: Path) -> None:
         cells = cells_of(recipe_for(tmp_path, "--method.importance", "magnitude"))
         assert {cell.recipe.method.importance for cell in cells if cell.contender.id == "adalora"} == {"magnitude"}
+        cells = cells_of(recipe_for(tmp_path, "--method.parity", "none"))
+        assert {cell.recipe.method.parity for cell in cells if cell.contender.id == "adalora"} == {"none"}
+
+    def test_a_variant_is_its_method_with_other_settings(self, tmp_path: Path) -> None:
+        words = ("--methods", "[adalora, published, short]", "--method.importance", "magnitude", "--variants")
+        variants = "{published: {name: adalora, parity: none}, short: {name: ablora, rounds: 2}}"
+        recipe = recipe_for(tmp_path, *words, variants)
+        found = {cell.contender.label: cell for cell in cells_of(recipe) if cell.contender.kind == "method"}
+        assert list(found) == ["AdaLoRA", "AdaLoRA, published", "AB-LoRA, short"]
+        ours, published, short = (cell.recipe.method for cell in found.values())
+        assert published == ours.model_copy(update={"parity": "none"})
+        assert (published.importance, short.rounds) == ("magnitude", 2)
+        assert {method.budget.parameters for method in (ours, published, short)} == {320}
+        assert found["AdaLoRA, published"].name == "r2-published-lr0.02-s2"
+        assert found["AB-LoRA, short"].recipe.lora.alpha == 4, "its scale is alpha over the average rank"
+
+    def test_a_variant_has_no_more_right_to_the_validation_data(self, tmp_path: Path) -> None:
+        words = ("--method.name", "ablora", "--methods", "[short]", "--variants", "{short: {name: ablora, rounds: 2}}")
+        text = RECIPE.replace("name: adalora", "name: ablora")
+        recipe = recipe_for(tmp_path, *words[2:], "--method.validation", "validation", text=text)
+        assert "method.validation: ablora would look at the validation data" in told(check_comparable, recipe)
 
     def test_peers_stay_away_where_ranks_are_uneven_and_lora_is_as_even_as_it_can_be(self, tmp_path: Path) -> None:
         cells = cells_of(recipe_for(tmp_path, "--budgets", "1.5"))
@@ -244,6 +265,33 @@ class TestRefusals:
         assert str(error.value) == (
             "--methods: compare.methods: there is no method adalorra; there are adalora, ablora, autolora, allora, "
             'uniform, random, depth_linear, truncate or lora. Did you mean "adalora"?'
+        )
+
+    @pytest.mark.parametrize(
+        ("variants", "reason"),
+        [
+            (
+                "{lora: {name: adalora}}",
+                "compare.variants.lora: lora has its own meaning; give the variant another name",
+            ),
+            ("{eva: {name: adalora}}", "compare.variants.eva: eva has its own meaning; give the variant another name"),
+            (
+                "{fast: {warmup: 0.1}}",
+                "compare.variants.fast: say of which method, as in {name: adalora, parity: none}",
+            ),
+            ("{fast: {name: lora}}", "compare.variants.fast: there is no method lora; there are adalora, ablora, "),
+            ("{Fast one: {name: adalora}}", "compare.variants"),
+        ],
+    )
+    def test_variants_of_nothing(self, tmp_path: Path, variants: str, reason: str) -> None:
+        with pytest.raises(UserError) as error:
+            recipe_for(tmp_path, "--variants", variants)
+        assert str(error.value).startswith(f"--variants: {reason}")
+
+    def test_a_variants_settings_are_its_methods(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--methods", "[fast]", "--variants", "{fast: {name: adalora, wormup: 0.1}}")
+        assert told(cells_of, recipe).startswith(
+            'AdaLoRA, fast at average rank 2: unknown key "wormup" in "method". Did you mean "warmup"?'
         )
 
     def test_one_learning_rate_and_one_seed_are_allowed(self, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from loralloc.compare.grid import (
     BASELINE,
@@ -25,7 +26,7 @@ from loralloc.errors import UserError
 from loralloc.methods.registry import PLAIN_LORA, methods, sections
 from loralloc.methods.settings import settings
 from loralloc.recipe.passthrough import PLANNED
-from loralloc.recipe.schema import Recipe, complete_recipe
+from loralloc.recipe.schema import Recipe, as_tree, complete_recipe, explain
 from loralloc.recipe.source import read_recipe_file
 from loralloc.recipes import list_recipes
 
@@ -79,7 +80,7 @@ def make_cell(
     runs: Path,
 ) -> Cell:
     """Make one run: what is a contender's own, and what all have alike."""
-    tree = recipe.model_dump(exclude_none=True, exclude={"compare"}) | dict(changes)
+    tree = {name: value for name, value in as_tree(recipe).items() if name != "compare"} | dict(changes)
     if tree["method"]["name"] == "random":
         tree["method"] = tree["method"] | {"rank_seed": seed}
     tree["training"] = tree["training"] | {"learning_rate": float(rate), "seed": seed}
@@ -90,8 +91,13 @@ def make_cell(
     try:
         return Cell(point, contender, float(rate), seed, complete_recipe().model_validate(tree))
     except ValidationError as error:
-        reasons = dict.fromkeys(detail["msg"].removeprefix("Value error, ") for detail in error.errors())
+        reasons = dict.fromkeys(_reason(detail, tree) for detail in error.errors())
         raise UserError(f"{contender.label} at {point.label}: {'; '.join(reasons)}") from error
+
+
+def _reason(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
+    """What is wrong with a run's recipe; a rule that several keys have broken together has no key."""
+    return explain(error, tree)[1] if error["loc"] else error["msg"].removeprefix("Value error, ")
 
 
 def check_comparable(recipe: Recipe) -> None:
@@ -135,12 +141,15 @@ def _unfair(recipe: Recipe) -> Iterator[str]:
 
 def compares_own_method(recipe: Recipe) -> bool:
     """Whether the recipe's own method is among those compared."""
-    return recipe.method.name in (section_of(recipe).methods or ())
+    section = section_of(recipe)
+    return any(
+        section.variants.get(name, {"name": name})["name"] == recipe.method.name for name in section.methods or ()
+    )
 
 
 def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, Any]:
     """What sets a contender apart at a budget: the sections `method` and `lora`."""
-    lora = recipe.lora.model_dump(exclude_none=True)
+    lora = as_tree(recipe.lora)
     scale = recipe.lora.alpha / recipe.lora.r
 
     def adapter(rank: int, alpha: float) -> dict[str, Any]:
@@ -152,8 +161,9 @@ def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, An
         if contender.id == "rslora":
             made["peft"] = made["peft"] | {"use_rslora": True}
         return {"method": {"name": PLAIN_LORA}, "lora": made}
-    name = UNIFORM if contender == BASELINE else contender.id
-    method = _method(recipe, name)
+    variant = section_of(recipe).variants.get(contender.id, {})
+    name = UNIFORM if contender == BASELINE else variant.get("name", contender.id)
+    method = _method(recipe, name) | variant
     if not _allocates(name, method):
         if point.whole is None:
             raise UserError(
@@ -170,7 +180,7 @@ def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, An
 def _method(recipe: Recipe, name: str) -> dict[str, Any]:
     """A method's settings: the recipe's own, else those of the packaged recipe, else the defaults."""
     if name == recipe.method.name:
-        return recipe.method.model_dump(exclude_none=True)
+        return as_tree(recipe.method)
     packaged = list_recipes().get(f"{recipe.task}/{name}")
     method: dict[str, Any] = {"name": name} if packaged is None else dict(read_recipe_file(packaged).tree["method"])
     declared = sections()[name].model_fields.get("validation")

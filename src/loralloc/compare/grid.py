@@ -98,7 +98,7 @@ class Contender:
     """Who competes.
 
     Attributes:
-        id: What stands in the names of its runs: the name of a method, of a peer, or `plan`.
+        id: What stands in the names of its runs: the name of a method, of a variant, of a peer, or `plan`.
         label: What the page calls it.
         kind: The baseline, a method in question, a control, a peer through PEFT, or a plan that is trained again.
     """
@@ -164,9 +164,10 @@ def contenders(recipe: Recipe) -> list[Contender]:
     always = (PLAIN_LORA, UNIFORM, *CONTROLS)
     named = list(dict.fromkeys(section.methods or ()))
     asked = [name for name in named if name not in always]
+    labels = {name: f"{known[variant['name']].label}, {name}" for name, variant in section.variants.items()}
     return [
         BASELINE,
-        *(Contender(name, known[name].label, "method") for name in asked),
+        *(Contender(name, labels.get(name) or known[name].label, "method") for name in asked),
         *(Contender(name, known[name].label, "method" if name in named else "control") for name in CONTROLS),
         *(Contender(name, PEERS[name], "peer") for name in section.peers),
     ]

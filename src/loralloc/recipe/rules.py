@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
 from loralloc.budget import AMOUNTS
 from loralloc.errors import closest
-from loralloc.recipe.sections import DataConfig, GenerateConfig, LoraSection
+from loralloc.recipe.sections import DataConfig, GenerateConfig, LoraSection, Peer
 from loralloc.recipe.source import Key, dotted
 from loralloc.setting_types import is_number, is_text
 from loralloc.tasks.spec import TASKS, WRITTEN
@@ -212,7 +212,7 @@ def broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     """The rules of the recipe's method, and of the libraries that it hands options to."""
     from loralloc.methods import registry
 
-    yield from _unknown_methods(get(tree, "compare", "methods"), list(registry.sections()))
+    yield from _broken_comparison(tree, list(registry.sections()), list(registry.methods()))
     name = get(tree, "method", "name")
     if not isinstance(name, str) or name not in registry.sections():
         return
@@ -234,8 +234,22 @@ def broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         )
 
 
-def _unknown_methods(compared: Any, names: Collection[str]) -> Iterator[tuple[Key, str]]:
-    """Methods to compare that there are none of."""
+def _broken_comparison(
+    tree: Mapping[str, Any], known: Collection[str], methods: Collection[str]
+) -> Iterator[tuple[Key, str]]:
+    """Methods to compare that there are none of, and variants of none; `known` are the methods and plain LoRA."""
+    variants, compared = get(tree, "compare", "variants"), get(tree, "compare", "methods")
+    variants = variants if isinstance(variants, Mapping) else {}
+    for variant, settings in variants.items():
+        key, name = f"compare.variants.{variant}", get(variants, variant, "name")
+        if variant in (*known, *get_args(Peer)):
+            yield ("compare", "variants"), f"{key}: {variant} has its own meaning; give the variant another name"
+        elif not is_text(name):
+            yield ("compare", "variants"), f"{key}: say of which method, as in {{name: adalora, parity: none}}"
+        elif name not in methods:
+            reason = f"{key}: there is no method {name}; there are {listed(methods)}."
+            yield ("compare", "variants"), reason + closest(name, methods)
+    names = [*known, *map(str, variants)]
     for name in compared if isinstance(compared, list) else [compared]:
         if is_text(name) and name not in names:
             yield (

@@ -151,7 +151,8 @@ def _description(key: Key, tree: Mapping[str, Any]) -> str:
     return recipe_keys()[dotted(key)]
 
 
-def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
+def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
+    """Return the key that an error of pydantic is about, and what is wrong in words; `tree` is what it was made of."""
     kind = error["type"]
     key: Key = tuple(error["loc"])
     if key[:1] == ("method",) and key[1:2] and key[1] in method_names():  # pydantic adds which class it tried
@@ -194,7 +195,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), check: Check | None =
         recipe = complete_recipe().model_validate(source.tree)
     except ValidationError as error:
         # An error without a location repeats the broken rules.
-        source.report(_explain(detail, source.tree) for detail in error.errors() if detail["loc"])
+        source.report(explain(detail, source.tree) for detail in error.errors() if detail["loc"])
         source.raise_problems()
         raise
     source.raise_problems()  # keys that are set twice, flags that mean nothing
@@ -235,7 +236,12 @@ def dump_recipe(recipe: Recipe) -> str:
     Returns:
         The text. Keys that are not set (null) are left out, where that is what their absence means.
     """
-    return dump_yaml(_without_unset(recipe, recipe.model_dump()))
+    return dump_yaml(as_tree(recipe))
+
+
+def as_tree(section: BaseModel) -> dict[str, Any]:
+    """Return a recipe, or a section of one, as keys and values: without what is null, where null is the default."""
+    return _without_unset(section, section.model_dump())
 
 
 def _without_unset(section: Any, values: Any) -> Any:

@@ -201,6 +201,11 @@ class CompareConfig(Section):
     methods: Annotated[list[Text], BeforeValidator(_several, json_schema_input_type=Text | list[Text])] | None = Field(
         default=None, description="methods beside plain LoRA and the controls; null: the recipe's own"
     )
+    variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], dict[str, Any]] = Field(
+        default={},
+        description="methods with other settings, under names that stand in methods; "
+        "published: {name: adalora, parity: none}",
+    )
     learning_rates: (
         Annotated[list[Positive], BeforeValidator(_several, json_schema_input_type=Positive | list[Positive])] | None
     ) = Field(
