@@ -108,13 +108,18 @@ def keep(name: str, output: Path) -> None:
     """Pack what the finished runs of a study have measured; zeros stand in the place of weights."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     with tarfile.open(RESULTS / f"{name}.tar.xz", "w:xz") as archive:
-        archive.add(output / "compare.yaml", "compare.yaml")
+        archive.add(output / "compare.yaml", "compare.yaml", filter=nobodys)
         for run in sorted(path.parent for path in output.glob("runs/*/metrics.json")):
             for path in (run / part for part in MEASURED if (run / part).is_file()):
-                archive.add(path, str(path.relative_to(output)))
+                archive.add(path, str(path.relative_to(output)), filter=nobodys)
             weights = tarfile.TarInfo(str((run / WEIGHTS).relative_to(output)))
             weights.size = (run / WEIGHTS).stat().st_size
             archive.addfile(weights, io.BytesIO(bytes(weights.size)))
+
+
+def nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """A file of nobody's, made at no time: what is kept does not depend on who has measured it when."""
+    return entry.replace(mtime=0, uid=0, gid=0, uname="", gname="", deep=False)
 
 
 def restore(name: str, output: Path) -> None:
