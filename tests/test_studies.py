@@ -1,0 +1,61 @@
+"""The archive of a study: what its runs have measured comes back as it was, and tells of nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    import studies
+
+    monkeypatch.setattr(studies, "RESULTS", tmp_path / "kept")
+    yield studies
+    for name in ("studies", "language"):
+        sys.modules.pop(name, None)
+
+
+def write(folder: Path) -> dict[str, bytes]:
+    """A study with a finished run and one that is not."""
+    files = {"compare.yaml": b"compare", "runs/a/metrics.json": b"{}", "runs/a/losses.json": b"[1]"}
+    others = {"runs/a/report.html": b"page", "runs/b/log.jsonl": b"{}", "compare.html": b"page"}
+    weights = {"runs/a/adapter/adapter_model.safetensors": b"12345678"}
+    for name, content in (files | others | weights).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return files | dict.fromkeys(weights, bytes(8))
+
+
+def test_finished_runs_come_back_without_weights(studies: Any, tmp_path: Path) -> None:
+    kept = write(tmp_path / "study")
+    studies.keep("study", tmp_path / "study")
+    studies.restore("study", tmp_path / "again")
+    found = {
+        str(path.relative_to(tmp_path / "again")): path.read_bytes()
+        for path in (tmp_path / "again").rglob("*")
+        if path.is_file()
+    }
+    assert found == kept
+
+
+def test_equal_studies_are_equal_archives(studies: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path / name)
+        studies.keep(name, tmp_path / name)
+    one, two = (tmp_path / "kept" / f"{name}.tar.xz" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_runs_that_are_there_are_left_alone(studies: Any, tmp_path: Path) -> None:
+    write(tmp_path / "study")
+    studies.keep("study", tmp_path / "study")
+    (tmp_path / "study/runs/a/metrics.json").write_text("newer")
+    studies.restore("study", tmp_path / "study")
+    assert (tmp_path / "study/runs/a/metrics.json").read_text() == "newer"
