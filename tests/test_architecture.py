@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -347,20 +346,6 @@ class TestPackaging:
             pin = pins.get(canonicalize_name(requirement.name))
             assert pin, f"constraints.txt has no pin for {requirement.name}"
             assert requirement.specifier.contains(pin), f"{requirement} in pyproject.toml, but {pin} in constraints.txt"
-
-    @pytest.mark.slow
-    def test_the_wheel_carries_every_file_of_the_package(self, tmp_path: Path) -> None:
-        project = tmp_path / "project"  # a copy, because setuptools writes into the folder it builds
-        package = project / "src" / "loralloc"
-        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, project)
-        build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-        subprocess.run([*build, "-w", tmp_path, project], capture_output=True, check=True, timeout=600)
-        (wheel,) = tmp_path.glob("loralloc-*.whl")
-        carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("loralloc/")}
-        files = [path for path in package.rglob("*") if path.is_file()]
-        assert carried == {path.relative_to(project / "src").as_posix() for path in files}
 
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
