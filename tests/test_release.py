@@ -27,6 +27,20 @@ Budget(average_rank="eight")
 """
 
 
+ELSEWHERE = """\
+import signal, sys, warnings
+warnings.simplefilter("ignore")
+import datasets, peft, transformers, trl  # whatever these need where they are
+from transformers import Trainer
+from trl import DPOTrainer, SFTTrainer
+del signal.SIGUSR1
+sys.modules.update(fcntl=None, resource=None)
+import loralloc
+print([getattr(loralloc, name).__name__ for name in loralloc.__all__ if name != "__version__"])
+"""
+"""A Python without what POSIX alone has."""
+
+
 def build(folder: Path) -> tuple[Path, Path]:
     """Copy the project, as a checkout somewhere else would be, and build it; returns wheel and sdist."""
     project = folder / "project"
@@ -79,3 +93,11 @@ class TestBuilds:
         assert 'is "dict[str, int]"' in said or 'is "Mapping[str, int]"' in said
         assert "1 error" in said, said
         assert "\"Literal['eight']\" is not assignable to" in said
+
+
+@pytest.mark.slow
+def test_the_public_names_need_no_posix() -> None:
+    command = [sys.executable, "-c", ELSEWHERE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "'RankAllocation'" in done.stdout

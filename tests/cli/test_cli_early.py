@@ -171,3 +171,10 @@ def test_every_key_at_fault_has_its_line(write: Write) -> None:
         "modules_to_save",
     ]
     assert 'no module is named "quary" or "valeu". Did you mean "query"? Did you mean "value"?' in lines[0]
+
+
+def test_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert refused("report", "run") == (
+        "the command line needs Linux or macOS; on Windows take WSL, or use loralloc from Python"
+    )

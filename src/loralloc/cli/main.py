@@ -64,12 +64,13 @@ def options(
 ) -> None:
     """Fine-tune language models with LoRA ranks that allocate themselves."""
     del version  # acted on by its callback
+    if sys.platform == "win32":  # locks, signals and limits of processes are POSIX's
+        raise UserError("the command line needs Linux or macOS; on Windows take WSL, or use loralloc from Python")
 
 
 def main() -> None:
     """Run the command line: a mistake in the input ends with one message and exit code 2."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns whenever PEFT imports it
-    # It speaks when it is imported, of kernels that it does without, and at every product of an 8-bit layer.
+    # On a CPU it speaks when it is imported, of kernels that it does without, and at every product of an 8-bit layer.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()

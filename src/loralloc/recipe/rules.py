@@ -240,7 +240,7 @@ def _broken_comparison(
     """Methods to compare that there are none of, and variants of none; `known` are the methods and plain LoRA."""
     variants, compared = get(tree, "compare", "variants"), get(tree, "compare", "methods")
     variants = variants if isinstance(variants, Mapping) else {}
-    for variant, settings in variants.items():
+    for variant in variants:
         key, name = f"compare.variants.{variant}", get(variants, variant, "name")
         if variant in (*known, *get_args(Peer)):
             yield ("compare", "variants"), f"{key}: {variant} has its own meaning; give the variant another name"
