@@ -18,7 +18,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check drill versions bench lint format reference clean
+.PHONY: help demo test check drill versions bench docs lint format reference clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ versions: ## the fast tests with the lowest and the newest releases that pyproje
 bench: .venv/.bench ## what rank allocation costs, against its peers; writes the tables of benchmarks/README.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py --quick
 
+docs: .venv/.docs ## build the site into site/; a warning is an error
+	$(BIN)/mkdocs build --strict
+
 lint: .venv/.dev ## ruff and pyright, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,7 +59,7 @@ reference: .venv/.demo ## write docs/reference.md and docs/recipe.schema.json an
 	$(BIN)/python docs/write_reference.py
 
 clean: ## remove .venv, caches and build products; runs/ stays
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Each stamp is the last thing its recipe writes, so a failed or interrupted installation is repeated by the next call.
@@ -82,4 +85,8 @@ clean: ## remove .venv, caches and build products; runs/ stays
 # betty-ml declares Python < 3.11, which no dependency group can overrule; its benchmark checks that it works.
 .venv/.bench: .venv/.demo
 	$(INSTALL) --no-deps --ignore-requires-python betty-ml
+	@touch $@
+
+.venv/.docs: .venv/.demo
+	$(INSTALL) --build-constraint constraints.txt --editable ".[docs]"
 	@touch $@

@@ -10,12 +10,12 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from models import BUILDERS, VOCABULARY, logits, lora_config, tiny_llama, tiny_peft
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from trainers import Compare, training_rows
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, RankAllocation, UserError, export_adapter
@@ -122,6 +122,31 @@ def test_it_prunes_to_the_budget_and_leaves_plain_lora(made_by: str, tmp_path: P
     reloaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(reloaded), logits(model.eval()), rtol=0, atol=1e-5)
     assert (logits(reloaded) - logits(tiny_llama())).abs().max() > 1e-2
+
+
+def test_the_block_of_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes))
+    data, tokenizer = DATA["text"](), word_tokenizer()
+    args = SFTConfig("runs/sft", max_steps=6, bf16=False, use_cpu=True, report_to=[], disable_tqdm=True)
+
+    allocation = RankAllocation(AdaLoRA(Budget(average_rank=8)))
+    trainer = SFTTrainer(
+        model=base,
+        args=args,  # an SFTConfig
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=12, lora_alpha=24, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[allocation],
+    )
+    trainer.train()
+    export_adapter(trainer.model, "runs/sft/adapter")
+
+    assert allocation.plan is not None
+    assert allocation.plan.total_rank == 8 * 14
+    assert (tmp_path / "runs/sft/adapter/adapter_model.safetensors").is_file()
 
 
 def test_ablation_scores_look_at_tokenized_validation_data(tmp_path: Path) -> None:
