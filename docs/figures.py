@@ -91,13 +91,13 @@ class Course:
     @property
     def kinds(self) -> list[str]:
         """The kinds of modules in the order of the model, each once."""
-        return list(dict.fromkeys(kind_of(site.name) for site in self.run.sites))
+        return list(dict.fromkeys(_kind(site.name) for site in self.run.sites))
 
     def ranks_by_kind(self, ranks: list[int]) -> dict[str, float]:
         """The mean rank of every kind of module."""
         found: dict[str, list[int]] = {}
         for site, rank in zip(self.run.sites, ranks, strict=True):
-            found.setdefault(kind_of(site.name), []).append(rank)
+            found.setdefault(_kind(site.name), []).append(rank)
         return {kind: sum(values) / len(values) for kind, values in found.items()}
 
 
@@ -129,16 +129,16 @@ def adalora(task: Task) -> Figure:
     course = train(task, AdaLoRA(EIGHT), capacity=12)
     allocations = [event for event in course.events if "ranks" in event]
     steps = [event["step"] for event in allocations]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     schedule = course.run.schedule
-    left.plot(range(STEPS), [schedule.budget(step) for step in range(STEPS)], color=LIGHT["rule"], lw=5)
+    left.plot(range(STEPS), [schedule.budget(step) for step in range(STEPS)], color=LIGHT["area"], lw=6)
     left.step(steps, [sum(event["ranks"]) for event in allocations], where="post", color=LIGHT["series-1"])
-    _titled(left, "open ranks (line) and budget b(t) (band)", "step")
+    _titled(left, "open ranks: line, budget b(t): band", "step")
     for index, kind in enumerate(course.kinds):
         means = [course.ranks_by_kind(event["ranks"])[kind] for event in allocations]
         right.step(steps, means, where="post", color=LIGHT[f"series-{index + 1}"], label=kind)
     _titled(right, "mean rank of each kind of module", "step")
-    right.legend(frameon=False, fontsize=7, loc="lower left")
+    _named(right)
     return figure
 
 
@@ -146,7 +146,7 @@ def ablora(task: Task) -> Figure:
     """How often modules have lost and gained ranks in the rounds."""
     course = train(task, ABLoRA(EIGHT, task.held_out, samples=64), capacity=16)
     rounds = [event for event in course.events if "pruned" in event]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     steps = [0, *(event["step"] for event in rounds)]
     start = next(event["ranks"] for event in course.events if event["event"] == "start")
     history = [start, *(event["ranks"] for event in rounds)]
@@ -154,7 +154,7 @@ def ablora(task: Task) -> Figure:
         means = [course.ranks_by_kind(ranks)[kind] for ranks in history]
         left.step(steps, means, where="post", color=LIGHT[f"series-{index + 1}"], label=kind)
     _titled(left, "mean rank of each kind of module", "step")
-    left.legend(frameon=False, fontsize=7, loc="upper left")
+    _named(left)
     modules = range(len(start))
     right.bar(modules, history[-1], color=LIGHT["area"])
     right.axhline(EIGHT.average_rank or 0, color=LIGHT["ink"], lw=0.8)
@@ -172,7 +172,7 @@ def autolora(task: Task) -> Figure:
     course = train(task, AutoLoRA(task.held_out), capacity=8, watch=note)
     shares, ranks = rows[0].sort(dim=1, descending=True).values, course.run.plan
     assert ranks is not None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     left.plot(range(1, shares.shape[1] + 1), shares.T, color=LIGHT["series-1"], lw=0.7, alpha=0.5)
     left.axhline(1 / shares.shape[1], color=LIGHT["ink"], lw=0.8)
     _titled(left, "shares of the ranks of each matrix; what is below 1/k goes", "rank, from the largest share on")
@@ -186,7 +186,7 @@ def allora(task: Task) -> Figure:
     """The scale of a row's gradient over its norm, and where the rows of the trained update are."""
     course = train(task, ALLoRA(mode="hybrid"), capacity=8, alpha=8)
     norms = torch.cat([_norms(site) for site in course.run.sites])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     grid = torch.linspace(0, float(norms.max()) * 1.05, 200)
     left.plot(grid, row_scales(grid, 2.0), color=LIGHT["series-1"])
     _titled(left, "factor of a row's gradient, η = 2", "norm of the row of ΔW")
@@ -213,7 +213,7 @@ def truncate(task: Task) -> Figure:
     assert plan is not None
     ranks = list(plan.ranks.values())
     kept = torch.cat([sigma[:rank] for sigma, rank in zip(values[0], ranks, strict=True)])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     for sigma in values[0]:
         left.plot(range(1, len(sigma) + 1), sigma, color=LIGHT["series-1"], lw=0.7, alpha=0.5)
     left.axhline(float(kept.min()), color=LIGHT["ink"], lw=0.8)
@@ -224,6 +224,16 @@ def truncate(task: Task) -> Figure:
     right.invert_yaxis()
     _titled(right, "mean rank of each kind of module", "rank")
     return figure
+
+
+def _kind(name: str) -> str:
+    """The kind of a module, without what all names of this model begin with."""
+    return kind_of(name).removeprefix("bert.").removeprefix("encoder.layer.")
+
+
+def _named(axes: Axes) -> None:
+    """Say beside the axes which line is which."""
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _titled(axes: Axes, title: str, x: str) -> None:

@@ -64,6 +64,7 @@ packages.
 
 What a recipe has no key for stands in three mappings, by the names that transformers and PEFT give it:
 
+<!-- over:sequence-classification/adalora -->
 ```yaml
 training:
   trainer:                    # any field of the class of the trainer's arguments
@@ -158,7 +159,8 @@ def _section(heading: str, text: str, kind: type[BaseModel], keys: Collection[st
     for key, node in declared["properties"].items():
         if keys is None or key in keys:
             default = "" if key in declared.get("required", ()) else f" `{_shown(node['default'])}`"
-            rows.append(f"| `{key}` | {listed(_values(key, node))} |{default} | {node['description']} |")
+            description = node["description"].replace("[", r"\[")  # as text: brackets would make a link
+            rows.append(f"| `{key}` | {listed(_values(key, node))} |{default} | {description} |")
     return "\n".join((heading, "", _wrapped(text), *rows, ""))
 
 

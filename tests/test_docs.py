@@ -1,4 +1,7 @@
-"""What the pages in docs/ and the README point at exists: files, headings, and the symbols that papers.md names."""
+"""What the pages in docs/ and the README point at exists: files, headings, symbols that papers.md names, and messages.
+
+Pages of methods show code, troubleshooting.md messages of it. The site's own build, `make docs`, checks all links again.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 PAPERS = ROOT / "docs" / "papers.md"
 
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 LINK = re.compile(r"\[(?P<label>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 TEST = re.compile(r"`((?:[\w.]+/)*\w+\.py)((?:::\w+)*)`")
+MESSAGE = re.compile(r"^\*\*`(.+)`\*\*$", re.M)
 SYMBOL = re.compile(r"`(\w+)\.([\w.]+)`")
 
 
@@ -76,9 +80,50 @@ def unknown_symbols(page: Path) -> list[str]:
     return unknown
 
 
+@functools.cache
+def texts() -> tuple[str, ...]:
+    """Every text in the package's code, with `…` for what is put into it."""
+
+    def text(node: ast.expr) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(text, node.values))
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return tuple(text(node) for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant))
+
+
+def is_message(quoted: str) -> bool:
+    """Whether a text of the package has these words in this order; `...` stands for what differs."""
+    words = re.compile(".*".join(re.escape(part) for part in quoted.split("...")), re.S)
+    return any(words.search(text) for text in texts())
+
+
+def test_every_message_that_troubleshooting_quotes_is_one() -> None:
+    quoted = MESSAGE.findall((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    assert len(quoted) > 40
+    assert [message for message in quoted if not is_message(message)] == []
+    assert not is_message("the optimizer does not hold the doors of ... modules")
+    assert not is_message("... modules the optimizer does not hold the gates of")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_into_the_repository_lead_somewhere(page: Path) -> None:
     assert broken_links(page) == []
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    assert len(pages) > 25
+    assert [page for page in pages if page not in navigation] == []
+
+
+def test_every_figure_stands_near_the_command_that_makes_it() -> None:
+    for page in sorted((ROOT / "docs" / "methods").glob("*.md")):
+        figure = f"../figures/method-{page.stem}.svg"
+        assert f"({figure})\n\n```sh\npython docs/figures.py {page.stem}\n```" in page.read_text(encoding="utf-8")
 
 
 def test_every_symbol_that_papers_names_exists() -> None:

@@ -1,21 +1,38 @@
-"""The README's code is an excerpt of files that tests run: the comment above a block says of which one."""
+"""Code on the README and the pages is an excerpt of files that tests run: the comment above a block says of which one.
+
+Recipes may also stand without a file. One with a task is laid over the packaged recipe of AdaLoRA for it, any other
+over the packaged recipe that its comment names; sections are merged key by key, but for the data.
+"""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from loralloc.recipe.schema import load_recipe
+from loralloc.recipes import list_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"^(?:<!-- (?P<origin>\S+) -->\n)?```(?P<language>python|yaml)\n(?P<code>.*?)^```", re.M | re.S)
-RUN_BY_TESTS = r"examples/quickstart\.py|tests/(\w+/)*test_\w+\.py"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<origin>\S+) -->\n)?```(?P<language>python|yaml|toml|json)\n(?P<code>.*?)^```", re.M | re.S
+)
+RUN_BY_TESTS = (
+    r"examples/(quickstart|accelerate_loop)\.py|examples/own_method/\w+\.py|tests/(\w+/)*test_\w+\.py|"
+    r"src/loralloc/methods/(\w+/)?\w+\.py"
+)
 RECIPES = r"(src/loralloc/recipes|examples)/.*\.yaml"
+PROJECTS = r"examples/own_method/pyproject\.toml"
+ORIGINS = {"python": RUN_BY_TESTS, "yaml": RECIPES, "toml": PROJECTS}
+INDENTS = [" " * depth for depth in (0, 4, 8, 12)]
 
 
 class Block(NamedTuple):
@@ -46,7 +63,7 @@ def missing(block: Block, source: str) -> list[str]:
     for paragraph in re.split(r"\n\n+", block.code.strip("\n")):
         if re.match(r"(from|import) ", paragraph):
             continue
-        shapes = [f"\n{textwrap.indent(paragraph, indent)}\n" for indent in ("", "    ")]
+        shapes = [f"\n{textwrap.indent(paragraph, indent)}\n" for indent in INDENTS]
         found = next((shape for shape in shapes if shape in rest), None)
         if found is None:
             lacking.append(paragraph)
@@ -55,19 +72,50 @@ def missing(block: Block, source: str) -> list[str]:
     return lacking
 
 
-def test_every_block_of_the_readme_is_an_excerpt_of_what_a_test_runs(tmp_path: Path) -> None:
-    found = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert {block.language for block in found} == {"python", "yaml"}
-    for block in found:
-        if block.origin is None:
-            assert block.language == "yaml", f"name the file above this block, as <!-- FILE -->:\n{block.code}"
-            path = tmp_path / "recipe.yaml"
-            path.write_text(block.code, encoding="utf-8")
-            load_recipe(path)
-        else:
-            assert re.fullmatch(RUN_BY_TESTS if block.language == "python" else RECIPES, block.origin), block.origin
+def completed(block: Block) -> str | None:
+    """A part of a recipe as a whole one; None where it has no keys."""
+    part: Any = yaml.safe_load(block.code)
+    if part is None or {"model", "data", "method"} <= set(part):
+        return part and block.code
+    name = f"{part['task']}/adalora" if block.origin is None else block.origin.removeprefix("over:")
+    whole = yaml.safe_load(list_recipes()[name].read_text(encoding="utf-8"))
+    for key, value in part.items():
+        merged = isinstance(value, dict) and key != "data"
+        whole[key] = {**whole.get(key, {}), **value} if merged else value
+    return yaml.safe_dump(whole)
+
+
+def check_yaml(block: Block, path: Path) -> None:
+    """Read a part of a recipe, or a configuration of accelerate, as the program reads it that takes it."""
+    path.write_text(block.code, encoding="utf-8")
+    if block.origin == "accelerate-config":
+        assert (
+            load_config_from_file(str(path)).fsdp_config["fsdp_version"] == 2
+        )  # it refuses keys that it does not know
+        return
+    whole = completed(block)
+    if whole is not None:
+        path.write_text(whole, encoding="utf-8")
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_is_an_excerpt_of_what_a_test_runs_or_is_read(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.language == "json":
+            assert all(isinstance(json.loads(line), dict) for line in block.code.splitlines())
+        elif block.origin is not None and re.fullmatch(ORIGINS[block.language], block.origin):
             lacking = missing(block, (ROOT / block.origin).read_text(encoding="utf-8"))
             assert lacking == [], f"not in {block.origin}"
+        else:
+            assert block.language == "yaml", f"name the file above this block, as <!-- FILE -->:\n{block.code}"
+            check_yaml(block, tmp_path / "recipe.yaml")
+
+
+def test_blocks_are_found() -> None:
+    found = [block.language for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))]
+    assert set(found) == {"python", "yaml", "toml", "json"}
+    assert found.count("python") > 15
 
 
 @pytest.mark.parametrize(
@@ -86,3 +134,9 @@ def test_what_is_not_in_a_file_is_found(code: str, expected: list[str]) -> None:
     (block,) = blocks(f"text\n\n<!-- file.py -->\n```python\n{code}```\n")
     assert block.origin == "file.py"
     assert missing(block, source) == expected
+
+
+def test_a_wrong_key_in_a_part_of_a_recipe_is_found(tmp_path: Path) -> None:
+    (block,) = blocks("<!-- over:causal-lm/adalora -->\n```yaml\ntraining:\n  bach_size: 4\n```\n")
+    with pytest.raises(Exception, match=r"unknown key .*bach_size"):
+        check_yaml(block, tmp_path / "recipe.yaml")
