@@ -9,7 +9,7 @@ at a learning rate of 1e-3 with 8 rows of at most 32 tokens a step, every linear
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -129,36 +129,36 @@ def adalora(task: Task) -> Figure:
     course = train(task, AdaLoRA(EIGHT), capacity=12)
     allocations = [event for event in course.events if "ranks" in event]
     steps = [event["step"] for event in allocations]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    figure, (upper, lower) = panels()
     schedule = course.run.schedule
-    left.plot(range(STEPS), [schedule.budget(step) for step in range(STEPS)], color=LIGHT["area"], lw=6)
-    left.step(steps, [sum(event["ranks"]) for event in allocations], where="post", color=LIGHT["series-1"])
-    _titled(left, "open ranks: line, budget b(t): band", "step")
+    upper.plot(range(STEPS), [schedule.budget(step) for step in range(STEPS)], color=LIGHT["area"], lw=6)
+    upper.step(steps, [sum(event["ranks"]) for event in allocations], where="post", color=LIGHT["series-1"])
+    _titled(upper, "open ranks: line, budget b(t): band", "step")
     for index, kind in enumerate(course.kinds):
         means = [course.ranks_by_kind(event["ranks"])[kind] for event in allocations]
-        right.step(steps, means, where="post", color=LIGHT[f"series-{index + 1}"], label=kind)
-    _titled(right, "mean rank of each kind of module", "step")
-    _named(right)
+        lower.step(steps, means, where="post", color=LIGHT[f"series-{index + 1}"], label=kind)
+    _titled(lower, "mean rank of each kind of module", "step")
+    _named(lower)
     return figure
 
 
 def ablora(task: Task) -> Figure:
-    """How often modules have lost and gained ranks in the rounds."""
+    """The ranks of all modules at the end, and those of every kind of module over the rounds."""
     course = train(task, ABLoRA(EIGHT, task.held_out, samples=64), capacity=16)
     rounds = [event for event in course.events if "pruned" in event]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    figure, (upper, lower) = panels()
     steps = [0, *(event["step"] for event in rounds)]
     start = next(event["ranks"] for event in course.events if event["event"] == "start")
     history = [start, *(event["ranks"] for event in rounds)]
+    modules = range(len(start))
+    upper.bar(modules, history[-1], color=LIGHT["area"])
+    upper.axhline(EIGHT.average_rank or 0, color=LIGHT["ink"], lw=0.8)
+    _titled(upper, "ranks at the end, and at the start (line)", "module, from input to output")
     for index, kind in enumerate(course.kinds):
         means = [course.ranks_by_kind(ranks)[kind] for ranks in history]
-        left.step(steps, means, where="post", color=LIGHT[f"series-{index + 1}"], label=kind)
-    _titled(left, "mean rank of each kind of module", "step")
-    _named(left)
-    modules = range(len(start))
-    right.bar(modules, history[-1], color=LIGHT["area"])
-    right.axhline(EIGHT.average_rank or 0, color=LIGHT["ink"], lw=0.8)
-    _titled(right, "ranks at the end, and at the start (line)", "module, from input to output")
+        lower.step(steps, means, where="post", color=LIGHT[f"series-{index + 1}"], label=kind)
+    _titled(lower, "mean rank of each kind of module", "step")
+    _named(lower)
     return figure
 
 
@@ -172,13 +172,13 @@ def autolora(task: Task) -> Figure:
     course = train(task, AutoLoRA(task.held_out), capacity=8, watch=note)
     shares, ranks = rows[0].sort(dim=1, descending=True).values, course.run.plan
     assert ranks is not None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    left.plot(range(1, shares.shape[1] + 1), shares.T, color=LIGHT["series-1"], lw=0.7, alpha=0.5)
-    left.axhline(1 / shares.shape[1], color=LIGHT["ink"], lw=0.8)
-    _titled(left, "shares of the ranks of each matrix; what is below 1/k goes", "rank, from the largest share on")
+    figure, (upper, lower) = panels()
+    upper.plot(range(1, shares.shape[1] + 1), shares.T, color=LIGHT["series-1"], lw=0.7, alpha=0.5)
+    upper.axhline(1 / shares.shape[1], color=LIGHT["ink"], lw=0.8)
+    _titled(upper, "shares of the ranks of each matrix; what is below 1/k goes", "rank, from the largest share on")
     counts = [list(ranks.ranks.values()).count(rank) for rank in range(shares.shape[1] + 1)]
-    right.bar(range(len(counts)), counts, color=LIGHT["area"])
-    _titled(right, "matrices by the number of ranks that stay", "ranks of a matrix")
+    lower.bar(range(len(counts)), counts, color=LIGHT["area"])
+    _titled(lower, "matrices by the number of ranks that stay", "ranks of a matrix")
     return figure
 
 
@@ -186,12 +186,12 @@ def allora(task: Task) -> Figure:
     """The scale of a row's gradient over its norm, and where the rows of the trained update are."""
     course = train(task, ALLoRA(mode="hybrid"), capacity=8, alpha=8)
     norms = torch.cat([_norms(site) for site in course.run.sites])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    figure, (upper, lower) = panels()
     grid = torch.linspace(0, float(norms.max()) * 1.05, 200)
-    left.plot(grid, row_scales(grid, 2.0), color=LIGHT["series-1"])
-    _titled(left, "factor of a row's gradient, η = 2", "norm of the row of ΔW")
-    right.hist(norms.numpy(), bins=40, color=LIGHT["area"])
-    _titled(right, "rows of all layers at the end of the run", "norm of the row of ΔW")
+    upper.plot(grid, row_scales(grid, 2.0), color=LIGHT["series-1"])
+    _titled(upper, "factor of a row's gradient, η = 2", "norm of the row of ΔW")
+    lower.hist(norms.numpy(), bins=40, color=LIGHT["area"])
+    _titled(lower, "rows of all layers at the end of the run", "norm of the row of ΔW")
     return figure
 
 
@@ -213,17 +213,22 @@ def truncate(task: Task) -> Figure:
     assert plan is not None
     ranks = list(plan.ranks.values())
     kept = torch.cat([sigma[:rank] for sigma, rank in zip(values[0], ranks, strict=True)])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    figure, (upper, lower) = panels()
     for sigma in values[0]:
-        left.plot(range(1, len(sigma) + 1), sigma, color=LIGHT["series-1"], lw=0.7, alpha=0.5)
-    left.axhline(float(kept.min()), color=LIGHT["ink"], lw=0.8)
-    left.set_yscale("log")
-    _titled(left, "singular values of each update; what is below the line goes", "number of the singular value")
+        upper.plot(range(1, len(sigma) + 1), sigma, color=LIGHT["series-1"], lw=0.7, alpha=0.5)
+    upper.axhline(float(kept.min()), color=LIGHT["ink"], lw=0.8)
+    upper.set_yscale("log")
+    _titled(upper, "singular values of each update; what is below the line goes", "number of the singular value")
     means = course.ranks_by_kind(ranks)
-    right.barh(list(means), list(means.values()), color=LIGHT["area"])
-    right.invert_yaxis()
-    _titled(right, "mean rank of each kind of module", "rank")
+    lower.barh(list(means), list(means.values()), color=LIGHT["area"])
+    lower.invert_yaxis()
+    _titled(lower, "mean rank of each kind of module", "rank")
     return figure
+
+
+def panels() -> tuple[Figure, Sequence[Axes]]:
+    """A figure of two panels, narrow enough for a telephone."""
+    return plt.subplots(2, 1, figsize=(4.8, 5.4), layout="constrained")
 
 
 def _kind(name: str) -> str:
@@ -232,8 +237,8 @@ def _kind(name: str) -> str:
 
 
 def _named(axes: Axes) -> None:
-    """Say beside the axes which line is which."""
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    """Say below the axes which line is which."""
+    axes.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25))
 
 
 def _titled(axes: Axes, title: str, x: str) -> None:

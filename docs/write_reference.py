@@ -43,7 +43,7 @@ INTRODUCTION = """\
 # Recipes: every key
 
 Made from the code by `make reference`; do not edit. A key without a default must be given. What an option of a method
-means in its paper is in [papers.md](papers.md), which method fits in [how-to-choose.md](how-to-choose.md), and
+means in its paper is in [Papers](papers.md), which method fits in [How to choose](how-to-choose.md), and
 `loralloc init` lists recipes to copy.
 
 ## In an editor

@@ -1,6 +1,6 @@
 """What the pages in docs/ and the README point at exists: files, headings, symbols that papers.md names, and messages.
 
-Pages of methods show code, troubleshooting.md messages of it. The site's own build, `make docs`, checks all links again.
+Pages of methods show code, troubleshooting.md messages of it. The site's own build, `make docs`, checks links again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import loralloc
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -118,6 +120,11 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")]
     assert len(pages) > 25
     assert [page for page in pages if page not in navigation] == []
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    shown = re.findall(r"^::: loralloc\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(shown) == sorted(set(loralloc.__all__) - {"__version__"})
 
 
 def test_every_figure_stands_near_the_command_that_makes_it() -> None:
