@@ -1,8 +1,9 @@
 """A training loop of one's own on two processes: offline, in about a minute.
 
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+    accelerate launch --num_processes 2 examples/accelerate_loop.py                   # two GPUs
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node=2 examples/accelerate_loop.py   # two processes on the CPU
 
-Model and data are those of quickstart.py. On GPUs, leave `--cpu` out. One process runs it too.
+Model and data are those of quickstart.py. One process runs it too.
 """
 
 import torch

@@ -13,6 +13,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
@@ -33,6 +34,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 BLOCK = re.compile(r"^```(?:sh|bash)\n(.*?)^```", re.M | re.S)
+ASSIGNMENT = re.compile(r"\w+=")
 SPAN = re.compile(r"`(loralloc [^`]+)`")
 OTHERS = {"vllm", "llama-cli", "lm_eval", "scontrol", "hf", "pytest", "pre-commit", "if", "fi", "then"}
 """Programs of others, and words of the shell."""
@@ -49,8 +51,9 @@ def command_lines(text: str) -> Iterator[list[str]]:
     for block in BLOCK.findall(text):
         for line in re.sub(r"\\\n", " ", block).splitlines():
             for part in _split(shlex.split(line, comments=True), {"&&", ";", "|"}):
-                if part and "=" not in part[0] and not part[0].startswith("["):
-                    yield part
+                words = list(dropwhile(ASSIGNMENT.match, part))
+                if words and not words[0].startswith("["):
+                    yield words
     for span in SPAN.findall(BLOCK.sub("", text)):
         words = next(_split(shlex.split(span), {"|"}))
         if not is_abridged(words):
