@@ -64,7 +64,6 @@ packages.
 
 What a recipe has no key for stands in three mappings, by the names that transformers and PEFT give it:
 
-<!-- over:sequence-classification/adalora -->
 ```yaml
 training:
   trainer:                    # any field of the class of the trainer's arguments

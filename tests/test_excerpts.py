@@ -1,7 +1,7 @@
 """Code on the README and the pages is an excerpt of files that tests run: the comment above a block says of which one.
 
-Recipes may also stand without a file. One with a task is laid over the packaged recipe of AdaLoRA for it, any other
-over the packaged recipe that its comment names; sections are merged key by key, but for the data.
+Parts of recipes may also stand without a file. They are laid over a packaged recipe: the one that the comment names, or
+AdaLoRA's for their task, a classifier's where they name none. Sections are merged key by key, but for the data.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ RUN_BY_TESTS = (
 RECIPES = r"(src/loralloc/recipes|examples)/.*\.yaml"
 PROJECTS = r"examples/own_method/pyproject\.toml"
 ORIGINS = {"python": RUN_BY_TESTS, "yaml": RECIPES, "toml": PROJECTS}
+TASK = "sequence-classification"
 INDENTS = [" " * depth for depth in (0, 4, 8, 12)]
 
 
@@ -77,7 +78,7 @@ def completed(block: Block) -> str | None:
     part: Any = yaml.safe_load(block.code)
     if part is None or {"model", "data", "method"} <= set(part):
         return part and block.code
-    name = f"{part['task']}/adalora" if block.origin is None else block.origin.removeprefix("over:")
+    name = f"{part.get('task', TASK)}/adalora" if block.origin is None else block.origin.removeprefix("over:")
     whole = yaml.safe_load(list_recipes()[name].read_text(encoding="utf-8"))
     for key, value in part.items():
         merged = isinstance(value, dict) and key != "data"
