@@ -381,8 +381,8 @@ class TestDocumentation:
                     found += page == self.README
         assert found, "README.md shows no ```python example"
 
-    def test_the_file_tree_of_the_readme_is_the_real_one(self) -> None:
-        paths = tree_paths(self.README.read_text(encoding="utf-8"))
+    def test_the_file_tree_of_the_architecture_is_the_real_one(self) -> None:
+        paths = tree_paths((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
         assert [path for path in paths if not (ROOT / path).exists()] == []
         named = {path.rstrip("/") for path in paths}
         units = {p for p in PACKAGE.iterdir() if p.suffix == ".py" or any(p.glob("*.*"))}
