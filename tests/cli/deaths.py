@@ -15,6 +15,26 @@ from loralloc.cli import progress
 
 from .command import TIMING, files, log_rows, read_json
 
+HALF = "budget: {average_rank: 2}"
+METHODS = {
+    "adalora": f"{{name: adalora, {HALF}}}",
+    "ablora": f"{{name: ablora, {HALF}, rounds: 2, validation: 0.25, warmup: 4, interval: 3}}",
+    "autolora": "{name: autolora, validation: 0.25, search: 12, check_every: 3}",
+    "allora": f"{{name: allora, mode: post, eta: 1.41, allocate: adalora, {HALF}}}",
+    "truncate": f"{{name: truncate, {HALF}}}",
+    "lora": "{name: lora}",
+}
+"""Every method, in a recipe's words; a search of twelve steps comes first with AutoLoRA."""
+
+
+def words(method: str, recipe: Path | str = "recipe.yaml", save_every: int = 4) -> list[Any]:
+    """The command that trains twelve steps with a method."""
+    own = ["--lora.alpha", 4] if method == "allora" else ["--lora.dropout", 0.1]
+    return [
+        *("train", recipe, "--method", METHODS[method], *own, "--steps", 12, "--save_every", save_every),
+        *("--log_every", 3),
+    ]
+
 
 class KilledError(Exception):
     """Stands for the signal that ends a process."""
@@ -52,6 +72,11 @@ def differences(run: Path, other: Path) -> list[str]:
     """Files in which two runs differ in more than times and their own place: bit for bit, but logs by their rows."""
     ours, theirs = _state(run), _state(other)
     return [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+
+
+def unlike(run: Path, whole: Path) -> list[str]:
+    """Files in which a resumed run differs from the whole one; those of a search also hold times."""
+    return [name for name in differences(run, whole) if name not in ("search/log.jsonl", "search/metrics.json")]
 
 
 def _state(run: Path) -> dict[str, Any]:

@@ -20,30 +20,13 @@ from loralloc.training.manifest import MANIFEST
 from loralloc.training.trainer import RunTrainer
 
 from .command import RECIPE, done, files, read_json, read_rows, refused, write_rows
-from .deaths import differences, killed_at, killed_in
+from .deaths import METHODS, killed_at, killed_in, unlike, words
 
 pytestmark = pytest.mark.usefixtures("unreported")
 
-HALF = "budget: {average_rank: 2}"
-METHODS = {
-    "adalora": f"{{name: adalora, {HALF}}}",
-    "ablora": f"{{name: ablora, {HALF}, rounds: 2, validation: 0.25, warmup: 4, interval: 3}}",
-    "autolora": "{name: autolora, validation: 0.25, search: 12, check_every: 3}",
-    "allora": f"{{name: allora, mode: post, eta: 1.41, allocate: adalora, {HALF}}}",
-    "truncate": f"{{name: truncate, {HALF}}}",
-    "lora": "{name: lora}",
-}
 KILLED = 9
 """The checkpoints then are of steps 4 and 8; a search of twelve steps comes first with AutoLoRA."""
 Killed = Callable[[str], Path]
-
-
-def words(method: str, recipe: Path | str = "recipe.yaml") -> list[Any]:
-    own = ["--lora.alpha", 4] if method == "allora" else ["--lora.dropout", 0.1]
-    return [
-        *("train", recipe, "--method", METHODS[method], *own, "--steps", 12, "--save_every", 4),
-        *("--log_every", 3),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +76,6 @@ def flip(path: Path) -> None:
 def resume(*more: Any, method: str = "adalora") -> str:
     """What a resumed run says, on one line."""
     return " ".join(done(*words(method), "--resume", *more).split())
-
-
-def unlike(run: Path, whole: Path) -> list[str]:
-    """Files in which a resumed run differs from the whole one; those of a search also hold times."""
-    return [name for name in differences(run, whole) if name not in ("search/log.jsonl", "search/metrics.json")]
 
 
 KINDS = [

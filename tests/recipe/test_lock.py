@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,29 @@ def test_another_process_is_named_until_it_ends(holder: subprocess.Popen[str], t
     with locked(tmp_path / "run"):
         assert (tmp_path / "run" / LOCK).read_text().startswith(f"process {os.getpid()} on ")
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_process_that_it_has_forked_holds_nothing(tmp_path: Path) -> None:
+    """Workers that load data notice only after seconds that the process that trains was killed."""
+    reading, writing = os.pipe()
+    waiting, ending = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with locked(tmp_path / "run"):
+            if os.fork() == 0:  # the worker, which lives until nobody can write to it any more
+                os.write(writing, str(os.getpid()).encode())
+                os.close(ending)
+                os.read(waiting, 1)
+                os._exit(0)
+            signal.pause()
+    worker = int(os.read(reading, 20))
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    os.kill(worker, 0)
+    with locked(tmp_path / "run"):
+        pass
+    for descriptor in (reading, writing, waiting, ending):
+        os.close(descriptor)
 
 
 def test_a_folder_that_was_made_for_nothing_goes(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from models import tiny_peft
 
 from loralloc import Budget, UserError, export_adapter, truncate_adapter
-from loralloc.adapter.folders import RECORD, check_target, exported_files, record_again
+from loralloc.adapter import folders
+from loralloc.adapter.folders import RECORD, check_target, exported_files, write_card
 
 from .sent import NO_FILES, adapter, quickly
 
@@ -49,7 +50,7 @@ def test_a_record_cannot_name_a_file_of_mine(name: str, digest: str | None, expo
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("years of work")
     record(export, lambda found: found["files"].update({name: digest}))
-    with pytest.raises(UserError, match=r"nothing was overwritten: choose another folder$"):
+    with pytest.raises(UserError, match=r"nothing was overwritten: (move it away, or )?choose another folder$"):
         again(export)
     assert mine.read_text() == "years of work"
 
@@ -81,6 +82,38 @@ def test_what_was_edited_stays(export: Path) -> None:
     with pytest.raises(
         UserError, match=r"export: ranks.json has changed since it was exported; nothing was overwritten"
     ):
+        again(export)
+
+
+class TestCardThatIsWrittenAnew:
+    @pytest.mark.parametrize("write", [1, 2, 3])
+    def test_killed_before_any_write_it_may_be_replaced(
+        self, write: int, export: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_card(export, "before")
+        alive, made = folders.write_atomically, []
+
+        def die(path: Path, text: str) -> None:
+            made.append(path)
+            if len(made) == write:
+                raise KeyboardInterrupt
+            alive(path, text)
+
+        monkeypatch.setattr(folders, "write_atomically", die)
+        with pytest.raises(KeyboardInterrupt):
+            write_card(export, "after")
+        monkeypatch.undo()
+        assert (export / "README.md").read_text() == ("after" if write == 3 else "before")
+        again(export)
+
+    def test_a_card_of_mine_stays(self, export: Path) -> None:
+        write_card(export, "before")
+        record(export, lambda found: found.update(next_card="0" * 64))
+        (export / "README.md").write_text("years of work")
+        said = "README.md has changed since it was exported; nothing was overwritten: move it away, or choose another"
+        with pytest.raises(UserError, match=said):
+            again(export)
+        (export / "README.md").rename(export.parent / "mine.md")
         again(export)
 
 
@@ -146,5 +179,5 @@ class TestPushed:
         assert "README.md" in exported_files(exported.path)
         with pytest.raises(UserError, match=r"README.md has changed since it was exported; nothing was overwritten"):
             check_target(exported.path)
-        record_again(exported.path)  # as a run does, which writes its results into the card
+        write_card(exported.path, "Trained by me.")  # as a run does, which writes its results into the card
         check_target(exported.path)

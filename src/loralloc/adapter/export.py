@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from loralloc._version import __version__
+from loralloc.adapter import folders
 from loralloc.adapter.check import (
     Checked,
     Factors,
@@ -38,7 +39,7 @@ from loralloc.adapter.check import (
     computing_plainly,
     logits,
 )
-from loralloc.adapter.folders import CARD, check_target, record_again, record_export
+from loralloc.adapter.folders import check_target, record_export
 from loralloc.adapter.model_card import Export, Profile, model_card
 from loralloc.errors import UserError, check_choice
 from loralloc.gating import is_gated
@@ -144,8 +145,7 @@ def write_card(model: PeftModel, export: Export, folder: Path, facts: Mapping[st
     """Write the model card of an adapter into its folder (see `model_card`)."""
     tokenizer = (folder / "tokenizer_config.json").is_file()
     text = model_card(model.get_base_model(), export, tokenizer, facts)
-    (folder / CARD).write_text(text, encoding="utf-8")
-    record_again(folder)
+    folders.write_card(folder, text)
 
 
 def _export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ CARD = "README.md"
 
 RECORD = "loralloc_export.json"
 """Our record of an export, in a file of its own: readers of LoRA warn about keys they do not know."""
+NEXT_CARD = "next_card"
+"""What a record has while the card is written anew: the SHA-256 that it will have."""
 
 
 def check_adapter_folder(folder: Path) -> None:
@@ -56,13 +59,31 @@ def record_export(folder: Path, facts: Mapping[str, Any]) -> None:
         facts: What else the record tells.
     """
     record = {**facts, "files": {name: _digest(folder / name) for name in sorted(_files(folder))}}
+    _write_record(folder, record)
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write the card of an export, also anew into one that is recorded.
+
+    The record knows the new card before it is there: a process that is killed in between leaves an export that may be
+    replaced, as it is nobody else's.
+
+    Args:
+        folder: The export.
+        text: The card.
+    """
+    if not (folder / RECORD).exists():
+        write_atomically(folder / CARD, text)
+        return
+    record = read_object(folder / RECORD)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    _write_record(folder, {**record, NEXT_CARD: digest})
+    write_atomically(folder / CARD, text)
+    _write_record(folder, {**record, "files": {**record["files"], CARD: digest}})
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
     write_atomically(folder / RECORD, json.dumps(record, indent=1) + "\n")
-
-
-def record_again(folder: Path) -> None:
-    """Bring the record of an export up to date with a file that has been written anew; without a record, do nothing."""
-    if (folder / RECORD).exists():
-        record_export(folder, read_object(folder / RECORD))
 
 
 def exported_files(folder: Path) -> list[str]:
@@ -107,7 +128,11 @@ def check_target(path: Path) -> None:
     recorded = _recorded(path, cure)
     if strangers := sorted(found - recorded.keys()):
         raise UserError(f"{path} holds more than the export written there ({strangers[0]}); {cure}")
-    if changed := [name for name in sorted(found) if _digest(path / name) != recorded[name]]:
+    digests = {name: _digest(path / name) for name in sorted(found)}
+    if (card := digests.get(CARD)) and card == read_object(path / RECORD, cure).get(NEXT_CARD):
+        del digests[CARD]
+    if changed := [name for name, digest in digests.items() if digest != recorded[name]]:
+        cure = "nothing was overwritten: move it away, or choose another folder"
         raise UserError(f"{path}: {changed[0]} has changed since it was exported; {cure}")
 
 

@@ -18,6 +18,19 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """What file systems say that cannot lock a file."""
 
 
+_held: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    """A process that loads data has no share in the lock: it may outlive the one that was killed by seconds."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run folder, which is made where it is missing.
@@ -34,6 +47,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     file = _lock(path)
+    _held.add(file)
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -41,6 +55,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+        _held.discard(file)
         file.close()
         if made:
             with suppress(OSError):  # a run that was refused leaves no empty folder

@@ -174,7 +174,7 @@ class RunFolder:
 
     def go_on(self, recipe: Recipe) -> None:
         """Write the recipe that the run goes on with, and clear away what a killed process has left half written."""
-        for folder in (self.checkpoints, self.search.root):
+        for folder in (self.checkpoints, self.search.root, self.adapter):
             drop_half_written(folder)
         for path in self.root.glob(".*"):  # here, other files may be somebody else's
             if _HALF_WRITTEN.fullmatch(path.name):

@@ -45,6 +45,7 @@ from loralloc.training.callback import RankAllocation
 from loralloc.training.checkpoint import check_processes, drop_after, newest_whole
 from loralloc.training.engines import refuse_engines, under_fsdp2
 from loralloc.training.manifest import read_manifest
+from loralloc.training.rewriting import complete_rewriting
 from loralloc.training.signals import finishing_steps
 from loralloc.training.step_data import random_state, set_random_state
 from loralloc.training.trainer import Agreement, RunTrainer, SkipBadSteps
@@ -114,6 +115,7 @@ class Stage:
 
     def _find(self, folder: Path, allow_changed: Collection[str]) -> int:
         """The step of the checkpoint to go on from; −1 where there is none."""
+        complete_rewriting(folder)
         found = newest_whole(folder)
         told = [f"{folder / name} is not whole: {reason}" for name, reason in found.skipped.items()]
         if found.checkpoint is None and found.damaged:

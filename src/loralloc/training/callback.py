@@ -25,8 +25,9 @@ from loralloc.plan import RankPlan
 from loralloc.training.engines import keep_adapter_whole, refuse_engines
 from loralloc.training.history import LOG, TRACE, free_folder, write_run
 from loralloc.training.log_file import LogFile
-from loralloc.training.manifest import sealed, unsealed
+from loralloc.training.manifest import MANIFEST, read_manifest, sealed, unsealed, write_manifest
 from loralloc.training.processes import is_main
+from loralloc.training.rewriting import rewritten
 from loralloc.training.run import AllocationRun
 from loralloc.training.step_data import CollatedBatches, random_state, set_random_state
 
@@ -217,13 +218,21 @@ class RankAllocation(TrainerCallback):
         best = Path(state.best_model_checkpoint or folder)
         another = args.load_best_model_at_end and best.name != folder.name  # what the model is now, and the folder not
         if state.is_world_process_zero and (folder / MARKER).is_file() and not another:
-            numbers = unsealed((folder / MARKER).read_bytes())
-            peft_model(kwargs["model"]).save_pretrained(str(folder))
-            self.plan.save(folder / "ranks.json")
-            _describe(folder, FINISHED)
-            _mark(folder, {**numbers, "finished": True})
+            with rewritten(folder) as copy:
+                self._write_end(copy, kwargs["model"])
         if self._folder is not None and args.should_save:
             write_run(self._folder, self.run, state.log_history)
+
+    def _write_end(self, folder: Path, model: nn.Module) -> None:
+        """Bring a checkpoint of the last step to the end of the run."""
+        assert self.plan is not None
+        numbers = unsealed((folder / MARKER).read_bytes())
+        peft_model(model).save_pretrained(str(folder))
+        self.plan.save(folder / "ranks.json")
+        _describe(folder, FINISHED)
+        _mark(folder, {**numbers, "finished": True})
+        if (folder / MANIFEST).exists():
+            write_manifest(folder, read_manifest(folder))
 
     def _resume(self, folder: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
         try:

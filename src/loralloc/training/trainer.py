@@ -390,9 +390,6 @@ class _Completion(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.processor_seconds = self._trainer.meter.processor_seconds
-        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and (folder / MANIFEST).exists():  # an allocation has written the end into it
-            write_manifest(folder, read_manifest(folder))
 
 
 class Agreement(TrainerCallback):
