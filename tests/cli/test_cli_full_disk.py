@@ -86,6 +86,7 @@ def test_in_a_checkpoint(place: str, recipe: Path) -> None:
         (callback.trace, "append", 3),
         (RunFolder, "write_json", 1),
         (RunFolder, "keep_trained", 1),
+        (pipeline, "export_adapter", 1),
         (pipeline, "write_card", 1),
         (pipeline, "write_report", 1),
     ],
@@ -109,6 +110,23 @@ def test_where_nothing_was_saved(where: Any, name: str, calls: int, cure: str, r
         result = loralloc(*words)
     assert (result.code, result.err) == (2, f"error: the disk with run is full. Make room, then {cure}\n")
     done(*words, *cure.split()[3:])
+
+
+def test_in_the_export_of_a_run_without_checkpoints(recipe: Path) -> None:
+    with full(pipeline, "export_adapter", 1):
+        result = loralloc("train", recipe, "--steps", 6)
+    again = "start over with --replace; what it trained is kept: loralloc export run"
+    assert (result.code, result.err) == (2, f"error: the disk with run is full. Make room, then {again}\n")
+    done("export", "run")
+    assert Path("run/adapter/adapter_model.safetensors").exists()
+
+
+def test_tensors_that_cannot_be_written(recipe: Path) -> None:
+    said = "Error while serializing: I/O error: Read-only file system (os error 30)"
+    with full(checkpoint, "save_file", 2, SafetensorError(said)):
+        result = loralloc("train", recipe, *WORDS)
+    assert (result.code, result.err) == (2, f"error: run: tensors could not be written or read: {said}\n")
+    done("train", "run/recipe.yaml", "--resume")
 
 
 def test_other_errors_of_files_are_what_they_are(recipe: Path) -> None:

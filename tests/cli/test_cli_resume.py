@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from loralloc.recipe import run as pipeline
 from loralloc.training import checkpoint as checkpoints
 from loralloc.training import fingerprints
-from loralloc.training.manifest import MANIFEST
+from loralloc.training.manifest import MANIFEST, UNFINISHED
 from loralloc.training.trainer import RunTrainer
 
 from .command import RECIPE, done, files, read_json, read_rows, refused, write_rows
@@ -150,11 +150,13 @@ class TestDamage:
         assert "there is no checkpoint in run/checkpoints to go on from: the training starts anew" in resume()
         assert unlike(Path("run"), whole) == []
 
-    def test_one_that_was_cut_off_is_none(self, killed: Killed) -> None:
+    @pytest.mark.parametrize("late", [True, False], ids=["before its manifest", "before the state of the trainer"])
+    def test_one_that_was_cut_off_is_none(self, late: bool, killed: Killed) -> None:
         whole = killed()
         for step in (4, 8):
-            for name in (MANIFEST, "trainer_state.json"):
-                (saved("adalora", step) / name).unlink()
+            (saved("adalora", step) / MANIFEST).rename(saved("adalora", step) / UNFINISHED)
+            if not late:
+                (saved("adalora", step) / "trainer_state.json").unlink()
         said = resume()
         assert "it has no manifest.json: its writing was cut off; it is passed over" in said
         assert "the training starts anew" in said

@@ -30,15 +30,17 @@ def speaking_of_a_full_disk(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        folder = RunFolder.of(recipe)
+        if isinstance(error, SafetensorError) and not disk_is_full(error) and "os error" in str(error):
+            raise UserError(f"{folder.root}: tensors could not be written or read: {error}") from error
         if not disk_is_full(error):
             raise
-        folder = RunFolder.of(recipe)
         for one in (folder, folder.search):
             drop_cut_off(one.checkpoints)
         kept = sorted(path.parent.name for path in folder.checkpoints.glob(f"checkpoint-*/{MANIFEST}"))
         verb = "is" if len(kept) == 1 else "are"
         whole = f"; {' and '.join(kept)} in {folder.checkpoints} {verb} not touched" if kept else ""
-        again = "start over with --replace" if folder.is_run() else "start again"
+        again = f"start over with --replace{folder.export_hint()}" if folder.is_run() else "start again"
         cure = f"go on with {_command(folder)}" if _goes_on(folder, recipe) else again
         raise UserError(f"the disk with {folder.root} is full{whole}. Make room, then {cure}") from error
 

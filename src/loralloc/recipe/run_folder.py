@@ -240,14 +240,14 @@ class RunFolder:
         if changes:
             raise NotResumableError(
                 f"{folder.recipe} differs from the recipe given: {in_words(changes)}; resume with the same settings, "
-                f"or choose another --output{folder._export_hint()}"
+                f"or choose another --output{folder.export_hint()}"
             )
         if folder.metrics.is_file() and folder.report.is_file():
             raise UserError(f"{folder.root} has finished; there is nothing to resume")
         if not recipe.training.keeps_checkpoints and not folder.can_go_on:
             raise UserError(
                 f"{folder.root} kept no checkpoints (training.save_every is not set); start over with --replace"
-                f"{folder._export_hint()}"
+                f"{folder.export_hint()}"
             )
         return folder
 
@@ -257,7 +257,7 @@ class RunFolder:
         begun = any(path for one in (self, self.search) for path in one.checkpoints.glob("checkpoint-*"))
         return begun or self.search.plan.is_file() or self.metrics.is_file()
 
-    def _export_hint(self) -> str:
+    def export_hint(self) -> str:
         """What else can be done with a run whose export failed."""
         return f"; what it trained is kept: loralloc export {self.root}" if _is_adapter(self.trained) else ""
 

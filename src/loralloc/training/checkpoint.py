@@ -34,7 +34,7 @@ from torch import Tensor
 from loralloc.errors import UserError
 from loralloc.files import write_atomically
 from loralloc.training import processes
-from loralloc.training.manifest import MANIFEST, damage, read_manifest
+from loralloc.training.manifest import MANIFEST, damage, read_manifest, was_cut_off
 
 SCALER = "scaler.json"
 
@@ -71,7 +71,7 @@ def newest_whole(folder: Path) -> Found:
         if reason is None:
             return Found(checkpoint, skipped, damaged)
         skipped[checkpoint.name] = reason
-        damaged |= any((checkpoint / name).exists() for name in WRITTEN_LAST)
+        damaged |= not was_cut_off(checkpoint) and any((checkpoint / name).exists() for name in WRITTEN_LAST)
     return Found(None, skipped, damaged)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from loralloc.files import sha256_of, sync_folder, write_atomically
 
-MANIFEST = "manifest.json"
+MANIFEST, UNFINISHED = "manifest.json", "manifest.json.unfinished"
+"""The list, and what stands in its place until everything else is written."""
 _CHECKSUM = "checksum"
 
 
@@ -51,7 +52,25 @@ def write_manifest(folder: Path, facts: Manifest) -> None:
     files = {str(path.relative_to(folder)): _secured(path) for path in _files(folder)}
     for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent):
         sync_folder(inner)
-    write_atomically(folder / MANIFEST, sealed({**asdict(facts), "files": files}))
+    write_atomically(folder / UNFINISHED, sealed({**asdict(facts), "files": files}))
+    os.replace(folder / UNFINISHED, folder / MANIFEST)
+    sync_folder(folder)
+
+
+def begin_writing(folder: Path) -> None:
+    """Say of a checkpoint that its list is still to come: without that, one that has none has lost it.
+
+    Args:
+        folder: The checkpoint, of which nothing has been written yet.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / UNFINISHED).touch()
+
+
+def was_cut_off(folder: Path) -> bool:
+    """Whether a checkpoint was never whole, since its writing was cut off."""
+    return (folder / UNFINISHED).exists() and not (folder / MANIFEST).exists()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -127,4 +146,4 @@ def _secured(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (MANIFEST, UNFINISHED))

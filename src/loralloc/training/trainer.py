@@ -35,7 +35,7 @@ from loralloc.training import processes
 from loralloc.training.bad_steps import StepChecks, can_skip, forget
 from loralloc.training.engines import keep_adapter_whole, shard_now
 from loralloc.training.log_file import LogFile
-from loralloc.training.manifest import MANIFEST, Manifest, damage, read_manifest, write_manifest
+from loralloc.training.manifest import Manifest, begin_writing, damage, read_manifest, write_manifest
 from loralloc.training.meter import Meter
 from loralloc.training.shared_gradients import SharedGradients
 from loralloc.training.signals import StopOnSignal
@@ -206,6 +206,8 @@ class RunTrainer(Base):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint; older ones go once it is whole, and not before."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:
+            begin_writing(Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}")
         try:
             super()._save_checkpoint(*args, **kwargs)
         finally:
@@ -230,7 +232,6 @@ class RunTrainer(Base):
         assert isinstance(self.model, PeftModel)
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
         self.model.save_pretrained(str(folder), state_dict=state_dict)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
