@@ -10,8 +10,18 @@ import resource
 import sys
 import time
 import warnings
+from pathlib import Path
 
-DRILLS = {"plans": 4000, "adapters": 3000, "recipes": 2000, "runs": 800}
+DRILLS = {
+    "plans": 4000,
+    "adapters": 3000,
+    "recipes": 2000,
+    "runs": 800,
+    "kills": 150,
+    "checkpoints": 150,
+    "disks": 120,
+    "numbers": 300,
+}
 """The modules of this package that are drills, with the cases of each: minutes on one core."""
 
 MEMORY = 8 * 2**30
@@ -44,7 +54,9 @@ def main() -> None:
 
 def _prepare() -> None:
     """No network, no warnings, no more memory than a bomb would take."""
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", MPLBACKEND="Agg")
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", MPLBACKEND="Agg", **quiet)
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))  # tiny models, and how runs are compared
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     import peft  # noqa: F401 - what the libraries take is none of the drill's
