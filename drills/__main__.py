@@ -17,10 +17,10 @@ DRILLS = {
     "adapters": 3000,
     "recipes": 2000,
     "runs": 800,
-    "kills": 150,
-    "checkpoints": 150,
-    "disks": 120,
-    "numbers": 300,
+    "kills": 100,
+    "checkpoints": 100,
+    "disks": 80,
+    "numbers": 200,
 }
 """The modules of this package that are drills, with the cases of each: minutes on one core."""
 

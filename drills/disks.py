@@ -29,7 +29,7 @@ LINES = 40
 
 
 @contextmanager
-def _failing(run: Path, number: int, error: int, lasting: bool) -> Iterator[Callable[[], bool]]:
+def failing(run: Path, number: int, error: int, lasting: bool) -> Iterator[Callable[[], bool]]:
     """Let a write fail, and where it lasts, all that come later; gives a function that tells whether one has."""
     failed: list[Path] = []
 
@@ -53,16 +53,16 @@ def _of_a_disk(random: Random) -> Tried:
     case = f"{training}, {errno.errorcode[error]} at write {number}{' and later' if lasting else ''}"
     with fresh() as folder:
         run = Path(folder, "run")
-        ended = command(Path(folder), training.words, _failing(run, number, error, lasting))
+        ended = command(Path(folder), training.words, failing(run, number, error, lasting))
         if ended.code == 0:
             return Tried(case, lost=what_is_wrong(ended, run, training))
-        if wrong := _wrong_about(ended, error, run):
+        if wrong := wrong_about(ended, error, run):
             return Tried(case, lost=wrong)
         told = ended.said.rpartition("go on with loralloc ")[2] if "go on with loralloc " in ended.said else ""
         return Tried(case, True, _goes_on(Path(folder), told.split() or [*training.words, "--resume"], training))
 
 
-def _wrong_about(ended: Ended, error: int, run: Path) -> str:
+def wrong_about(ended: Ended, error: int, run: Path) -> str:
     """Say what is wrong about an error, or what it has left."""
     from loralloc.training.checkpoint import WRITTEN_LAST, damage
 

@@ -111,7 +111,7 @@ class TestDamage:
         folders = {"/checkpoint-4/inner", "/checkpoint-4", ""}
         listed = next(index for index, name in enumerate(secured) if MANIFEST in name)
         assert set(secured[:listed]) == files | folders
-        assert secured[listed + 1 :] == ["/checkpoint-4"] * 2, "the list's names are on the disk too, the first and the last"
+        assert secured[listed + 1 :] == ["/checkpoint-4"] * 2, "both names of the list are on the disk too"
 
 
 class TestNewestWhole:

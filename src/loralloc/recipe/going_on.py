@@ -25,15 +25,16 @@ def speaking_of_a_full_disk(recipe: Recipe) -> Iterator[None]:
         recipe: What is run inside.
 
     Raises:
-        UserError: The disk is full.
+        UserError: The disk is full, or safetensors cannot write or read for another reason.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         folder = RunFolder.of(recipe)
-        if isinstance(error, SafetensorError) and not disk_is_full(error) and "os error" in str(error):
-            raise UserError(f"{folder.root}: tensors could not be written or read: {error}") from error
         if not disk_is_full(error):
+            # An OSError, as Rust's libraries tell it.
+            if isinstance(error, SafetensorError) and "os error" in str(error):
+                raise UserError(f"{folder.root}: tensors could not be written or read: {error}") from error
             raise
         for one in (folder, folder.search):
             drop_cut_off(one.checkpoints)
