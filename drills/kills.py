@@ -74,6 +74,8 @@ class Death:
             return ""
         if ended.code in (0, 2) and not ended.noted:
             return ""
+        if ended.code == 0 and "Exception ignored in" in ended.said:  # Python held it up, and no training came after
+            return ""
         if ended.code != CODES[self.signal]:
             return f"{self.signal.name}: exit code {ended.code}: {ended.said[-600:]}"
         return "" if f"stopped by {self.signal.name}" in ended.said else f"{self.signal.name}: it said {ended.said!r}"

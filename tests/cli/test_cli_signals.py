@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -139,6 +139,16 @@ def test_nothing_listens_outside_of_a_run() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     assert (stopped.value.code, stopped.value.signal, stopped.value.step) == (143, signal.SIGTERM, None)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_one_that_was_held_up_ends_the_run_before_it_trains() -> None:
+    """Python ignores exceptions of destructors, and of what it calls while a process forks."""
+    with signals.listening():
+        with suppress(signals.Stopped):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(signals.Stopped) as stopped, signals.finishing_steps():
+            pytest.fail("it trains")
+    assert (stopped.value.signal, stopped.value.step) == (signal.SIGUSR1, None)
 
 
 def test_processes_that_load_data_end_as_ever() -> None:

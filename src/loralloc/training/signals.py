@@ -56,10 +56,10 @@ class _Watch:
                 os.kill(os.getpid(), number)
             return  # the others come to all processes of a terminal or of a job: the first one says when to end
         again = number == signal.SIGINT and self.asked is not None and time.monotonic() - self.since > PATIENCE
-        if not self.training or again:
-            raise Stopped(number)
         if self.asked is None:
             self.asked, self.since = number, time.monotonic()
+        if not self.training or again:
+            raise Stopped(number)
 
 
 _watch: _Watch | None = None
@@ -86,6 +86,8 @@ def finishing_steps() -> Iterator[None]:
     if watch is None:
         yield
         return
+    if watch.asked is not None:  # Python ignores what is raised in a destructor, or while a process forks
+        raise Stopped(watch.asked)
     watch.training = True
     try:
         yield
