@@ -6,6 +6,8 @@ verbs do to a gated model, what is refused, and what we rely on in PEFT: test_ga
 
 from __future__ import annotations
 
+import pickle
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -275,6 +277,36 @@ def test_the_whole_model_compiles_into_one_graph_and_closing_ranks_compiles_noth
             actual = adapter_gradients(compiled, batch)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
+    """The first block's input needs no gradient, so two graphs serve any number of blocks, as with plain LoRA."""
+    torch._dynamo.reset()
+    model = get_peft_model(tiny_llama(layers=3), lora_config("llama"))
+    model.config.use_cache = False  # of which every block has a part of its own
+    train_adapter(model)
+    sites = attach_gates(model)
+    expected = adapter_gradients(model, labelled_batch("llama"))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for block in model.base_model.model.model.layers:
+        block.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(adapter_gradients(model, labelled_batch("llama")), expected, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 2
+    for site in sites:
+        site.set_scale(torch.arange(site.rank) < 2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        adapter_gradients(model, labelled_batch("llama"))
+
+
+def test_a_gated_model_can_be_copied_and_pickled() -> None:
+    model, _ = gated("llama")
+    for other in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), logits(model))
+        replaced = [module for module in other.modules() if "forward" in vars(module)]
+        assert replaced
+        assert all(module.forward.__self__.layer is module for module in replaced)
 
 
 # ---- Folding ----

@@ -2,8 +2,8 @@
 
 A gated layer computes `base(x) + ((x Aᵀ) ∘ (scale ∘ gate)) Bᵀ`: `gate` is a parameter that methods train or set,
 `scale` is fixed and holds PEFT's scaling (times a method's own constant); a zero in it shuts a rank off for good.
-Where a frozen `nn.Linear` and one gated update are all there is, both are one step of the graph (`_forward`); in every
-other case the layer runs PEFT's own forward pass.
+Where a frozen `nn.Linear` and one gated update are all there is, both are one step of the graph; in every other case
+the layer runs PEFT's own forward pass (`_GatedLayer`).
 
 What we rely on in PEFT (tests/test_gating_peft.py says in words which of these broke): a layer calls
 `lora_variant[adapter].forward(layer, active_adapter=, x=, result=)` for adapters that have one, and every parameter
@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -303,8 +302,8 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
         scale = torch.full_like(layer.lora_gate[adapter].data, layer.scaling[adapter])
         layer.lora_variant[adapter] = _GatedVariant(scale, config, base_parameters)
         if "forward" not in vars(layer):  # others, as accelerate, may have put theirs there
-            layer.forward = partial(_forward, layer)
-        layer._cast_input_dtype = partial(_uncast, layer)
+            layer.forward = _GatedLayer(layer).forward
+        layer._cast_input_dtype = _GatedLayer(layer).uncast
         if class_name(layer) in MERGE_IGNORES_VARIANTS:
             layer.merge = _refuse_merge
         if class_name(layer) in MIXED_BATCHES_IGNORE_VARIANTS:
@@ -342,7 +341,7 @@ def fold_gates(sites: Sequence[Site]) -> None:
         if not layer.lora_gate:
             del layer.lora_gate
             layer.adapter_layer_names = tuple(n for n in layer.adapter_layer_names if n != "lora_gate")
-            if getattr(layer.forward, "func", None) is _forward:  # not what others put around it
+            if getattr(layer.forward, "__func__", None) is _GatedLayer.forward:  # not what others put around it
                 del layer.forward
             for replaced in ("merge", "_mixed_batch_forward", "_cast_input_dtype"):
                 layer.__dict__.pop(replaced, None)
@@ -373,12 +372,36 @@ def is_gated(model: nn.Module, adapter: str) -> bool:
     )
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A gated layer's forward pass: in one step where that is possible, else PEFT's."""
-    adapter = None if args or kwargs else _sole_adapter(layer)
-    if adapter is None or not _is_plain_product(layer.base_layer):
-        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    return layer.lora_variant[adapter].with_layer(layer, adapter, x)  # type: ignore[no-any-return]
+class _GatedLayer:
+    """What a gated layer runs in place of methods of its own.
+
+    They are bound methods because PyTorch's compiler then sees in every block of a model the same code, and compiles it
+    once; a `functools.partial` it would compile once a block, until it gives up. And they are methods of a class of
+    their own because one that is bound to a layer whose class does not have it cannot be pickled.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward pass: in one step where that is possible, else PEFT's."""
+        layer = self.layer
+        adapter = None if args or kwargs else _sole_adapter(layer)
+        if adapter is None or not _is_plain_product(layer.base_layer):
+            return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+        return layer.lora_variant[adapter].with_layer(layer, adapter, x)  # type: ignore[no-any-return]
+
+    def uncast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Leave the input of gated adapters as it is, where PEFT would cast it to the adapter's dtype.
+
+        The kernel casts for itself and keeps what it was given: over a base in half precision that is one narrow tensor
+        for all layers that share an input, instead of a wide copy for each of them.
+        """
+        layer = self.layer
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if all(isinstance(layer.lora_variant.get(name), _GatedVariant) for name in active):
+            return x
+        return type(layer)._cast_input_dtype(layer, x, dtype)  # type: ignore[no-any-return]
 
 
 def _sole_adapter(layer: Any) -> str | None:
@@ -402,18 +425,6 @@ def _is_plain_product(frozen: Any) -> bool:
             return False
     hooks = frozen._forward_hooks or frozen._forward_pre_hooks or frozen._backward_hooks or frozen._backward_pre_hooks
     return not hooks and not _has_any_global_hook()
-
-
-def _uncast(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Leave the input of gated adapters as it is, where PEFT would cast it to the adapter's dtype.
-
-    The kernel casts for itself and keeps what it was given: over a base in half precision that is one narrow tensor for
-    all layers that share an input, instead of a wide copy for each of them.
-    """
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if all(isinstance(layer.lora_variant.get(name), _GatedVariant) for name in active):
-        return x
-    return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
 def _refuse_merge(*args: Any, **kwargs: Any) -> None:
