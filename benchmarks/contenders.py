@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,6 +257,21 @@ class ALLoRA(Attached):
         return loralloc.ALLoRA()
 
 
+class ABLoRA(Attached):
+    """Our AB-LoRA between two rounds; its capacity is twice the starting rank."""
+
+    settings: Mapping[str, Any] = {}
+
+    def lora_config(self, **settings: Any) -> LoraConfig:
+        config = super().lora_config(**settings)
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        return config
+
+    def method(self, loralloc: Any) -> Any:
+        self.validation = self.setting.shape.inputs(self.setting.device, seed=2)
+        return loralloc.ABLoRA(loralloc.Budget(average_rank=self.setting.rank), [self.validation], **self.settings)
+
+
 class AutoLoRA(Attached):
     """Our AutoLoRA's search step: validation batches of the size of the training batch."""
 
@@ -281,6 +296,7 @@ CONTENDERS: dict[str, Callable[[Setting], Step]] = {
     "adalora": AdaLoRA,
     "adalora-compact": CompactAdaLoRA,
     "allora": ALLoRA,
+    "ablora": ABLoRA,
     "autolora-fast": AutoLoRA,
     "autolora-paper": AutoLoRAPaper,
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contenders import Attached, Setting
+from contenders import ABLoRA, Setting
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -35,24 +35,18 @@ class Round:
     pruned: list[int]
 
 
-class ABLoRA(Attached):
-    """Our ABLoRA, one step before its first round; the capacity is twice the starting rank."""
+class BeforeTheRound(ABLoRA):
+    """One step before the first round."""
 
     mode = "fast"
 
-    def lora_config(self, **settings: Any) -> Any:
-        config = super().lora_config(**settings)
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        return config
-
     def method(self, loralloc: Any) -> Any:
-        self.validation = self.setting.shape.inputs(self.setting.device, seed=2)
-        samples, budget = len(self.validation["input_ids"]), loralloc.Budget(average_rank=self.setting.rank)
-        settings = {"warmup": WARMUP, "interval": 1, "rounds": 1, "samples": samples, "mode": self.mode}
-        return loralloc.ABLoRA(budget, [self.validation], **settings)
+        samples = self.setting.shape.batch
+        self.settings = {"warmup": WARMUP, "interval": 1, "rounds": 1, "samples": samples, "mode": self.mode}
+        return super().method(loralloc)
 
 
-def naive_round(step: ABLoRA) -> Round:
+def naive_round(step: BeforeTheRound) -> Round:
     """Score every rank by the letter of the paper, on PEFT's layers, and say which would be pruned."""
     factors = [m.lora_B["default"].weight for m in step.model.modules() if isinstance(m, LoraLayer)]
     places = [(index, rank) for index in range(len(factors)) for rank in range(step.setting.rank)]
@@ -82,7 +76,7 @@ def naive_round(step: ABLoRA) -> Round:
     return Round(len(places), 2 * len(places) + 1, seconds, processor, pruned)
 
 
-def our_round(step: ABLoRA) -> Round:
+def our_round(step: BeforeTheRound) -> Round:
     """Let the step that is due end with the round."""
     _, seconds, processor = _timed(step.after_step, step.setting.device)
     (event,) = [event for event in step.events if "pruned" in event]
@@ -96,8 +90,8 @@ def compare(setting: Setting, modes: Sequence[str]) -> tuple[Round, dict[str, Ro
     return naive, {mode: our_round(step) for mode, step in steps.items()}
 
 
-def _before_the_round(setting: Setting, mode: str) -> ABLoRA:
-    step = type("ABLoRA", (ABLoRA,), {"mode": mode})(setting)
+def _before_the_round(setting: Setting, mode: str) -> BeforeTheRound:
+    step = type("BeforeTheRound", (BeforeTheRound,), {"mode": mode})(setting)
     for _ in range(WARMUP - 1):
         step.step()
     step.loss().backward()
@@ -106,11 +100,11 @@ def _before_the_round(setting: Setting, mode: str) -> ABLoRA:
     return step
 
 
-def _loss(step: ABLoRA) -> Tensor:
+def _loss(step: BeforeTheRound) -> Tensor:
     return step.model(**step.validation).loss.double()
 
 
-def _types(step: ABLoRA) -> int:
+def _types(step: BeforeTheRound) -> int:
     """Kinds of adapted layers: the paper prunes as many ranks a round."""
     names = [name for name, m in step.model.named_modules() if isinstance(m, LoraLayer)]
     return len({".".join(part for part in name.split(".") if not part.isdigit()) for name in names})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import conversion
 import rounds
 import startup as command_line
 import torch
+from compiling import build_compiled
 from contenders import CONTENDERS, INTERVAL, REFERENCE, SEARCH, TRAINING, Setting, Step, build
 from counting import count, device_waits
 from record import Record, record
@@ -19,6 +20,8 @@ from shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape
 from timing import Spread, Times, bytes_alive, interleave, peak_memory
 
 CONTENDERS["betty"] = betty_search.build
+
+Make = Callable[[str, Setting], Step | str]
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ def steps(plan: Plan) -> Iterator[Record]:
             yield timed("steps", setting, TRAINING, plan)
 
 
+def compiled(plan: Plan) -> Iterator[Record]:
+    """The same with every block compiled."""
+    names = (REFERENCE, "adalora", "allora", "ablora")
+    for shape in plan.chosen(CUDA_SHAPES if plan.device == "cuda" else ("llama-128",)):
+        for setting in plan.settings(shape):
+            yield timed("compiled", setting, names, plan, build_compiled)
+
+
 def rank(plan: Plan) -> Iterator[Record]:
     """The same, against the rank."""
     for shape in plan.chosen(CUDA_SHAPES[:1] if plan.device == "cuda" else ("llama-512",)):
@@ -91,15 +102,8 @@ def calls(plan: Plan) -> Iterator[Record]:
     """Calls into the tensor library by the allocator, in a step that allocates and in one that does not."""
     for shape in plan.chosen(("llama-128",)):
         setting = Setting(shape, plan.rank, plan.device)
-        counts: dict[str, Any] = {}
-        failures: dict[str, str] = {}
-        for name in ("peft-adalora", "adalora"):
-            contender = build(name, setting)
-            if isinstance(contender, str):
-                failures[name] = contender
-                continue
-            counts[name] = allocator_calls(contender)
-        yield record("calls", setting, {"modules": _modules(setting), "calls": counts}, failures)
+        counts, failures = allocator_figures(setting, ("peft-adalora", "adalora"))
+        yield record("calls", setting, {"modules": modules_of(setting), "calls": counts}, failures)
 
 
 def memory(plan: Plan) -> Iterator[Record]:
@@ -109,18 +113,8 @@ def memory(plan: Plan) -> Iterator[Record]:
         shapes.append(shapes[-1].with_(dtype=torch.bfloat16))
     for shape in shapes:
         for setting in plan.settings(shape):
-            peaks: dict[str, int] = {}
-            failures: dict[str, str] = {}
-            for name in TRAINING:
-                release(plan.device)
-                before = bytes_alive(plan.device)
-                contender = build(name, setting)
-                if isinstance(contender, str):
-                    failures[name] = contender
-                else:
-                    peaks[name] = peak_memory(contender.step, plan.device) - before
-                del contender
-            yield record("memory", setting, {"peak_bytes": peaks}, failures)
+            found, failures = peaks(setting, TRAINING)
+            yield record("memory", setting, {"peak_bytes": found}, failures)
 
 
 def ablora(plan: Plan) -> Iterator[Record]:
@@ -128,17 +122,7 @@ def ablora(plan: Plan) -> Iterator[Record]:
     ranks = {"llama-512": 6, "llama-128": 9, "minilm": 6}  # 168, 1,008 and 222 ranks
     for shape in plan.chosen(tuple(ranks)[:2] if plan.quick else tuple(ranks)):
         setting = Setting(shape, ranks.get(shape.name, plan.rank), plan.device)
-        figures: dict[str, Any] = {}
-        failures: dict[str, str] = {}
-        try:
-            naive, ours = rounds.compare(setting, ("fast", "exact"))
-        except Exception as error:
-            failures["ablora"] = f"{type(error).__name__}: {error}"
-        else:
-            for mode, own in ours.items():
-                same = own.pruned == naive.pruned
-                figures[mode] = {"ours": asdict(own), "naive": asdict(naive), "same_pruned": same}
-        yield record("ablora", setting, {"modules": _modules(setting), "rounds": figures}, failures)
+        yield ablora_round(setting, ("fast", "exact"))
 
 
 def compact(plan: Plan) -> Iterator[Record]:
@@ -171,6 +155,7 @@ SUITES: dict[str, Callable[[Plan], Iterator[Record]]] = {
     "startup": startup,
     "calls": calls,
     "steps": steps,
+    "compiled": compiled,
     "memory": memory,
     "ablora": ablora,
     "search": search,
@@ -182,7 +167,7 @@ SUITES: dict[str, Callable[[Plan], Iterator[Record]]] = {
 }
 
 
-def timed(suite: str, setting: Setting, names: Iterable[str], plan: Plan) -> Record:
+def timed(suite: str, setting: Setting, names: Iterable[str], plan: Plan, make: Make = build) -> Record:
     """Interleave contenders; ratios are against `REFERENCE`.
 
     Args:
@@ -190,23 +175,31 @@ def timed(suite: str, setting: Setting, names: Iterable[str], plan: Plan) -> Rec
         setting: What is recorded as the setting.
         names: The contenders; a mapping gives some of them a setting of their own.
         plan: How much is measured.
+        make: Builds and checks a contender.
     """
     built, failures = {}, {}
     for name in names:
-        contender = build(name, names[name] if isinstance(names, Mapping) else setting)
+        contender = make(name, names[name] if isinstance(names, Mapping) else setting)
         if isinstance(contender, str):
             failures[name] = contender
         else:
             built[name] = contender
-    figures: dict[str, Any] = {"modules": _modules(setting), "turns": plan.turns}
+    figures: dict[str, Any] = {"modules": modules_of(setting), "turns": plan.turns}
     if REFERENCE in built:
         block = INTERVAL if plan.device == "cuda" else 1
         times = interleave({name: step.step for name, step in built.items()}, plan.turns, plan.device, block)
         figures |= ratios(times, REFERENCE)
         figures["parameters"] = {name: step.parameters for name, step in built.items()}
+        figures |= graphs_of(built)
     del built
     release(plan.device)
     return record(suite, setting, figures, failures)
+
+
+def graphs_of(built: Mapping[str, Step]) -> dict[str, Any]:
+    """The number of graphs of each contender that was compiled, as a record keeps it."""
+    found = {name: getattr(step, "graphs", None) for name, step in built.items()}
+    return {"graphs": found} if any(found.values()) else {}
 
 
 def ratios(times: Times, reference: str) -> dict[str, Any]:
@@ -224,6 +217,50 @@ def release(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def peaks(setting: Setting, names: Iterable[str]) -> tuple[dict[str, int], dict[str, str]]:
+    """Peak memory of a step of each contender, one at a time, and why some have none."""
+    found: dict[str, int] = {}
+    failures: dict[str, str] = {}
+    for name in names:
+        release(setting.device)
+        before = bytes_alive(setting.device)
+        contender = build(name, setting)
+        if isinstance(contender, str):
+            failures[name] = contender
+        else:
+            found[name] = peak_memory(contender.step, setting.device) - before
+        del contender
+    return found, failures
+
+
+def ablora_round(setting: Setting, modes: Sequence[str]) -> Record:
+    """A round of AB-LoRA in some modes against the naive loop."""
+    figures: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    try:
+        naive, ours = rounds.compare(setting, modes)
+    except Exception as error:
+        failures["ablora"] = f"{type(error).__name__}: {error}"
+    else:
+        for mode, own in ours.items():
+            same = own.pruned == naive.pruned
+            figures[mode] = {"ours": asdict(own), "naive": asdict(naive), "same_pruned": same}
+    return record("ablora", setting, {"modules": modules_of(setting), "rounds": figures}, failures)
+
+
+def allocator_figures(setting: Setting, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The allocator's calls of each contender, and why some have none."""
+    counts: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    for name in names:
+        contender = build(name, setting)
+        if isinstance(contender, str):
+            failures[name] = contender
+        else:
+            counts[name] = allocator_calls(contender)
+    return counts, failures
 
 
 def allocator_calls(contender: Step) -> dict[str, dict[str, float]]:
@@ -253,6 +290,7 @@ def allocator_calls(contender: Step) -> dict[str, dict[str, float]]:
     return found
 
 
-def _modules(setting: Setting) -> int:
+def modules_of(setting: Setting) -> int:
+    """How many modules have an adapter."""
     shape, everything = setting.shape, {"llama": 7, "bert": 6}
     return shape.layers * (everything[shape.family] if shape.targets == "all-linear" else len(shape.targets))

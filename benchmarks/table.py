@@ -23,6 +23,7 @@ NAMES = {
     "adalora": "AdaLoRA",
     "adalora-compact": "AdaLoRA, compact, in its last phase",
     "allora": "ALLoRA",
+    "ablora": "AB-LoRA between rounds",
     "autolora-fast": "AutoLoRA `fast`",
     "autolora-paper": "AutoLoRA `paper`",
     "betty": "betty-ml, published formulation",
@@ -74,6 +75,8 @@ def render(records: Sequence[Record]) -> str:
     sections = {
         "Numbers to reach": targets(found),
         "A training step ÷ PEFT LoRA's, same starting rank": _steps(found, "steps"),
+        "The same, every block compiled": _steps(found, "compiled"),
+        "The same over a base model in 4 bits": _steps(found, "four-bit"),
         "AutoLoRA's search step ÷ PEFT LoRA's step": _steps(found, "search"),
         "AdaLoRA from rank 64 to 16, its last phase ÷ PEFT LoRA's step at rank 16": _steps(found, "compact"),
         "Growth": _growth(found),
@@ -120,6 +123,7 @@ def _clock(record: Record) -> str:
 
 def _where(record: Record) -> str:
     where = f"{record['shape']} r {record['rank']}"
+    where += f", {record['tokens']:,} tokens" if record["device"] == "cuda" else ""
     return where if record["dtype"] == "float32" else f"{where}, {record['dtype']}, {record['adapter']} adapter"
 
 

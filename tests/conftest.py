@@ -41,6 +41,15 @@ settings.register_profile("thorough", derandomize=False, deadline=None, max_exam
 settings.load_profile("default")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the methods' contract and test_kernel_device.py run: cuda")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--device")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Before `-m "not slow"` looks at the marks."""

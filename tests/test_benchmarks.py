@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,19 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = ("contenders", "counting", "record", "shapes", "startup", "suites", "table", "timing", "run")
+MODULES = (
+    "contenders",
+    "counting",
+    "gpu",
+    "gpu_parts",
+    "record",
+    "shapes",
+    "startup",
+    "suites",
+    "table",
+    "timing",
+    "run",
+)
 
 
 @pytest.fixture
@@ -155,6 +169,77 @@ class TestTables:
         records = [self.made(**{"suite": kind, kind: value}) for kind in kinds for value in (16, 32)]
         bench.table.plot(records, tmp_path / "plot.svg")
         assert "<svg" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
+
+
+class TestOnAGpu:
+    @staticmethod
+    def saying(text: str) -> list[str]:
+        return [sys.executable, "-c", f"print({text!r})"]
+
+    def test_a_missing_package_leaves_a_part_out_and_the_next_one_is_run(
+        self, bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        lacking = bench.gpu.Part("nothing", 60, ("json", "no_such_package", "nor_this"))
+        monkeypatch.setattr(bench.gpu, "PARTS", {"lacking": lacking, "whole": bench.gpu.Part("something", 60, ())})
+        outcomes = bench.gpu.run_all(["lacking", "whole"], self.saying)
+        assert outcomes["lacking"] == "left out: no_such_package, nor_this not installed"
+        assert outcomes["whole"].startswith("done in ")
+        printed = capfd.readouterr().out.splitlines()
+        assert "== lacking: left out: no_such_package, nor_this not installed" in printed
+        assert "whole" in printed
+        assert "lacking" not in printed, "its process has not been started"
+
+    def test_a_part_that_fails_or_hangs_does_not_stop_the_others(
+        self, bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        work = {"fails": "raise SystemExit(3)", "hangs": "while True: pass", "works": "pass"}
+        monkeypatch.setattr(bench.gpu, "PARTS", {name: bench.gpu.Part("", 60, ()) for name in work})
+        monkeypatch.setattr(bench.gpu, "PARTS", {**bench.gpu.PARTS, "hangs": bench.gpu.Part("", 1, ())})
+        monkeypatch.setattr(bench.gpu, "LEAST", 0)
+        outcomes = bench.gpu.run_all(list(work), lambda name: [sys.executable, "-c", work[name]])
+        assert outcomes["fails"].startswith("failed with exit status 3 after ")
+        assert outcomes["hangs"] == "stopped after 1 s; what was printed is measured"
+        assert outcomes["works"].startswith("done in ")
+
+    def test_no_part_begins_when_the_time_is_used_up(self, bench: SimpleNamespace) -> None:
+        assert bench.gpu.run_all(["eager"], self.saying, seconds=bench.gpu.LEAST / 2) == {
+            "eager": "left out: the time is used up"
+        }
+
+    def test_the_parts_fit_into_eight_minutes_and_come_with_what_they_measure(self, bench: SimpleNamespace) -> None:
+        assert sum(part.seconds for part in bench.gpu.PARTS.values()) <= bench.gpu.SECONDS == 8 * 60
+        assert set(bench.gpu.PARTS) == {"tests", *bench.gpu_parts.PARTS}
+        assert all((FOLDER.parent / test).exists() for test in bench.gpu.TESTS)
+
+    def test_contenders_share_the_frozen_weights_and_nothing_else(self, bench: SimpleNamespace) -> None:
+        shape = bench.gpu_parts.sharing(bench.shapes.SHAPES["tiny"])
+        one, other = (bench.contenders.build(name, bench.contenders.Setting(shape, 4)) for name in ("adalora",) * 2)
+        weights = [dict(step.model.named_parameters()) for step in (one, other)]
+        shared = {n for n in weights[0] if weights[0][n].data_ptr() == weights[1][n].data_ptr()}
+        assert shared == {n for n in weights[0] if "lora_" not in n}
+        assert not any(weights[0][n].requires_grad for n in shared)
+
+    @pytest.mark.slow
+    def test_the_rehearsal_runs_every_part(self, bench: SimpleNamespace, tmp_path: Path) -> None:
+        command = [str(FOLDER / "gpu.sh"), "--rehearse", "--results", str(tmp_path)]
+        environment = {**os.environ, "PYTHON": sys.executable}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for part in bench.gpu.PARTS:
+            assert f"\n{part}: done in " in done.stdout, part
+        records = list(bench.record.read(tmp_path))
+        assert not any(made["failures"] for made in records)
+        suites = [made["suite"] for made in records]
+        assert {name: suites.count(name) for name in suites} == {
+            "steps": 3,
+            "compiled": 2,
+            "calls": 1,
+            "memory": 2,
+            "ablora": 1,
+            "four-bit": 1,
+        }
+        compiled = [made for made in records if made["suite"] == "compiled"]
+        assert all(set(made["graphs"].values()) == {2} for made in compiled), "of a block, and of the first one"
 
 
 def test_records_are_lines_of_json(bench: SimpleNamespace, tmp_path: Path) -> None:

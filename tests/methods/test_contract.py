@@ -82,6 +82,10 @@ SLOW = (
 class TestContract(MethodContract):
     methods = METHODS
 
+    @pytest.fixture(autouse=True)
+    def _on_device(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(TestContract, "device", device)
+
     def models(self, row: str) -> Sequence[str]:
         """One model in turn; those with most to get wrong on both."""
         return MODELS if row in ON_BOTH_MODELS else (MODELS[list(METHODS).index(row) % 2],)

@@ -33,7 +33,7 @@ from loralloc.testing.loop import (
     with_examples,
     without_lowest_gates,
 )
-from loralloc.testing.models import TINY, adapted, logits
+from loralloc.testing.models import logits
 from loralloc.training.bad_steps import MAX_BAD_STEPS
 from loralloc.training.run import attach
 
@@ -76,7 +76,7 @@ class MethodContract(Hooks):
     ) -> None:
         """What is left is stock PEFT's: it computes what was trained, less what the end has closed."""
         loop = self.loop(method, name).walk()
-        base = logits(adapted(TINY[name]))
+        base = logits(self.plain(name))
         trained = logits(loop.model)
         assert (trained - base).abs().max() > 0.01  # it did learn something
         gated = deepcopy(loop) if loop.decides in BY_GATES else None
@@ -88,7 +88,7 @@ class MethodContract(Hooks):
         assert (logits(loop.model) - trained).abs().max() < 1e-5
         export = export_adapter(loop.model, tmp_path / "adapter")
         assert export.ranks == plan.ranks
-        stock = PeftModel.from_pretrained(adapted(TINY[name]).unload(), tmp_path / "adapter").eval()
+        stock = PeftModel.from_pretrained(self.plain(name).unload(), tmp_path / "adapter").eval()
         assert (logits(stock) - trained).abs().max() < 1e-5
 
     def test_frozen_weights_are_never_touched(self, method: Make, name: str) -> None:

@@ -26,8 +26,10 @@ class Hooks:
         methods: What is tested, by a name for each row.
         optimizers: What the runs are trained with. A method whose numbers fit one learning rate alone may lower the
             other one's.
+        device: Where the models are; `cuda` holds the methods to the contract on a GPU.
     """
 
+    device: ClassVar[str] = "cpu"
     methods: ClassVar[Mapping[str, Make]]
     optimizers: ClassVar[Mapping[str, Callable[[list[Tensor]], torch.optim.Optimizer]]] = {
         "adamw": adamw,
@@ -89,7 +91,11 @@ class Hooks:
 
     def model(self, make: Make, name: str, budget: Budget = HALF, *, dtype: torch.dtype = torch.float32) -> PeftModel:
         """Build a tiny model for a method."""
-        return adapted(TINY[name], dtype=dtype, lora_alpha=self.lora_alpha(make(budget)))
+        return self.plain(name, dtype=dtype, lora_alpha=self.lora_alpha(make(budget)))
+
+    def plain(self, name: str, **settings: Any) -> PeftModel:
+        """Build a tiny model with a fresh adapter, on the device."""
+        return adapted(TINY[name], **settings).to(self.device)
 
     def loop(
         self,

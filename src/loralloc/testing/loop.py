@@ -16,7 +16,7 @@ from loralloc.gating import Site
 from loralloc.methods.base import Method
 from loralloc.methods.settings import settings
 from loralloc.peft_layers import PREFIX
-from loralloc.testing.models import labelled_batch, logits
+from loralloc.testing.models import labelled_batch, logits, on_device_of
 from loralloc.training.run import attach
 
 STEPS, COOLDOWN = 18, 7
@@ -115,7 +115,7 @@ class Loop:
     def backward(self, parts: int = 1) -> None:
         """Go through one batch of 8 samples, or as many smaller ones whose losses are averaged."""
         self.optimizer.zero_grad()
-        batch = batch_of_8(self.name, self.run.step)
+        batch = on_device_of(self.model, batch_of_8(self.name, self.run.step))
         total = 0.0
         for part in zip(*(value.chunk(parts) for value in batch.values()), strict=True):
             loss = self.model(**dict(zip(batch, part, strict=True))).loss / parts

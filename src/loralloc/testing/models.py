@@ -140,7 +140,13 @@ def labelled_batch(name: str, seed: int = 0) -> dict[str, Tensor]:
     return {**batch, "labels": ids[:, 0] % LABELS if name == "bert" else ids}
 
 
+def on_device_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put a batch where a model is."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
 @torch.no_grad()
 def logits(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> Tensor:
     """Compute the logits of a batch, the model left in the mode it is in."""
-    return model(**(token_batch() if batch is None else batch)).logits
+    return model(**on_device_of(model, token_batch() if batch is None else batch)).logits
