@@ -28,7 +28,13 @@ NAMES = {
     "autolora-paper": "AutoLoRA `paper`",
     "betty": "betty-ml, published formulation",
 }
-GROWING = {"frozen": "frozen model (limit)", "peft-adalora": "PEFT AdaLoRA", "adalora": "AdaLoRA"}
+GROWING = {
+    "frozen": "frozen model (limit)",
+    "peft-adalora": "PEFT AdaLoRA",
+    "adalora": "AdaLoRA",
+    "allora": "ALLoRA",
+    "ablora": "AB-LoRA between rounds",
+}
 """What is shown against rank, modules and tokens."""
 
 

@@ -212,9 +212,8 @@ class _GatedVariant(LoraVariant):
             return result
         return gated_lora(module.lora_dropout[active_adapter](x), result, *self._update_of(module, active_adapter, x))
 
-    def with_layer(self, module: Any, adapter: str, x: Tensor) -> Tensor:
+    def with_layer(self, module: Any, frozen: Any, adapter: str, x: Tensor) -> Tensor:
         """The same in one step with the frozen layer, which `_is_plain_product`."""
-        frozen = module.base_layer
         return gated_linear(x, frozen.weight, frozen.bias, *self._update_of(module, adapter, x))
 
     @property
@@ -386,10 +385,10 @@ class _GatedLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward pass: in one step where that is possible, else PEFT's."""
         layer = self.layer
-        adapter = None if args or kwargs else _sole_adapter(layer)
-        if adapter is None or not _is_plain_product(layer.base_layer):
+        adapter, frozen = None if args or kwargs else _sole_adapter(layer), layer.base_layer
+        if adapter is None or not _is_plain_product(frozen):
             return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-        return layer.lora_variant[adapter].with_layer(layer, adapter, x)  # type: ignore[no-any-return]
+        return layer.lora_variant[adapter].with_layer(layer, frozen, adapter, x)  # type: ignore[no-any-return]
 
     def uncast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Leave the input of gated adapters as it is, where PEFT would cast it to the adapter's dtype.

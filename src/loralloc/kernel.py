@@ -133,15 +133,28 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def _narrow(a: Tensor, b: Tensor, always: bool = False) -> Tensor:
-    """Return a @ b, where b has one column per rank.
+def _down(x: Tensor, A: Tensor) -> Tensor:
+    """Return x Aᵀ, [N, r]."""
+    return torch.mm(A, x.t()).t() if _turned(x, A.shape[0]) else torch.mm(x, A.t())
 
-    MKL computes products with fewer than 16 columns at a half to a tenth of the speed of those with as few rows, so on
-    a CPU they are turned around; `always` is for aᵀ contiguous, where that pays at any number (benchmarks/LOG.md).
+
+def _times(dy: Tensor, B: Tensor) -> Tensor:
+    """Return dy B, [N, r]."""
+    return torch.mm(B.t(), dy.t()).t() if _turned(dy, B.shape[1]) else torch.mm(dy, B)
+
+
+def _between(dy: Tensor, h: Tensor) -> Tensor:
+    """Return dyᵀ h, [out, r]: with dyᵀ on the left it pays at any number of ranks to turn it around."""
+    return torch.mm(h.t(), dy).t() if dy.is_cpu else torch.mm(dy.t(), h)
+
+
+def _turned(t: Tensor, columns: int) -> bool:
+    """Whether a product with so many columns is computed as one with so many rows.
+
+    MKL computes products with fewer than 16 columns at a half to a tenth of the speed of those with as few rows
+    (benchmarks/LOG.md).
     """
-    if a.device.type == "cpu" and (always or b.shape[1] < 16):
-        return (b.t() @ a.t()).t()
-    return a @ b
+    return columns < 16 and t.is_cpu
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -159,7 +172,7 @@ def _unflat(t: Tensor, like: Tensor) -> Tensor:
 
 def _activation(x: Tensor, A: Tensor, g: Tensor, s: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return h = x Aᵀ, [N, r], and the factor s · g of it, in the dtype of the products."""
-    return _narrow(_cast(_flat(x), dtype), _cast(A, dtype).t()), _cast(g * s, dtype)
+    return _down(_cast(_flat(x), dtype), _cast(A, dtype)), _cast(g * s, dtype)
 
 
 class _GatedLoRA(torch.autograd.Function):
@@ -219,14 +232,14 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     t, t_rows = _activation_gradients(dy_, B, row_scale, need_x or need_g, need_A)
     t_gated = _gate(t, gate, shape) if need_x or (need_A and t_rows is t) else None
     if need_x:
-        dx = _unflat(_cast(_input_gradient(dy, W, t_gated, _cast(A, dtype)), x.dtype), x)
+        dx = _cast(_input_gradient(dy, W, t_gated, _cast(A, dtype)), x.dtype).view(shape)
     if need_g:
         dg = _gate_gradient(t, h, s, g, shape)
     if need_A:
         rows = t_gated if t_rows is t else _gate(t_rows, gate, shape)
-        dA = _cast(rows.t() @ _cast(_flat(x), dtype), A.dtype)
+        dA = _cast(torch.mm(rows.t(), _cast(_flat(x), dtype)), A.dtype)
     if need_B:
-        dB = _narrow(dy_.t(), _gate(h, gate, shape), always=True)
+        dB = _between(dy_, _gate(h, gate, shape))
         dB = _cast(dB if row_scale is None else row_scale[:, None] * dB, B.dtype)
     return dx, dy if need_base else None, None, None, dA, dg, dB, None, None
 
@@ -234,8 +247,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _input_gradient(dy: Tensor, W: Tensor | None, t_gated: Tensor, A: Tensor) -> Tensor:
     """Gradient of x, [N, in]: through the adapter, and through the layer where it is part of the product."""
     if W is None:
-        return t_gated @ A
-    return _plus(_flat(dy) @ _cast(W, dy.dtype), t_gated, A, owned=True)
+        return torch.mm(t_gated, A)
+    return _plus(torch.mm(_flat(dy), _cast(W, dy.dtype)), t_gated, A, owned=True)
 
 
 def _activation_gradients(
@@ -243,12 +256,13 @@ def _activation_gradients(
 ) -> tuple[Any, Any]:
     """Gradient of the gated activation, [N, r]: (dy B for input and gates, dy S B for A), None where not needed."""
     if row_scale is None:
-        t = _narrow(dy, _cast(B, dy.dtype)) if plain or scaled else None
+        t = _times(dy, _cast(B, dy.dtype)) if plain or scaled else None
         return t, t
     scaled_B = _cast(row_scale[:, None] * B, dy.dtype) if scaled else None  # in the parameters' precision, then rounded
     if plain and scaled_B is not None:
-        return _narrow(dy, torch.cat((_cast(B, dy.dtype), scaled_B), dim=1)).split(B.shape[1], dim=1)  # type: ignore[return-value]
-    return (_narrow(dy, _cast(B, dy.dtype)) if plain else None), (None if scaled_B is None else _narrow(dy, scaled_B))
+        both, rank = _times(dy, torch.cat((_cast(B, dy.dtype), scaled_B), dim=1)), B.shape[1]
+        return both.narrow(1, 0, rank), both.narrow(1, rank, rank)
+    return (_times(dy, _cast(B, dy.dtype)) if plain else None), (None if scaled_B is None else _times(dy, scaled_B))
 
 
 def _gate(h: Tensor, gate: Tensor, shape: torch.Size) -> Tensor:

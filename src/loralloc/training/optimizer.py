@@ -55,8 +55,11 @@ def check_unscaled(optimizer: Any) -> None:
 def learning_rate(optimizer: torch.optim.Optimizer | None, sites: Sequence[Site]) -> float | None:
     """The rate of the group that holds the adapter: A, or B where A is frozen. None without an optimizer."""
     groups = [] if optimizer is None else optimizer.param_groups
-    rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
-    return rates.get(id(sites[0].A), rates.get(id(sites[0].B)))
+    for factor in (sites[0].A, sites[0].B):
+        for group in groups:
+            if any(parameter is factor for parameter in group["params"]):
+                return float(group["lr"])
+    return None
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer | None) -> str | None:

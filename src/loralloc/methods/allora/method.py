@@ -44,7 +44,7 @@ from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.allora.rows import row_norms, row_scales
-from loralloc.methods.allora.state import ALLoRAState, check_dropout, check_scales, groups_of
+from loralloc.methods.allora.state import ALLoRAState, check_dropout, check_scales, groups_of, stacked
 from loralloc.methods.base import Decision, Method, StepContext
 from loralloc.schedule import ConstantSchedule, Schedule
 from loralloc.setting_types import is_number
@@ -207,12 +207,13 @@ class ALLoRA(Method):
         """Compute s for every site, group by group, and hand it to the kernel or keep it, as the mode wants it."""
         state.stretch = []
         for sites in state.groups:
-            gates = torch.stack([site.gate.detach() * site.scale for site in sites])
-            A, B = (torch.stack([getattr(site, symbol).detach() for site in sites]) for symbol in "AB")
+            scales = stacked([site.scale for site in sites])
+            gates = stacked([site.gate for site in sites]) * scales
+            A, B = stacked([site.A for site in sites]), stacked([site.B for site in sites])
             # s_i = 1 / √(‖(BA)_i‖ + 1/η²), a constant to autograd.
             s = row_scales(row_norms(A, gates, B), self.eta)
             if self.mode == "post":
-                B = B.to(s.dtype) * torch.stack([site.scale != 0 for site in sites])[:, None]  # closed ranks are gone
+                B = B.to(s.dtype) * (scales != 0)[:, None]  # closed ranks are gone
                 mean = torch.linalg.matrix_norm(s[:, :, None] * B) / torch.linalg.matrix_norm(B)
                 mean = torch.where(B.flatten(1).any(1), mean, self.eta)
                 for mean_of_site, s_of_site in zip(mean, s, strict=True):
