@@ -5,6 +5,7 @@ python benchmarks/micro.py operators --shape llama-512  # a step by operator, as
 python benchmarks/micro.py onestep --shape llama-512  # frozen layer and update as one step of the graph, or as two
 python benchmarks/micro.py layer                      # a layer whose products cost nothing: what is beside them
 python benchmarks/micro.py ways                       # the kernel as ordinary operations, and by hand
+python benchmarks/micro.py mixed                      # the same in bf16 and under autocast, where it is by hand
 python benchmarks/micro.py products                   # an adapter's narrow products, either way around
 python benchmarks/micro.py repeats --shape llama-512  # a forward pass of 1 to 32 copies of a batch
 python benchmarks/micro.py averages                   # AdaLoRA's running averages: stacks, or lists of tensors
@@ -16,6 +17,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -24,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from shapes import SHAPES
 from timing import bytes_alive, interleave, peak_memory
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.profiler import profile
 
 from loralloc import AdaLoRA, Budget, attach, kernel
@@ -153,6 +156,47 @@ def ways(turns: int) -> None:
         show(f"{layers} layers of {width}, {tokens} tokens", found, digits=3)
 
 
+MIXED = {
+    "bf16, adapter bf16": (torch.bfloat16, torch.bfloat16, False),
+    "bf16, adapter fp32": (torch.bfloat16, torch.float32, False),
+    "bf16, adapter fp32, autocast": (torch.bfloat16, torch.float32, True),
+}
+"""Dtypes of a base and its adapter, and whether autocast is on."""
+
+
+def mixed(turns: int, repeats: int = 20) -> None:
+    """Forward and backward of a layer as shares of plain LoRA's: by hand, and as operations with the gates in fp32."""
+    for width, tokens in ((128, 16), (512, 512)):
+        for title, (dtype, adapter, cast) in MIXED.items():
+            x = torch.randn(1, tokens, width, dtype=dtype, requires_grad=True)
+            W, s = torch.randn(width, width, dtype=dtype), torch.ones(12)
+            A, B = (torch.randn(shape, dtype=adapter, requires_grad=True) for shape in ((12, width), (width, 12)))
+            g = torch.ones(12, requires_grad=True)
+
+            def plain(x=x, W=W, A=A, B=B) -> Tensor:
+                return linear(x, W) + (linear(linear(x.to(A.dtype), A), B) * 2.0).to(x.dtype)
+
+            def composed(x=x, W=W, A=A, g=g, B=B, s=s) -> Tensor:
+                h = linear(x[0].to(A.dtype), A)
+                return torch.addmm(linear(x[0], W).to(h.dtype), (h.float() * (g * s)).to(h.dtype), B.t()).to(x.dtype)
+
+            ways = {
+                "plain": plain,
+                "by hand": lambda x=x, W=W, A=A, g=g, B=B, s=s: kernel.gated_linear(x, W, None, A, g, B, s),
+                "composed": composed,
+            }
+
+            def both(way: Callable[[], Tensor], cast: bool = cast) -> None:
+                for _ in range(repeats):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                        y = way()
+                    y.sum().backward()
+
+            times = interleave({name: partial(both, way) for name, way in ways.items()}, turns)
+            found = {name: times.ratio(name, "plain", "processor").median for name in ways if name != "plain"}
+            show(f"{width} wide, {tokens} tokens, {title}", found, digits=3)
+
+
 @torch.no_grad()
 def products(turns: int) -> None:
     """A layer's products that are as narrow as its rank: h = x Aᵀ, t = dy B, dB = dyᵀ h, straight and turned around."""
@@ -218,7 +262,7 @@ def show(title: str, found: Mapping[str, float], digits: int = 2) -> None:
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=(*OF_A_STEP, "layer", "ways", "products", "repeats", "averages"))
+    parser.add_argument("what", choices=(*OF_A_STEP, "layer", "ways", "mixed", "products", "repeats", "averages"))
     parser.add_argument("--shape", choices=SHAPES, default="llama-512")
     parser.add_argument("--rank", type=int, default=12)
     parser.add_argument("--turns", type=int, default=20)
@@ -229,7 +273,8 @@ def main() -> None:
     elif options.what == "repeats":
         repeats(options.shape, options.turns)
     else:
-        {"layer": layer, "ways": ways, "products": products, "averages": averages}[options.what](options.turns)
+        found = {"layer": layer, "ways": ways, "mixed": mixed, "products": products, "averages": averages}
+        found[options.what](options.turns)
 
 
 if __name__ == "__main__":
