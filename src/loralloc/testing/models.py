@@ -140,10 +140,10 @@ def labelled_batch(name: str, seed: int = 0) -> dict[str, Tensor]:
     return {**batch, "labels": ids[:, 0] % LABELS if name == "bert" else ids}
 
 
-def on_device_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put a batch where a model is."""
+def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the tensors of a batch where a model is."""
     device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 @torch.no_grad()
