@@ -46,6 +46,7 @@ class TestRun:
             "search/trace.jsonl",
             "search/log.jsonl",
             "search/metrics.json",
+            "search/depends_on.json",
         }
         assert {"recipe.yaml", "ranks.json", "trace.jsonl", "log.jsonl", "metrics.json", "report.html"} <= found
         assert "adapter/adapter_model.safetensors" in found
@@ -248,3 +249,20 @@ def test_dry_run_shows_both_stages(write: Write, here: Path) -> None:
 )
 def test_mistakes(write: Write, words: list[Any], message: str) -> None:
     assert re.search(message, refused("train", write(SEARCH), *words))
+
+
+@pytest.mark.usefixtures("unreported")
+def test_what_has_changed_since_the_search_is_refused_unless_it_is_allowed(write: Write, data: Path) -> None:
+    recipe = write(SEARCH)
+    with killed_in(pipeline, "_with_fresh_model"):  # when the search is over, and before the first checkpoint
+        done("train", recipe)
+    rows = (data / "train.jsonl").read_text(encoding="utf-8")
+    (data / "train.jsonl").write_text(rows + rows.splitlines()[0] + "\n", encoding="utf-8")
+    try:
+        said = refused("train", recipe, "--resume")
+        assert said.startswith("run/search belongs to a run that differs: data.train has ")
+        assert "--allow-changed data" in said
+        assert "as --allow-changed says it may" in done("train", recipe, "--resume", "--allow-changed", "data")
+    finally:
+        (data / "train.jsonl").write_text(rows, encoding="utf-8")
+    assert Path("run/metrics.json").is_file()

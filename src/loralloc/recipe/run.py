@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -27,7 +27,7 @@ from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
 from loralloc.recipe import stages
 from loralloc.recipe.card import card_facts
-from loralloc.recipe.changes import in_words, split_changes
+from loralloc.recipe.changes import check_unchanged, in_words, split_changes
 from loralloc.recipe.cuts import evaluate_cuts
 from loralloc.recipe.from_recipe import task_data
 from loralloc.recipe.going_on import speaking_of_a_full_disk
@@ -124,6 +124,8 @@ def _run(
         stage = stages.prepare_training(trained_recipe, data, folder, screen, after_search=search_plan is not None)
     if not resume and search_plan is None:
         processes.on_main(folder.create, recipe)
+    if continues and search_plan is not None:
+        processes.on_main(_check_search, folder.search, stage, allow_changed)
     checkpoint = stage.checkpoint(allow_changed) if continues else None
     if untrained is None:
         found = stage.evaluate("untrained")
@@ -222,13 +224,22 @@ def _search(
     record = {"examples": length_of(stage.data.train), "held_out": len(stage.data.validation)}
     record |= {"steps": plan.provenance["steps"], "seconds": round(stage.trainer.train_seconds, 1)}
     record["processor_seconds"] = round(stage.trainer.processor_seconds, 2)
-    processes.on_main(_write_search, folder.search, record, plan)
+    processes.on_main(_write_search, folder.search, record, stage.trainer.depends_on(), plan)
     with processes.together():
         return plan, _with_fresh_model(data)
 
 
-def _write_search(folder: RunFolder, record: dict[str, Any], plan: RankPlan) -> None:
+def _check_search(search: RunFolder, stage: Stage, allow_changed: Collection[str]) -> None:
+    """Refuse to train at the ranks of a search that has seen other data, or another base model."""
+    theirs, mine = json.loads(search.depends_on.read_text(encoding="utf-8")), stage.trainer.depends_on()
+    alike = {kind: mine[kind] for kind in ("data", "base", "versions")}  # the recipe is the folder's, compared already
+    for words in check_unchanged(theirs, alike, allow_changed, search.root):
+        stage.screen.warning(f"{words}, as --allow-changed says it may")
+
+
+def _write_search(folder: RunFolder, record: dict[str, Any], depends_on: Mapping[str, Any], plan: RankPlan) -> None:
     folder.write_json(folder.metrics, record)
+    folder.write_json(folder.depends_on, dict(depends_on))
     plan.save(folder.plan)  # last: it says that the search is over
 
 

@@ -98,6 +98,11 @@ class RunFolder:
         return self.root / "metrics.json"
 
     @property
+    def depends_on(self) -> Path:
+        """What a search has depended on: its checkpoints say so too, but they may be gone."""
+        return self.root / "depends_on.json"
+
+    @property
     def losses(self) -> Path:
         """The loss of every held-out example, to compare runs by."""
         return self.root / "losses.json"
