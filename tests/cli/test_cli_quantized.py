@@ -84,7 +84,10 @@ class TestTrain:
 class TestOtherVerbs:
     def test_evaluate_repeats_the_metrics(self, run: Path) -> None:
         perplexity = read_json(run / "metrics.json")["validation"]["perplexity"]
-        assert f"{perplexity:.4f}" in done("evaluate", run)
+        names, values = (line.split() for line in done("evaluate", run).splitlines()[:2])
+        # Where a CPU has AVX-512 for bfloat16, bitsandbytes multiplies 4 bits in it as long as no gradient is asked for.
+        found = dict(zip(names, values[1:], strict=True))
+        assert float(found["perplexity"]) == pytest.approx(perplexity, rel=1e-3)
 
     @pytest.mark.parametrize("profile", ["ragged", "uniform"])
     def test_adapters_hold_what_the_run_trained(self, run: Path, profile: str) -> None:
