@@ -107,15 +107,21 @@ def link(target: Path, path: Path) -> Path:
 
 def keep(name: str, output: Path) -> None:
     """Pack what the finished runs of a study have measured; zeros stand in the place of weights."""
+    if not (output / "compare.yaml").is_file():  # it was refused
+        return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(RESULTS / f"{name}.tar.xz", "w:xz") as archive:
+    kept, half = RESULTS / f"{name}.tar.xz", RESULTS / f"{name}.half"
+    with tarfile.open(half, "w:xz") as archive:
         archive.add(output / "compare.yaml", "compare.yaml", filter=nobodys)
-        for run in sorted(path.parent for path in output.glob("runs/*/metrics.json")):
+        for run in sorted(path.parents[1] for path in output.glob(f"runs/*/{WEIGHTS}")):
+            if not (run / "metrics.json").is_file():
+                continue
             for path in (run / part for part in MEASURED if (run / part).is_file()):
                 archive.add(path, str(path.relative_to(output)), filter=nobodys)
             weights = tarfile.TarInfo(str((run / WEIGHTS).relative_to(output)))
             weights.size = (run / WEIGHTS).stat().st_size
             archive.addfile(weights, io.BytesIO(bytes(weights.size)))
+    os.replace(half, kept)
 
 
 def nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -124,11 +130,14 @@ def nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def restore(name: str, output: Path) -> None:
-    """Unpack what is kept of a study, where none of its runs is there."""
+    """Unpack the runs that are kept of a study, but for those that are there."""
     kept = RESULTS / f"{name}.tar.xz"
-    if kept.is_file() and not output.exists():
-        with tarfile.open(kept) as archive:
-            archive.extractall(output, filter="data")
+    if not kept.is_file():
+        return
+    there = {path.name for path in output.glob("runs/*")}
+    with tarfile.open(kept) as archive:
+        missing = [entry for entry in archive if entry.name.removeprefix("runs/").partition("/")[0] not in there]
+        archive.extractall(output, missing, filter="data")
 
 
 def table(found: Mapping[str, Any]) -> str:

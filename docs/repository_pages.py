@@ -34,6 +34,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     while waiting - done:
         path = min(waiting - done)
         done.add(path)
+        if not (ROOT / path).is_file():  # MkDocs says so
+            continue
         file = _generated(path, config)
         files.append(file)
         if path.endswith(".md"):

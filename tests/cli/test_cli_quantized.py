@@ -85,7 +85,7 @@ class TestOtherVerbs:
     def test_evaluate_repeats_the_metrics(self, run: Path) -> None:
         perplexity = read_json(run / "metrics.json")["validation"]["perplexity"]
         names, values = (line.split() for line in done("evaluate", run).splitlines()[:2])
-        # Where a CPU has AVX-512 for bfloat16, bitsandbytes multiplies 4 bits in it as long as no gradient is asked for.
+        # On a CPU with AVX-512 for bfloat16, bitsandbytes multiplies 4 bits in it where no gradient is asked for.
         found = dict(zip(names, values[1:], strict=True))
         assert float(found["perplexity"]) == pytest.approx(perplexity, rel=1e-3)
 

@@ -147,7 +147,15 @@ class TestCells:
         words = ("--method.name", "ablora", "--methods", "[short]", "--variants", "{short: {name: ablora, rounds: 2}}")
         text = RECIPE.replace("name: adalora", "name: ablora")
         recipe = recipe_for(tmp_path, *words[2:], "--method.validation", "validation", text=text)
-        assert "method.validation: ablora would look at the validation data" in told(check_comparable, recipe)
+        assert "compare.variants.short.validation: short would look at the validation data" in told(
+            check_comparable, recipe
+        )
+        own = "{short: {name: ablora, validation: 0.1}, leaky: {name: autolora, validation: validation}}"
+        recipe = recipe_for(
+            tmp_path, "--methods", "[short, leaky]", "--variants", own, "--method.validation", "validation", text=text
+        )
+        assert told(check_comparable, recipe).startswith("compare.variants.leaky.validation: leaky would look at")
+        assert "\n" not in told(check_comparable, recipe), "the other one has a share of its own"
 
     def test_peers_stay_away_where_ranks_are_uneven_and_lora_is_as_even_as_it_can_be(self, tmp_path: Path) -> None:
         cells = cells_of(recipe_for(tmp_path, "--budgets", "1.5"))
@@ -280,6 +288,10 @@ class TestRefusals:
                 "compare.variants.fast: say of which method, as in {name: adalora, parity: none}",
             ),
             ("{fast: {name: lora}}", "compare.variants.fast: there is no method lora; there are adalora, ablora, "),
+            (
+                "{fast: {name: adalora}}",
+                "compare.variants.fast: nobody competes under this name; put fast into compare.methods",
+            ),
             ("{Fast one: {name: adalora}}", "compare.variants"),
         ],
     )
@@ -287,6 +299,16 @@ class TestRefusals:
         with pytest.raises(UserError) as error:
             recipe_for(tmp_path, "--variants", variants)
         assert str(error.value).startswith(f"--variants: {reason}")
+
+    @pytest.mark.parametrize("setting", ["budget: {average_rank: 1}", "rank_seed: 3"])
+    def test_what_a_comparison_sets_itself(self, tmp_path: Path, setting: str) -> None:
+        variants = f"{{fast: {{name: random, {setting}}}}}"
+        with pytest.raises(UserError) as error:
+            recipe_for(tmp_path, "--methods", "[fast]", "--variants", variants)
+        name = setting.partition(":")[0]
+        assert str(error.value) == (
+            f"--variants: compare.variants.fast.{name}: a comparison sets it for every contender; take it out"
+        )
 
     def test_a_variants_settings_are_its_methods(self, tmp_path: Path) -> None:
         recipe = recipe_for(tmp_path, "--methods", "[fast]", "--variants", "{fast: {name: adalora, wormup: 0.1}}")

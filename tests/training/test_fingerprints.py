@@ -78,6 +78,12 @@ class TestWeights:
                 weight += 1
         assert weights_fingerprint(model) == before, "what is trained does not count"
 
+    def test_do_not_depend_on_which_layers_have_an_adapter(self) -> None:
+        """A search adapts all of them; its plan may leave some without."""
+        whole = weights_fingerprint(tiny_peft("llama"))
+        assert weights_fingerprint(tiny_peft("llama", target_modules=["q_proj"])) == whole
+        assert weights_fingerprint(tiny_peft("llama", target_modules=["down_proj"])) == whole
+
     @pytest.mark.parametrize("name", ["q_proj", "norm", "embed_tokens", "lm_head"])
     def test_a_tensor_that_was_scaled_is_seen(self, name: str) -> None:
         model = tiny_peft("llama")

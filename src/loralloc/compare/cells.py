@@ -132,19 +132,15 @@ def _unfair(recipe: Recipe) -> Iterator[str]:
             "data.test: without test data, methods are compared on the validation data, which data.validation: "
             f"{data.validation:g} cuts anew for every seed; name test data, or a file in data.validation"
         )
-    if getattr(recipe.method, "validation", None) == "validation" and compares_own_method(recipe):
+    variants = section_of(recipe).variants
+    for contender in contenders(recipe):
+        if contender.kind != "method" or _settings(recipe, contender).get("validation") != "validation":
+            continue
+        section = f"compare.variants.{contender.id}" if contender.id in variants else "method"
         yield (
-            f"method.validation: {recipe.method.name} would look at the validation data, on which learning rates are "
+            f"{section}.validation: {contender.id} would look at the validation data, on which learning rates are "
             f"chosen, and no other method does; set it to a share of the training data, such as {HELD_OUT}"
         )
-
-
-def compares_own_method(recipe: Recipe) -> bool:
-    """Whether the recipe's own method is among those compared."""
-    section = section_of(recipe)
-    return any(
-        section.variants.get(name, {"name": name})["name"] == recipe.method.name for name in section.methods or ()
-    )
 
 
 def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, Any]:
@@ -161,9 +157,8 @@ def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, An
         if contender.id == "rslora":
             made["peft"] = made["peft"] | {"use_rslora": True}
         return {"method": {"name": PLAIN_LORA}, "lora": made}
-    variant = section_of(recipe).variants.get(contender.id, {})
-    name = UNIFORM if contender == BASELINE else variant.get("name", contender.id)
-    method = _method(recipe, name) | variant
+    method = _settings(recipe, contender)
+    name = method["name"]
     if not _allocates(name, method):
         if point.whole is None:
             raise UserError(
@@ -175,6 +170,13 @@ def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, An
     most = capacity(point, recipe)
     scaled_by = point.average if name == "ablora" else most  # its scale is alpha over the average rank
     return {"method": method | {"budget": {"parameters": point.parameters}}, "lora": adapter(most, scale * scaled_by)}
+
+
+def _settings(recipe: Recipe, contender: Contender) -> dict[str, Any]:
+    """The section `method` of a contender, its budget aside."""
+    variant = section_of(recipe).variants.get(contender.id, {})
+    name = UNIFORM if contender == BASELINE else variant.get("name", contender.id)
+    return _method(recipe, name) | variant
 
 
 def _method(recipe: Recipe, name: str) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def _broken_comparison(
     """Methods to compare that there are none of, and variants of none; `known` are the methods and plain LoRA."""
     variants, compared = get(tree, "compare", "variants"), get(tree, "compare", "methods")
     variants = variants if isinstance(variants, Mapping) else {}
-    for variant in variants:
+    for variant, settings in variants.items():
         key, name = f"compare.variants.{variant}", get(variants, variant, "name")
         if variant in (*known, *get_args(Peer)):
             yield ("compare", "variants"), f"{key}: {variant} has its own meaning; give the variant another name"
@@ -249,6 +249,10 @@ def _broken_comparison(
         elif name not in methods:
             reason = f"{key}: there is no method {name}; there are {listed(methods)}."
             yield ("compare", "variants"), reason + closest(name, methods)
+        elif variant not in (compared if isinstance(compared, list) else [compared]):
+            yield ("compare", "variants"), f"{key}: nobody competes under this name; put {variant} into compare.methods"
+        elif own := [setting for setting in ("budget", "rank_seed") if setting in settings]:
+            yield ("compare", "variants"), f"{key}.{own[0]}: a comparison sets it for every contender; take it out"
     names = [*known, *map(str, variants)]
     for name in compared if isinstance(compared, list) else [compared]:
         if is_text(name) and name not in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -224,22 +224,25 @@ def _search(
     record = {"examples": length_of(stage.data.train), "held_out": len(stage.data.validation)}
     record |= {"steps": plan.provenance["steps"], "seconds": round(stage.trainer.train_seconds, 1)}
     record["processor_seconds"] = round(stage.trainer.processor_seconds, 2)
-    processes.on_main(_write_search, folder.search, record, stage.trainer.depends_on(), plan)
+    processes.on_main(_write_search, folder.search, record, stage.trainer.depends_on, plan)
     with processes.together():
         return plan, _with_fresh_model(data)
 
 
 def _check_search(search: RunFolder, stage: Stage, allow_changed: Collection[str]) -> None:
     """Refuse to train at the ranks of a search that has seen other data, or another base model."""
-    theirs, mine = json.loads(search.depends_on.read_text(encoding="utf-8")), stage.trainer.depends_on()
+    known, mine = search.depends_on.is_file(), stage.trainer.depends_on()
+    theirs = json.loads(search.depends_on.read_text(encoding="utf-8")) if known else {}
     alike = {kind: mine[kind] for kind in ("data", "base", "versions")}  # the recipe is the folder's, compared already
     for words in check_unchanged(theirs, alike, allow_changed, search.root):
         stage.screen.warning(f"{words}, as --allow-changed says it may")
 
 
-def _write_search(folder: RunFolder, record: dict[str, Any], depends_on: Mapping[str, Any], plan: RankPlan) -> None:
+def _write_search(
+    folder: RunFolder, record: dict[str, Any], depends_on: Callable[[], Mapping[str, Any]], plan: RankPlan
+) -> None:
     folder.write_json(folder.metrics, record)
-    folder.write_json(folder.depends_on, dict(depends_on))
+    folder.write_json(folder.depends_on, dict(depends_on()))
     plan.save(folder.plan)  # last: it says that the search is over
 
 

@@ -27,7 +27,7 @@ from loralloc.training.history import LOG, TRACE, free_folder, write_run
 from loralloc.training.log_file import LogFile
 from loralloc.training.manifest import MANIFEST, read_manifest, sealed, unsealed, write_manifest
 from loralloc.training.processes import is_main
-from loralloc.training.rewriting import rewritten
+from loralloc.training.rewriting import complete_rewriting, rewritten
 from loralloc.training.run import AllocationRun
 from loralloc.training.step_data import CollatedBatches, random_state, set_random_state
 
@@ -116,6 +116,8 @@ class RankAllocation(TrainerCallback):
         if self._run is not None:
             raise UserError("this RankAllocation belongs to a Trainer already; make a new one for each Trainer")
         _go_before_reports(self)
+        if state.is_world_process_zero:  # before the Trainer looks for the checkpoint to go on from
+            complete_rewriting(Path(args.output_dir or "."))
         self._run = AllocationRun(kwargs["model"], self.method, compact=self._compact)
         if self._trace is not None:
             self._run.on_event = self._append_event

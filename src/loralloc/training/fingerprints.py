@@ -38,15 +38,20 @@ def weights_fingerprint(model: nn.Module) -> dict[str, Any]:
     moving = {name for name, weight in model.named_parameters() if weight.requires_grad}
     moving |= {name for name, _ in model.named_buffers()}
     digest, count = hashlib.sha256(), 0
-    for name, weight in model.state_dict().items():
+    for name, weight in sorted(model.state_dict().items(), key=lambda entry: _bare(entry[0])):
         if name in moving or ".lora_" in name or not isinstance(weight, torch.Tensor) or weight.is_meta:
             continue
         flat = weight.detach().reshape(-1)
         sample = flat[:: -(-flat.numel() // SAMPLES) or 1].cpu().contiguous()
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        digest.update(f"{_bare(name)} {list(weight.shape)} {weight.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
         count += 1
     return {"tensors": count, "sha256": digest.hexdigest()}
+
+
+def _bare(name: str) -> str:
+    """A weight's name whether its layer has an adapter or not: a plan may leave a layer without."""
+    return name.replace(".base_layer.", ".")
 
 
 def rows_fingerprint(rows: Dataset) -> dict[str, Any]:

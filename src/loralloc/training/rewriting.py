@@ -9,8 +9,11 @@ from pathlib import Path
 
 from loralloc.files import sync_folder
 
-NEW, OLD = ".new", ".old"
-"""Endings of a checkpoint that is not in its place yet, and of the one that was there before."""
+NEW, OLD = ".new-", ".old-"
+"""How the name of a checkpoint begins that is not in its place yet, and that of the one that was there before.
+
+transformers does not take such folders for checkpoints.
+"""
 
 
 @contextmanager
@@ -20,18 +23,19 @@ def rewritten(checkpoint: Path) -> Iterator[Path]:
     Args:
         checkpoint: Its folder; as it was where what is done inside fails.
     """
-    new, old = (checkpoint.with_name(checkpoint.name + ending) for ending in (NEW, OLD))
+    new, old = (checkpoint.with_name(begin + checkpoint.name) for begin in (NEW, OLD))
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(checkpoint, new)
+        _copy(checkpoint, new)
         yield new
-        checkpoint.rename(old)
-        try:
-            new.rename(checkpoint)
-        except OSError:
-            old.rename(checkpoint)
-            raise
     except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    try:
+        checkpoint.rename(old)
+        new.rename(checkpoint)
+    except BaseException:
+        if not checkpoint.exists():
+            old.rename(checkpoint)
         shutil.rmtree(new, ignore_errors=True)
         raise
     sync_folder(checkpoint.parent)
@@ -39,16 +43,29 @@ def rewritten(checkpoint: Path) -> Iterator[Path]:
 
 
 def complete_rewriting(folder: Path) -> None:
-    """Put a checkpoint into its place where a process was killed between taking the old one away and that.
+    """Put checkpoints into their places where a process has ended while it rewrote them.
+
+    A place is empty only where the new checkpoint was whole: it is the one to have, or the old one where there is none.
 
     Args:
-        folder: Where checkpoints are.
+        folder: Where checkpoints are; it may be missing.
     """
-    for new in folder.glob(f"checkpoint-*{NEW}"):
-        place = new.with_suffix("")
-        if place.exists():
-            shutil.rmtree(new)
+    for begin in (NEW, OLD):
+        for path in folder.glob(f"{begin}checkpoint-*"):
+            place = path.with_name(path.name.removeprefix(begin))
+            if place.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(place)
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """Copy contents alone: some file systems keep neither times nor modes. The first error of a file is raised."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for path in sorted(folder.rglob("*")):
+        place = target / path.relative_to(folder)
+        if path.is_dir():
+            place.mkdir()
         else:
-            new.rename(place)
-    for old in folder.glob(f"checkpoint-*{OLD}"):
-        shutil.rmtree(old)
+            shutil.copyfile(path, place)
