@@ -220,28 +220,26 @@ class TestOnAGpu:
         assert not any(weights[0][n].requires_grad for n in shared)
 
     @pytest.mark.slow
-    def test_the_rehearsal_runs_every_part(self, bench: SimpleNamespace, tmp_path: Path) -> None:
-        command = [str(FOLDER / "gpu.sh"), "--rehearse", "--results", str(tmp_path)]
+    def test_the_rehearsal_runs_its_parts(self, bench: SimpleNamespace, tmp_path: Path) -> None:
+        """All but the compiled steps, which take a CPU minutes, and the tests, which are among these."""
+        parts = [part for part in bench.gpu.PARTS if part not in ("compiled", "tests")]
+        asked = [word for part in parts for word in ("--part", part)]
+        command = [str(FOLDER / "gpu.sh"), "--rehearse", *asked, "--results", str(tmp_path)]
         environment = {**os.environ, "PYTHON": sys.executable}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
-        for part in bench.gpu.PARTS:
+        for part in parts:
             assert f"\n{part}: done in " in done.stdout, part
         records = list(bench.record.read(tmp_path))
         assert not any(made["failures"] for made in records)
         suites = [made["suite"] for made in records]
         assert {name: suites.count(name) for name in suites} == {
             "steps": 3,
-            "compiled": 2,
             "calls": 1,
             "memory": 2,
             "ablora": 1,
             "four-bit": 1,
         }
-        compiled = [made for made in records if made["suite"] == "compiled"]
-        of_training = {"peft-lora": 2, "adalora": 2, "allora": 2}  # of the first block, and of all others
-        of_scoring = {"ablora": 4}  # and two of the passes that try whether ranks can be scored
-        assert all(made["graphs"] == of_training | of_scoring for made in compiled)
 
 
 def test_records_are_lines_of_json(bench: SimpleNamespace, tmp_path: Path) -> None:
