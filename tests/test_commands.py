@@ -132,11 +132,18 @@ def check_script(words: Sequence[str]) -> None:
         original(self, *args, **kwargs)
         raise Parsed
 
-    original = argparse.ArgumentParser.parse_args
+    def parse_known(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        found = original_known(self, *args, **kwargs)
+        if sys._getframe(1).f_globals["__name__"] == "argparse":  # one that takes all words itself
+            return found
+        raise Parsed
+
+    original, original_known = argparse.ArgumentParser.parse_args, argparse.ArgumentParser.parse_known_args
     argv, path = [name, *arguments], [str((ROOT / name).parent), *sys.path]
     start, target = (runpy.run_module, name) if module else (runpy.run_path, str(ROOT / name))
     with (
         patch.object(argparse.ArgumentParser, "parse_args", parse),
+        patch.object(argparse.ArgumentParser, "parse_known_args", parse_known),
         patch.object(sys, "argv", argv),
         patch.object(sys, "path", path),
         pytest.raises(Parsed),
