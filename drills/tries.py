@@ -38,7 +38,7 @@ def tries(name: str, attempt: Callable[[Random], Tried], number: int, seed: int)
     for index in range(number):
         try:
             tried = attempt(Random(f"{name} {seed} {index}"))
-        except Exception:
+        except Exception:  # whatever it is: a traceback is what a user would have seen
             tried = Tried("", lost=traceback.format_exc(limit=-3))
         if tried.lost:
             outcome.lost.append(f"{name} {index}: {tried.lost}; case: {tried.case}")

@@ -256,6 +256,12 @@ def test_what_has_changed_since_the_search_is_refused_unless_it_is_allowed(write
     recipe = write(SEARCH)
     with killed_in(pipeline, "_with_fresh_model"):  # when the search is over, and before the first checkpoint
         done("train", recipe)
+    known = Path("run/search/depends_on.json")
+    unknown = known.rename("elsewhere.json")
+    assert "run/search belongs to a run that differs: it does not say what data it began with" in refused(
+        "train", recipe, "--resume"
+    )
+    unknown.rename(known)
     rows = (data / "train.jsonl").read_text(encoding="utf-8")
     (data / "train.jsonl").write_text(rows + rows.splitlines()[0] + "\n", encoding="utf-8")
     try:
