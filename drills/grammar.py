@@ -67,7 +67,7 @@ def _edit(draw: st.DrawFn, node: Any) -> None:
             del node[key]
         elif change == "add" and isinstance(node, dict):
             node[draw(texts)] = draw(values)
-        elif change == "nudge" and isinstance(node[key], int | float):
+        elif change == "nudge" and isinstance(node[key], int | float) and abs(node[key]) < 2**1000:  # as a float, too
             node[key] = node[key] + draw(st.sampled_from([-1, 1, 0.5, 1000]))
         else:
             node[key] = draw(values)
