@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -151,19 +152,29 @@ def test_one_that_was_held_up_ends_the_run_before_it_trains() -> None:
     assert (stopped.value.signal, stopped.value.step) == (signal.SIGUSR1, None)
 
 
-def test_processes_that_load_data_end_as_ever() -> None:
-    reading, writing = os.pipe()
+def test_processes_that_load_data_are_ended_by_the_one_they_load_for_and_nobody_else() -> None:
+    """A scheduler sends SIGTERM to all processes of a job; the worker is needed until the first one has saved."""
+    asking, answering = Pipe()
     with signals.listening():
         child = os.fork()
         if child == 0:
-            os.write(writing, b"!")
-            time.sleep(60)
-            os._exit(0)
-        os.read(reading, 1)  # Python forgets what comes to a process before it runs
+            while answering.recv():
+                answering.send("alive")
+            os._exit(1)
+        subprocess.run(["kill", "-TERM", str(child)], check=True)
+        asking.send("well?")
+        assert asking.recv() == "alive"
         os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-    os.close(reading)
-    os.close(writing)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_where_nobody_listens_a_process_that_is_forked_ends_as_ever() -> None:
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
 def test_workers_leave_what_all_processes_get_to_the_first_one() -> None:
@@ -178,14 +189,17 @@ def test_workers_leave_what_all_processes_get_to_the_first_one() -> None:
 
 
 @pytest.mark.slow
-def test_a_scheduler_that_sends_it_from_outside(recipe: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_scheduler_that_sends_it_from_outside_to_all_processes(recipe: Path, workers: int) -> None:
     words = ["train", "recipe.yaml", "--steps", "400", "--save_every", "200"]
+    words += ["--training.trainer.dataloader_num_workers", str(workers)]
     command = [sys.executable, "-c", "from loralloc.cli.main import main; main()", *words]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **streams) as process:
         while not Path("run/log.jsonl").is_file() or not Path("run/log.jsonl").stat().st_size:
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 143
     assert "which is saved; go on with loralloc train run/recipe.yaml --resume" in said

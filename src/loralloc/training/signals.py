@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,11 +51,8 @@ class _Watch:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note a signal while training, and end at once otherwise."""
         del frame
-        if os.getpid() != self.owner:  # a worker that loads data
-            if number == signal.SIGTERM:  # by which it is ended, as if nobody had listened
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return  # the others come to all processes of a terminal or of a job: the first one says when to end
+        if os.getpid() != self.owner:  # a worker that loads data: the first process says when to end
+            return
         again = number == signal.SIGINT and self.asked is not None and time.monotonic() - self.since > PATIENCE
         if self.asked is None:
             self.asked, self.since = number, time.monotonic()
@@ -63,6 +61,36 @@ class _Watch:
 
 
 _watch: _Watch | None = None
+
+
+def _leave_it_to_the_first() -> None:
+    """Have a worker that loads data obey SIGTERM from its parent alone: schedulers send it to every process of a job.
+
+    A run whose worker dies can fetch no further batch, and ends before it is saved. Handlers, PyTorch's for its workers
+    among them, come too late to ignore it: it is blocked, and a thread waits for it.
+    """
+    if _watch is None:
+        return
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    else:  # macOS does not say who has sent a signal
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _obey(parent: int) -> None:
+    """End this process when its parent says so."""
+    while _sender() != parent:
+        pass
+    os._exit(0)  # as PyTorch's own workers do: anything else would be a failure to it
+
+
+def _sender() -> int:
+    """Wait for SIGTERM, and return the process that has sent it."""
+    return signal.sigwaitinfo({signal.SIGTERM}).si_pid
+
+
+os.register_at_fork(after_in_child=_leave_it_to_the_first)
 
 
 @contextmanager
