@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,11 @@ class Death:
 def _attempt(random: Random) -> Tried:
     training = Training.drawn(random)
     life = whole(training)
-    deaths = [Death.drawn(random, life) for _ in range(random.choice((1, 1, 1, 2, MOST)))]
+    return tried(training, [Death.drawn(random, life) for _ in range(random.choice((1, 1, 1, 2, MOST)))])
+
+
+def tried(training: Training, deaths: Sequence[Death]) -> Tried:
+    """Let a training die in turn, go on each time, and compare what it comes to."""
     case = f"{training}, {deaths}"
     with fresh() as folder:
         run = Path(folder, "run")
@@ -93,7 +97,7 @@ def _attempt(random: Random) -> Tried:
             ended = command(Path(folder), words, death.comes(run))
             if wrong := death.wrong(ended):
                 return Tried(case, lost=wrong)
-            if ended.code in (0, 2):  # it was over before, or there is nothing to go on from
+            if ended.code == 2:  # it is over, or there is nothing to go on from
                 break
             words = _going_on(ended, training)
         ended, anew = _to_the_end(Path(folder), words, training)

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 import torch
 
-from drills import checkpoints, disks, numbers
+from drills import checkpoints, disks, kills, numbers
 from drills.apart import Ended, command
 from drills.kills import Death
 from drills.trainings import Training, fresh, whole
@@ -46,6 +46,12 @@ def test_a_death_comes(death: Death, code: int) -> None:
         ended = command(Path(folder), training.words, death.comes(Path(folder, "run")))
         assert (ended.code, death.wrong(ended)) == (code, "")
         assert not Path(folder, "run", "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_a_training_that_was_over_before_its_death_is_not_lost() -> None:
+    never = Death(signal.SIGKILL, seconds=1e6)
+    assert kills.tried(Training("lora"), [never, never]).lost == ""
 
 
 @pytest.mark.slow
