@@ -5,7 +5,7 @@
     python benchmarks/studies.py --table                                # print the tables from the records
 
 DATA is a folder with packed JSON lines of every set. A study is a recipe in benchmarks/studies; where its model is
-BASE, that is MODEL: stories260K in transformers' format. Anything else on the command line goes to `loralloc compare`.
+BASE, that is MODEL, in transformers' format: stories260K, or for smollm2 SmolLM2-135M-Instruct. Anything else on the command line goes to `loralloc compare`.
 Its compare.csv and compare.json are kept in benchmarks/results/studies, with an archive of what the finished runs have
 measured: where the same DIR is empty, they are put there again and not repeated.
 """
@@ -57,6 +57,9 @@ ROWS: Mapping[str, Rows] = {
     "e2e": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
     "e2e_rank8": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
     "rnnlg": Rows("rnnlg_tv/train", "rnnlg_tv/test", 3000, 300),
+    "qnli": Rows("qnli/dev", None, 3000, 600),
+    "smollm2": Rows("e2e_nlg/train", "e2e_nlg/test", 1000, 100),
+    "bc5cdr": Rows("bc5cdr/train", "bc5cdr/test", 3000, 600),
 }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from drills.outcome import Outcome
 from drills.tries import Tried, tries
 from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Truncate, Uniform
+from loralloc.errors import UserError
 from loralloc.methods.base import Method
 from loralloc.testing.loop import HALF, STEPS, UNSEEN, Decides, Loop, adamw, may_stay, momentum, with_examples
 from loralloc.testing.models import TINY, adapted, logits
@@ -100,6 +101,11 @@ class _Troubled(Loop):
             gradient = gradients[trouble.place % len(gradients)].view(-1)
             gradient[trouble.place % len(gradient)] = trouble.value
 
+    def changes_gradient(self, step: int) -> bool:
+        """Whether a gradient of a step is another one, and finite."""
+        trouble = self.troubles.get(step)
+        return trouble is not None and trouble.where == "gradient" and trouble.value in LARGE
+
     def is_bad(self) -> bool:
         """Whether a gradient is not finite, found one by one."""
         return not all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.trainable.values())
@@ -145,6 +151,9 @@ def _attempt(random: Random) -> Tried:
         except FloatingPointError as error:
             expected = in_a_row > MAX_BAD_STEPS and "optimizer steps in a row had a non-finite gradient" in str(error)
             return Tried(case, expected, "" if expected else f"after {in_a_row} bad steps in a row: {error}")
+        except UserError as error:  # a search computes some of its steps again, and finds that a gradient was changed
+            expected = loop.changes_gradient(step) and "changes gradients" in str(error)
+            return Tried(case, expected, "" if expected else f"step {step}: {error}")
         if wrong:
             return Tried(case, lost=f"step {step}: {wrong}")
     return Tried(case, lost=_wrong_in_the_end(loop, bad))
@@ -168,12 +177,14 @@ def _step(loop: _Troubled, is_bad: bool) -> str:
 def _wrong_in_the_end(loop: _Troubled, bad: list[int]) -> str:
     counted = [event["step"] for event in loop.events if event["event"] == "bad_step"]
     loop.troubles = {}
+    overflows = not logits(loop.model).isfinite().all()  # of a gradient that was far too large, and a number
     plan = loop.run.finish()
     if counted != bad or plan.provenance["bad_steps"] != len(bad):
         return f"bad steps {bad} were counted as {counted} and {plan.provenance['bad_steps']}"
     if not may_stay(loop, list(plan.ranks.values())):
         return f"ranks {list(plan.ranks.values())} do not meet the budget"
-    return "" if logits(loop.model).isfinite().all() else "the finished model computes numbers that are not finite"
+    finite = overflows or bool(logits(loop.model).isfinite().all())
+    return "" if finite else "the finished model computes numbers that are not finite"
 
 
 def drill(seed: int, cases: int) -> Outcome:
