@@ -52,6 +52,17 @@ def test_not_enough_runs() -> None:
     assert 1 <= fewer < more
 
 
+def test_not_enough_runs_of_one_that_is_ahead() -> None:
+    said = verdict(compared(-0.15, 0.05, spread=0.1), loss=2.0, margin=0.01)
+    assert said.startswith("not enough runs to tell whether A is better than plain LoRA: it is ahead by 0.1")
+    assert said.endswith("1 more seed would show it")
+    fewer, more = (
+        int(verdict(compared(shift, 0.05, spread=0.1), 2.0, 0.01).split("really is, ")[1].split()[0])
+        for shift in (-0.15, -0.1)
+    )
+    assert 1 <= fewer < more
+
+
 def test_not_enough_rows() -> None:
     said = verdict(compared(0.0, 0.0, 0.0, 0.0, rows=20.0), loss=2.0, margin=0.01)
     assert "whether A, B and 2 others are better" in said

@@ -53,7 +53,7 @@ def verdict(compared: Sequence[Compared], loss: float, margin: float) -> str:
         return _better(better, loss)
     least = margin * abs(loss)
     if undecided := [(label, one) for label, one in known if one.low_all <= -least]:
-        return _undecided(undecided, least, count, margin)
+        return _ahead(undecided, loss, least, count) or _undecided(undecided, least, count, margin)
     return f"plain LoRA is enough here: nothing tried is better by {_percent(margin)} of its loss, or more"
 
 
@@ -75,6 +75,16 @@ def _better(better: Sequence[tuple[str, Difference]], loss: float) -> str:
     return f"{label} is better than plain LoRA by {_amount(one, loss)}, 95 % interval {_interval(one)}{also}"
 
 
+def _ahead(undecided: Sequence[tuple[str, Difference]], loss: float, least: float, count: int) -> str:
+    """Say how many seeds would show that the best one is as far ahead as it seems; nothing where that is not known."""
+    label, one = min(undecided, key=lambda item: item[1].mean)
+    total = seeds_needed(one, -one.mean, count) if one.mean <= -least else None
+    if total is None:
+        return ""
+    told = f"not enough runs to tell whether {label} is better than plain LoRA: it is ahead by {_amount(one, loss)}"
+    return f"{told}; if it really is, {_seeds(total - one.seeds)} would show it"
+
+
 def _undecided(undecided: Sequence[tuple[str, Difference]], least: float, count: int, margin: float) -> str:
     labels = [label for label, _ in undecided]
     who = listed(labels if len(labels) <= NAMED else [*labels[: NAMED - 1], f"{len(labels) - NAMED + 1} others"])
@@ -83,8 +93,11 @@ def _undecided(undecided: Sequence[tuple[str, Difference]], least: float, count:
     told += f"{_percent(margin)} of its loss"
     if any(total is None for total, _ in needed):
         return f"{told}: {MOST_SEEDS} seeds would not be enough, more test rows are needed"
-    more = max(1, *(total - have for total, have in needed if total is not None))
-    return f"{told}: {more} more seed{'s' if more > 1 else ''} would"
+    return f"{told}: {_seeds(max(total - have for total, have in needed if total is not None))} would"
+
+
+def _seeds(more: int) -> str:
+    return f"{max(1, more)} more seed{'s' if more > 1 else ''}"
 
 
 def _amount(one: Difference, loss: float) -> str:
