@@ -6,8 +6,8 @@
 
 DATA is a folder with packed JSON lines of every set. A study is a recipe in benchmarks/studies; where its model is
 BASE, that is MODEL, in transformers' format: stories260K, or for smollm2 SmolLM2-135M-Instruct. Anything else on the
-command line goes to `loralloc compare`. Its compare.csv and compare.json are kept in benchmarks/results/studies, with an
-archive of what the finished runs have measured: where the same DIR is empty, they are put there again and not repeated.
+command line goes to `loralloc compare`. Its compare.csv and compare.json are kept in benchmarks/results/studies, with
+an archive of what the finished runs have measured: where DIR is empty, they are put there again and not repeated.
 """
 
 from __future__ import annotations
