@@ -109,13 +109,13 @@ def check_loralloc(words: Sequence[str]) -> None:
         assert context.args == []
 
 
-def recipe_called(path: Path) -> Path:
+def recipe_called(path: str) -> Path:
     """The recipe that a page means: a file of the repository, or the packaged one of this name."""
     if (ROOT / path).is_file():
         return ROOT / path
     known = {name.rpartition("/")[2]: file for name, file in list_recipes().items()}
     first = {file.stem: file for name, file in list_recipes().items() if name.startswith("sequence-classification/")}
-    return {**known, **first}.get(path.stem, first["adalora"])
+    return {**known, **first}.get(Path(path).stem, first["adalora"])
 
 
 def check_script(words: Sequence[str]) -> None:

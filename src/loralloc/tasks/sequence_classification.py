@@ -11,7 +11,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from loralloc.errors import UserError
 from loralloc.tasks.base import CHUNK, ModelSection, TaskData, evaluation_of, first_output, to_dataset
-from loralloc.tasks.classes import class_weights, read_goal, read_targets
+from loralloc.tasks.classes import REGRESSION, class_weights, read_goal, read_targets
 from loralloc.tasks.classification_metrics import JUDGES, example_losses, predictions
 from loralloc.tasks.data import read_rows
 from loralloc.tasks.pretrained import check_length, load_config, load_model, load_tokenizer, locate, replaces_head
@@ -52,6 +52,8 @@ def prepare(model: ModelSection, data: ClassificationData, seed: int) -> TaskDat
         classifier = load_model("sequence-classification", checkpoint, tokenizer, seed, **options)
         if weights is not None:
             weigh_classes(classifier, weights)
+        if goal.problem == REGRESSION:
+            regress_exactly(classifier)
         return classifier
 
     classifier, label_type = load(), JUDGES[goal.problem].label_type
@@ -122,6 +124,25 @@ def weigh_classes(model: PreTrainedModel, weights: Sequence[float]) -> None:
         return output
 
     model.register_forward_hook(reweigh, with_kwargs=True)
+
+
+def regress_exactly(model: PreTrainedModel) -> None:
+    """Compute a regression's loss in float32, as its labels are, also where the model computes in half precision.
+
+    PyTorch 2.10 and 2.11 have no gradient of the squared error of two precisions.
+
+    Args:
+        model: The model, with one output.
+    """
+
+    def compute(module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+        labels = kwargs.get("labels")
+        if labels is not None and output.logits.dtype != labels.dtype:
+            wide = torch.promote_types(output.logits.dtype, labels.dtype)
+            output.loss = torch.nn.functional.mse_loss(output.logits.to(wide).view(-1), labels.to(wide).view(-1))
+        return output
+
+    model.register_forward_hook(compute, with_kwargs=True)
 
 
 def _read_texts(rows: Rows, data: ClassificationData) -> list[list[str]]:
