@@ -20,7 +20,7 @@ base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len
 args = TrainingArguments("runs/quickstart", max_steps=40, per_device_train_batch_size=16, learning_rate=1e-3)
 
 model = get_peft_model(base, LoraConfig(r=12, lora_alpha=24, target_modules="all-linear", task_type="SEQ_CLS"))
-allocation = RankAllocation(AdaLoRA(Budget(average_rank=8)))  # works with TRL's trainers alike
+allocation = RankAllocation(AdaLoRA(Budget(average_rank=8)))  # also works with TRL's trainers
 Trainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[allocation]).train()
 
 print(allocation.plan.ranks)  # {"bert.encoder.layer.0.attention.self.query": 1, ...}
