@@ -42,27 +42,27 @@ SECTIONS = sections_of(BUILT_IN)
 INTRODUCTION = """\
 # Recipes: every key
 
-Made from the code by `make reference`; do not edit. A key without a default must be given. What an option of a method
-means in its paper is in [Papers](papers.md), which method fits in [How to choose](how-to-choose.md), and
-`loralloc init` lists recipes to copy.
+Generated from the code by `make reference`; do not edit. A key without a default is required. [Papers](papers.md) says
+what a method's option means in its paper, [How to choose](how-to-choose.md) which method fits. `loralloc init` lists
+recipes to copy.
 
 ## In an editor
 
-[recipe.schema.json](recipe.schema.json) is the JSON schema of a recipe. Editors that use the YAML language server (Red
-Hat's extension for VS Code, and many others) complete keys, show what they mean and underline what is wrong, when the
-first line of the recipe says where the schema is, as a path from the recipe or as an address:
+[recipe.schema.json](recipe.schema.json) is the JSON schema of a recipe. Editors with the YAML language server (Red
+Hat's extension for VS Code, and many others) use it to complete keys, show their meaning and underline mistakes. For
+this, the first line of the recipe names the schema, as a path relative to the recipe or as a URL:
 
 ```yaml
 # yaml-language-server: $schema=docs/recipe.schema.json
 ```
 
-It knows the methods of this package and checks one key at a time; `loralloc train RECIPE --dry-run` checks the rules
-over several keys too. `loralloc schema --output recipe.schema.json` writes one with the methods of all installed
+It knows the methods of this package and checks one key at a time. `loralloc train RECIPE --dry-run` also checks rules
+over several keys. `loralloc schema --output recipe.schema.json` writes a schema with the methods of all installed
 packages.
 
 ## Every option of the libraries
 
-What a recipe has no key for stands in three mappings, by the names that transformers and PEFT give it:
+Options without a key of their own go into three mappings, under their names in transformers and PEFT:
 
 ```yaml
 training:
@@ -77,15 +77,16 @@ model:
     attn_implementation: sdpa
 ```
 
-On the command line they are keys like all others: `--training.trainer.optim sgd`, or `--optim sgd`. A name that there
-is not is refused with the nearest one, and a value that the library refuses with its reason, both before anything is
-loaded. The tables below list what is said with another key, or cannot be set.
+On the command line they are flags like all other keys: `--training.trainer.optim sgd`, or `--optim sgd`. Before
+anything is loaded, an unknown name is refused with the most similar known one, and a value that the library does not
+accept with the library's reason. The tables below list options that another key sets, and options that cannot be set.
 
-* Trackers (`report_to`) hear of the training and of what is evaluated within it; final figures are in RUN/metrics.json.
-* With `load_best_model_at_end`, the best model is exported; where ranks are allocated, evaluations must wait for the
-  final ones (`eval_delay`).
-* With `push_to_hub`, the exported adapter is pushed, once, to `hub_model_id` or a repository named as the run's folder.
-* A token in a recipe is written into RUN/recipe.yaml; `hf auth login` keeps it out.
+* Trackers (`report_to`) get the training's values and evaluations during it; final results are in RUN/metrics.json.
+* With `load_best_model_at_end`, the best model is exported. If ranks are allocated, set `eval_delay` so that
+  evaluations begin with the final ranks.
+* With `push_to_hub`, the exported adapter is pushed once, to `hub_model_id` or to a repository named like the run's
+  folder.
+* A token in a recipe is also written into RUN/recipe.yaml; log in with `hf auth login` instead.
 """
 
 
@@ -95,7 +96,7 @@ def reference() -> str:
 
 
 def _sections() -> Iterator[str]:
-    yield _section("## The whole", "The keys of a recipe.", Recipe)
+    yield _section("## Top level", "The keys of a recipe.", Recipe)
     yield _section("## `model`", _summary(ModelConfig), ModelConfig)
     yield _options(LOAD)
     yield _section("## `data`", f"{_summary(DataSection)} These keys are the same for every task.", DataSection)
@@ -167,9 +168,9 @@ def _options(key: Key) -> str:
     """What a mapping of a library's options takes, and the table of what it does not."""
     options = next(options for options in OPTIONS if options.key == key)
     owners = listed(f"`{owner}`" for owner in dict.fromkeys(options.owners.values()))
-    text = f"Any option of {owners}, by its own name, but for these:"
+    text = f"Any option of {owners}, by its own name, except these:"
     rows = [f"| `{name}` | set `{ours}` |" for name, ours in options.ours.items()]
-    rows += [f"| `{name}` | or `{dotted(instead)}`, not both |" for name, instead in options.instead.items()]
+    rows += [f"| `{name}` | not together with `{dotted(instead)}` |" for name, instead in options.instead.items()]
     rows += [f"| `{name}` | {reason} |" for name, reason in options.refused.items()]
     return "\n".join((f"### `{key[-1]}`", "", _wrapped(text), "| option | |", "|---|---|", *rows, ""))
 

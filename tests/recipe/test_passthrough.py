@@ -120,8 +120,8 @@ class TestNames:
              'recipe.yaml:16: unknown key "use_rslora" in "lora". Did you mean "lora.peft.use_rslora"?'),
             ("lora:\n  peft:\n    r: 8", "recipe.yaml:17: lora.peft.r is lora.r in a recipe: set that"),
             ("lora:\n  peft:\n    eva_config: {rho: 2}",
-             "recipe.yaml:17: lora.peft.eva_config cannot be set: it belongs to a start that changes the base weights "
-             "or needs data, of which no plain adapter can be exported"),
+             "recipe.yaml:17: lora.peft.eva_config cannot be set: it belongs to an initialisation that changes "
+             "the base weights or needs data: no plain adapter can be exported"),
             ("plan: ranks.json\nlora:\n  peft:\n    rank_pattern: {query: 4}",
              "recipe.yaml:18: lora.peft.rank_pattern takes the place of plan, which is ranks.json: "
              "leave one of them out"),

@@ -22,7 +22,9 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="Answer this once, and end.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Answer with the adapter switched off, to compare.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; more lets chance in.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest token; above 0, tokens are sampled.")
+    ] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the likeliest tokens to choose from.")] = 1.0,
 ) -> None:
     """Talk to the adapter of a finished run, as stock PEFT loads it; without a chat template, texts are continued.

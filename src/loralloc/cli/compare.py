@@ -25,8 +25,8 @@ def compare(
 ) -> None:
     """Compare methods fairly, plain LoRA and controls among them; the section `compare` of the recipe says which.
 
-    Every key of the recipe is also a flag: --methods "[adalora, ablora]" --budgets "[1, 8]" --seeds 3. Called again,
-    it goes on where it was interrupted.
+    Every key of the recipe is also a flag: --methods ablora --budgets "[1, 8]" --seeds 3. Called again, it continues
+    where it was interrupted.
     """
     if recipe.name.startswith("--"):
         raise UserError(f"name the recipe before the flags: loralloc compare RECIPE {recipe} ...")

@@ -95,7 +95,7 @@ class Uniform(FixedRanks):
 
 @dataclass(frozen=True)
 class Random(FixedRanks):
-    """Ranks drawn at random: every set of ranks that meets the budget is equally likely, none of them looked at."""
+    """Ranks drawn at random: every set of ranks that meets the budget is equally likely."""
 
     id: ClassVar[str] = "random"
     label: ClassVar[str] = "random ranks"

@@ -66,7 +66,7 @@ Device = Annotated[int | str, BeforeValidator(_number_of_a_device)]
 SCORES = "scores of ranks are made of whole gradients and factors"
 SHARDED = "accelerate launch --config_file with fsdp_version: 2"
 ONCE = "a run computes its metrics once, from the predictions for all examples"
-STARTS = "it belongs to a start that changes the base weights or needs data, of which no plain adapter can be exported"
+STARTS = "it belongs to an initialisation that changes the base weights or needs data: no plain adapter can be exported"
 
 PLANNED = ("alpha_pattern", "layers_pattern", "layers_to_transform", "rank_pattern", "use_rslora")
 """Options of `lora.peft` that a plan decides."""

@@ -73,7 +73,9 @@ class LoraSection(Section):
     alpha: Positive = Field(default=24, description="scale of the update: alpha / r, fixed for the whole run")
     dropout: Share = Field(default=0.0, description="dropout before the adapter")
     target_modules: Names = Field(default="all-linear", description="all-linear, a list of names, or a pattern")
-    exclude_modules: Names | None = Field(default=None, description="a list of names, or a pattern, left alone")
+    exclude_modules: Names | None = Field(
+        default=None, description="modules to leave out: a list of names, or a pattern"
+    )
     modules_to_save: list[Text] | None = Field(default=None, description="modules trained and saved in full")
     peft: dict[str, Any] = Field(
         default={},
@@ -128,12 +130,14 @@ class TrainingConfig(Section):
 
 
 class GenerateConfig(Section):
-    """Answers to held-out prompts, before training and after it; of task seq2seq, in every evaluation."""
+    """Answers to held-out prompts, before and after training; for task seq2seq, in every evaluation."""
 
     max_new_tokens: Count = Field(default=128, description="tokens of an answer, at most")
-    temperature: AtLeastZero = Field(default=0.0, description="0 takes the likeliest token; more lets chance in")
+    temperature: AtLeastZero = Field(
+        default=0.0, description="0 takes the likeliest token; above 0, tokens are sampled"
+    )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="share of the likeliest tokens that chance chooses from"
+        default=1.0, description="sample from the likeliest tokens with this total probability"
     )
     num_beams: Count = Field(default=1, description="beams of a beam search; 1 for none")
     length_penalty: float = Field(
@@ -141,21 +145,21 @@ class GenerateConfig(Section):
         description="exponent of the length that divides a beam's score; more favours long answers",
     )
     min_new_tokens: Whole = Field(default=0, description="tokens of an answer, at least")
-    no_repeat_ngram_size: Whole = Field(default=0, description="no so many tokens in a row occur twice; 0: they may")
+    no_repeat_ngram_size: Whole = Field(default=0, description="n-grams of this size occur at most once; 0: no limit")
     metrics: list[Literal["exact_match", "bleu", "chrf", "rouge"]] = Field(
-        default=[], description="what answers are compared with the references by"
+        default=[], description="metrics that compare answers with the references"
     )
     after: Text | None = Field(
-        default=None, description="exact_match compares what follows the last of these, such as ####"
+        default=None, description="exact_match compares what follows the last one of this marker, such as ####"
     )
-    samples: Count | None = Field(default=100, description="prompts to answer, the first ones; null: all")
+    samples: Count | None = Field(default=100, description="how many prompts to answer, from the first on; null: all")
 
 
 class EvaluateConfig(Section):
     """How a run is judged, and what is evaluated beyond the task's own metrics."""
 
     metric: Text | None = Field(
-        default=None, description="what a run is judged by, of the task's metrics; null: the task's first"
+        default=None, description="the task's metric that a run is judged by; null: its first one"
     )
     cuts: Whole = Field(
         default=5,
@@ -203,7 +207,7 @@ class CompareConfig(Section):
     )
     variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], dict[str, Any]] = Field(
         default={},
-        description="methods with other settings, under names that stand in methods; "
+        description="methods with other settings, under names to list in methods; "
         "published: {name: adalora, parity: none}",
     )
     learning_rates: (
@@ -223,7 +227,7 @@ class CompareConfig(Section):
         default=[0, 1, 2], description="how many seeds, from 0 on, or a list of them"
     )
     peers: list[Peer] = Field(
-        default=["dora", "rslora", "eva"], description="what PEFT itself trains beside them; []: none"
+        default=["dora", "rslora", "eva"], description="variants of LoRA from PEFT, trained beside them; []: none"
     )
     capacity: Annotated[Number, Field(ge=1)] | None = Field(
         default=None,

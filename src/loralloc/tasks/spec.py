@@ -103,7 +103,7 @@ class ClassificationData(DataSection):
     )
     class_weights: ClassWeights = Field(
         default=None,
-        description="what classes count in the training loss: balanced (the rarer, the more), or a mapping of some",
+        description="weights of classes in the training loss: balanced (rare ones count more), or a mapping of some",
     )
 
 
@@ -187,8 +187,8 @@ class WindowedData(DataSection):
 
     stride: Whole | None = Field(
         default=None,
-        description="tokens that two windows of a text longer than max_length share; null: max_length // 3 for "
-        "questions, and no windows for words: what is longer is cut",
+        description="tokens shared by two windows of a text longer than max_length; null: max_length // 3 for "
+        "questions; for words no windows, and longer sentences are cut",
     )
 
 
@@ -196,7 +196,7 @@ class TokenClassificationData(WindowedData):
     """The keys of token classification."""
 
     tokens: Text | None = Field(
-        default=None, description="column with the words of a sentence: a list, or a text parted by white space"
+        default=None, description="column with the words of a sentence: a list, or a text split at white space"
     )
     tags: Text | None = Field(default=None, description="column with a tag for every word, in the same form")
     text: Text | None = Field(default=None, description="column with the text")
@@ -205,7 +205,7 @@ class TokenClassificationData(WindowedData):
     )
     scheme: Literal["bio", "iob1", "bilou", "plain"] | None = Field(
         default=None,
-        description="how tags write spans of words; plain: every tag stands alone; null: found in the tags",
+        description="how tags write spans of words; plain: every tag stands for itself; null: detected from the tags",
     )
 
 
@@ -217,13 +217,13 @@ class QuestionData(WindowedData):
     answers: Text | None = Field(
         default=None,
         description="column with the answers: {text: [...], answer_start: [...]}, or a list of {text, answer_start}; "
-        "empty where the text holds none",
+        "empty if the text has none",
     )
     answer_length: Count = Field(default=30, description="tokens of an answer, at most")
     no_answer_threshold: Number = Field(
         default=0.0,
-        description="how much higher no answer must score than the best one to be predicted, where training data "
-        "have questions without an answer",
+        description="no answer is predicted if it scores higher than the best answer by more than this; only if the "
+        "training data have questions without an answer",
     )
 
 

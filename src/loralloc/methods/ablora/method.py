@@ -93,7 +93,7 @@ class ABLoRA(Method):
     ] = None
     scope: Annotated[Scope, Field(description="where ranks move: anywhere, or in a block")] = "global"
     mode: Annotated[
-        Mode, Field(description="ablate where it could decide (fast), always (exact, the paper) or never (taylor)")
+        Mode, Field(description="ablate ranks near the threshold (fast), all ranks (exact, the paper) or none (taylor)")
     ] = "fast"
     score: Annotated[Score, Field(description="score of a rank; gate and sensitivity are the paper's comparisons")] = (
         "ablation"

@@ -87,7 +87,7 @@ class AdaLoRA(Method):
     ] = "reference"
     gamma: Annotated[float, Field(ge=0, description="weight of the penalty; 0 turns it off")] = 0.1
     parity: Annotated[
-        Parity | None, Field(description="optimizer whose LoRA learning rate is to fit; none is the paper's step")
+        Parity | None, Field(description="optimizer for which LoRA's learning rate is to fit; none: as in the paper")
     ] = "adam"
 
     @classmethod

@@ -70,7 +70,7 @@ class ALLoRA(Method):
     paper: ClassVar[str] = "arXiv 2410.09692"
 
     eta: Annotated[
-        float, Field(gt=0, description="scale of a row that is still zero; a row of norm 1/eta² gets eta/√2 of it")
+        float, Field(gt=0, description="factor of a row that is still zero; a row of norm 1/eta² has eta/√2")
     ] = 2.0
     mode: Annotated[Mode, Field(description="paper: scale gradients, fit for SGD; hybrid and post: fit for Adam")] = (
         "paper"

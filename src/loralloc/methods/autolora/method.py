@@ -118,10 +118,10 @@ class AutoLoRA(Method):
     beta2: Annotated[float, Field(ge=0, lt=1, description="Adam's beta2 for them")] = 0.999
     radius: Annotated[float, Field(gt=0, description="how far weights move for the difference of gradients")] = 0.01
     check_every: Annotated[
-        Count | None, Field(description="steps between two looks at the plan; null: about 50 looks over the search")
+        Count | None, Field(description="steps between checks of the plan; null: about 50 checks over the search")
     ] = None
     patience: Annotated[
-        Count | None, Field(description="end the search when the plan was the same at this many looks; null: never")
+        Count | None, Field(description="end the search when this many checks found the same plan; null: never")
     ] = None
     parity: Annotated[bool, Field(description="start with LoRA's scale; false is the paper's, r times smaller")] = True
 
