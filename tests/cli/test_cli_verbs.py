@@ -275,6 +275,11 @@ def test_verbs_have_help() -> None:
         assert f"loralloc {verb}" in done(verb, "--help")
 
 
+def test_help_loses_nothing_to_markup() -> None:
+    """Rich takes words in brackets for markup: an example with a list would show an empty one."""
+    assert '--methods ablora --budgets "[1, 8]"' in " ".join(done("compare", "--help").split())
+
+
 def test_no_verb_shows_the_verbs() -> None:
     result = loralloc()
     assert "train" in result.out + result.err
