@@ -53,14 +53,14 @@ class Modules:
 class Budget:
     """What the final adapter may cost. Give exactly one amount, `max_rank` beside it, or `max_rank` alone.
 
-    A budget in ranks is met exactly; one in parameters or bytes is never exceeded, and no further rank fits under it.
-    Parameters are the numbers in A and B, rank · (in + out) per module; singular values fold away and heads are not
-    counted. Bytes are those of the same numbers in the adapter's dtype, as the profile `ragged` writes them: the header
-    of the file and heads come on top. The base model's parameters are its own, also where they are kept in 4 bits;
-    adapters and what is saved with them are not counted.
+    A budget in ranks is met exactly. One in parameters or bytes is never exceeded, and no further rank fits under it.
+    Parameters are the numbers in A and B, rank · (in + out) per module. Heads do not count, nor do AdaLoRA's singular
+    values, which are multiplied into B. Bytes are of the same numbers in the adapter's dtype, as the profile `ragged`
+    writes them; the file's header and heads come on top. For `share_of_base`, the base model's parameters are counted
+    as if unquantised, without adapters and what is saved with them.
 
-    `max_rank` is for servers that set aside memory for the largest rank: no module keeps more. Alone it lets every
-    module have as many.
+    `max_rank` is for servers that reserve memory for the largest rank: no module keeps more. Alone, it allows every
+    module that many ranks.
 
     Raises:
         UserError: Nothing or several amounts are given, or a value is no number, or out of its range.

@@ -33,7 +33,7 @@ WHOLE = "ignored_params=loralloc.kept_whole(model)"
 
 
 def kept_whole(model: nn.Module) -> set[nn.Parameter]:
-    """Return what every process must hold whole where the base model is sharded: `fully_shard(ignored_params=...)`.
+    """Return the parameters that must not be sharded with the base model: `fully_shard(ignored_params=...)`.
 
     These are the parameters of all adapters (gates among them, trained or not), of modules that are saved whole, and
     whatever else is trained.

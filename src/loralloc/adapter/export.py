@@ -61,16 +61,16 @@ def export_adapter(
 ) -> Export:
     """Write a plain LoRA adapter (or the merged model), reload it with stock PEFT and compare the logits.
 
-    The folder appears only when the check has passed; an adapter that stood there is replaced then. The model itself is
-    left as it is, so that a refused export can be repeated. Of a model that is sharded over processes every one of them
-    must call it, since they compute together, and the first one's files stay.
+    The folder appears only after the check has passed; an earlier export in it is replaced. The model does not change,
+    so a refused export can be repeated. If the model is sharded over processes, all of them must call this function, and
+    the first one's files stay.
 
     Args:
         model: A `PeftModel` whose active adapter is plain LoRA: after `RankAllocation` or `finish()`, or any other.
         path: Folder to write.
         profile: `ragged`, `uniform` or `merged`.
-        batch: Inputs for the check, as the model's forward takes them; by default two samples that the model was
-            trained on, or token ids drawn at random where no allocation has trained it.
+        batch: Inputs of the model for the check; by default two samples that the model was trained on, or random token
+            ids if no allocation has trained it.
         tokenizer: Saved beside the adapter or the model.
 
     Raises:

@@ -33,8 +33,8 @@ def lora_config(plan: RankPlan, model: nn.Module, **settings: Any) -> LoraConfig
         plan = RankPlan.load("runs/NAME/ranks.json")  # or allocation.plan
         model = get_peft_model(base, lora_config(plan, base, task_type="CAUSAL_LM"))
 
-    Every module gets the rank that the plan keeps for it, those without a rank get no adapter, and B·A is multiplied
-    by what it was multiplied by when the plan was found, whatever the rank.
+    Every module gets its rank in the plan; modules of rank 0 get no adapter. The scale of B·A is the plan's, whatever
+    the rank.
 
     Args:
         plan: The ranks.

@@ -40,7 +40,7 @@ class Truncation:
 
 
 def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> Truncation:
-    """Write a smaller copy of any plain LoRA adapter: of all modules' singular values, the largest under the budget.
+    """Write a smaller copy of a plain LoRA adapter, with the largest singular values that the budget allows.
 
     Scales (`alpha_pattern`, `rank_pattern`, rsLoRA) are respected. The copy is a plain adapter in which each module has
     its own rank, with `ranks.json` beside it; heads that were saved with the adapter are copied.

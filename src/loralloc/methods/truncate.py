@@ -52,7 +52,7 @@ class TruncateState:
 class Truncate(Method):
     """Train every rank of `LoraConfig.r`, keep the largest singular values, and train these to the end.
 
-    The scale is lora_alpha / `LoraConfig.r`, as for the methods that prune.
+    The scale is lora_alpha / `LoraConfig.r`, as for AdaLoRA.
 
     Raises:
         UserError: A setting is out of its range.

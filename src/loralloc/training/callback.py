@@ -1,4 +1,4 @@
-"""Rank allocation in a transformers Trainer, as one callback. Works with TRL's trainers alike."""
+"""Rank allocation in a transformers Trainer, as one callback. Also works with TRL's trainers."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class RankAllocation(TrainerCallback):
     `train()` it is plain LoRA. Each checkpoint carries the allocation's state; resuming restores it.
 
     Args:
-        method: For example `AdaLoRA(Budget(average_rank=8))`. Where it looks at validation data, `validation` holds
-            examples as they are in the training set (tokenized alike); the Trainer's collator makes batches of them.
+        method: For example `AdaLoRA(Budget(average_rank=8))`. If it uses validation data, its `validation` has examples
+            in the form of the training set (tokenized); the Trainer's collator makes batches of them.
         trace: File to append allocation events to, one JSON object a line; None for none.
         provenance: What to record in the plan beyond versions, settings and steps.
         compact: Take closed ranks out of the tensors once the ranks are final (see `attach`). One process only.
         folder: Folder to keep the run in, as `loralloc train` would: `trace.jsonl` and `log.jsonl` while it trains,
             `ranks.json`, `metrics.json` and `report.html` at the end of `train()`; None for none. `loralloc report
-            FOLDER` writes the page anew, also while the run is going on.
+            FOLDER` writes the page again, during the run too.
 
     Raises:
         UserError: From the Trainer's constructor or from `train()`, before the first step: the model, the budget, the

@@ -68,12 +68,12 @@ def attach(
 
     Args:
         model: A `PeftModel` with one active LoRA adapter, fresh.
-        method: For example `AdaLoRA(Budget(average_rank=8))`. Where it looks at validation data, `validation` holds
-            batches here: mappings of what the model's forward takes, labels included.
+        method: For example `AdaLoRA(Budget(average_rank=8))`. If it uses validation data, its `validation` has batches:
+            mappings of the model's inputs, labels included.
         total_steps: Optimizer steps of the whole run.
         adapter: Name of the adapter; the active one by default.
-        compact: Take ranks that are closed for good out of the tensors, once the ranks are final: a step then costs
-            what it costs with plain LoRA of those ranks. One process only; `after_step` needs the optimizer.
+        compact: Remove closed ranks from the tensors once the ranks are final. A step then costs as much as with plain
+            LoRA at those ranks. One process only; `after_step` needs the optimizer.
 
     Raises:
         UserError: The model, the adapter, the budget or the schedule does not allow it; the message says why.
@@ -87,9 +87,9 @@ class AllocationRun(Recorded):
     Attributes:
         step: Optimizer steps done.
         plan: The rank plan, once finished.
-        settled: Whether the method has nothing left to find out: the run may end.
-        max_grad_norm: The norm to which the loop clips gradients, None for no clipping. Methods that compute a step's
-            gradient anew clip it alike, so set it where you clip; the Trainer callback does.
+        settled: Whether the method's search is over, so that the run may end.
+        max_grad_norm: The norm to which the loop clips gradients, None for no clipping. Set it if you clip, because
+            methods that compute a step's gradient again clip it too. The Trainer callback sets it.
         on_event: Called with every allocation event, a JSON-able dictionary (the lines of trace.jsonl).
     """
 

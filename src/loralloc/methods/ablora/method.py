@@ -66,11 +66,11 @@ logger = logging.getLogger("loralloc.methods.ablora")
 class ABLoRA(Method):
     """Move ranks between modules by ablation scores, at a constant budget.
 
-    `LoraConfig.r` is the most a module may get, or the budget's `max_rank` where that is less; twice the average rank
-    is usual. A budget as a `fraction` is one of the capacity `LoraConfig.r`. Ranks are scored on `validation`, held out
-    of the training data: a data set in a Trainer; batches by index (mappings of what the model takes, labels included)
-    in a loop of your own. Other scores than `ablation` need none. With `scope="block"` a module that is alone in its
-    block, such as a pooler, keeps its ranks; the paper can be read either way.
+    `LoraConfig.r` is the most that a module may get, or the budget's `max_rank` if that is less; twice the average rank
+    is usual. `Budget(fraction=...)` is a fraction of the capacity `LoraConfig.r`. Ranks are scored on `validation`,
+    held out of the training data: in a Trainer a data set; in your own loop a sequence of batches (mappings of the
+    model's inputs, labels included). Scores other than `ablation` need no validation data. With `scope="block"` a
+    module that is alone in its block, such as a pooler, keeps its ranks; the paper can be read either way.
 
     Raises:
         UserError: A number is out of its range, or there are no validation data.
@@ -119,7 +119,7 @@ class ABLoRA(Method):
 
     @classmethod
     def as_published(cls, budget: Budget, validation: Any, **settings: Any) -> ABLoRA:
-        """Return ABLoRA to the paper's letter.
+        """Return ABLoRA exactly as in the paper.
 
         Exact scores on 32 samples, K₁ = 1 and K₂ = 0.25 of the paper's 10 epochs, and a budget that shrinks in a round
         in which every module lost a rank.

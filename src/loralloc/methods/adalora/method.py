@@ -55,9 +55,9 @@ Order = Literal["paper", "reference"]
 class AdaLoRA(Method):
     """Prune singular values by importance under a falling budget.
 
-    `LoraConfig.r` is the rank at the start, everywhere; about 1.5 times the target is usual. Where ranks cost
-    different amounts, as in a budget in parameters, those stay whose importance adds up to most. A `max_rank` holds as
-    soon as the falling budget is one that the modules can have under it, and from the final phase on at the latest.
+    `LoraConfig.r` is every module's rank at the start; about 1.5 times the target is usual. If ranks differ in cost, as
+    with a budget in parameters, the set with the largest total importance stays. `max_rank` applies as soon as the
+    falling budget can be met under it, and at the latest from the final phase on.
 
     Raises:
         UserError: A setting is out of its range.

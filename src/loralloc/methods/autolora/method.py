@@ -84,12 +84,12 @@ CHECKS = 50
 class AutoLoRA(Method):
     """Learn selection variables on held-out data; keep the ranks whose variable is at least 1/k.
 
-    `validation` are examples held out of the training data: batches in a loop of your own, examples as in the training
-    set (tokenized alike) in a Trainer. They must not be among the training data, nor be the data that the result is
-    evaluated on. All modes but `first_order` compute a step's loss again, and refuse a loop with another loss than the
-    model's own; see the module's docstring. A budget and patience are not in the paper. Under a budget a rank is worth
-    its share, relative to an equal one; where ranks differ in cost, those stay whose worth adds up to most. With
-    patience the logits stay as they are once they have settled, `run.settled` is true, and a Trainer stops.
+    `validation` has examples held out of the training data: batches in your own loop, examples in the form of the
+    training set (tokenized) in a Trainer. They must not be among the training data, nor the data on which the result is
+    evaluated. All modes except `first_order` compute a step's loss again, and refuse a loop whose loss is not the
+    model's own; see the module's docstring. A budget and patience are not in the paper. Under a budget, a rank is worth
+    its share relative to an equal one; if ranks differ in cost, the set with the largest total worth stays. With
+    patience, the logits stop changing once the plan has settled; then `run.settled` is true, and a Trainer stops.
 
     Raises:
         UserError: A number is out of its range, or there are no validation data.
@@ -131,7 +131,7 @@ class AutoLoRA(Method):
 
     @classmethod
     def as_published(cls, validation: Any, **settings: Any) -> AutoLoRA:
-        """Return AutoLoRA to the paper's letter: `mode="paper"`, and no factor k on the update."""
+        """Return AutoLoRA exactly as in the paper: `mode="paper"`, and no factor k on the update."""
         return cls(validation, **{"mode": "paper", "parity": False, **settings})
 
     @property
