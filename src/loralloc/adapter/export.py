@@ -62,8 +62,8 @@ def export_adapter(
     """Write a plain LoRA adapter (or the merged model), reload it with stock PEFT and compare the logits.
 
     The folder appears only after the check has passed; an earlier export in it is replaced. The model does not change,
-    so a refused export can be repeated. If the model is sharded over processes, all of them must call this function, and
-    the first one's files stay.
+    so a refused export can be repeated. If the model is sharded over processes, all of them must call this, and the
+    first one's files stay.
 
     Args:
         model: A `PeftModel` whose active adapter is plain LoRA: after `RankAllocation` or `finish()`, or any other.
