@@ -174,7 +174,7 @@ class ChoiceData(PromptData):
     )
     answer: Text | None = Field(
         default=None,
-        description="column with the right choice: its number from 0, its letter, its label, or its text",
+        description="column with the right choice: its label, its text, its number from 0, or its letter",
     )
 
 
