@@ -75,7 +75,11 @@ def test_a_model_without_an_adapter_is_wrapped_by_the_line_of_the_message(model:
 
 def injected() -> nn.Module:
     model = tiny_llama()
-    model.add_adapter(lora_config("llama"))
+    try:
+        model.add_adapter(lora_config("llama"))
+    except ValueError as error:  # transformers 5.24 came before the release of PEFT that it asks for here
+        assert "version of PEFT" in str(error)
+        pytest.skip(str(error))
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import re
 from collections.abc import Collection, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,13 @@ def schema(writer: ModuleType) -> dict[str, Any]:
     return recipe_schema(writer.SECTIONS)
 
 
+def others() -> list[str]:
+    """Libraries whose options are in the files, in another release than the files are made with."""
+    pinned = dict(re.findall(r"^(\w+)==([\w.]+)", (DOCS.parent / "constraints.txt").read_text(encoding="utf-8"), re.M))
+    return [name for name in ("transformers", "trl", "peft") if metadata.version(name) != pinned[name]]
+
+
+@pytest.mark.skipif(bool(others()), reason=f"the files say the options of other releases of {', '.join(others())}")
 @pytest.mark.parametrize("name", ["reference.md", "recipe.schema.json"])
 def test_the_committed_file_is_what_the_declarations_say(writer: ModuleType, name: str) -> None:
     made = writer.files()[DOCS / name]
