@@ -78,7 +78,8 @@ def injected() -> nn.Module:
     try:
         model.add_adapter(lora_config("llama"))
     except ValueError as error:  # transformers 5.24 came before the release of PEFT that it asks for here
-        assert "version of PEFT" in str(error)
+        if "version of PEFT" not in str(error):
+            raise
         pytest.skip(str(error))
     return model
 
