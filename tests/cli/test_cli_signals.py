@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,12 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import Pipe
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 
 from loralloc.cli import progress
 from loralloc.recipe import run as pipeline
@@ -152,29 +155,44 @@ def test_one_that_was_held_up_ends_the_run_before_it_trains() -> None:
     assert (stopped.value.signal, stopped.value.step) == (signal.SIGUSR1, None)
 
 
-def test_processes_that_load_data_are_ended_by_the_one_they_load_for_and_nobody_else() -> None:
-    """A scheduler sends SIGTERM to all processes of a job; the worker is needed until the first one has saved."""
-    asking, answering = Pipe()
+def test_forked_processes_end_as_ever() -> None:
+    reading, writing = os.pipe()
     with signals.listening():
         child = os.fork()
         if child == 0:
-            while answering.recv():
-                answering.send("alive")
-            os._exit(1)
-        subprocess.run(["kill", "-TERM", str(child)], check=True)
-        asking.send("well?")
-        assert asking.recv() == "alive"
+            os.write(writing, b"!")
+            time.sleep(60)
+            os._exit(0)
+        os.read(reading, 1)  # Python forgets what comes to a process before it runs
         os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    os.close(reading)
+    os.close(writing)
 
 
-def test_where_nobody_listens_a_process_that_is_forked_ends_as_ever() -> None:
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-        os._exit(0)
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_workers_load_until_the_run_has_ended(wrapped: bool) -> None:
+    """A scheduler sends SIGTERM to all processes of a job; a run whose worker has died is not saved."""
+    with signals.listening():
+        loader: Any = DataLoader(list(range(100)), num_workers=1)
+        loader = signals.spare_workers(prepare_data_loader(loader) if wrapped else loader)
+        batches = iter(loader)
+        assert int(next(batches)) == 0
+        (worker,) = multiprocessing.active_children()
+        os.kill(cast(int, worker.pid), signal.SIGTERM)
+        assert [int(batch) for batch in islice(batches, 90)] == list(range(1, 91))  # more than were loaded before
+        assert worker.is_alive()
+    assert not worker.is_alive()
+
+
+def test_workers_of_nobody_who_listens_are_as_ever() -> None:
+    loader = signals.spare_workers(DataLoader([0, 1], num_workers=1))
+    assert loader.worker_init_fn is None
+    with signals.listening():
+        assert signals.spare_workers(DataLoader([0, 1])).worker_init_fn is None  # loads for itself
+        begun = signals.spare_workers(loader).worker_init_fn
+        assert begun is not None
+        assert signals.spare_workers(loader).worker_init_fn is begun
 
 
 def test_workers_leave_what_all_processes_get_to_the_first_one() -> None:

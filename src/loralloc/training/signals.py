@@ -9,15 +9,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loralloc.training import processes
@@ -51,8 +53,11 @@ class _Watch:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note a signal while training, and end at once otherwise."""
         del frame
-        if os.getpid() != self.owner:  # a worker that loads data: the first process says when to end
-            return
+        if os.getpid() != self.owner:  # a process that was forked
+            if number == signal.SIGTERM:  # by which it is ended, as if nobody had listened
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return  # the others come to all processes of a terminal or of a job: the first one says when to end
         again = number == signal.SIGINT and self.asked is not None and time.monotonic() - self.since > PATIENCE
         if self.asked is None:
             self.asked, self.since = number, time.monotonic()
@@ -63,34 +68,37 @@ class _Watch:
 _watch: _Watch | None = None
 
 
-def _leave_it_to_the_first() -> None:
-    """Have a worker that loads data obey SIGTERM from its parent alone: schedulers send it to every process of a job.
+def spare_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Have processes that load data leave SIGTERM to the first process, where somebody is `listening`.
 
-    A run whose worker dies can fetch no further batch, and ends before it is saved. Handlers, PyTorch's for its workers
-    among them, come too late to ignore it: it is blocked, and a thread waits for it.
+    Schedulers send it to every process of a job. A run whose worker dies of it can fetch no further batch, and ends
+    before it is saved.
     """
-    if _watch is None:
-        return
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
-    else:  # macOS does not say who has sent a signal
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper lets this one load
+    if _watch is not None and inner.num_workers and not _spared(inner.worker_init_fn):
+        inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
+    return loader
 
 
-def _obey(parent: int) -> None:
-    """End this process when its parent says so."""
-    while _sender() != parent:
-        pass
-    os._exit(0)  # as PyTorch's own workers do: anything else would be a failure to it
+def _spared(begin: Any) -> bool:
+    return isinstance(begin, partial) and begin.func is _begin_worker
 
 
-def _sender() -> int:
-    """Wait for SIGTERM, and return the process that has sent it."""
-    return signal.sigwaitinfo({signal.SIGTERM}).si_pid
+def _begin_worker(begin: Callable[[int], None] | None, worker: int) -> None:
+    # PyTorch's own handler obeys. This one is no SIG_IGN, which a process that the worker starts would inherit.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    if begin is not None:
+        begin(worker)
 
 
-os.register_at_fork(after_in_child=_leave_it_to_the_first)
+def _end_workers() -> None:
+    """End the processes that load data: the SIGTERM by which Python ends them when it exits would not."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # to PyTorch's handler it would be a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+            child.join()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 @contextmanager
@@ -103,6 +111,7 @@ def listening() -> Iterator[None]:
         yield
     finally:
         _watch = None
+        _end_workers()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from peft import PeftModel
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     EvalPrediction,
     PrinterCallback,
@@ -38,7 +38,7 @@ from loralloc.training.log_file import LogFile
 from loralloc.training.manifest import Manifest, begin_writing, damage, read_manifest, write_manifest
 from loralloc.training.meter import Meter
 from loralloc.training.shared_gradients import SharedGradients
-from loralloc.training.signals import StopOnSignal
+from loralloc.training.signals import StopOnSignal, spare_workers
 from loralloc.training.step_data import random_state, set_random_state
 from loralloc.unpickling import nothing_unpickled
 
@@ -113,6 +113,14 @@ class RunTrainer(Base):
                 return super().evaluate(eval_dataset, *args, **kwargs)
         finally:
             set_random_state(random)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's, whose workers do not end before the run is saved."""
+        return spare_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        """The Trainer's, likewise."""
+        return spare_workers(super().get_eval_dataloader(*args, **kwargs))
 
     def without_answers(self) -> AbstractContextManager[None]:
         """Let the model write no answers in the evaluations inside, where it would."""
