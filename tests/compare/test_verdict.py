@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,24 @@ def test_not_enough_runs_of_one_that_is_ahead() -> None:
         for shift in (-0.15, -0.1)
     )
     assert 1 <= fewer < more
+
+
+def test_of_one_seed_beside_others_nothing_is_known() -> None:
+    lone = compared(-0.15, seeds=1)
+    others = compared(-0.1, spread=0.1)[0]
+    both = [*lone, Compared(replace(others.entry, contender=Contender("b", "B", "method")), others.difference)]
+    assert "whether B is better than plain LoRA: it is ahead" in verdict(both, loss=2.0, margin=0.01)
+    failed = [*lone, Compared(both[1].entry, replace(compared(0.5)[0].difference, low_all=0.4))]  # type: ignore[type-var]
+    assert verdict(failed, loss=2.0, margin=0.01).endswith("its loss: 2 more seeds would")
+
+
+def test_one_that_rows_cannot_tell_hides_no_other() -> None:
+    noisy = compared(-0.5, rows=40.0)[0]
+    clear = compared(-0.1, spread=0.1)[0]
+    both = [noisy, Compared(replace(clear.entry, contender=Contender("b", "B", "method")), clear.difference)]
+    assert noisy.difference is not None
+    assert noisy.difference.mean < -0.2
+    assert "whether B is better than plain LoRA: it is ahead" in verdict(both, loss=2.0, margin=0.01)
 
 
 def test_not_enough_rows() -> None:

@@ -76,24 +76,30 @@ def _better(better: Sequence[tuple[str, Difference]], loss: float) -> str:
 
 
 def _ahead(undecided: Sequence[tuple[str, Difference]], loss: float, least: float, count: int) -> str:
-    """Say how many seeds would show that the best one is as far ahead as it seems; nothing where that is not known."""
-    label, one = min(undecided, key=lambda item: item[1].mean)
-    total = seeds_needed(one, -one.mean, count) if one.mean <= -least else None
-    if total is None:
+    """Say how many seeds would show that one is as far ahead as it seems; nothing where that is known of none."""
+    ahead = [
+        (label, one, total)
+        for label, one in undecided
+        if one.mean <= -least and one.seeds > 1 and (total := seeds_needed(one, -one.mean, count)) is not None
+    ]
+    more = [(label, one, total - one.seeds) for label, one, total in ahead if total > one.seeds]
+    if not more:
         return ""
+    label, one, seeds = min(more, key=lambda item: item[1].mean)
     told = f"not enough runs to tell whether {label} is better than plain LoRA: it is ahead by {_amount(one, loss)}"
-    return f"{told}; if it really is, {_seeds(total - one.seeds)} would show it"
+    return f"{told}; if it really is, {_seeds(seeds)} would show it"
 
 
 def _undecided(undecided: Sequence[tuple[str, Difference]], least: float, count: int, margin: float) -> str:
     labels = [label for label, _ in undecided]
     who = listed(labels if len(labels) <= NAMED else [*labels[: NAMED - 1], f"{len(labels) - NAMED + 1} others"])
-    needed = [(seeds_needed(one, least, count), one.seeds) for _, one in undecided]
+    needed = [(seeds_needed(one, least, count), one.seeds) for _, one in undecided if one.seeds > 1]
     told = f"not enough runs to tell whether {who} {'is' if len(undecided) == 1 else 'are'} better than plain LoRA by "
     told += f"{_percent(margin)} of its loss"
     if any(total is None for total, _ in needed):
         return f"{told}: {MOST_SEEDS} seeds would not be enough, more test rows are needed"
-    return f"{told}: {_seeds(max(total - have for total, have in needed if total is not None))} would"
+    more = max((total - have for total, have in needed if total is not None), default=2)  # of one seed nothing is known
+    return f"{told}: {_seeds(more)} would"
 
 
 def _seeds(more: int) -> str:
