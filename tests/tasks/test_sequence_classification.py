@@ -164,6 +164,20 @@ def test_a_trainer_takes_it(task: Callable[..., TaskData], tmp_path: Path, label
     assert np.isfinite(metrics["eval_loss"])
 
 
+def test_a_regression_in_half_precision_has_a_loss_in_full(
+    task: Callable[..., TaskData],
+) -> None:
+    prepared = task([{"text": "a b", "label": 1.3}, {"text": "c", "label": 0.1}] * 8, "bfloat16", labels="regression")
+    batch = prepared.options["data_collator"]([prepared.train[0], prepared.train[1]])
+    output = prepared.model(**batch)
+    assert (output.logits.dtype, output.loss.dtype) == (torch.bfloat16, torch.float32)
+    assert output.loss.equal((output.logits.float().view(-1) - batch["labels"]).square().mean())
+    seen = output.loss.grad_fn
+    while seen is not None and "ToCopy" not in seen.name():
+        seen = seen.next_functions[0][0] if seen.next_functions else None
+    assert seen is not None  # the outputs were cast: PyTorch 2.10 has no gradient of the mixed error
+
+
 def test_accumulation_changes_nothing(task: Callable[..., TaskData], tmp_path: Path) -> None:
     """Without the mark on the model, the loss would be as many times too great as batches are accumulated."""
 
