@@ -47,6 +47,23 @@ def test_the_smallest_size_that_is_not_worse_is_recommended() -> None:
     assert sum(one.mean == 0 for one in worse) == 1
 
 
+def test_a_size_below_one_that_is_worse_is_not_recommended() -> None:
+    """Its examples differ more, so that the test does not find what it has lost."""
+    table = losses(0.0, 0.0001, 0.05, 0.1)
+    noise = np.random.default_rng(0).standard_normal(200)
+    table[3] = table[3] + 3 * (noise - noise.mean())
+    worse = compare_points(table)
+    assert [one.significant for one in worse] == [False, False, True, False]
+    assert recommend([8, 4, 2, 1], worse) == 1
+    assert recommend([1, 4, 2, 8], [worse[at] for at in (3, 1, 2, 0)]) == 1
+
+
+def test_sizes_above_the_best_are_no_reason_to_stop() -> None:
+    worse = compare_points(losses(0.5, 0.0, 0.0001))
+    assert worse[0].significant
+    assert recommend([4, 2, 1], worse) == 2
+
+
 def test_what_makes_examples_hard_does_not_hide_a_difference() -> None:
     """Unpaired, 0.05 is nothing against a spread of 1."""
     table = losses(0.0, 0.05)

@@ -30,8 +30,8 @@ def verdict(*losses: float) -> str:
         ([1.0], "Average rank 8 (32 ranks, 4 kB) is the only size that was tried."),
         (
             [1.0, 2.0],
-            "Take average rank 8 (32 ranks, 4 kB): it has the lowest loss of all sizes that were tried; smaller ones "
-            "that were tried are worse; a larger one may be better still.",
+            "Take average rank 8 (32 ranks, 4 kB): it has the lowest loss of all sizes that were tried; the next "
+            "smaller one is worse; a larger one may be better still.",
         ),
         (
             [2.0, 1.0],
@@ -39,8 +39,8 @@ def verdict(*losses: float) -> str:
         ),
         (
             [1.0, 1.0, 2.0],
-            "Take average rank 4 (16 ranks, 2 kB): the smallest size that is not significantly worse than the best on "
-            "3 validation examples, 50% of the largest that was tried.",
+            "Take average rank 4 (16 ranks, 2 kB), 50% of the largest that was tried: from the best size down to it, "
+            "none is significantly worse on 3 validation examples.",
         ),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,10 +112,15 @@ def _worse(differences: NDArray[np.floating], pairs: int) -> Worse:
 
 
 def recommend(sizes: Sequence[int], worse: Sequence[Worse]) -> int:
-    """Return the place of the smallest size that is not significantly worse than the best.
+    """Return the place of the smallest size before one is significantly worse, going down from the best.
+
+    The first that is significantly worse ends the search: if a still smaller one is not, its examples' losses differ
+    more, and the test has overlooked it.
 
     Args:
         sizes: Ranks of each point.
         worse: How much worse each is.
     """
-    return min((place for place, one in enumerate(worse) if not one.significant), key=lambda place: sizes[place])
+    best = min(range(len(sizes)), key=lambda place: worse[place].mean)
+    smaller = sorted((place for place, size in enumerate(sizes) if size < sizes[best]), key=lambda place: -sizes[place])
+    return [best, *takewhile(lambda place: not worse[place].significant, smaller)][-1]

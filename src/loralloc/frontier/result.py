@@ -79,12 +79,13 @@ class Frontier:
         if len(self.points) == 1:
             return f"{size[:1].upper()}{size[1:]} is the only size that was tried."
         if self.recommended == self.best:
-            smaller = "; smaller ones that were tried are worse" if self.choice is not self.points[-1] else ""
+            smaller = "; the next smaller one is worse" if self.choice is not self.points[-1] else ""
             larger = "; a larger one may be better still" if self.recommended == 0 else ""
             return f"Take {size}: it has the lowest loss of all sizes that were tried{smaller}{larger}."
+        share = point.nbytes / self.points[0].nbytes
         return (
-            f"Take {size}: the smallest size that is not significantly worse than the best on {n:,} validation "
-            f"examples, {point.nbytes / self.points[0].nbytes:.0%} of the largest that was tried."
+            f"Take {size}, {share:.0%} of the largest that was tried: from the best size down to it, none is "
+            f"significantly worse on {n:,} validation examples."
         )
 
     def to_dict(self) -> dict[str, Any]:
