@@ -84,6 +84,7 @@ clean: ## remove .venv, caches and build products; runs/ stays
 
 # betty-ml declares Python < 3.11, which no dependency group can overrule; its benchmark checks that it works.
 .venv/.bench: .venv/.demo
+	$(INSTALL) --build-constraint constraints.txt --editable ".[bench]"
 	$(INSTALL) --no-deps --ignore-requires-python betty-ml
 	@touch $@
 
