@@ -110,15 +110,15 @@ def parametrised(site: Site) -> Iterator[None]:
 
 
 @contextmanager
-def flattened(site: Site) -> Iterator[None]:
+def flattened(site: Site, name: str) -> Iterator[None]:
     """As FSDP does it: the parameter is elsewhere, and a view of it takes its place."""
     frozen = site.layer.base_layer
-    weight = frozen.weight
-    del frozen.weight
-    frozen.weight = weight.detach().requires_grad_()
+    parameter = getattr(frozen, name)
+    delattr(frozen, name)
+    setattr(frozen, name, parameter.detach().requires_grad_())
     yield
-    del frozen.weight
-    frozen.weight = weight
+    delattr(frozen, name)
+    setattr(frozen, name, parameter)
 
 
 OBSTACLES: dict[str, Callable[[Site], Any]] = {
@@ -132,7 +132,8 @@ OBSTACLES: dict[str, Callable[[Site], Any]] = {
     "trained weight": lambda site: trained(site, "weight"),
     "trained bias": lambda site: trained(site, "bias"),
     "parametrised weight": parametrised,
-    "flattened weight": flattened,
+    "flattened weight": lambda site: flattened(site, "weight"),
+    "flattened bias": lambda site: flattened(site, "bias"),
 }
 
 

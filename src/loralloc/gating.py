@@ -214,7 +214,8 @@ class _GatedVariant(LoraVariant):
 
     def with_layer(self, module: Any, frozen: Any, adapter: str, x: Tensor) -> Tensor:
         """The same in one step with the frozen layer, which `_is_plain_product`."""
-        return gated_linear(x, frozen.weight, frozen.bias, *self._update_of(module, adapter, x))
+        weights = frozen._parameters
+        return gated_linear(x, weights["weight"], weights["bias"], *self._update_of(module, adapter, x))
 
     @property
     def adds_nothing(self) -> bool:
@@ -226,12 +227,13 @@ class _GatedVariant(LoraVariant):
         if self.scale.device != x.device:  # the model was moved after attaching
             self.scale = self.scale.to(x.device)
             self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
-        gate = module.lora_gate[adapter]
+        parts = module._modules  # where layers are small, one by one through the module's attributes would be felt
+        gate = parts["lora_gate"]._parameters[adapter]
         gate = gate.detach() if self.gate_frozen else gate
         return (
-            module.lora_A[adapter].weight,
+            parts["lora_A"]._modules[adapter].weight,
             gate if self.gate is None else self._fitted(self.gate, x),
-            module.lora_B[adapter].weight,
+            parts["lora_B"]._modules[adapter].weight,
             self.scale,
             self.row_scale,
         )
@@ -385,7 +387,7 @@ class _GatedLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The forward pass: in one step where that is possible, else PEFT's."""
         layer = self.layer
-        adapter, frozen = None if args or kwargs else _sole_adapter(layer), layer.base_layer
+        adapter, frozen = None if args or kwargs else _sole_adapter(layer), layer._modules["base_layer"]
         if adapter is None or not _is_plain_product(frozen):
             return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
         return layer.lora_variant[adapter].with_layer(layer, frozen, adapter, x)  # type: ignore[no-any-return]
@@ -411,7 +413,7 @@ def _sole_adapter(layer: Any) -> str | None:
     variant = layer.lora_variant.get(active[0])
     if not isinstance(variant, _GatedVariant) or variant.adds_nothing:
         return None
-    dropout = layer.lora_dropout[active[0]]
+    dropout = layer._modules["lora_dropout"]._modules[active[0]]
     return None if dropout.training and not isinstance(dropout, nn.Identity) else active[0]
 
 
@@ -419,7 +421,8 @@ def _is_plain_product(frozen: Any) -> bool:
     """Whether a base layer is a frozen `nn.Linear` whose output nobody else looks at or replaces."""
     if type(frozen) is not nn.Linear or getattr(frozen.forward, "__func__", None) is not _LINEAR_FORWARD:
         return False
-    for parameter in (frozen.weight, frozen.bias):
+    for name in ("weight", "bias"):
+        parameter = frozen._parameters.get(name, name)  # others may have taken it out, and put a tensor in its place
         if parameter is not None and (type(parameter) is not nn.Parameter or parameter.requires_grad):
             return False
     hooks = frozen._forward_hooks or frozen._forward_pre_hooks or frozen._backward_hooks or frozen._backward_pre_hooks

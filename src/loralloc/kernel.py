@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
@@ -65,7 +66,8 @@ def gated_lora(
         [..., out], in the dtype of `base_out`.
     """
     if _composes(x, base_out, A, g, row_scale):
-        return _unflat(torch.addmm(_flat(base_out), torch.nn.functional.linear(_flat(x), A) * (g * s), B.t()), x)
+        y = torch.addmm(_flat(base_out), linear(_flat(x), A) * (g * s), B.t())
+        return y.view(*x.shape[:-1], y.shape[1])
     return _GatedLoRA.apply(x, base_out, None, None, A, g, B, s, row_scale)  # type: ignore[no-any-return]
 
 
@@ -96,9 +98,9 @@ def gated_linear(
     """
     if _composes(x, W, A, g, row_scale):
         flat = _flat(x)
-        out = torch.nn.functional.linear(flat, W, b)
+        out = linear(flat, W, b)
         add = out.addmm if is_in_torch_dispatch_mode() else out.addmm_
-        return _unflat(add(torch.nn.functional.linear(flat, A) * (g * s), B.t()), x)
+        return add(linear(flat, A) * (g * s), B.t()).view(*x.shape[:-1], out.shape[1])
     return _GatedLoRA.apply(x, None, W, b, A, g, B, s, row_scale)  # type: ignore[no-any-return]
 
 
@@ -167,7 +169,7 @@ def _unflat(t: Tensor, like: Tensor) -> Tensor:
     if like.dim() == 2:
         return t
     # Not `view`: autograd refuses to change in place, as an activation behind the layer may, a view made in a function.
-    return torch.ops.aten._unsafe_view(t, (*like.shape[:-1], t.shape[1]))  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view.default(t, (*like.shape[:-1], t.shape[1]))  # type: ignore[no-any-return]
 
 
 def _activation(x: Tensor, A: Tensor, g: Tensor, s: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -190,7 +192,7 @@ class _GatedLoRA(torch.autograd.Function):
         row_scale: Tensor | None,
     ) -> Tensor:
         dtype = _compute_dtype(x, A)
-        out = _flat(base_out) if W is None else torch.nn.functional.linear(_flat(x), W, b)  # type: ignore[arg-type]
+        out = _flat(base_out) if W is None else linear(_flat(x), W, b)  # type: ignore[arg-type]
         with _without_autocast(x.device.type):
             h, gate = _activation(x, A, g, s, dtype)
             # Selective checkpointing keeps products, and a mode like its own is how it sees them.
