@@ -292,13 +292,19 @@ class TestRefusals:
                 "{fast: {name: adalora}}",
                 "compare.variants.fast: nobody competes under this name; put fast into compare.methods",
             ),
-            ("{Fast one: {name: adalora}}", "compare.variants"),
         ],
     )
     def test_variants_of_nothing(self, tmp_path: Path, variants: str, reason: str) -> None:
         with pytest.raises(UserError) as error:
             recipe_for(tmp_path, "--variants", variants)
         assert str(error.value).startswith(f"--variants: {reason}")
+
+    @pytest.mark.parametrize("name", ["fast-one", "Fast"])
+    def test_variants_have_names_that_folders_may_have(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(UserError) as error:
+            recipe_for(tmp_path, "--methods", f"[{name}]", "--variants", f"{{{name}: {{name: adalora}}}}")
+        rule = f'must be named with lower-case letters, digits and _, got "{name}"'
+        assert str(error.value).splitlines()[0] == f"--variants: compare.variants.{name} {rule}"
 
     @pytest.mark.parametrize("setting", ["budget: {average_rank: 1}", "rank_seed: 3"])
     def test_what_a_comparison_sets_itself(self, tmp_path: Path, setting: str) -> None:
