@@ -6,7 +6,7 @@
 MODEL is a folder in transformers' format, DATA one with e2e_nlg as packed JSON lines. Every linear layer has a capacity
 of 16 and an average rank of 8. After some steps of training the round scores all open ranks. The paper's way is a
 forward pass of all examples without each rank, one with each alone, and one with all: too long to run here, so that its
-time is that of one forward pass, times their number. One record goes to benchmarks/results/rounds.jsonl.
+time is that of one forward pass, times their number. One record goes to benchmarks/results/speed-cpu.jsonl.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     made = figures(model, method, train)
     print(json.dumps(made, indent=1))
     command = f"python benchmarks/language_round.py MODEL DATA --examples {options.examples} --steps {options.steps}"
-    append({**record("language-round", None, made, {}), "command": command}, RESULTS / "rounds.jsonl")
+    append({**record("language-round", None, made, {}), "command": command}, RESULTS / "speed-cpu.jsonl")
 
 
 def batched(texts: list[str], model: Path) -> list[dict[str, Tensor]]:
@@ -108,8 +108,8 @@ def figures(model: Any, method: ABLoRA, train: list[dict[str, Tensor]]) -> dict[
         "seconds": seconds,
         "seconds_of_a_forward": forward,
         "share_of_seconds": seconds / (forward * passes),
-        "peak_bytes_before": before,
-        "peak_bytes": peak_bytes(),
+        "held_before": before,
+        "held": peak_bytes(),
     }
 
 

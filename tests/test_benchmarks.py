@@ -135,6 +135,19 @@ class TestTables:
         assert "no GPU was at hand" in text
         assert "no GPU was at hand" not in bench.table.render([self.made(device="cuda")])
 
+    def test_tell_what_grows_in_the_order_of_what_it_grows_with(self, bench: SimpleNamespace) -> None:
+        records = [self.made(suite="modules", modules=modules) for modules in (448, 12)]
+        rows = bench.table.targets(records).splitlines()
+        (row,) = [row for row in rows if row.startswith("| AdaLoRA step ÷ PEFT LoRA step, layers of width 128")]
+        assert row.endswith("| ≤ 1.00 | 0.900 (modules 12), 0.900 (modules 448) |")
+        (absent,) = [row for row in rows if row.startswith("| AB-LoRA round `fast` on a real language model")]
+        assert absent.endswith("| not measured |")
+
+    def test_tell_a_round_on_a_language_model(self, bench: SimpleNamespace) -> None:
+        made = {"ranks": 1680, "modules": 210, "seconds": 30.4, "share_of_forwards": 1 / 90, "failures": {}}
+        made |= {"suite": "language-round", "device": "cpu", "held": 3 * 2**20, "held_before": 2**20}
+        assert "| 1/90 (1,680 ranks in 210 modules, 30 s, 2 MiB above a step's) |" in bench.table.render([made])
+
     def test_show_medians_over_the_runs_of_the_same_code(self, bench: SimpleNamespace) -> None:
         runs = [
             self.made(processor_ratio={"peft-lora": spread, "adalora": spread}, commit=commit)
