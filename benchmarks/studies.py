@@ -55,6 +55,7 @@ class Rows:
 
 ROWS: Mapping[str, Rows] = {
     "e2e": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
+    "e2e_rank2": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
     "e2e_rank8": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
     "rnnlg": Rows("rnnlg_tv/train", "rnnlg_tv/test", 3000, 300),
     "qnli": Rows("qnli/dev", None, 3000, 600),

@@ -20,6 +20,7 @@ from reference import autolora as twin
 from torch import Tensor, nn
 
 from loralloc import AutoLoRA, Budget, UserError, attach
+from loralloc.allocate import keep_most
 from loralloc.gating import Site
 from loralloc.methods.autolora.state import keep_uniform_share
 from loralloc.training.run import AllocationRun
@@ -277,6 +278,16 @@ class TestPlan:
         logits = [torch.tensor(row).log() for row in ([0.6, 0.4], [0.3, 0.3, 0.2, 0.1, 0.1])]
         loop.state.logits[0, :2], loop.state.logits[1] = logits
         assert list(loop.run.finish().ranks.values()) == [1, 2]
+
+    def test_a_share_is_an_order_and_not_what_a_rank_is_worth(self) -> None:
+        """Among nearly equal shares the most valuable set would be all the cheap ranks, whatever was learned."""
+        loop = Loop(model=net(r=16), method=AutoLoRA(HELD_OUT, Budget(parameters=13 * 14)))
+        costs = [site.cost for site in loop.state.sites]
+        assert costs == [14, 13]
+        loop.state.logits[0, :13] = 0.01
+        shares = 16 * torch.softmax(loop.state.logits, 1).flatten()
+        assert keep_most(shares, torch.tensor(costs).repeat_interleave(16), 13 * 14).sum() == 14  # of the cheap ones
+        assert list(loop.run.finish().ranks.values()) == [13, 0]
 
     def test_a_budget_in_parameters_is_never_exceeded(self) -> None:
         loop = Loop(method=AutoLoRA(HELD_OUT, Budget(parameters=45)), optimizer=adam).walk(5)

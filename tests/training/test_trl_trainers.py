@@ -15,7 +15,7 @@ from peft import PeftModel
 from test_sft import phrases, word_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from loralloc.training.trl_trainers import RunDPOTrainer, RunSFTTrainer, sums_of_examples
 
@@ -70,6 +70,24 @@ def test_every_example_counts_by_itself_and_in_its_place(packing: bool, strategy
     assert trainer.evaluated is not None
     expected = torch.tensor(naive(model.eval(), rows), dtype=torch.float64)
     torch.testing.assert_close(torch.tensor(trainer.evaluated.predictions), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "told"), [(RunSFTTrainer, []), (SFTTrainer, ["trl/SFTTrainer"])])
+def test_nobody_is_told_of_a_training(
+    kind: type[SFTTrainer], told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that tells it looks at the environment, which accelerate empties while a trainer is built."""
+    topics: list[str] = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda topic, **_: topics.append(topic))
+    monkeypatch.delenv("CI", raising=False)  # where TRL tells nobody either
+    kind(
+        model=tiny_peft("llama"),
+        args=SFTConfig(str(tmp_path), max_length=32, **QUIET),
+        train_dataset=examples(),
+        processing_class=word_tokenizer(),
+        **({"log": tmp_path / "log.jsonl"} if kind is RunSFTTrainer else {}),
+    )
+    assert topics == told
 
 
 def test_packed_examples_do_not_see_each_other(tmp_path: Path) -> None:

@@ -31,11 +31,18 @@ def in_its_own_type(model: Any) -> Iterator[None]:
             setattr(base, name, value)
 
 
-class KeepsFigures(RunTrainer):
-    """A trainer of TRL, which adds up figures of its own between two rows of the log."""
+class RunTRLTrainer(RunTrainer):
+    """A trainer of TRL, which adds up figures of its own between two rows of the log, and tells nobody of the run."""
 
     _metrics: dict[str, dict[str, list[float]]]
     _total_train_tokens: int
+
+    def _send_telemetry(self) -> None:
+        """Send nothing. TRL would tell the Hub of every training, in a thread that looks up the Hub's address.
+
+        That reads the environment, which accelerate empties for a moment where a second trainer is built in the same
+        process, as after a search: the process could end with a segmentation fault.
+        """
 
     def window(self) -> dict[str, Any]:
         """TRL's figures since the last row, and the tokens of the whole run."""
@@ -47,7 +54,7 @@ class KeepsFigures(RunTrainer):
         self._total_train_tokens = state["tokens"]
 
 
-class RunSFTTrainer(KeepsFigures, SFTTrainer):
+class RunSFTTrainer(RunTRLTrainer, SFTTrainer):
     """An SFTTrainer that evaluates every example by itself, whatever shares a row with it.
 
     Predictions are sums of every example, [n, 3]: the loss of its learned tokens, their number, and how many of them
@@ -91,7 +98,7 @@ def sums_of_examples(output: Any, positions: Tensor | None) -> Tensor:
     return sums.index_add_(0, example[1:], values[0])
 
 
-class RunDPOTrainer(KeepsFigures, DPOTrainer):
+class RunDPOTrainer(RunTRLTrainer, DPOTrainer):
     """A DPOTrainer whose reference is the base model, and whose evaluation says what can be compared."""
 
     counts = "tokens"

@@ -40,7 +40,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loralloc.allocate import select
+from loralloc.allocate import keep_within, select
 from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.gating import Site
@@ -87,9 +87,9 @@ class AutoLoRA(Method):
     `validation` has examples held out of the training data: batches in your own loop, examples in the form of the
     training set (tokenized) in a Trainer. They must not be among the training data, nor the data on which the result is
     evaluated. All modes except `first_order` compute a step's loss again, and refuse a loop whose loss is not the
-    model's own; see the module's docstring. A budget and patience are not in the paper. Under a budget, a rank is worth
-    its share relative to an equal one; if ranks differ in cost, the set with the largest total worth stays. With
-    patience, the logits stop changing once the plan has settled; then `run.settled` is true, and a Trainer stops.
+    model's own; see the module's docstring. A budget and patience are not in the paper. Under a budget, ranks stay in
+    the order of their shares, relative to equal ones, as long as they fit. With patience, the logits stop changing once
+    the plan has settled; then `run.settled` is true, and a Trainer stops.
 
     Raises:
         UserError: A number is out of its range, or there are no validation data.
@@ -284,8 +284,10 @@ class AutoLoRA(Method):
         if self.budget is None:
             # The threshold: the ranks with αⱼ ≥ 1/k are kept.
             return agree(keep_uniform_share(shares)[state.real])
+        # Under a budget the threshold moves. A share says how a rank compares with others of its matrix, not what it is
+        # worth beside one of another size: ranks are taken in the order of their shares, not by share per cost.
         scores = (shares * state.real.sum(1, keepdim=True))[state.real]  # relative to 1/k, which differs with k
-        return agree(select(scores, self.budget, modules_of(state.sites), target))
+        return agree(select(scores, self.budget, modules_of(state.sites), target, keep_within))
 
 
 def _data(now: StepContext) -> StepData:
