@@ -1,6 +1,6 @@
 """A round of ABLoRA on a real language model: what it costs beside the paper's forward passes.
 
-    python benchmarks/language_round.py MODEL DATA             # SmolLM2-135M-Instruct, E2E: minutes
+    python benchmarks/language_round.py MODEL DATA             # SmolLM2-135M-Instruct, E2E: ten minutes
     python benchmarks/language_round.py MODEL DATA --examples 64 --steps 40
 
 MODEL is a folder in transformers' format, DATA one with e2e_nlg as packed JSON lines. Every linear layer has a capacity
@@ -35,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--examples", type=int, default=64, help="examples that ranks are scored on")
-    parser.add_argument("--steps", type=int, default=40, help="steps of training before the round")
+    parser.add_argument("--examples", type=int, default=16, help="examples that ranks are scored on")
+    parser.add_argument("--steps", type=int, default=20, help="steps of training before the round")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
