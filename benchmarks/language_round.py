@@ -6,7 +6,8 @@
 MODEL is a folder in transformers' format, DATA one with e2e_nlg as packed JSON lines. Every linear layer has a capacity
 of 16 and an average rank of 8. After some steps of training the round scores all open ranks. The paper's way is a
 forward pass of all examples without each rank, one with each alone, and one with all: too long to run here, so that its
-time is that of one forward pass, times their number. One record goes to benchmarks/results/speed-cpu.jsonl.
+time is that of one forward pass, times their number. How many ranks have to be ablated depends on the examples: the
+method's own default is 256 of them. One record goes to benchmarks/results/speed-cpu.jsonl.
 """
 
 from __future__ import annotations

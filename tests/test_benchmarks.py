@@ -140,13 +140,15 @@ class TestTables:
         rows = bench.table.targets(records).splitlines()
         (row,) = [row for row in rows if row.startswith("| AdaLoRA step ÷ PEFT LoRA step, layers of width 128")]
         assert row.endswith("| ≤ 1.00 | 0.900 (modules 12), 0.900 (modules 448) |")
-        (absent,) = [row for row in rows if row.startswith("| AB-LoRA round `fast` on a real language model")]
+        (absent,) = [row for row in rows if row.startswith("| AB-LoRA round `fast` on SmolLM2-135M")]
         assert absent.endswith("| not measured |")
 
     def test_tell_a_round_on_a_language_model(self, bench: SimpleNamespace) -> None:
         made = {"ranks": 1680, "modules": 210, "seconds": 30.4, "share_of_forwards": 1 / 90, "failures": {}}
+        made |= {"share_of_seconds": 1 / 60, "examples": 16}
         made |= {"suite": "language-round", "device": "cpu", "held": 3 * 2**20, "held_before": 2**20}
-        assert "| 1/90 (1,680 ranks in 210 modules, 30 s, 2 MiB above a step's) |" in bench.table.render([made])
+        found = "1/90, of the time 1/60 (1,680 ranks in 210 modules, 16 examples, 30 s, +2 MiB at the peak)"
+        assert f"| {found} |" in bench.table.render([made])
 
     def test_show_medians_over_the_runs_of_the_same_code(self, bench: SimpleNamespace) -> None:
         runs = [

@@ -28,6 +28,7 @@ from models import (
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from loralloc import gating
 from loralloc.gating import Site, attach_gates, fold_gates, gates_replaced
@@ -283,3 +284,17 @@ def test_the_output_may_be_changed_in_place(name: str) -> None:
         (expected,) = torch.autograd.grad(site.layer(x).relu().square().sum(), x)
         (found,) = torch.autograd.grad(site.layer(x).relu_().square().sum(), x)
         assert torch.equal(found, expected)
+        checkpoint(site.layer, x, use_reentrant=True).relu_().square().sum().backward()
+        assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_output_of_a_pass_without_gradients_may_be_changed_later(name: str) -> None:
+    _, (site, *_) = gated(name)
+    for shape in ((3, 5), (4,)):
+        x, learned = inputs_of(site, *shape), torch.ones((), requires_grad=True)
+        with torch.no_grad():
+            output = site.layer(x)
+        before = output.clone()
+        output += learned
+        assert torch.equal(output, before + learned)

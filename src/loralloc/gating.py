@@ -228,7 +228,7 @@ class _GatedVariant(LoraVariant):
             self.scale = self.scale.to(x.device)
             self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
         parts = module._modules  # where layers are small, one by one through the module's attributes would be felt
-        gate = parts["lora_gate"]._parameters[adapter]
+        gate = parts["lora_gate"][adapter]
         gate = gate.detach() if self.gate_frozen else gate
         return (
             parts["lora_A"]._modules[adapter].weight,

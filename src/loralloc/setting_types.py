@@ -119,7 +119,6 @@ _RULES = {  # kinds of pydantic errors, in our words
     "float_type": "a number",
     "string_type": "text",
     "string_too_short": "text that is not empty",
-    "string_pattern_mismatch": "named with lower-case letters, digits and _",
     "bool_type": "true or false",
     "list_type": "a list",
     "dict_type": "a mapping",

@@ -299,12 +299,14 @@ class TestRefusals:
             recipe_for(tmp_path, "--variants", variants)
         assert str(error.value).startswith(f"--variants: {reason}")
 
-    @pytest.mark.parametrize("name", ["fast-one", "Fast"])
-    def test_variants_have_names_that_folders_may_have(self, tmp_path: Path, name: str) -> None:
+    @pytest.mark.parametrize("methods", ["[adalora]", "[adalora, '{}']"])
+    @pytest.mark.parametrize("name", ["fast-one", "Fast", "", "8.5"])
+    def test_variants_have_names_that_folders_may_have(self, tmp_path: Path, name: str, methods: str) -> None:
         with pytest.raises(UserError) as error:
-            recipe_for(tmp_path, "--methods", f"[{name}]", "--variants", f"{{{name}: {{name: adalora}}}}")
-        rule = f'must be named with lower-case letters, digits and _, got "{name}"'
-        assert str(error.value).splitlines()[0] == f"--variants: compare.variants.{name} {rule}"
+            recipe_for(tmp_path, "--methods", methods.format(name), "--variants", f"{{'{name}': {{name: adalora}}}}")
+        rule = "a variant is named with lower-case letters, digits and _"
+        assert f"--variants: compare.variants.{name}: {rule}" in str(error.value).splitlines()
+        assert "nobody competes" not in str(error.value)
 
     @pytest.mark.parametrize("setting", ["budget: {average_rank: 1}", "rank_seed: 3"])
     def test_what_a_comparison_sets_itself(self, tmp_path: Path, setting: str) -> None:

@@ -3,6 +3,9 @@ the base model."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,14 +75,18 @@ def test_every_example_counts_by_itself_and_in_its_place(packing: bool, strategy
     torch.testing.assert_close(torch.tensor(trainer.evaluated.predictions), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "told"), [(RunSFTTrainer, []), (SFTTrainer, ["trl/SFTTrainer"])])
-def test_nobody_is_told_of_a_training(
-    kind: type[SFTTrainer], told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A thread that tells it looks at the environment, which accelerate empties while a trainer is built."""
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the Hub is told of."""
     topics: list[str] = []
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda topic, **_: topics.append(topic))
     monkeypatch.delenv("CI", raising=False)  # where TRL tells nobody either
+    return topics
+
+
+@pytest.mark.parametrize("kind", [RunSFTTrainer, SFTTrainer])
+def test_nobody_is_told_of_a_training(kind: type[SFTTrainer], told: list[str], tmp_path: Path) -> None:
+    """A thread that tells it looks at the environment, which accelerate empties while a trainer is built."""
     kind(
         model=tiny_peft("llama"),
         args=SFTConfig(str(tmp_path), max_length=32, **QUIET),
@@ -87,7 +94,20 @@ def test_nobody_is_told_of_a_training(
         processing_class=word_tokenizer(),
         **({"log": tmp_path / "log.jsonl"} if kind is RunSFTTrainer else {}),
     )
-    assert topics == told
+    assert told == ([] if kind is RunSFTTrainer else ["trl/SFTTrainer"])
+
+
+def test_nobody_is_told_of_preferences(pairs: Dataset, told: list[str], tmp_path: Path) -> None:
+    dpo(tiny_peft("llama"), pairs, tmp_path, word_tokenizer())
+    assert told == []
+
+
+def test_a_script_of_ones_own_can_keep_it_too() -> None:
+    """As docs/faq.md says: from the environment that Python starts with."""
+    program = "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def test_packed_examples_do_not_see_each_other(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from loralloc.budget import AMOUNTS
 from loralloc.errors import closest
-from loralloc.recipe.sections import DataConfig, GenerateConfig, LoraSection, Peer
+from loralloc.recipe.sections import VARIANT, DataConfig, GenerateConfig, LoraSection, Peer
 from loralloc.recipe.source import Key, dotted
 from loralloc.setting_types import is_number, is_text
 from loralloc.tasks.spec import TASKS, WRITTEN
@@ -242,7 +243,9 @@ def _broken_comparison(
     variants = variants if isinstance(variants, Mapping) else {}
     for variant, settings in variants.items():
         key, name = f"compare.variants.{variant}", get(variants, variant, "name")
-        if variant in (*known, *get_args(Peer)):
+        if not (is_text(variant) and re.search(VARIANT, variant)):
+            yield ("compare", "variants"), f"{key}: a variant is named with lower-case letters, digits and _"
+        elif variant in (*known, *get_args(Peer)):
             yield ("compare", "variants"), f"{key}: {variant} has its own meaning; give the variant another name"
         elif not is_text(name):
             yield ("compare", "variants"), f"{key}: say of which method, as in {{name: adalora, parity: none}}"

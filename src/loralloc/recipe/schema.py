@@ -157,8 +157,6 @@ def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
     key: Key = tuple(error["loc"])
     if key[:1] == ("method",) and key[1:2] and key[1] in method_names():  # pydantic adds which class it tried
         key = (key[0], *key[2:])
-    if key[-1:] == ("[key]",):  # pydantic's way to say that the name of an entry is wrong, not what it holds
-        key = key[:-1]
     if kind == "extra_forbidden":
         return key, _unknown(key, tree)
     if kind == "union_tag_not_found":

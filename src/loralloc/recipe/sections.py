@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from loralloc.methods.settings import BudgetSection
 from loralloc.recipe.passthrough import LOAD, PEFT, TRAINER, options_schema
@@ -199,13 +199,17 @@ def _budgets(value: Any) -> Any:
     return _several(found)
 
 
+VARIANT = "^[a-z0-9_]+$"
+"""How variants are named, which is how folders of their runs are; `rules` says it in words."""
+
+
 class CompareConfig(Section):
     """What `loralloc compare` compares; `loralloc train` trains the recipe's own method alone."""
 
     methods: Annotated[list[Text], BeforeValidator(_several, json_schema_input_type=Text | list[Text])] | None = Field(
         default=None, description="methods beside plain LoRA and the controls; null: the recipe's own"
     )
-    variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], dict[str, Any]] = Field(
+    variants: dict[Annotated[str, WithJsonSchema({"type": "string", "pattern": VARIANT})], dict[str, Any]] = Field(
         default={},
         description="methods with other settings, under names to list in methods; "
         "published: {name: adalora, parity: none}",
