@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FIRST_LOOKS = 4
-"""Ranks whose score is looked up at first: at least this many near the boundary, and as many others."""
+FEWEST_LOOKS, MOST_LOOKS = 4, 16
+"""Ranks whose score is looked up at first: a 64th of them, within these limits, near the boundary, and as many others.
 
+How far off estimates may be shows in a few errors, however many ranks there are (benchmarks/LOG.md)."""
 
 SAFETY = 1.5
 """How much larger than the largest error seen so far an unseen one may be."""
@@ -59,7 +60,7 @@ def settle(
     if ablated.any():  # nothing to go by
         ablated[:] = True
         return Settled(exact(torch.arange(len(scores))).to(scores), ablated, 0.0, 0.0)
-    looks = max(FIRST_LOOKS, len(scores) // 64)
+    looks = min(max(FEWEST_LOOKS, len(scores) // 64), MOST_LOOKS)
     members = torch.cat([positions for positions, _ in counts])
     near = members[_distance(estimates, counts)[members].argsort(stable=True)[:looks]]
     others = members[~torch.isin(members, near)]
