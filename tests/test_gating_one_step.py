@@ -151,6 +151,15 @@ def test_a_frozen_layer_that_is_more_than_its_product_is_called(obstacle: str, k
     assert torch.equal(site.layer(x), before)
 
 
+def test_a_gate_may_be_parametrised() -> None:
+    _, (site, *_) = gated("llama")
+    x = inputs_of(site, 3, 5)
+    with torch.no_grad():
+        update, frozen = naive_update(site, x), site.layer.base_layer(x)
+    parametrize.register_parametrization(site.layer.lora_gate, "default", Doubled())
+    torch.testing.assert_close(site.layer(x), frozen + 2 * update)
+
+
 def test_a_hook_may_change_what_the_frozen_layer_returns() -> None:
     _, (site, *_) = gated("llama")
     x = inputs_of(site, 3, 5)

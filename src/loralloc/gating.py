@@ -228,7 +228,9 @@ class _GatedVariant(LoraVariant):
             self.scale = self.scale.to(x.device)
             self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
         parts = module._modules  # where layers are small, one by one through the module's attributes would be felt
-        gate = parts["lora_gate"][adapter]
+        gates = parts["lora_gate"]
+        gate = gates._parameters.get(adapter)
+        gate = gates[adapter] if gate is None else gate  # parametrised, or where others have put it
         gate = gate.detach() if self.gate_frozen else gate
         return (
             parts["lora_A"]._modules[adapter].weight,

@@ -167,9 +167,12 @@ def _unflat(t: Tensor, like: Tensor) -> Tensor:
     """[N, d] -> [..., d], leading dimensions as in `like`."""
     if like.dim() == 2:
         return t
-    # Not `view`: what is behind the layer may change its output in place. Autograd refuses that for a view that a
-    # function or a pass without gradients has made, and takes a fifth longer where it does not.
-    return torch.ops.aten._unsafe_view.default(t, (*like.shape[:-1], t.shape[1]))  # type: ignore[no-any-return]
+    shape = (*like.shape[:-1], t.shape[1])
+    if torch.is_grad_enabled():
+        return t.view(shape)
+    # What is behind the layer may change its output in place. Autograd refuses that for a view that was made without
+    # gradients, as in a function or in a reentrant checkpoint; elsewhere `view` is the cheaper call.
+    return torch.ops.aten._unsafe_view.default(t, shape)  # type: ignore[no-any-return]
 
 
 def _activation(x: Tensor, A: Tensor, g: Tensor, s: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
