@@ -243,7 +243,7 @@ def _broken_comparison(
     variants = variants if isinstance(variants, Mapping) else {}
     for variant, settings in variants.items():
         key, name = f"compare.variants.{variant}", get(variants, variant, "name")
-        if not (is_text(variant) and re.search(VARIANT, variant)):
+        if not (is_text(variant) and re.fullmatch(VARIANT, variant)):
             yield ("compare", "variants"), f"{key}: a variant is named with lower-case letters, digits and _"
         elif variant in (*known, *get_args(Peer)):
             yield ("compare", "variants"), f"{key}: {variant} has its own meaning; give the variant another name"
