@@ -160,11 +160,11 @@ def _language_rounds(found: Sequence[Record]) -> str:
     """Rounds on a real language model: shares of the paper's passes and of their time, and what was held in memory."""
     parts = []
     for made in (made for made in found if made["suite"] == "language-round"):
-        share, of_time = 1 / made["share_of_forwards"], 1 / made["share_of_seconds"]
+        passes, time = (f"1/{1 / made[share]:.0f}" for share in ("share_of_forwards", "share_of_seconds"))
         where = f"{made['ranks']:,} ranks in {made['modules']} modules, {made['examples']} examples"
         memory = (made["held"] - made["held_before"]) / 2**20
         cost = f"{made['seconds']:.0f} s, {memory:+.0f} MiB at the peak"
-        parts.append(f"1/{share:.0f}, of the time 1/{of_time:.0f} ({where}, {cost})")
+        parts.append(f"{passes}, of the time {time} ({where}, {cost})")
     return "; ".join(parts)
 
 

@@ -289,6 +289,13 @@ class TestPlan:
         assert keep_most(shares, torch.tensor(costs).repeat_interleave(16), 13 * 14).sum() == 14  # of the cheap ones
         assert list(loop.run.finish().ranks.values()) == [13, 0]
 
+    @given(st.lists(st.floats(-4, 4).filter(lambda logit: abs(logit) > 1e-6), min_size=2, max_size=2))
+    def test_of_two_ranks_half_the_budget_is_one_in_every_matrix(self, logits: list[float]) -> None:
+        """One share of two is at least a half, so that such a search cannot move ranks from matrix to matrix."""
+        loop = Loop(model=net(r=2), method=AutoLoRA(HELD_OUT, Budget(average_rank=1)))
+        loop.state.logits[:, 0] = torch.tensor(logits, dtype=F64)
+        assert list(loop.run.finish().ranks.values()) == [1, 1]
+
     def test_a_budget_in_parameters_is_never_exceeded(self) -> None:
         loop = Loop(method=AutoLoRA(HELD_OUT, Budget(parameters=45)), optimizer=adam).walk(5)
         assert 45 - 13 < loop.run.finish().parameters <= 45
