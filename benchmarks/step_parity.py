@@ -38,7 +38,7 @@ METHODS = {
     "AdaLoRA as published": AdaLoRA.as_published(Budget(average_rank=8)),
 }
 RATES = (3e-4, 1e-3, 3e-3)
-STEPS, BATCH, TOKENS, HELD_OUT, EVERY, SEEDS = 240, 16, 64, 500, 60, (0,)
+STEPS, BATCH, TOKENS, HELD_OUT, EVERY, SEEDS = 240, 16, 64, 500, 60, tuple(range(5))
 RANK = ALPHA = 12  # scale 1, at which LoRA's best rate on this task is 1e-3
 
 

@@ -25,7 +25,7 @@ def compared(
     tables = [shift + draw.normal(0, spread, (seeds, 1)) + draw.normal(0, rows, (seeds, 400)) for shift in shifts]
     made = []
     for label, one in zip("ABCDE", differences(tables), strict=False):
-        trial = Trial(1e-3, (), 1.0)
+        trial = Trial(1e-3, (), (), 1.0, 1.0)
         made.append(Compared(Entry(POINT, Contender(label.lower(), label, kind), (trial,), trial), one))  # type: ignore[arg-type]
     return made
 

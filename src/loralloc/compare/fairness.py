@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loralloc.compare.cells import HELD_OUT
-from loralloc.compare.grid import PEERS, Shapes, section_of
+from loralloc.compare.grid import PEERS, Shapes, section_of, tuning_seeds
 from loralloc.compare.results import Entry, Row, criterion
 from loralloc.compare.verdict import listed
 from loralloc.recipe.schema import Recipe
@@ -15,15 +15,17 @@ from loralloc.report.wording import count
 def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str]:
     """Return how the comparison was made fair."""
     section, training = section_of(recipe), recipe.training
-    rates = len(section.learning_rates or ())
     judged = "the same, since there are no test data" if shapes.test is None else "the test data"
     rates, seeds = count(len(section.learning_rates or ()), "learning rate"), count(len(section.seeds), "seed")
+    tuning = len(tuning_seeds(recipe))
+    some = tuning < len(section.seeds)
     by, each = criterion(recipe).replace("_", " "), training.batch_size * training.accumulation
     told = [
         "Every final adapter may cost what plain LoRA costs at the budget: the parameters of its matrices. None costs "
         "more; one rank of the widest module is the most that any falls short.",
-        f"Each contender tries the same {rates} with the same {seeds}, for {shapes.steps:,} steps of {each} examples. "
-        f"The rate is chosen on the validation data by the mean {by}, and judged on {judged}.",
+        f"Each contender tries the same {rates} with the same {f'{tuning} of ' if some else ''}{seeds}, for "
+        f"{shapes.steps:,} steps of {each} examples. The rate is chosen on the validation data by the mean {by}, and "
+        f"judged on {judged}.{' The other seeds train at the chosen rate alone.' if some else ''}",
         "Runs with the same seed start from the same head and see the same examples in the same order.",
     ]
     if looking := _looking(found):

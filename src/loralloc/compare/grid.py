@@ -152,6 +152,12 @@ def section_of(recipe: Recipe) -> CompareConfig:
     return section.model_copy(update=filled | {"budgets": section.budgets or [_own_budget(recipe)]})
 
 
+def tuning_seeds(recipe: Recipe) -> list[int]:
+    """Return the seeds that try every learning rate; the others train at the rates that these have chosen."""
+    section = section_of(recipe)
+    return list(section.seeds[: section.tuning_seeds])
+
+
 def _own_budget(recipe: Recipe) -> Any:
     """The recipe's own: its method's, or else the rank of every module."""
     own = getattr(recipe.method, "budget", None)

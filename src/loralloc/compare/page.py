@@ -9,7 +9,7 @@ from loralloc._version import __version__
 from loralloc.compare import figures, tables
 from loralloc.compare.fairness import fairness, notes
 from loralloc.compare.folder import CompareFolder
-from loralloc.compare.grid import Point, Shapes, section_of
+from loralloc.compare.grid import Point, Shapes, section_of, tuning_seeds
 from loralloc.compare.record import json_text
 from loralloc.compare.results import Entry, Row, baseline_of, criterion, entries, paired
 from loralloc.compare.statistics import differences
@@ -51,7 +51,7 @@ def write_page(folder: CompareFolder, recipe: Recipe, shapes: Shapes, rows: Sequ
     Returns:
         The verdict.
     """
-    found = entries(rows, criterion(recipe))
+    found = entries(rows, criterion(recipe), tuning_seeds(recipe))
     with report_settings():
         parts = [_part(point, found, recipe, shapes) for point in dict.fromkeys(entry.point for entry in found)]
         drawn = [chart for part in parts for chart in part.charts]
@@ -137,7 +137,7 @@ def _charts(point: Point, here: Sequence[Entry], compared: Sequence[Compared], l
             Chart(
                 f"{point.slug}-learning-rates",
                 "Learning rates",
-                "On the validation data, mean over the seeds. The dot is the rate chosen.",
+                "On the validation data, mean over the seeds that try every rate. The dot is the rate chosen.",
                 figures.rate_figure(here, f"validation {by.replace('_', ' ')}", palette),
             )
         )

@@ -52,7 +52,7 @@ def _contender(entry: Entry, metric: str) -> dict[str, Any]:
         "processor_seconds": _number(chosen.average("processor_seconds")),
         "memory_mib": _number(chosen.average("memory_mib")),
         "agreement_of_plans": agreement(chosen),
-        "tried": {f"{trial.learning_rate:g}": _number(trial.held_out("loss")) for trial in entry.trials},
+        "tried": {f"{trial.learning_rate:g}": _number(trial.tried("loss")) for trial in entry.trials},
     }
 
 

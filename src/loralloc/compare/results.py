@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
@@ -161,12 +161,16 @@ class Trial:
     Attributes:
         learning_rate: The rate.
         rows: Its runs, a seed each.
-        score: What it is worth on the validation data, over its seeds: lower is better; NaN where no run has finished.
+        tuning: Those of the seeds that try every rate.
+        score: What it is worth on the validation data, over these: lower is better; NaN where no run has finished.
+        worth: The same over all its seeds.
     """
 
     learning_rate: float
     rows: tuple[Row, ...]
+    tuning: tuple[Row, ...]
     score: float
+    worth: float
 
     @property
     def finished(self) -> list[Row]:
@@ -179,7 +183,15 @@ class Trial:
 
     def held_out(self, name: str) -> float:
         """The mean over the seeds of what was found on the held-out data."""
-        return mean([row.held_out.get(name, math.nan) for row in self.finished] or [math.nan])
+        return _held_out(self.rows, name)
+
+    def tried(self, name: str) -> float:
+        """The same over the seeds that try every rate."""
+        return _held_out(self.tuning, name)
+
+
+def _held_out(rows: Iterable[Row], name: str) -> float:
+    return mean([row.held_out.get(name, math.nan) for row in rows if row.finished] or [math.nan])
 
 
 @dataclass(frozen=True)
@@ -209,15 +221,16 @@ def criterion(recipe: Recipe) -> str:
     return recipe.evaluate.metric or "loss"
 
 
-def entries(rows: Iterable[Row], metric: str) -> list[Entry]:
+def entries(rows: Iterable[Row], metric: str, tuning: Collection[int] | None = None) -> list[Entry]:
     """Choose a learning rate for every contender at every budget.
 
-    The one whose mean over the seeds is best on the validation data; the smaller of two that are equal. A rate at
-    which a run has failed counts only where runs have failed at every rate.
+    The one whose mean over the tuning seeds is best on the validation data; the smaller of two that are equal. A rate
+    at which one of their runs has failed counts only where runs have failed at every rate.
 
     Args:
         rows: The runs.
         metric: See `criterion`.
+        tuning: The seeds that try every rate; None: all.
 
     Raises:
         UserError: No run has the metric.
@@ -233,19 +246,25 @@ def entries(rows: Iterable[Row], metric: str) -> list[Entry]:
     sign = -1 if GREATER_IS_BETTER.get(metric, metric != "loss") else 1
     found = []
     for (point, contender), by_rate in grouped.items():
-        trials = tuple(_trial(rate, by_rate[rate], metric, sign) for rate in sorted(by_rate))
-        found.append(Entry(point, contender, trials, min(trials, key=_order)))
+        trials = tuple(_trial(rate, by_rate[rate], tuning, metric, sign) for rate in sorted(by_rate))
+        best = min(trials, key=lambda trial: (*_order(trial.tuning, trial.score), trial.learning_rate))
+        found.append(Entry(point, contender, trials, best))
     return found
 
 
-def _trial(rate: float, rows: Sequence[Row], metric: str, sign: int) -> Trial:
-    values = [sign * row.validation.get(metric, math.nan) for row in rows if row.finished]
-    return Trial(rate, tuple(sorted(rows, key=lambda row: row.cell.seed)), mean(values or [math.nan]))
+def _trial(rate: float, rows: Iterable[Row], tuning: Collection[int] | None, metric: str, sign: int) -> Trial:
+    rows = tuple(sorted(rows, key=lambda row: row.cell.seed))
+    tried = tuple(row for row in rows if tuning is None or row.cell.seed in tuning)
+    score, worth = (
+        mean([sign * row.validation.get(metric, math.nan) for row in part if row.finished] or [math.nan])
+        for part in (tried, rows)
+    )
+    return Trial(rate, rows, tried, score, worth)
 
 
-def _order(trial: Trial) -> tuple[int, float, float]:
-    failed = len(trial.rows) - len(trial.finished)
-    return failed, trial.score if math.isfinite(trial.score) else math.inf, trial.learning_rate
+def _order(rows: Iterable[Row], score: float) -> tuple[int, float]:
+    failed = sum(not row.finished for row in rows)
+    return failed, score if math.isfinite(score) else math.inf
 
 
 def winner(found: Iterable[Entry], point: Point) -> Entry | None:
@@ -257,7 +276,7 @@ def winner(found: Iterable[Entry], point: Point) -> Entry | None:
         and entry.contender.kind == "method"
         and any(len(set(row.ranks.values())) > 1 for row in entry.chosen.finished)
     ]
-    return min(allocating, key=lambda entry: _order(entry.chosen), default=None)
+    return min(allocating, key=lambda entry: _order(entry.chosen.rows, entry.chosen.worth), default=None)
 
 
 def paired(entry: Entry, baseline: Entry) -> NDArray[np.float64] | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loralloc.compare.cells import check_comparable, make_cell, plan_cells
 from loralloc.compare.execute import Executor, Job
 from loralloc.compare.folder import CompareFolder
-from loralloc.compare.grid import Cell, Point, Shapes, plan_of, section_of
+from loralloc.compare.grid import Cell, Point, Shapes, plan_of, section_of, tuning_seeds
 from loralloc.compare.measure import measure
 from loralloc.compare.page import write_page
 from loralloc.compare.results import Entry, Row, criterion, entries, read_row, winner
@@ -73,13 +73,27 @@ def compare(recipe: Recipe, executor: Executor, retry: bool, watcher: Watcher) -
         for cell in cells:
             _check_kept(folder, cell)
         folder.create(recipe)
-        _run(folder, cells, executor, retry, section_of(recipe).threads, watcher)
-        rows = [read_row(folder, cell) for cell in cells]
-        more = _retrained(recipe, shapes, folder, entries(rows, criterion(recipe)))
-        if more:
-            _run(folder, more, executor, retry, section_of(recipe).threads, watcher)
-        rows += [read_row(folder, cell) for cell in more]
+
+        def run(due: Sequence[Cell]) -> list[Row]:
+            if due:
+                _run(folder, due, executor, retry, section_of(recipe).threads, watcher)
+            return [read_row(folder, cell) for cell in due]
+
+        rows = _tuned(cells, run, recipe)
+        found = entries(rows, criterion(recipe), tuning_seeds(recipe))
+        rows += _tuned(_retrained(recipe, shapes, folder, found), run, recipe)
         return Outcome(write_page(folder, recipe, shapes, rows), folder.page, folder.table)
+
+
+def _tuned(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], list[Row]], recipe: Recipe) -> list[Row]:
+    """Run the tuning seeds at every rate, then the other seeds at the rate that these have chosen for each."""
+    tuning = tuning_seeds(recipe)
+    rows = run([cell for cell in cells if cell.seed in tuning])
+    chosen = {
+        (entry.point, entry.contender, entry.chosen.learning_rate) for entry in entries(rows, criterion(recipe), tuning)
+    }
+    others = [cell for cell in cells if cell.seed not in tuning]
+    return rows + run([cell for cell in others if (cell.point, cell.contender, cell.learning_rate) in chosen])
 
 
 def _check_kept(folder: CompareFolder, cell: Cell) -> None:

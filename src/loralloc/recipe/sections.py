@@ -230,6 +230,10 @@ class CompareConfig(Section):
     seeds: Annotated[list[Seed], BeforeValidator(_seeds, json_schema_input_type=Count | list[Seed])] = Field(
         default=[0, 1, 2], description="how many seeds, from 0 on, or a list of them"
     )
+    tuning_seeds: Count | None = Field(
+        default=None,
+        description="how many of the seeds try every learning rate; the others train at the best one alone; null: all",
+    )
     peers: list[Peer] = Field(
         default=["dora", "rslora", "eva"], description="variants of LoRA from PEFT, trained beside them; []: none"
     )
