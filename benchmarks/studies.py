@@ -58,6 +58,8 @@ ROWS: Mapping[str, Rows] = {
     "e2e_rank2": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
     "e2e_rank8": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
     "rnnlg": Rows("rnnlg_tv/train", "rnnlg_tv/test", 3000, 300),
+    "rnnlg_rank2": Rows("rnnlg_tv/train", "rnnlg_tv/test", 3000, 300),
+    "rnnlg_rank8": Rows("rnnlg_tv/train", "rnnlg_tv/test", 3000, 300),
     "qnli": Rows("qnli/dev", None, 3000, 600),
     "smollm2": Rows("e2e_nlg/train", "e2e_nlg/test", 1000, 100),
     "bc5cdr": Rows("bc5cdr/train", "bc5cdr/test", 3000, 600),
