@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralloc.allocate import Keep, best_of_each, keep_most, keep_top, keep_within, select
+from loralloc.allocate import Keep, best_of_each, break_ties, by_score, keep_most, keep_top, keep_within, select
 from loralloc.budget import Budget, Modules
 
 NAN, INF = float("nan"), float("inf")
@@ -45,6 +45,16 @@ def within_twin(scores: list[float], costs: list[int], limit: int) -> list[bool]
 
 def spent(keep: list[bool], costs: list[int]) -> int:
     return sum(cost for kept, cost in zip(keep, costs, strict=True) if kept)
+
+
+class TestBreakTies:
+    @given(st.lists(st.tuples(one_score, st.sampled_from([0.0, 1.0, NAN])), max_size=24))
+    def test_equals_the_sorted_tuples(self, pairs: list[tuple[float, float]]) -> None:
+        scores, others = ([pair[place] for pair in pairs] for place in (0, 1))
+        places = break_ties(torch.tensor(scores), torch.tensor(others))
+        assert sorted(places.tolist()) == [-float(place) for place in reversed(range(len(pairs)))]
+        key = [[INF if math.isnan(value) else -value for value in pair] for pair in pairs]
+        assert by_score(places).tolist() == sorted(range(len(pairs)), key=lambda i: (*key[i], i))
 
 
 class TestKeepTop:

@@ -137,6 +137,26 @@ def best_of_each(scores: Tensor, ranks: Sequence[int], most: int) -> Tensor:
     return by_module[torch.tensor(chosen, device=scores.device)].sort().values
 
 
+def break_ties(scores: Tensor, other: Tensor) -> Tensor:
+    """Return places instead of scores: the same order, and equal scores ordered by the other ones.
+
+    Args:
+        scores: [R].
+        other: [R], on any device.
+
+    Returns:
+        [R], float64: 0 for the best, −1 for the next, ...
+
+    >>> break_ties(torch.tensor([0.5, 0.5, 0.7]), torch.tensor([1, 2, 0])).tolist()
+    [-2.0, -1.0, -0.0]
+    """
+    order = by_score(other.to(scores.device))
+    order = order[by_score(scores[order])]
+    places = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+    places[order] = -torch.arange(len(order), dtype=torch.float64, device=scores.device)
+    return places
+
+
 def by_score(scores: Tensor) -> Tensor:
     """Positions from the best score to the worst."""
     comparable = torch.where(scores.isnan(), -torch.inf, scores)

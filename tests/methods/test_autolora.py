@@ -289,6 +289,12 @@ class TestPlan:
         assert keep_most(shares, torch.tensor(costs).repeat_interleave(16), 13 * 14).sum() == 14  # of the cheap ones
         assert list(loop.run.finish().ranks.values()) == [13, 0]
 
+    @pytest.mark.parametrize("budget", [Budget(average_rank=2), Budget(fraction=0.5)])
+    def test_equal_shares_take_turns(self, budget: Budget) -> None:
+        """A search that learned nothing leaves the same rank in every matrix, not all of the first ones."""
+        ranks = Loop(method=AutoLoRA(HELD_OUT, budget)).run.finish().ranks
+        assert list(ranks.values()) == [RANK // 2, RANK // 2]
+
     @given(st.lists(st.floats(-4, 4).filter(lambda logit: abs(logit) > 1e-6), min_size=2, max_size=2))
     def test_of_two_ranks_half_the_budget_is_one_in_every_matrix(self, logits: list[float]) -> None:
         """One share of two is at least a half, so that such a search cannot move ranks from matrix to matrix."""

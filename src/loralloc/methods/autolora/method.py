@@ -40,7 +40,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loralloc.allocate import keep_within, select
+from loralloc.allocate import break_ties, keep_within, select
 from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.gating import Site
@@ -66,6 +66,7 @@ from loralloc.methods.base import (
     average_,
     modules_of,
 )
+from loralloc.methods.controls import uniform_scores
 from loralloc.methods.guards import FROM_THE_START, check_fresh
 from loralloc.methods.validation import check_validation
 from loralloc.schedule import CutSchedule
@@ -287,6 +288,8 @@ class AutoLoRA(Method):
         # Under a budget the threshold moves. A share says how a rank compares with others of its matrix, not what it is
         # worth beside one of another size: ranks are taken in the order of their shares, not by share per cost.
         scores = (shares * state.real.sum(1, keepdim=True))[state.real]  # relative to 1/k, which differs with k
+        # Matrices take turns at equal shares: a search that has learned nothing leaves plain LoRA.
+        scores = break_ties(scores, uniform_scores([site.rank for site in state.sites]))
         return agree(select(scores, self.budget, modules_of(state.sites), target, keep_within))
 
 
