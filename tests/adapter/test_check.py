@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +24,9 @@ from transformers import (
 )
 
 from loralloc import AdaLoRA, Budget, UserError, attach, export_adapter
+from loralloc.adapter import check as check_module
 from loralloc.adapter import export as export_module
-from loralloc.adapter.check import computing_plainly
+from loralloc.adapter.check import compare, computing_plainly
 from loralloc.peft_layers import bare_base
 from loralloc.plain_lora import plain_sites
 
@@ -277,6 +279,38 @@ def test_an_adapter_narrower_than_the_model_is_allowed_its_own_rounding(
     corrupt_writes(monkeypatch)
     with pytest.raises(RuntimeError, match=r"computes something else: the update of .* differs"):
         export_adapter(model, tmp_path / "adapter", profile)
+
+
+@pytest.mark.parametrize("profile", ["ragged", "merged"])
+def test_a_model_that_amplifies_rounding_is_allowed_what_rounding_does_to_it(
+    profile: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a high learning rate: attention at queries a thousand times as long decides by the last digits."""
+    model = tiny_peft("llama", trained=True, target_modules=["q_proj"], lora_alpha=5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(1e3)
+    assert export_adapter(model, tmp_path / "adapter", profile).allowed < 0.01
+    with monkeypatch.context() as without:
+        without.setattr(check_module, "AMPLIFIED", 0)
+        with pytest.raises(RuntimeError, match=r"computes something else: logits differ by"):
+            export_adapter(model, tmp_path / "again", profile)
+    stock = check_module.logits
+
+    def shifted(of: nn.Module, batch: Any) -> Tensor:
+        return stock(of, batch) + (0 if of is model else 0.1)
+
+    monkeypatch.setattr(check_module, "logits", shifted)
+    monkeypatch.setattr(export_module, "logits", shifted)
+    with pytest.raises(RuntimeError, match=r"computes something else: logits differ by 0\.1"):
+        export_adapter(model, tmp_path / "again", profile)
+
+
+def test_numbers_that_are_not_finite_are_refused_whatever_rounding_does() -> None:
+    for broken in (math.nan, math.inf):
+        with pytest.raises(RuntimeError, match=f"logits differ by {broken}"):
+            compare(torch.ones(2), torch.tensor([1.0, broken]), lambda eps: torch.full((2,), math.inf))
+    assert compare(torch.ones(2), torch.tensor([1.0, 1.1]), lambda eps: torch.tensor([1.0, 1.02])).difference < 0.11
 
 
 @pytest.mark.parametrize(("name", "serves"), [("llama", True), ("bert", False)])
