@@ -1,11 +1,11 @@
-"""The check of an export: stock PEFT loads the files onto the bare base model, and like is compared with like.
+"""The check of an export: stock PEFT loads the files onto the bare base model, and the two models are compared.
 
-What a training loop leaves around a model (accelerate's autocast and its conversion of outputs to fp32) is taken off on
-both sides, so that both compute in the dtype of the weights; layers in 4 or 8 bits compute with the numbers that their
-weights stand for, in the dtype of the model. The files are loaded onto the base model without the
-trained adapter, so that a fault of the trained model cannot be its own witness. Three things have to hold:
+What a training loop wraps around a model (accelerate's autocast and its conversion of outputs to fp32) is removed for
+both, so that both compute in the dtype of the weights. Layers in 4 or 8 bits compute with their dequantised weights, in
+the dtype of the model. The files are loaded onto the base model without the trained adapter, so that a fault of the
+trained model cannot hide itself. Three things have to hold:
 
-* the files hold what stock PEFT then holds: no key is missing, none is left over;
+* the keys of the file are those of the adapter that stock PEFT has loaded: none is missing, none is left over;
 * every module's update s · B A is the trained one, up to the rounding of the stored dtype;
 * the logits are the trained model's, up to the rounding of the model's dtype or the stored one, and differ from the
   base model's where the trained model's do. Some models amplify rounding: how far theirs moves is measured.
@@ -39,7 +39,7 @@ from loralloc.sharding import callable_inside, sharded_parts
 Batch = Mapping[str, Any]
 
 AMPLIFIED = 8
-"""How much more than one other rounding of its layers' outputs moves them a model's logits may differ."""
+"""How many times the effect of one other rounding the logits of an export may differ by."""
 
 _EXAMPLES: WeakKeyDictionary[nn.Module, Batch] = WeakKeyDictionary()
 
@@ -68,7 +68,7 @@ class Checked:
 
     Attributes:
         difference: Largest difference of a logit between the trained model and the files.
-        allowed: What rounding allows.
+        allowed: The largest difference that rounding explains.
     """
 
     difference: float
@@ -81,10 +81,10 @@ def remember_example(model: nn.Module, batch: Batch) -> None:
 
 
 def check_batch(model: PeftModel, batch: Batch | None) -> Batch:
-    """Return inputs for a check: those given, or those of the model's training, or made up.
+    """Return inputs for a check: the given batch, else the one from training, else random token ids.
 
     Raises:
-        UserError: There are none, and the model takes no token ids.
+        UserError: There is no batch, and the model takes no token ids.
     """
     batch = _EXAMPLES.get(model) if batch is None else batch
     return _made_up(model) if batch is None else batch
@@ -101,7 +101,7 @@ def check_adapter(model: PeftModel, folder: Path, factors: Mapping[str, Factors]
 
     Raises:
         UserError: The model does not take the inputs.
-        RuntimeError: The files are another adapter.
+        RuntimeError: The files do not reproduce the trained adapter.
     """
     stored = min((factor.A.dtype for factor in factors.values()), key=lambda dtype: dtype.itemsize)
     parts = sharded_parts(model)
@@ -116,16 +116,18 @@ def check_adapter(model: PeftModel, folder: Path, factors: Mapping[str, Factors]
             _compare_updates(stock, factors)
             with callable_inside(parts, base):
                 loaded = logits(stock, batch)
-        if not torch.equal(trained, without) and torch.equal(loaded, without):
-            raise RuntimeError("the reloaded export has no effect: its logits are the base model's; nothing was written")
+        if torch.equal(loaded, without) and not torch.equal(trained, without):
+            told = "the reloaded export has no effect: its logits are the base model's; nothing was written"
+            raise RuntimeError(told)
         return compare(trained, loaded, partial(rounded_otherwise, model, batch), stored=stored)
 
 
 @contextmanager
 def computing_plainly(model: nn.Module) -> Iterator[None]:
-    """Evaluation in the dtype of the model inside: no dropout, no autocast, no wrapper of accelerate's.
+    """Inside, the model evaluates in its own dtype: no dropout, no autocast, no wrapper of accelerate's.
 
-    Nor do layers in 4 or 8 bits round their input, where a difference of the last bit would become one of a percent.
+    Layers in 4 or 8 bits do not round their inputs either: this could turn a difference in the last bit into one of a
+    percent.
     """
     wrapped = [m for m in model.modules() if "_original_forward" in vars(m) and "forward" in vars(m)]
     forwards = [module.forward for module in wrapped]
@@ -190,15 +192,17 @@ def compare(
 ) -> Checked:
     """Return the largest difference of a logit, and what is allowed.
 
-    Allowed are 1e-5 in fp32 and a few units in the last place of a narrower dtype, relative to the largest logit. A
-    model that amplifies rounding is allowed `AMPLIFIED` times as much as other rounding moves its logits.
+    Allowed are 1e-5 in fp32 and a few units in the last place of a narrower dtype, relative to the largest logit, or to
+    1 if that is larger. A model that amplifies rounding is allowed more: `AMPLIFIED` times the change of its logits
+    when the outputs of its adapted layers are rounded differently.
 
     Args:
-        expected: The logits that should be.
-        actual: Those that are.
-        rounded: Computes the former with numbers that differ by such a share; called where they differ by more.
-        ulps: How many units.
-        stored: What the weights were rounded to on their way, where that is narrower than the logits.
+        expected: The expected logits.
+        actual: The logits to check.
+        rounded: Computes the expected logits with a relative error of the given size in every adapted layer; called
+            only if the difference is larger than what is allowed otherwise.
+        ulps: Units in the last place.
+        stored: The dtype in which the weights were stored, if it is narrower than that of the logits.
 
     Raises:
         RuntimeError: The difference is more than rounding.
@@ -221,10 +225,10 @@ def _largest(expected: Tensor, actual: Tensor) -> float:
 
 
 def compare_weights(model: nn.Module, reloaded: nn.Module) -> None:
-    """Refuse a model that came back from its files with other weights.
+    """Refuse a model that was reloaded with other weights.
 
     Raises:
-        RuntimeError: A weight is missing or differs, beyond the dtype that it was loaded in.
+        RuntimeError: A weight is missing, or differs by more than a conversion to the dtype in which it was loaded.
     """
     loaded = reloaded.state_dict()
     for name, weight in model.state_dict().items():
@@ -233,7 +237,7 @@ def compare_weights(model: nn.Module, reloaded: nn.Module) -> None:
 
 
 def _compare_keys(folder: Path, stock: PeftModel) -> None:
-    """What the file holds and what stock PEFT took from it."""
+    """Refuse a file whose keys are not those of the adapter that stock PEFT has loaded."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         written = set(file.keys())
     with warnings.catch_warnings():
@@ -260,7 +264,7 @@ def _compare_updates(stock: PeftModel, factors: Mapping[str, Factors]) -> None:
 
 
 def _made_up(model: PeftModel) -> dict[str, Tensor]:
-    """Token ids, the last one an end of sequence: one sample where the model cannot pad, no more than its positions."""
+    """Random token ids, an end of sequence last: two samples, or one without padding; no longer than the positions."""
     inner: Any = model.get_base_model()
     if getattr(inner, "main_input_name", None) != "input_ids":
         raise UserError(
@@ -273,7 +277,7 @@ def _made_up(model: PeftModel) -> dict[str, Tensor]:
     ids = torch.randint(0, config.vocab_size, (samples, length), generator=generator)
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and end < config.vocab_size:
-        ids[ids == end] = (end + 1) % config.vocab_size  # classifiers look for as many ends in every sample
+        ids[ids == end] = (end + 1) % config.vocab_size  # classifiers need the same number of ends in every sample
         ids[:, -1] = end
     if has_choices(inner):
         ids = torch.stack([ids, ids.flip(1)], dim=1)  # two choices

@@ -7,8 +7,8 @@
 |           |                                                                        | PEFT's hot-swapping          |
 | `merged`  | the whole model, the adapter added to the weights                      | everything                   |
 
-The trained scale is folded into B, so that every consumer's rule for the scale gives the same: `ragged` has one
-lora_alpha, hence the scale lora_alpha / rank of the module; `uniform` has lora_alpha = r, hence 1.
+The trained scale is folded into B, so that every consumer computes the same update, whatever its rule for the scale:
+`ragged` has one lora_alpha, so a module's scale is lora_alpha / its rank; `uniform` has lora_alpha = r, so it is 1.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _export_to(
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the active adapter as the profile `ragged` has it, and nothing else: no check, no card.
+    """Write the active adapter in the profile `ragged`, without a check or a model card.
 
     Args:
         model: A model whose active adapter is plain LoRA.

@@ -1,4 +1,4 @@
-"""Folders that users name, looked at with the standard library alone, so that a wrong one is refused at once."""
+"""Checks of folders that users name, with the standard library alone, so that a wrong folder is refused at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARD = "README.md"
 RECORD = "loralloc_export.json"
 """Our record of an export, in a file of its own: readers of LoRA warn about keys they do not know."""
 NEXT_CARD = "next_card"
-"""What a record has while the card is written anew: the SHA-256 that it will have."""
+"""A key of the record while the card is being replaced: the SHA-256 of the new card."""
 
 
 def check_adapter_folder(folder: Path) -> None:
@@ -34,7 +34,7 @@ def check_adapter_folder(folder: Path) -> None:
         folder: What should be an adapter of PEFT.
 
     Raises:
-        UserError: It is missing, or a file is, or is no regular file in this folder.
+        UserError: The folder or a file is missing, or a file is not a regular file inside the folder.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
@@ -63,10 +63,10 @@ def record_export(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Write the card of an export, also anew into one that is recorded.
+    """Write the card of an export, or replace the card of an export that has its record.
 
-    The record knows the new card before it is there: a process that is killed in between leaves an export that may be
-    replaced, as it is nobody else's.
+    The record gets the digest of the new card before the card is written. So an export whose process was killed in
+    between is still recognised as one of ours, and may be replaced.
 
     Args:
         folder: The export.
@@ -87,13 +87,13 @@ def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def exported_files(folder: Path) -> list[str]:
-    """Return the files of an export, its record last, as they were when it was checked; the card may have been edited.
+    """Return the names of an export's files, the record last; only the card may have changed since the check.
 
     Args:
         folder: The export.
 
     Raises:
-        UserError: The folder is no export of loralloc, or lacks a file of it, or holds another one in its place.
+        UserError: The folder is no export of loralloc, or one of its files is missing or has changed.
     """
     if not (folder / RECORD).exists():
         raise UserError(f"{folder} is no export of loralloc, so nobody has checked it; loralloc export writes one")
@@ -107,15 +107,15 @@ def exported_files(folder: Path) -> list[str]:
 
 
 def check_target(path: Path) -> None:
-    """Refuse to replace a folder that is not an export, or that holds anything besides.
+    """Refuse to replace a folder that is not an export, or that holds anything else.
 
-    The record does not decide what may go: a file has to be the very one that was exported, by its content.
+    That the record names a file is not enough: its content must be what was exported.
 
     Args:
         path: Where an export is to be written.
 
     Raises:
-        UserError: It is something else.
+        UserError: There is something else.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give a folder for the export")
@@ -155,7 +155,7 @@ def _recorded(folder: Path, cure: str) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file; nothing for a link, and for what is no file."""
+    """SHA-256 of a file; an empty string for a link or anything that is not a file."""
     if path.is_symlink() or not path.is_file():
         return ""
     return sha256_of(path)

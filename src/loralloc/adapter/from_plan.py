@@ -77,7 +77,7 @@ def _check_model(plan: RankPlan, model: nn.Module) -> None:
 
 
 def _shape(module: nn.Module | None) -> list[int] | None:
-    """Inputs and outputs of a linear layer, the smaller number first; a weight in 4 bits does not tell them."""
+    """Inputs and outputs of a linear layer, the smaller first; a 4-bit weight is packed, and has another shape."""
     if isinstance(module, nn.Linear):
         return sorted((module.in_features, module.out_features))
     weight = getattr(module, "weight", None)

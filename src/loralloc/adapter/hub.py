@@ -1,4 +1,4 @@
-"""Push an export to the Hugging Face Hub: what its record lists, which has passed the check, and nothing else."""
+"""Push an export to the Hugging Face Hub: only the files in its record, which have passed the check."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_push(repository: str) -> None:
         repository: OWNER/NAME on the Hub.
 
     Raises:
-        UserError: It is no such name, the Hub is switched off, or nobody is logged in.
+        UserError: The name is not valid, the Hub is switched off, or nobody is logged in.
     """
     try:
         validate_repo_id(repository)
@@ -42,12 +42,12 @@ def base_of(folder: Path) -> str | None:
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
-    """Make a repository where there is none, and push an export.
+    """Push an export, and make the repository if it does not exist.
 
     Args:
         folder: The export.
         repository: OWNER/NAME on the Hub.
-        private: Whether only its owner may see it; nothing is pushed to one that is there and public.
+        private: Whether only its owner may see it; then nothing is pushed to an existing public repository.
 
     Returns:
         The address of the repository.
@@ -84,7 +84,7 @@ def upload(api: HfApi, folder: Path, repository: str, files: list[str], revision
 
 
 def _not_pushed(repository: str, error: Exception) -> UserError:
-    """No route, a proxy, a time-out, no right to write: the Hub's libraries raise what theirs underneath do."""
+    """Turn any error of the Hub's client (no route, a proxy, a time-out, no right to write) into one message."""
     return UserError(f"not pushed to {repository}: {_first_line(error)}")
 
 

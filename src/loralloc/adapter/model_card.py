@@ -1,4 +1,4 @@
-"""What was exported: how to load and serve it, and its page, with what is known of its training."""
+"""What was exported, how to load and serve it, and its model card with facts about its training."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Export:
         profile: Its profile.
         ranks: Full module name to rank; 0 for modules left out.
         difference: Largest difference of a logit between the model and the reloaded files, on the checked batch.
-        allowed: What it may be: rounding of the model's dtype, at the size of the largest logit.
-        base: Folder or name of the base model, where it is known.
-        revision: The version of it, where one was named.
+        allowed: The largest difference that rounding explains, see `check.compare`.
+        base: Folder or name of the base model, if it is known.
+        revision: Revision of the base model, if one was named.
         has_head: Whether modules are saved in full besides the adapter, such as the head of a classifier.
         generates: Whether the model is a decoder that generates text, so that servers of language models take it.
     """
@@ -59,7 +59,7 @@ class Export:
 
     @property
     def serving(self) -> list[str]:
-        """Lines that serve the export; none where servers of language models refuse it (a head saved in full)."""
+        """Shell commands that serve the export; none if servers would refuse it because a head is saved in full."""
         return self.serving_from(str(self.path))
 
     def serving_from(self, path: str) -> list[str]:
@@ -138,7 +138,7 @@ def _loading(base: nn.Module, export: Export, tokenizer: bool) -> str:
 
 
 def _quantization(base: nn.Module) -> BitsAndBytesConfig | None:
-    """How bitsandbytes has quantised the base model when it was loaded; None where it has not, or it is stored so."""
+    """How bitsandbytes has quantised the base model at loading; None if it has not, or if it is stored quantised."""
     quantizer: Any = getattr(base, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized:
         return None
@@ -147,7 +147,7 @@ def _quantization(base: nn.Module) -> BitsAndBytesConfig | None:
 
 
 def _call(config: BitsAndBytesConfig) -> str:
-    """The lines that make a configuration."""
+    """Python code that makes a configuration."""
     settings = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
     return "\n".join(["BitsAndBytesConfig(", *(f"    {name}={value!r}," for name, value in settings.items()), ")"])
 

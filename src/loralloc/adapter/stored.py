@@ -1,9 +1,9 @@
-"""An adapter in its folder, whoever wrote it: read, and checked before anything is made from it.
+"""Read an adapter from a folder of any origin, and check it before anything is made from it.
 
-PEFT takes what a folder says: a rank of a billion becomes memory, a pattern is matched for as long as it takes, a
-weight in int8 or of infinities is copied into the model. So the folder is read here first. Its configuration has the
-types and ranges that LoRA has; its tensors are those of a safetensors file, finite floats with names and shapes of
-factors; and both say the same of every module's rank.
+PEFT trusts a folder: it allocates a rank of a billion, matches a pattern for as long as it takes, and copies a weight
+in int8 or with infinities into the model. So the folder is read here first. Its configuration must have the types and
+ranges of LoRA. Its tensors must come from a safetensors file, with valid names, types and shapes and finite numbers.
+Both must agree on every module's rank.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from loralloc.setting_types import Positive, Share, Text, joined_rule, shown
 FLOATS = ("F16", "BF16", "F32", "F64")
 """Types that a weight may be stored in, as safetensors calls them."""
 BUFFERS = ("I64", "I32", "BOOL")
-"""Types of what a module that is saved whole holds beside its weights, such as positions."""
+"""Types of the buffers, such as positions, of a module that is saved in full."""
 LARGEST = torch.finfo(torch.float32).max
 """No weight and no scale may be larger: models compute in no wider type."""
 
@@ -48,7 +48,7 @@ Entries = str | list[Text]
 
 
 class _Settings(BaseModel):
-    """What is used of adapter_config.json. Other fields may be there; PEFT reads them, or overlooks them."""
+    """The fields of adapter_config.json that are checked. Others may be there; PEFT reads or ignores them."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -79,7 +79,7 @@ class StoredAdapter:
     Attributes:
         config: Its configuration.
         factors: A [r, in] and B [out, r] of linear layers, by full module name.
-        scales: What B A is multiplied by, likewise.
+        scales: The scale of B A, by full module name.
         others: All other tensors, by their keys in the file.
     """
 
@@ -96,7 +96,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
         folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        UserError: With what is wrong with it.
+        UserError: It is not a valid LoRA adapter; the message says why.
     """
     check_adapter_folder(folder)
     config = _read_config(folder)
@@ -119,14 +119,14 @@ def read_adapter(folder: Path) -> StoredAdapter:
 
 
 def check_fits(folder: Path, names: Sequence[str]) -> None:
-    """Refuse an adapter that PEFT should not be given to put on a base model.
+    """Refuse an adapter that PEFT must not load onto a base model.
 
     Args:
         folder: Folder of the adapter.
         names: Names of the base model's modules.
 
     Raises:
-        UserError: With what is wrong with it.
+        UserError: It must not be loaded; the message says why.
     """
     config = read_adapter(folder).config
     _check_known(folder, config)
@@ -142,7 +142,7 @@ def check_fits(folder: Path, names: Sequence[str]) -> None:
         if isinstance(found, str):
             found = [found]
         elif key in ("target_modules", "exclude_modules"):
-            continue  # of a list, PEFT compares the entries with the ends of names
+            continue  # PEFT compares the entries of a list with the ends of names
         try:
             check(list(found), names, around)
         except PatternError as error:
@@ -150,7 +150,7 @@ def check_fits(folder: Path, names: Sequence[str]) -> None:
 
 
 def _check_known(folder: Path, config: LoraConfig) -> None:
-    """Refuse what is neither plain LoRA nor DoRA, which a comparison trains."""
+    """Refuse anything but plain LoRA and DoRA; adapters with DoRA come from comparisons."""
     update = copy(config)
     update.use_dora = False
     try:
@@ -169,7 +169,7 @@ def _read_config(folder: Path) -> LoraConfig:
         _Settings.model_validate(settings)
     except ValidationError as error:
         errors = error.errors()
-        first = errors[0]["loc"][0]  # a key: what is no text has been refused
+        first = errors[0]["loc"][0]  # the key
         rule = joined_rule([one for one in errors if one["loc"][0] == first])
         raise UserError(f"{path}: {first} {rule}, got {shown(settings.get(str(first)))}") from None
     try:
@@ -181,7 +181,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Go through the tensors of a file; what its header says of each is checked before it is loaded."""
+    """Yield the tensors of a file; the header of each is checked before the tensor is loaded."""
     size, memory = path.stat().st_size, _memory()
     if size > memory:
         raise UserError(f"{path} has {size:,} bytes, and this machine has {memory:,} of memory")
@@ -213,7 +213,7 @@ def _memory() -> int:
 
 
 def _scales(folder: Path, config: LoraConfig, factors: Mapping[str, Factors]) -> dict[str, float]:
-    """The factor of B·A as PEFT computes it; refuse a configuration that says another rank than the file has."""
+    """The scale of B·A as PEFT computes it; refuse a configuration with other ranks than the file."""
     names = list(factors)
     try:
         ranks = _by_pattern(config.rank_pattern or {}, names, config.r)
@@ -237,7 +237,7 @@ def _scales(folder: Path, config: LoraConfig, factors: Mapping[str, Factors]) ->
 
 
 def _check_unused(folder: Path, config: LoraConfig, widest: int) -> None:
-    """Refuse ranks that the file's modules do not have: PEFT would make others with them."""
+    """Refuse configured ranks above the widest module: PEFT could give them to modules that the file does not have."""
     for rank in (config.r, *(config.rank_pattern or {}).values()):
         if rank > widest:
             raise UserError(f"{folder / ADAPTER_CONFIG}: rank {rank:,} is above the {widest:,} dimensions of any layer")
@@ -247,7 +247,7 @@ _Value = TypeVar("_Value")
 
 
 def _by_pattern(patterns: Mapping[str, _Value], names: Sequence[str], default: _Value) -> dict[str, _Value]:
-    """What patterns say of each module: the first that fits the end of its name."""
+    """The value for each module: of the first pattern that matches the end of its name, else the default."""
     found = dict.fromkeys(names, default)
     fits = fitting(list(patterns), names, ENDING)
     for value, fitted in reversed(list(zip(patterns.values(), fits, strict=True))):

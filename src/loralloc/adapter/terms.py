@@ -1,7 +1,7 @@
-"""A trained adapter as a sum of rank-one terms, of which the best ones make smaller adapters.
+"""A trained adapter as a sum of rank-one terms; its best terms make a smaller adapter.
 
 Every update is s · B A = Σᵢ σᵢ uᵢ vᵢᵀ, its singular value decomposition. Keeping some terms needs no training, so that
-a budget costs one evaluation.
+trying a budget costs one evaluation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Terms:
         """Decompose the active adapter of a model; in float64, so that equal factors give equal terms.
 
         Raises:
-            UserError: There is no LoRA adapter, or one of layers that are not linear.
+            UserError: There is no LoRA adapter, or it has layers that are not linear.
         """
         sites = list(plain_sites(model))
         return cls(sites, decompose([(site.A.double(), site.B.double() * site.scaling) for site in sites]))
@@ -56,7 +56,7 @@ class Terms:
 
     @property
     def count(self) -> int:
-        """Terms that are there: those with a singular value above rounding."""
+        """Number of terms whose singular value is above rounding."""
         return sum(int((sigma > sigma[:1] * torch.finfo(sigma.dtype).eps * 64).sum()) for _, sigma, _ in self.parts)
 
     def kept_ranks(self, keep: Tensor) -> list[int]:
@@ -64,11 +64,11 @@ class Terms:
         return [int(kept.sum()) for kept in keep.split(self.ranks)]
 
     def factors(self, keep: Tensor, scales: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-        """Return balanced factors A [k, in] and B [out, k] of what is kept, of each layer.
+        """Return each layer's balanced factors A [k, in] and B [out, k] of the kept terms.
 
         Args:
             keep: Boolean [R].
-            scales: What B A will be multiplied by in each layer.
+            scales: The scale of B A in each layer.
         """
         found = []
         for part, kept, scale in zip(self.parts, keep.split(self.ranks), scales, strict=True):
@@ -79,7 +79,7 @@ class Terms:
 
     @torch.no_grad()
     def put(self, keep: Tensor) -> None:
-        """Let the model compute with the kept terms alone, boolean [R]; each stands at its own place."""
+        """Write the kept terms, boolean [R], into the model: a layer's term i becomes its rank i; others are 0."""
         for site, part, kept in zip(self.sites, self.parts, keep.split(self.ranks), strict=True):
             A, B = balanced(*part)
             kept, k, scale = kept.to(A.device), len(part[1]), site.scaling**0.5
@@ -88,7 +88,7 @@ class Terms:
 
     @contextmanager
     def cut(self, keep: Tensor) -> Iterator[None]:
-        """Compute with the kept terms alone inside, boolean [R]; the factors are what they were afterwards."""
+        """Inside, the model computes with the kept terms only, boolean [R]; its factors are restored afterwards."""
         before = [(factor, factor.detach().clone()) for site in self.sites for factor in (site.A, site.B)]
         self.put(keep)
         try:

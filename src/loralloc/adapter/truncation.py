@@ -47,9 +47,9 @@ def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> 
 
     Args:
         source: Folder with `adapter_config.json` and `adapter_model.safetensors`.
-        output: Folder to write; an export that stands there is replaced.
-        budget: What the copy may cost; a `fraction` is of what there is, and bytes are those of each tensor's dtype,
-            which stays. There is no base model here for a `share_of_base`.
+        output: Folder to write; an export that is there is replaced.
+        budget: What the copy may cost. A `fraction` is relative to the source. Bytes follow from each tensor's dtype,
+            which stays. A `share_of_base` is not possible: there is no base model here.
 
     Raises:
         UserError: The source is not plain LoRA, the budget is above what it holds, or the output is something else.
@@ -79,7 +79,7 @@ def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> 
 
 
 def _modules(values: Sequence[Tensor], factors: Sequence[Factors]) -> Modules:
-    """What a budget must know of an adapter in its folder, whose tensors keep their dtypes."""
+    """The modules as `Budget` needs them; bytes follow from the dtypes of the stored tensors."""
     sizes = [(f.A.shape[1], f.B.shape[0]) for f in factors]
     return Modules(
         ranks=[len(sigma) for sigma in values],
@@ -104,7 +104,7 @@ def _read(folder: Path) -> StoredAdapter:
 
 
 def _write(output: Path, stored: StoredAdapter, factors: Mapping[str, Factors], plan: RankPlan) -> None:
-    """Write the folder beside its place and move it there whole."""
+    """Write a temporary folder beside the output, then move it into place as a whole."""
     fields, kept = ragged(factors)
     tensors = dict(stored.others)
     for name, factor in kept.items():

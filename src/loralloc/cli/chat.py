@@ -66,7 +66,7 @@ def chat(
 
 
 def _prompt_of(words: str | None) -> Callable[[str], str]:
-    """What training made of a column, for a line: the template of the recipe, where it has one of a single column."""
+    """Return what makes a prompt of a line: the recipe's template if it has exactly one column, else the line stays."""
     from loralloc.tasks.templates import columns_of, is_template
 
     columns = columns_of(words, "data.prompt") if words is not None and is_template(words) else []
@@ -108,7 +108,7 @@ def write(
     *,
     templated: bool,
 ) -> str:
-    """Answer a chat, token by token on the screen, and return the answer; without a template, its last message."""
+    """Print the answer to a chat token by token, and return it; without a template, only the last message counts."""
     from transformers import TextStreamer
 
     from loralloc.tasks.generation import ends, room

@@ -13,7 +13,7 @@ from loralloc.tasks.locations import check_load_in, check_source, model_folder, 
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Refuse data, a model or a plan that is not where the recipe says, and a missing package that it needs.
+    """Refuse a recipe whose data, model or plan is missing, or that needs a package that is not installed.
 
     Args:
         recipe: The recipe.
@@ -50,7 +50,7 @@ def check_output(recipe: Recipe, resume: bool, replace: bool) -> None:
         replace: Whether an earlier run in it may be replaced.
 
     Raises:
-        UserError: It holds something else, or cannot be made or written.
+        UserError: The folder holds something else, or it cannot be made or written.
     """
     if resume:
         RunFolder.existing(RunFolder.of(recipe).root)
@@ -64,5 +64,5 @@ def check_output(recipe: Recipe, resume: bool, replace: bool) -> None:
 
 
 def is_alone() -> bool:
-    """Whether no launcher has started several processes, which would have to refuse something together."""
+    """Whether this is the only process; several processes must refuse a recipe together."""
     return os.environ.get("WORLD_SIZE", "1") == "1"

@@ -1,4 +1,4 @@
-"""What a shell completes: names of recipes, and paths of what a verb takes.
+"""Shell completion: names of recipes, and paths that a command takes.
 
 Every press of the tab key starts the command line anew, so nothing heavy is imported, and folders are not searched
 deeply.
@@ -58,7 +58,7 @@ def _holding(file: str, incomplete: str) -> list[str]:
 
 
 def _below(incomplete: str, patterns: Sequence[str]) -> list[str]:
-    """What fits a pattern in or below the folder that an incomplete path names, written as the path was begun."""
+    """Paths that match a pattern in or below the folder of an incomplete path; they begin as the user has typed it."""
     head, slash, _ = incomplete.rpartition("/")
     start = head + slash
     folder = Path(start or ".").expanduser()

@@ -9,10 +9,10 @@ import typer
 
 METHODS = ("adalora", "lora")
 SECONDS = 180
-"""What training both may take together."""
+"""Training time of both runs together."""
 
 LEAST = 40
-"""Steps below which ranks would hardly have been compared before they are closed."""
+"""Fewest steps of a run: with fewer, ranks are closed before their scores mean much."""
 
 
 def demo(

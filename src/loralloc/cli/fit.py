@@ -16,10 +16,10 @@ from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 
 FIRST, TIMED = 2, 5
-"""Steps that warm up, and those that count."""
+"""Warm-up steps, and steps that are timed."""
 
 SLACK = 0.9
-"""The share of the time that is planned for: later steps may meet a busier machine."""
+"""The share of the time that is planned: later, the machine may be busier."""
 
 
 @dataclass(frozen=True)

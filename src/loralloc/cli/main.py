@@ -70,7 +70,7 @@ def options(
 
 def main() -> None:
     """Run the command line: a mistake in the input ends with one message and exit code 2."""
-    # On a CPU it speaks when it is imported, of kernels that it does without, and at every product of an 8-bit layer.
+    # On a CPU, bitsandbytes logs missing kernels when it is imported, and a message at every product of an 8-bit layer.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()

@@ -1,4 +1,4 @@
-"""How far a training or an evaluation is: a bar with times, or lines where output is no terminal."""
+"""The progress of a training or an evaluation: a bar with times, or lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if not console.is_terminal:
 clock = time.perf_counter
 
 QUIET_SECONDS = 10
-"""Where output is no terminal, how long an evaluation goes on without a line."""
+"""Seconds between lines of an evaluation or a loop if the output is not a terminal."""
 
 _bar = Bar(
     TextColumn("  {task.description}"),
@@ -46,7 +46,7 @@ def _start_bar() -> None:
 
 @contextmanager
 def _taken_down() -> Iterator[None]:
-    """Give the cursor back however a loop ends."""
+    """Remove the bar and restore the cursor, however the block ends."""
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ def progress_bar() -> Iterator[None]:
 
 @contextmanager
 def counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how far a loop is; the function inside is told how many rounds are done."""
+    """Show the progress of a loop; the yielded function takes the number of finished rounds."""
     began = said = clock()
     with _taken_down():
         _start_bar()
@@ -94,9 +94,9 @@ class Pace:
         done: Rounds that were done before.
 
     Attributes:
-        total: Rounds of the whole loop; may become known after the first.
+        total: Rounds of the whole loop; may be set later.
         done: Rounds that are done.
-        recent: Seconds of the last rounds.
+        recent: Seconds of each of the last rounds.
     """
 
     def __init__(self, unit: str, total: int, done: int = 0) -> None:
@@ -106,7 +106,7 @@ class Pace:
         self._start = self._begun = self._now = clock()
 
     def begin(self) -> None:
-        """A round begins; without this call it begins where the last one ended."""
+        """Start timing a round; without this call, a round starts when the last one has ended."""
         self._begun = clock()
 
     def end(self) -> None:
@@ -117,7 +117,7 @@ class Pace:
         self.done += 1
 
     def __str__(self) -> str:
-        """Seconds a round, over the last ones, and the time left, counting what comes between rounds."""
+        """The mean seconds of the last rounds, and the time left, which includes what comes between rounds."""
         if not self.recent:
             return ""
         left = (self._now - self._start) / (self.done - self._before) * (self.total - self.done)
@@ -140,9 +140,9 @@ def show_schedule(run: AllocationRun) -> None:
 
 
 class Progress(TrainerCallback):
-    """A progress bar with times, the loss and the ranks; where output is no terminal, lines.
+    """A progress bar with times, the loss and the ranks; lines if the output is not a terminal.
 
-    There, a line comes after the first step, for each tenth of the training, and from an evaluation that takes long.
+    Lines are printed after the first step, after each tenth of the training, and during long evaluations.
 
     Attributes:
         pace: The steps of the training, once it has begun.
@@ -163,12 +163,12 @@ class Progress(TrainerCallback):
         _start_bar()
         self._task = _bar.add_task("training", total=state.max_steps, completed=state.global_step, pace="", news="")
         self.pace = Pace("step", state.max_steps, state.global_step)
-        self._tenth = -1  # that the last line was about
+        self._tenth = -1  # of the training, at the last line
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A step is timed without what comes between two of them, such as an evaluation."""
+        """Start timing a step: what comes between two steps, such as an evaluation, is not counted."""
         self.pace.begin()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -211,7 +211,7 @@ class Progress(TrainerCallback):
 
     @contextmanager
     def evaluating(self, what: str) -> Iterator[None]:
-        """Show how far an evaluation is that is no part of the training.
+        """Show the progress of an evaluation outside the training.
 
         Args:
             what: What is evaluated.
@@ -230,7 +230,7 @@ class Progress(TrainerCallback):
     ) -> None:
         """Show how far the evaluation is."""
         loader = kwargs["eval_dataloader"]
-        if self._loader is not None and loader is not self._loader:  # the same evaluation goes on with answers
+        if self._loader is not None and loader is not self._loader:  # the same evaluation goes on to generate answers
             self._batches = Pace("batch", 0)
         self._loader, batches = loader, self._batches
         batches.total = len(loader)
@@ -257,7 +257,7 @@ class Progress(TrainerCallback):
 
 
 def figure(value: float | None) -> str:
-    """Write a figure of an evaluation; nothing where there is none."""
+    """Write the value of a metric; empty if there is none."""
     return "" if value is None else f"{value:.4f}"
 
 

@@ -1,4 +1,4 @@
-"""The other ways in which `loralloc train` tells of a run: next to nothing, and JSON for scripts."""
+"""The other outputs of `loralloc train`: one line at the end, and JSON for scripts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from loralloc.training.callback import RankAllocation
 
 @contextmanager
 def screen_for(quiet: bool = False, verbose: bool = False, as_json: bool = False) -> Iterator[Screen]:
-    """Give the screen of a run, and set what the libraries underneath say.
+    """Yield the screen of a run, and set the verbosity of the libraries.
 
     Args:
         quiet: One line at the end, and nothing before.
@@ -63,7 +63,7 @@ class JsonLines(Screen):
     """Writes one JSON object a line for each event of a run.
 
     Each has a key `event`: `start`, `search` and `retraining` (with a search), `training`, `log`, `evaluation`,
-    `note`, `warning`, `outcome`. Numbers that are not finite are null. Of several processes, the first one alone
+    `note`, `warning`, `outcome`. Numbers that are not finite are null. With several processes, only the first one
     writes.
 
     Args:
@@ -74,7 +74,7 @@ class JsonLines(Screen):
         self._stream = stream
 
     def write(self, event: str, **values: Any) -> None:
-        """Write one event, to be read at once."""
+        """Write one event, and flush it."""
         if processes.is_main():
             print(json.dumps({"event": event, **finite(values)}), file=self._stream, flush=True)
 
@@ -100,7 +100,7 @@ class JsonLines(Screen):
         self.write("search", steps=steps, examples=examples, held_out=held_out)
 
     def retraining(self, steps: int, examples: int | None) -> None:
-        """What follows it."""
+        """The training after the search."""
         self.write("retraining", steps=steps, examples=examples)
 
     def warning(self, sentence: str) -> None:
@@ -136,7 +136,7 @@ class _Rows(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The schedule is known by now."""
+        """Write the steps and, with an allocation, the schedule, which is known by now."""
         self._trains = True
         budget: dict[str, Any] = {}
         if self._allocation is not None:
@@ -153,7 +153,7 @@ class _Rows(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """A row of the log; that of an evaluation is an event of its own."""
+        """Write a row of the log; evaluations have an event of their own."""
         if logs and "loss" in logs:
             self._screen.write("log", step=state.global_step, **logs)
 
@@ -173,5 +173,5 @@ class _Rows(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluations after this one are told by who asks for them."""
+        """Later evaluations are reported by `JsonLines.evaluated`."""
         self._trains = False

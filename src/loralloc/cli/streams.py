@@ -1,4 +1,4 @@
-"""Standard output and errors that a run survives: a reader that has left costs the rest of the words, not the run."""
+"""Standard output and error that cannot end a run: if their reader has gone, only the rest of the output is lost."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import IO, Any
 
 
 class Lasting:
-    """A stream whose writes do not fail: from the first that would on, what is written goes nowhere.
+    """A stream whose writes do not fail: after the first error, all output is discarded.
 
     Args:
-        stream: What is written to.
+        stream: The stream to write to.
     """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, or lose it."""
+        """Write the text, or discard it."""
         with self._or_nowhere():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written, or lose it."""
+        """Flush the stream, or discard what it holds."""
         with self._or_nowhere():
             self._stream.flush()
 
     @contextmanager
     def _or_nowhere(self) -> Iterator[None]:
-        """Lead a broken stream to nowhere, with what it still holds: else it would fail again when the process ends."""
+        """Redirect a broken stream to the null device, so that flushing its buffer at exit does not fail again."""
         try:
             yield
         except OSError:
@@ -47,7 +47,7 @@ class Lasting:
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Let nothing inside fail because nobody reads what it prints, or the process has no output at all."""
+    """Inside, printing does not fail when nobody reads the output, or when the process has no output streams."""
     before = sys.stdout, sys.stderr
     with ExitStack() as stack:
         sys.stdout, sys.stderr = (  # type: ignore[assignment]

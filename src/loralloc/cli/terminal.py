@@ -35,9 +35,9 @@ from loralloc.training.callback import RankAllocation
 
 
 def quiet_libraries() -> None:
-    """Keep notes of the libraries underneath, which a user of the command line cannot act on, off the screen.
+    """Silence messages of the libraries on which a user of the command line cannot act.
 
-    Of several processes, the first one alone says what happens.
+    With several processes, only the first one prints.
     """
     processes.join()
     console.quiet = not processes.is_main()
@@ -58,7 +58,7 @@ def verbose_libraries() -> None:
 
 @contextmanager
 def logging_from(level: int) -> Iterator[None]:
-    """Say on stderr what we and the libraries without a verbosity of their own log from a level on."""
+    """Print log records from a level on to stderr: ours, and those of libraries without a verbosity setting."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
     loggers = [logging.getLogger(name) for name in ("loralloc", "peft", "accelerate", "trl")]
@@ -109,11 +109,11 @@ class Terminal(Screen):
         console.print(f"[bold]then[/]      plain LoRA at the ranks found, {steps:,} steps on all {examples:,} examples")
 
     def warning(self, sentence: str) -> None:
-        """Show it above the bar."""
+        """Show a warning above the bar."""
         console.print(f"  [yellow]{escape(sentence)}[/]")
 
     def note(self, sentence: str) -> None:
-        """Show it above the bar."""
+        """Show a note above the bar."""
         console.print(f"  {escape(sentence)}", soft_wrap=True)
 
     def progress(self, allocation: RankAllocation | None) -> Progress:
@@ -185,7 +185,7 @@ def _middle_out(text: str) -> str:
 
 
 def _choices(data: TaskData) -> int:
-    """Texts that a model reads of one example: multiple choice with a head has one for each choice."""
+    """Number of texts per example: multiple choice with a head has one for each choice."""
     ids = data.validation[0].get("input_ids") if len(data.validation) else None
     return len(ids) if ids and isinstance(ids[0], list) else 1
 
@@ -195,7 +195,7 @@ def show_metrics(
 ) -> None:
     """Show a table of metrics, a row per split, or a column where there are many metrics.
 
-    References count beside the main metric.
+    References are values of the main metric only.
     """
     names = list(dict.fromkeys(name for values in splits.values() for name in values))
     if len(names) > MOST_COLUMNS:
@@ -228,7 +228,7 @@ def _tall_table(names: Sequence[str], *columns: Mapping[str, Mapping[str, float]
 
 
 def show_generation(record: Mapping[str, Any]) -> None:
-    """Show what the model has answered before training and after it, and what that is worth."""
+    """Show the model's answers before and after training, and their metrics."""
     for sample in record["samples"]:
         console.print("[bold]prompt[/]    ", Text(_middle_out(sample["prompt"])), soft_wrap=True)
         for name in ("reference", "before", "after"):

@@ -50,7 +50,7 @@ def train(
     from loralloc.cli.checks import check_inputs, check_output, is_alone
     from loralloc.recipe.schema import load_recipe, peek_recipe
 
-    outline = peek_recipe(recipe, context.args) if is_alone() else None  # several check in `pipeline`: one ends all
+    outline = peek_recipe(recipe, context.args) if is_alone() else None  # several processes check together, in `run`
     if outline is not None:
         check_inputs(outline)
         check_output(outline, resume, replace)

@@ -1,4 +1,4 @@
-"""What `loralloc compare` shows while it runs: a live table, or a line for every run where output is no terminal."""
+"""What `loralloc compare` shows while it runs: a live table in a terminal, elsewhere a line for every run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Lines(Watcher):
         self.say(f"{len(cells):,} runs{told}")
 
     def started(self, name: str) -> None:
-        """Note it."""
+        """Note that a run has begun."""
         self.states[name] = "running"
 
     def ended(self, name: str, row: Row, seconds: float) -> None:
@@ -51,7 +51,7 @@ class Lines(Watcher):
         self.say(f"{self._ended:,}/{self._due:,}  {name}  {found}  {duration(seconds)}{self.rest()}")
 
     def rest(self) -> str:
-        """The time left, as far as it can be told."""
+        """The estimated time left; empty before the first run has ended and after the last one."""
         left = self._due - self._ended
         if not left or not self._ended:
             return ""
@@ -60,7 +60,7 @@ class Lines(Watcher):
     def say(self, line: str) -> None:
         """Print a line."""
         console.print(f"  {escape(line)}", soft_wrap=True)
-        console.file.flush()  # into a file, it would wait there
+        console.file.flush()  # the buffer of a file would delay it
 
 
 class LiveTable(Lines):
@@ -107,7 +107,7 @@ class LiveTable(Lines):
 
 @contextmanager
 def watching() -> Iterator[Watcher]:
-    """Give what shows a comparison."""
+    """Yield the display of a comparison."""
     if not console.is_terminal:
         yield Lines()
         return

@@ -1,7 +1,7 @@
 """One run of a comparison, in a process of its own.
 
-A crash costs one run. An interrupted run goes on from its newest checkpoint where it has one; one that has finished is
-left as it is.
+A crash ends only this run. An interrupted run continues from its newest checkpoint, if it has one. A finished run is
+not repeated.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from loralloc.recipe.schema import Recipe, load_recipe
 from loralloc.recipe.screen import Screen
 
 REFUSED = 2
-"""The exit code of a run that would fail again: it is refused, or has diverged."""
+"""The exit code of a run that would fail again, because its recipe is refused or its training diverges."""
 
 
 def run_cell(recipe: Path, peer: str | None, threads: int) -> int:
-    """Run a cell, and write into its log what there is to say.
+    """Run a cell; errors, warnings and notes go to its log (stderr).
 
     Args:
         recipe: The file of its recipe.
-        peer: Which of PEFT's own it is; None for any other.
+        peer: The name of a variant from PEFT; None for any other contender.
         threads: Processor threads.
 
     Returns:
-        The exit code.
+        The exit code: 0, or `REFUSED`.
     """
     torch.set_num_threads(threads)
-    with recipe.open("r+") as own:  # for writing, as locks over NFS ask for
+    with recipe.open("r+") as own:  # open for writing, which locks over NFS need
         fcntl.flock(own, fcntl.LOCK_EX)  # a run whose comparison was killed may still be at work: wait for it
         try:
             train(recipe, peer)
@@ -48,7 +48,7 @@ def run_cell(recipe: Path, peer: str | None, threads: int) -> int:
 
 
 def train(path: Path, peer: str | None) -> None:
-    """Train what a recipe says, unless that has been done."""
+    """Train a recipe, unless its folder holds the finished run."""
     recipe = load_recipe(path)
     folder = RunFolder.of(recipe)
     same = folder.holds(recipe)

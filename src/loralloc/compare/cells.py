@@ -31,22 +31,22 @@ from loralloc.recipe.source import read_recipe_file
 from loralloc.recipes import list_recipes
 
 HELD_OUT = 0.1
-"""The share of the training data that a method looks at where it would look at the validation data by default."""
+"""Share of the training data that a method looks at in place of the validation data, if that is its default."""
 EVALUATIONS = 10
-"""Evaluations within a run where the recipe asks for none: what is seen at equal processor time."""
+"""Evaluations during a run if the recipe sets no `eval_every`: the table at equal processor time is made from them."""
 
 
 def plan_cells(recipe: Recipe, shapes: Shapes, runs: Path) -> list[Cell]:
-    """Lay a comparison out.
+    """Plan the runs of a comparison.
 
     Args:
         recipe: The recipe, checked by `check_comparable`.
-        shapes: Of its model and data.
+        shapes: Shapes of its model and data.
         runs: The folder of all runs.
 
     Returns:
-        The runs, those of a budget together, each with its recipe. PEFT's own are left out where plain LoRA has not the
-        same rank everywhere.
+        The runs with their recipes, grouped by budget. PEFT's variants are left out at budgets at which plain LoRA does
+        not have the same rank everywhere.
 
     Raises:
         UserError: A contender cannot have a budget, or a recipe would be refused.
@@ -79,13 +79,13 @@ def make_cell(
     changes: Mapping[str, Any],
     runs: Path,
 ) -> Cell:
-    """Make one run: what is a contender's own, and what all have alike."""
+    """Make one run: the contender's own settings (`changes`), and those that all runs share."""
     tree = {name: value for name, value in as_tree(recipe).items() if name != "compare"} | dict(changes)
     if tree["method"]["name"] == "random":
         tree["method"] = tree["method"] | {"rank_seed": seed}
     tree["training"] = tree["training"] | {"learning_rate": float(rate), "seed": seed}
     tree["training"].setdefault("eval_every", max(1, round(shapes.steps / EVALUATIONS)))
-    tree["training"]["compact"] = False  # most contenders close no ranks that could leave, and results are the same
+    tree["training"]["compact"] = False  # most contenders have no closed ranks to remove, and results are the same
     tree["evaluate"] = tree["evaluate"] | {"cuts": 0}
     tree["output"] = str(runs / cell_name(point, contender, rate, seed))
     try:
@@ -96,7 +96,7 @@ def make_cell(
 
 
 def _reason(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
-    """What is wrong with a run's recipe; a rule that several keys have broken together has no key."""
+    """What is wrong with a run's recipe; an error about several keys together has no location."""
     return explain(error, tree)[1] if error["loc"] else error["msg"].removeprefix("Value error, ")
 
 
@@ -144,7 +144,7 @@ def _unfair(recipe: Recipe) -> Iterator[str]:
 
 
 def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, Any]:
-    """What sets a contender apart at a budget: the sections `method` and `lora`."""
+    """The parts of the recipe that are a contender's own at a budget: `method` and `lora`."""
     lora = as_tree(recipe.lora)
     scale = recipe.lora.alpha / recipe.lora.r
 
@@ -173,7 +173,7 @@ def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, An
 
 
 def _settings(recipe: Recipe, contender: Contender) -> dict[str, Any]:
-    """The section `method` of a contender, its budget aside."""
+    """The section `method` of a contender; its budget is set by `_changes`."""
     variant = section_of(recipe).variants.get(contender.id, {})
     name = UNIFORM if contender == BASELINE else variant.get("name", contender.id)
     return _method(recipe, name) | variant
@@ -193,6 +193,6 @@ def _method(recipe: Recipe, name: str) -> dict[str, Any]:
 
 
 def _allocates(name: str, method: Mapping[str, Any]) -> bool:
-    """Whether a method chooses ranks under a budget; one that composes does where it is given another one."""
+    """Whether a method chooses ranks under a budget; a method that wraps an allocator does so only if one is set."""
     composed = [setting.name for setting in settings(methods()[name]) if setting.allocator]
     return "budget" in sections()[name].model_fields and all(method.get(key) for key in composed)

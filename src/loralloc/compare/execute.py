@@ -28,16 +28,16 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Job:
-    """What it takes to run a cell, wherever that is.
+    """A cell as it is sent to the process, here or on another machine, that runs it.
 
     Attributes:
         name: The cell.
         recipe: Its recipe, an absolute path.
         log: Where its output goes, an absolute path.
-        peer: Which of PEFT's own it is; None for any other.
+        peer: The name of a variant from PEFT; None for any other contender.
         threads: Processor threads.
-        folder: The current directory, from which a recipe's paths start.
-        gpus: What its process may see of the GPUs, as CUDA_VISIBLE_DEVICES says it; None: what this one does.
+        folder: The current directory, to which a recipe's paths are relative.
+        gpus: CUDA_VISIBLE_DEVICES of its process; None: the value in the process that starts it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Ended:
 
     Attributes:
         name: The cell.
-        reason: Why it has failed; None where it has not.
+        reason: Why it has failed; None for success.
         final: Whether it would fail again.
     """
 
@@ -68,7 +68,7 @@ class Executor(Protocol):
     """Runs jobs, some at a time."""
 
     def run(self, jobs: Sequence[Job], started: Callable[[str], None]) -> Iterator[Ended]:
-        """Run jobs and yield how they end, in the order in which they do; `started` is told which have begun."""
+        """Run jobs and yield their outcomes in the order in which they end; `started` gets each name at its start."""
         ...
 
 
@@ -77,13 +77,13 @@ def run_job(job: Job, track: Callable[[BaseProcess], None] = lambda process: Non
 
     Args:
         job: The cell.
-        track: Told the process.
+        track: Gets the process once it has started.
     """
     if not Path(job.recipe).is_file():
         return Ended(job.name, f"this machine does not see {job.recipe}: all machines must share the output folder")
     log = Path(job.log)
     begun = log.stat().st_size if log.is_file() else 0
-    if job.gpus is None:  # a server that Ray's worker has started earlier may know another GPU
+    if job.gpus is None:  # the fork server of a Ray worker may have another GPU, from an earlier job
         job = replace(job, gpus=os.environ.get(VISIBLE))
     process = _server().Process(target=_work, args=(job,), name=job.name)
     process.start()
@@ -96,14 +96,14 @@ def run_job(job: Job, track: Callable[[BaseProcess], None] = lambda process: Non
 
 
 def _server() -> ForkServerContext:
-    """Processes that come from one which has imported everything, for that takes longer than a small run."""
+    """A fork server that has the imports done: they take longer than a small run."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["loralloc.compare.cell"])
     return context
 
 
 def _work(job: Job) -> None:
-    """Run a cell in this process, and end it."""
+    """Run a cell in this process, and exit with its code."""
     if job.gpus is not None:
         os.environ[VISIBLE] = job.gpus
     with Path(job.log).open("ab") as log:
@@ -114,7 +114,7 @@ def _work(job: Job) -> None:
 
 
 def _reason(code: int, log: Path, begun: int) -> str:
-    """What a run has said last, or which signal has ended it."""
+    """The last error or last line in a run's log, or the signal that has killed the run."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}; see {log}"
     with log.open("rb") as file:
@@ -125,7 +125,7 @@ def _reason(code: int, log: Path, begun: int) -> str:
 
 
 def gpus_in_turn(jobs: int) -> list[str]:
-    """Return a GPU for each of the jobs that run at a time, the next one in turn; nothing where there are none."""
+    """Return a GPU for each job that runs at the same time, assigned in turn; an empty list without GPUs."""
     named = os.environ.get(VISIBLE)
     known = [str(place) for place in range(torch.cuda.device_count())] if named is None else named.split(",")
     known = [gpu.strip() for gpu in known if gpu.strip() not in ("", "-1")]
@@ -133,7 +133,7 @@ def gpus_in_turn(jobs: int) -> list[str]:
 
 
 class LocalExecutor:
-    """Runs jobs on this machine, each on the GPU whose turn it is.
+    """Runs jobs on this machine; GPUs are assigned in turn.
 
     Args:
         jobs: How many at a time.
@@ -143,7 +143,7 @@ class LocalExecutor:
         self._jobs = jobs
 
     def run(self, jobs: Sequence[Job], started: Callable[[str], None]) -> Iterator[Ended]:
-        """Run jobs; where it is interrupted, so are they."""
+        """Run jobs; an interruption also terminates the jobs that are running."""
         free: SimpleQueue[str | None] = SimpleQueue()
         for gpu in gpus_in_turn(self._jobs) or [None] * self._jobs:
             free.put(gpu)
@@ -200,7 +200,7 @@ def _processes() -> Iterator[_Tracked]:
 
 
 class RayExecutor:
-    """Runs jobs on the machines of a Ray cluster, each with its share of processors and, where there are any, a GPU.
+    """Runs jobs on a Ray cluster; each gets its threads' number of CPUs and, if the cluster has GPUs, one GPU.
 
     The output folder, and the data that a recipe names by path, must be the same on all machines.
 
@@ -223,7 +223,7 @@ class RayExecutor:
             raise UserError(f"--ray {address}: {str(error).splitlines()[0]}") from error
 
     def run(self, jobs: Sequence[Job], started: Callable[[str], None]) -> Iterator[Ended]:
-        """Run jobs; a machine that is lost costs those that it was at."""
+        """Run jobs; if a machine is lost, the jobs that ran on it count as failed."""
         ray, gpus = self._ray, 1 if self._ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(run_job)
         names = {}

@@ -1,4 +1,4 @@
-"""What a comparison has made equal, what it could not, and what its numbers are worth: sentences of the page."""
+"""The page's sentences on what a comparison has made equal, what it could not, and how far to trust its numbers."""
 
 from __future__ import annotations
 

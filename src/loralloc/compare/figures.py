@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROW = 0.23
-"""Inches of a contender in the chart of differences."""
+"""Height of a contender's row in the chart of differences, in inches."""
 LONGEST = 22
 """Characters of a label."""
 
 
 def colours(entries: Sequence[Entry]) -> dict[str, str]:
-    """Give every contender a colour of the palette; controls, and those beyond its colours, are grey."""
+    """Give every contender a colour of the palette; controls are grey, as are contenders once the colours run out."""
     told = [entry.contender.id for entry in entries if entry.contender.kind in ("baseline", "method", "plan")]
     told += [entry.contender.id for entry in entries if entry.contender.kind == "peer"]
     names = list(dict.fromkeys(told))[: SERIES - 1]
@@ -31,7 +31,7 @@ def colours(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def difference_figure(compared: Sequence[Compared]) -> Figure:
-    """The difference to plain LoRA: an interval for each contender, and a thin one that holds for all together."""
+    """Mean difference to plain LoRA, with its 95 % interval (thick) and the simultaneous interval of all (thin)."""
     known = [(one.entry.contender, one.difference) for one in compared if one.difference is not None]
     height = 0.62 + ROW * max(1, len(known))
     figure, axes = _axes(height, left=0.36, right=0.97)
@@ -55,7 +55,7 @@ def difference_figure(compared: Sequence[Compared]) -> Figure:
 
 
 def rate_figure(entries: Sequence[Entry], unit: str, palette: dict[str, str]) -> Figure:
-    """What every learning rate is worth on the validation data; a dot marks the chosen one."""
+    """The validation score at every learning rate; a dot marks the chosen rate."""
     figure, axes = _axes(HEIGHT, title=unit)
     labels = []
     for entry in entries:
@@ -78,7 +78,7 @@ def rate_figure(entries: Sequence[Entry], unit: str, palette: dict[str, str]) ->
 
 
 def cost_figure(entries: Sequence[Entry], limit: float, palette: dict[str, str]) -> Figure:
-    """The validation loss over processor time, at the chosen rates; the line is where the cheapest had ended."""
+    """Validation loss over processor time at the chosen rates; the dashed line is the total time of the cheapest."""
     figure, axes = _axes(HEIGHT, title="validation loss")
     labels = []
     for entry in entries:
@@ -98,7 +98,7 @@ def cost_figure(entries: Sequence[Entry], limit: float, palette: dict[str, str])
 
 
 def mean_course(entry: Entry) -> list[Moment]:
-    """The evaluations of a contender's chosen runs, averaged over the seeds; none where runs differ in their number."""
+    """The evaluations of a contender's chosen runs, averaged over seeds; empty if their numbers differ between runs."""
     courses = [row.course for row in entry.chosen.finished]
     if not courses or len({len(course) for course in courses}) > 1:
         return []

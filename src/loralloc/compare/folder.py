@@ -1,4 +1,4 @@
-"""The folder of a comparison: a run folder for every cell, and what is made of them all.
+"""The folder of a comparison: a run folder for every cell, and the files that summarise them.
 
 OUT/compare.yaml   the resolved recipe        OUT/compare.html   the page       OUT/runs/NAME/      a run
 OUT/compare.csv    a row for every run        OUT/figures/       PNG files      OUT/recipes/, logs/, failures/
@@ -39,7 +39,7 @@ class CompareFolder:
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe; the file that makes a folder a comparison."""
+        """The resolved recipe; a folder that has this file is a comparison."""
         return self.root / "compare.yaml"
 
     @property
@@ -80,16 +80,16 @@ class CompareFolder:
         return self.root / "logs" / f"{name}.log"
 
     def failure(self, name: str) -> Path:
-        """Why a run has failed; not there where it has not."""
+        """The file that says why a run has failed; missing for any other run."""
         return self.root / "failures" / f"{name}.json"
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a folder that holds something else; nothing is written yet.
+        """Refuse a folder that holds something else; this writes nothing.
 
-        What is compared may differ from an earlier call: more seeds, other methods.
+        The section `compare` may differ from an earlier call: more seeds, other methods.
 
         Raises:
-            UserError: With what it holds, or what differs.
+            UserError: The folder holds something else, or the comparison of a recipe that differs elsewhere.
         """
         if self.root.is_file():
             raise UserError(f"output: {self.root} is a file; name a folder for the comparison with --output")
@@ -117,7 +117,7 @@ class CompareFolder:
         """Let one comparison at a time work on the folder.
 
         Raises:
-            UserError: Another one does.
+            UserError: Another comparison is working on it.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("w") as file:
@@ -128,17 +128,17 @@ class CompareFolder:
             yield
 
     def fail(self, name: str, reason: str, *, final: bool) -> None:
-        """Note why a run has failed.
+        """Record why a run has failed.
 
         Args:
             name: The run.
             reason: In words.
-            final: Whether it would fail again, so that it is not to be repeated.
+            final: Whether it would fail again; such a run is repeated only on request.
         """
         write_atomically(self.failure(name), json.dumps({"reason": reason, "final": final}) + "\n")
 
     def reason(self, name: str) -> tuple[str, bool] | None:
-        """Return why a run has failed, and whether it would fail again; None where it has not."""
+        """Return why a run has failed, and whether it would fail again; None if it has not failed."""
         path = self.failure(name)
         if not path.is_file():
             return None

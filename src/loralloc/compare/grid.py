@@ -1,7 +1,7 @@
 """What is compared: from a recipe and the shapes of its model to budgets, contenders and cells.
 
-Fair by construction: a budget is one number of final parameters, those of plain LoRA at its ranks, and every contender
-gets it; each tries the same learning rates with the same seeds, on the same data.
+Fair by construction: a budget is a number of final parameters, that of plain LoRA at the budget's ranks, and holds for
+every contender. All contenders try the same learning rates with the same seeds, on the same data.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from loralloc.recipe.sections import CompareConfig
 Kind = Literal["baseline", "method", "control", "peer", "plan"]
 
 CAPACITY = 1.5
-"""The most a layer may get, in average ranks, where neither the section nor the recipe's own method says it."""
+"""Largest rank of a layer over the average rank, if neither `compare.capacity` nor the recipe's budget sets it."""
 TRIALS = (0.5, 1, 2)
-"""Learning rates that are tried by default, in those of the recipe."""
+"""Learning rates that are tried by default, as multiples of the recipe's."""
 CONTROLS = ("random", "truncate")
 PEERS = {"dora": "DoRA (PEFT)", "rslora": "rsLoRA (PEFT)", "eva": "EVA (PEFT)"}
 UNIFORM = "uniform"
@@ -33,7 +33,7 @@ NO_LIMIT = 2**20
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a comparison must know of a model and its data before anything is trained.
+    """Sizes of a model and its data that a comparison needs before anything is trained.
 
     Attributes:
         modules: Inputs and outputs of every adapted module, by its name.
@@ -43,7 +43,7 @@ class Shapes:
         steps: Optimizer steps of a run.
         base_parameters: Parameters of the base model.
         metric: The metric that the task reports first.
-        greater_is_better: Whether a greater value of it is a better one.
+        greater_is_better: Whether a larger value of this metric is better.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -61,7 +61,7 @@ class Shapes:
         return [inputs + outputs for inputs, outputs in self.modules.values()]
 
     def at(self, rank: int) -> Modules:
-        """What a budget must know of the modules, with a rank in each of them; adapters are in float32."""
+        """The modules as `Budget` needs them, all with the same rank; adapters are in float32."""
         costs = self.costs
         return Modules([rank] * len(costs), costs, [4 * cost for cost in costs], self.base_parameters)
 
@@ -71,10 +71,10 @@ class Point:
     """A budget.
 
     Attributes:
-        slug: What stands in the names of its runs.
-        label: What the page calls it.
-        parameters: What every final adapter may cost.
-        ranks: The ranks of plain LoRA at that cost.
+        slug: Its part of the names of runs.
+        label: Its name on the page.
+        parameters: The most parameters that a final adapter may have.
+        ranks: The rank of every module in plain LoRA with so many parameters.
     """
 
     slug: str
@@ -84,23 +84,23 @@ class Point:
 
     @property
     def whole(self) -> int | None:
-        """The rank of every module where it is the same one; else None."""
+        """Plain LoRA's rank if it is the same in every module; else None."""
         return self.ranks[0] if len(set(self.ranks)) == 1 else None
 
     @property
     def average(self) -> float:
-        """Ranks of a module, on average."""
+        """The average rank of a module."""
         return sum(self.ranks) / len(self.ranks)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Who competes.
+    """A method, control or variant that takes part in the comparison.
 
     Attributes:
-        id: What stands in the names of its runs: the name of a method, of a variant, of a peer, or `plan`.
-        label: What the page calls it.
-        kind: The baseline, a method in question, a control, a peer through PEFT, or a plan that is trained again.
+        id: Its part of the names of runs: the name of a method, a variant or a peer, or `plan-of-` and one of these.
+        label: Its name on the page.
+        kind: The baseline, a method to be judged, a control, a peer (from PEFT), or a plan that is trained again.
     """
 
     id: str
@@ -114,8 +114,8 @@ class Cell:
 
     Attributes:
         point: Its budget.
-        contender: Who trains.
-        learning_rate: One of those that are tried.
+        contender: Its contender.
+        learning_rate: One of the rates that are tried.
         seed: One of the seeds.
         recipe: The recipe of the run.
     """
@@ -138,11 +138,11 @@ def cell_name(point: Point, contender: Contender, learning_rate: float, seed: in
 
 
 BASELINE = Contender(PLAIN_LORA, "plain LoRA", "baseline")
-"""LoRA with the same rank everywhere, against which everything is measured."""
+"""LoRA with ranks as even as the budget allows; all differences are to it."""
 
 
 def section_of(recipe: Recipe) -> CompareConfig:
-    """Return what a recipe wants to be compared, defaults filled in."""
+    """Return a recipe's section `compare` with its defaults filled in."""
     section = recipe.compare or CompareConfig()
     filled: dict[str, Any] = {}
     if section.methods is None:
@@ -153,19 +153,19 @@ def section_of(recipe: Recipe) -> CompareConfig:
 
 
 def tuning_seeds(recipe: Recipe) -> list[int]:
-    """Return the seeds that try every learning rate; the others train at the rates that these have chosen."""
+    """Return the seeds with which every learning rate is tried; the other seeds train at the chosen rates only."""
     section = section_of(recipe)
     return list(section.seeds[: section.tuning_seeds])
 
 
 def _own_budget(recipe: Recipe) -> Any:
-    """The recipe's own: its method's, or else the rank of every module."""
+    """The recipe's own budget: that of its method, else `lora.r` as the average rank."""
     own = getattr(recipe.method, "budget", None)
     return {"average_rank": recipe.lora.r} if own is None else own
 
 
 def contenders(recipe: Recipe) -> list[Contender]:
-    """Return who competes: plain LoRA, the methods, the controls, PEFT's own."""
+    """Return all contenders: plain LoRA, the methods, the controls and PEFT's variants."""
     section, known = section_of(recipe), methods()
     always = (PLAIN_LORA, UNIFORM, *CONTROLS)
     named = list(dict.fromkeys(section.methods or ()))
@@ -180,7 +180,7 @@ def contenders(recipe: Recipe) -> list[Contender]:
 
 
 def plan_of(winner: Contender) -> Contender:
-    """Return the contender that trains plain LoRA at the ranks that another one has found."""
+    """Return the contender that trains plain LoRA at the ranks that the winner has found."""
     return Contender(f"plan-of-{winner.id}", f"plain LoRA at {winner.label}'s ranks", "plan")
 
 
@@ -232,7 +232,7 @@ def uniform_ranks(modules: Modules, budget: Budget, target: int) -> list[int]:
 
 
 def capacity(point: Point, recipe: Recipe) -> int:
-    """Return the most a layer may get where ranks are chosen."""
+    """Return the largest rank that a method may give to a layer."""
     ratio: Any = section_of(recipe).capacity
     own = getattr(getattr(recipe.method, "budget", None), "average_rank", None)
     if ratio is None:

@@ -1,4 +1,4 @@
-"""What a comparison must know of the model and the data: loaded once, before anything is trained."""
+"""Measure the model and the data of a comparison: loaded once, before anything is trained."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from loralloc.tasks.spec import TASKS
 
 @dataclass(frozen=True)
 class Part:
-    """What the page shows of a budget."""
+    """What the page shows for one budget."""
 
     point: Point
     verdict: str
@@ -40,13 +40,13 @@ class Part:
 
 
 def write_page(folder: CompareFolder, recipe: Recipe, shapes: Shapes, rows: Sequence[Row]) -> str:
-    """Write the page of a comparison, its tables and its figures; what has failed is told.
+    """Write the page of a comparison, its tables and its figures; failed runs are listed.
 
     Args:
         folder: Its folder.
         recipe: Its recipe.
-        shapes: Of its model and data.
-        rows: What its runs have given.
+        shapes: Shapes of its model and data.
+        rows: The results of its runs.
 
     Returns:
         The verdict.
@@ -96,7 +96,7 @@ def headline(verdicts: Sequence[tuple[str, str]]) -> str:
 
 
 def compare_entries(found: Iterable[Entry], point: Point) -> list[Compared]:
-    """Set every contender at a budget beside plain LoRA."""
+    """Compare every contender at a budget with plain LoRA."""
     here = [entry for entry in found if entry.point == point]
     baseline = baseline_of(here, point)
     others = [(entry, paired(entry, baseline)) for entry in here if entry is not baseline]

@@ -1,6 +1,6 @@
-"""PEFT's own ways with an adapter, trained by the same trainer on the same data: DoRA, rsLoRA and EVA.
+"""PEFT's variants of LoRA, trained by the same trainer on the same data: DoRA, rsLoRA and EVA.
 
-Their adapters may be more than plain LoRA, so that they are saved as PEFT saves them, and not exported.
+Their adapters may hold more than plain LoRA, so PEFT saves them, and they are not exported.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ def _rslora(config: LoraConfig) -> None:
 
 
 def _eva(config: LoraConfig) -> None:
-    """A start from the data; ρ = 1 leaves every module its rank."""
+    """Initialise the adapter from data; with ρ = 1 every module keeps its rank."""
     config.init_lora_weights = "eva"
     config.eva_config = EvaConfig(rho=1.0)
 
 
 MOST_BATCHES = 1000
-"""Batches after which EVA's search for a start is given up."""
+"""Batches after which EVA's initialisation is given up."""
 
 CHANGES: dict[str, Callable[[LoraConfig], None]] = {"dora": _dora, "rslora": _rslora, "eva": _eva}
 
 
 def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
-    """Train one of PEFT's own, evaluate it, and save the adapter as PEFT does.
+    """Train one of PEFT's variants, evaluate it, and save its adapter with PEFT.
 
     Args:
         recipe: The recipe of plain LoRA at the same rank.
-        peer: Which of `CHANGES`.
+        peer: A key of `CHANGES`.
         resume: Continue from the newest whole checkpoint.
-        screen: Told what must not be overlooked.
+        screen: Shows what happens.
     """
 
     def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
@@ -89,10 +89,10 @@ def train_peer(recipe: Recipe, peer: str, resume: bool, screen: Screen) -> None:
 
 
 def _start_from_data(stage: Stage) -> dict[str, float]:
-    """Let EVA look at training batches; the random numbers of the run are as if it had not.
+    """Let EVA initialise the adapter from training batches; the random state is restored afterwards.
 
     Returns:
-        What that has cost, as a search tells it.
+        Its cost under the keys of a search: `seconds` and `processor_seconds`.
     """
     before, begun, worked = random_state(), time.perf_counter(), time.process_time()
     stage.model.to(stage.trainer.args.device)
@@ -110,7 +110,7 @@ def _start_from_data(stage: Stage) -> dict[str, float]:
 
 
 def _read_tokens(batch: dict[str, Any], config: LoraConfig) -> torch.Tensor | None:
-    """Which tokens count, [n, length]: no padding and, as PEFT has it, only those with a label where each may have."""
+    """Mask of the tokens that EVA uses, [n, length]: no padding and, as in PEFT, only labelled tokens if any can be."""
     mask = batch.get("attention_mask")
     if mask is not None and (labels := batch.get("labels")) is not None and labels.shape == mask.shape:
         mask = mask.bool() & (labels != config.eva_config.label_mask_value)  # type: ignore[union-attr]
@@ -118,7 +118,7 @@ def _read_tokens(batch: dict[str, Any], config: LoraConfig) -> torch.Tensor | No
 
 
 def _tokens(inputs: Any, mask: torch.Tensor | None, name: str) -> torch.Tensor:
-    """What a layer reads, a row for every token or example: [..., d] -> [n, d], padding left out where it is known."""
+    """A layer's inputs, one row per token or example, [..., d] -> [n, d]; without masked tokens if the mask fits."""
     del name
     states = inputs[0] if isinstance(inputs, tuple) else inputs
     if mask is not None and states.shape[:-1] == mask.shape:
@@ -127,7 +127,7 @@ def _tokens(inputs: Any, mask: torch.Tensor | None, name: str) -> torch.Tensor:
 
 
 class _Batches:
-    """Training batches as plain dictionaries, which EVA wants; it goes through them until its directions rest."""
+    """Training batches as plain dictionaries, as EVA needs them; EVA reads on until its singular vectors converge."""
 
     def __init__(self, trainer: RunTrainer) -> None:
         self._loader, self._seen = trainer.get_train_dataloader(), 0

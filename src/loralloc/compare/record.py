@@ -1,4 +1,4 @@
-"""What a comparison has found, as numbers: `compare.json`, for tables of others."""
+"""The results of a comparison as numbers: `compare.json`, for other programs to read."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from loralloc.compare.tables import agreement
 from loralloc.compare.verdict import Compared
 
 FORMAT = 1
-"""Of the file; another number where a key changes its meaning."""
+"""Format of the file; it changes when a key changes its meaning."""
 
 
 def json_text(parts: Sequence[tuple[Point, str, Entry, Sequence[Compared]]], metric: str) -> str:
-    """Return compare.json: for every budget the verdict, plain LoRA, and the others beside it.
+    """Return compare.json: for every budget the verdict and all contenders, plain LoRA first.
 
     Args:
-        parts: Of every budget the verdict, plain LoRA and the other contenders.
-        metric: What is shown beside the loss.
+        parts: For every budget: the budget, its verdict, plain LoRA, and the other contenders compared with it.
+        metric: The metric to give beside the loss.
     """
     budgets = [
         {
@@ -68,5 +68,5 @@ def _difference(found: Difference | None) -> dict[str, Any] | None:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN."""
+    """None for a value that is not finite: JSON has no NaN."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What the runs of a comparison have given, and which learning rate each contender is judged at."""
+"""The results of a comparison's runs, and the learning rate at which each contender is judged."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Moment:
     """An evaluation within a run.
 
     Attributes:
-        processor_seconds: What the run had cost by then.
-        loss: On the validation data.
-        over: Whether the model had more ranks than it may keep.
+        processor_seconds: Processor time of the run so far, a search included.
+        loss: Loss on the validation data.
+        over: Whether the adapter was still larger than at the end, in the budget's unit.
     """
 
     processor_seconds: float
@@ -44,21 +44,21 @@ class Moment:
 
 @dataclass(frozen=True)
 class Row:
-    """A run, or why there is none.
+    """The result of a run, or the reason for its failure.
 
     Attributes:
-        cell: What was to be run.
-        reason: Why it has failed; empty where it has finished.
-        validation: What was found on the validation data.
-        held_out: What was found on the test data or, without them, on the validation data.
-        losses: Of every example of these.
-        parameters: Of the final adapter.
-        adapter_bytes: Its file.
-        seconds: What training took, a search included.
-        processor_seconds: The same, in processor time.
-        memory_mib: The most.
-        ranks: Of every module that has an adapter, by its name.
-        course: Evaluations within it, the last one with the final adapter.
+        cell: The run.
+        reason: Why there is no result; empty if there is one.
+        validation: Metrics on the validation data.
+        held_out: Metrics on the test data or, without test data, on the validation data.
+        losses: The loss of every held-out row.
+        parameters: Parameters of the final adapter.
+        adapter_bytes: Size of its weights file.
+        seconds: Training time, a search included.
+        processor_seconds: The same in processor time.
+        memory_mib: Peak memory.
+        ranks: The rank of every adapted module, by its name.
+        course: Evaluations during training, then the evaluation of the final adapter.
     """
 
     cell: Cell
@@ -81,7 +81,7 @@ class Row:
 
 
 def read_row(folder: CompareFolder, cell: Cell) -> Row:
-    """Read what a run has left."""
+    """Read the result of a run from its folder."""
     run = folder.run(cell.name)
     if not run.metrics.is_file():
         failed = folder.reason(cell.name)
@@ -111,7 +111,7 @@ def read_row(folder: CompareFolder, cell: Cell) -> Row:
 
 
 def _not_finite(validation: Mapping[str, float], losses: NDArray[np.float64] | None) -> str:
-    """Why a run that has come to its end cannot be compared; empty where it can."""
+    """Why a finished run cannot be compared; empty if it can."""
     if not math.isfinite(validation.get("loss", math.nan)):
         return DIVERGED
     if losses is None or np.isfinite(losses).all():
@@ -124,7 +124,7 @@ def _numbers(found: Mapping[str, Any] | None) -> dict[str, float]:
 
 
 def _losses(run: RunFolder, held_out: Mapping[str, float]) -> NDArray[np.float64] | None:
-    """The loss of every example; without such, the loss of all is the one row there is."""
+    """The loss of every held-out row; if these were not saved, the mean loss as a single row."""
     if run.losses.is_file():
         losses = json.loads(run.losses.read_text(encoding="utf-8"))["losses"]
         return np.array([math.nan if loss is None else loss for loss in losses], dtype=np.float64)
@@ -134,7 +134,7 @@ def _losses(run: RunFolder, held_out: Mapping[str, float]) -> NDArray[np.float64
 def _course(
     run: RunFolder, log: Sequence[Mapping[str, Any]], cost: float, before: float, last: float
 ) -> tuple[Moment, ...]:
-    """The evaluations of a training, and the final one; `before` is what a search has cost."""
+    """The evaluations during training, then the final one; `before` is the processor time of a search."""
     timed = [(row["step"], number(row["processor_seconds"])) for row in log if "processor_seconds" in row]
     seen = [(row["step"], number(row["eval_loss"])) for row in log if "eval_loss" in row]
     if not timed or not seen:
@@ -160,10 +160,10 @@ class Trial:
 
     Attributes:
         learning_rate: The rate.
-        rows: Its runs, a seed each.
-        tuning: Those of the seeds that try every rate.
-        score: What it is worth on the validation data, over these: lower is better; NaN where no run has finished.
-        worth: The same over all its seeds.
+        rows: Its runs, one for each seed.
+        tuning: Its runs with the tuning seeds, which try every rate.
+        score: Mean validation score of the finished tuning runs, signed so that lower is better; NaN if there are none.
+        worth: The same over all seeds.
     """
 
     learning_rate: float
@@ -174,19 +174,19 @@ class Trial:
 
     @property
     def finished(self) -> list[Row]:
-        """The runs that there are."""
+        """The runs that have a result."""
         return [row for row in self.rows if row.finished]
 
     def average(self, name: str) -> float:
-        """The mean over the seeds of one of the figures of a row."""
+        """The mean over the seeds of a field of `Row`."""
         return mean([float(getattr(row, name)) for row in self.finished] or [math.nan])
 
     def held_out(self, name: str) -> float:
-        """The mean over the seeds of what was found on the held-out data."""
+        """The mean over the seeds of a metric on the held-out data."""
         return _held_out(self.rows, name)
 
     def tried(self, name: str) -> float:
-        """The same over the seeds that try every rate."""
+        """The mean over the tuning seeds of a metric on the held-out data."""
         return _held_out(self.tuning, name)
 
 
@@ -200,9 +200,9 @@ class Entry:
 
     Attributes:
         point: The budget.
-        contender: Who.
+        contender: The contender.
         trials: The learning rates, the smallest first.
-        chosen: The one at which it is judged.
+        chosen: The rate at which it is judged.
     """
 
     point: Point
@@ -212,25 +212,25 @@ class Entry:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the chosen rate is the smallest or the largest of several: a better one may lie beyond."""
+        """Whether the chosen rate is the smallest or the largest of three or more: a better one may lie beyond."""
         return len(self.trials) > 2 and self.chosen in (self.trials[0], self.trials[-1])
 
 
 def criterion(recipe: Recipe) -> str:
-    """Return what learning rates are chosen by: the recipe's metric, else the loss."""
+    """Return the metric by which learning rates are chosen: the recipe's `evaluate.metric`, else the loss."""
     return recipe.evaluate.metric or "loss"
 
 
 def entries(rows: Iterable[Row], metric: str, tuning: Collection[int] | None = None) -> list[Entry]:
     """Choose a learning rate for every contender at every budget.
 
-    The one whose mean over the tuning seeds is best on the validation data; the smaller of two that are equal. A rate
-    at which one of their runs has failed counts only where runs have failed at every rate.
+    The rate with the fewest failed tuning runs is chosen; among these, the one with the best mean validation score over
+    the tuning seeds; of equal ones, the smallest.
 
     Args:
         rows: The runs.
         metric: See `criterion`.
-        tuning: The seeds that try every rate; None: all.
+        tuning: The tuning seeds, which try every rate; None: all seeds.
 
     Raises:
         UserError: No run has the metric.
@@ -268,7 +268,7 @@ def _order(rows: Iterable[Row], score: float) -> tuple[int, float]:
 
 
 def winner(found: Iterable[Entry], point: Point) -> Entry | None:
-    """Return the method in question that is best on the validation data at a budget and chooses ranks, if any."""
+    """Return the best method on the validation data at a budget, of those with uneven ranks; None if there is none."""
     allocating = [
         entry
         for entry in found
@@ -280,7 +280,7 @@ def winner(found: Iterable[Entry], point: Point) -> Entry | None:
 
 
 def paired(entry: Entry, baseline: Entry) -> NDArray[np.float64] | None:
-    """Return the losses of a contender minus plain LoRA's, [seeds, rows]: seeds that both have, at their best rates."""
+    """Return a contender's losses minus plain LoRA's, [seeds, rows], at the chosen rates, for seeds that both have."""
     theirs = {row.cell.seed: row.losses for row in baseline.chosen.finished if row.losses is not None}
     pairs = [
         row.losses - theirs[row.cell.seed]

@@ -1,10 +1,10 @@
-"""Whether two methods differ: paired losses over seeds and rows, intervals that know how few seeds there are, Holm.
+"""Whether two methods differ: paired differences over seeds and rows, intervals made for few seeds, Holm's correction.
 
-Every difference is between two runs with the same seed, of the same row. Seeds and rows are both samples: another seed
-and other rows would have given other numbers. So both are drawn anew by the bootstrap, the rows for all seeds together
-because they are the same rows (the pigeonhole bootstrap of Owen, 2007), and of n seeds n − 1, which makes the variance
-unbiased (Rao and Wu, 1988). Its standard error meets Student's t, with the degrees of freedom of Satterthwaite (1946):
-few where seeds make the difference, many where rows do. A percentile interval over three seeds would be far too short.
+A paired difference is between the losses of one row in two runs with the same seed. Seeds and rows are both random
+samples, so the bootstrap resamples both: the rows once for all seeds, which share them (the pigeonhole bootstrap of
+Owen, 2007), and n − 1 of n seeds, which makes the variance unbiased (Rao and Wu, 1988). The bootstrap's standard error
+gives a t interval with the degrees of freedom of Satterthwaite (1946): few if most of the variance comes from the
+seeds, many if it comes from the rows. A percentile interval over three seeds would be far too short.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from loralloc.tasks.students_t import t_probability, t_quantile
 Floats = NDArray[np.float64]
 
 LEVEL = 0.05
-"""Of every test; intervals are of 95 %."""
+"""Significance level of every test; intervals are 95 % intervals."""
 POWER = 0.8
-"""The chance of finding a difference that is there, for which seeds are counted."""
+"""Power for which `seeds_needed` counts seeds: the probability of detecting a real difference."""
 DRAWS = 2000
-"""Of the bootstrap."""
+"""Resamples of the bootstrap."""
 CHUNK = 2**22
-"""Numbers of a piece of the bootstrap."""
+"""Numbers in the largest array of the bootstrap, which is computed in pieces."""
 MOST_SEEDS = 100
-"""Seeds beyond which nobody is advised to go."""
+"""Most seeds that `seeds_needed` recommends."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Parts:
 
     Attributes:
         total: Variance of the mean, over seeds and rows.
-        seeds: The part of the seeds; 0 for one seed, of which nothing is known.
+        seeds: The part of the seeds; 0 for one seed, for which it is unknown.
         rows: The part of the rows.
         freedom: Degrees of freedom.
     """
@@ -58,13 +58,13 @@ class Difference:
         mean: Below 0 where the first method is better.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        low_all: Lower end of an interval that holds together with those of all other comparisons.
+        low_all: Lower end of the simultaneous interval, 95 % for all comparisons together (Bonferroni).
         high_all: Upper end.
-        p: Two-sided, as if it were the only comparison.
-        adjusted: After Holm's correction.
+        p: Two-sided p-value without a correction.
+        adjusted: p after Holm's correction.
         parts: Where its variance comes from.
-        seeds: How many.
-        rows: How many.
+        seeds: Number of seeds.
+        rows: Number of rows.
     """
 
     mean: float
@@ -80,19 +80,19 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether it is told from 0, all comparisons considered; one seed tells nothing of the next."""
+        """Whether it differs from 0 after Holm's correction; never with one seed, which says nothing about others."""
         return self.seeds > 1 and self.adjusted < LEVEL
 
 
 def differences(tables: Sequence[Floats], seed: int = 0) -> list[Difference]:
-    """Compare several methods with one.
+    """Compare several methods with the same baseline.
 
     Args:
-        tables: For each of them the losses minus those of the one, [seeds, rows].
-        seed: Of the bootstrap.
+        tables: For each method, its losses minus the baseline's, [seeds, rows].
+        seed: Seed of the bootstrap.
 
     Returns:
-        Their differences, corrected for each other.
+        Their differences, corrected for the number of methods.
     """
     known = [(float(table.mean()), variance_parts(table, seed)) for table in tables]
     values = [p_value(mean, parts) for mean, parts in known]
@@ -106,13 +106,13 @@ def differences(tables: Sequence[Floats], seed: int = 0) -> list[Difference]:
 
 
 def bootstrap_means(table: Floats, generator: np.random.Generator, seeds: bool, rows: bool) -> Floats:
-    """Draw means of a table with seeds, rows or both drawn anew, [DRAWS].
+    """Return bootstrap means of a table, with seeds, rows or both resampled, [DRAWS].
 
     Args:
         table: [seeds, rows].
-        generator: Draws.
-        seeds: Whether seeds are drawn, one fewer than there are; one seed alone stays.
-        rows: Whether rows are drawn, the same for all seeds.
+        generator: The random generator.
+        seeds: Whether to resample seeds, n − 1 of n; a single seed stays.
+        rows: Whether to resample rows, the same ones for all seeds.
     """
     n, m = table.shape
     found = []
@@ -135,7 +135,7 @@ def variance_parts(table: Floats, seed: int = 0) -> Parts:
         seed: Of the bootstrap.
     """
     n, m = table.shape
-    if n * m == 1:  # of which nothing is known
+    if n * m == 1:  # the variance of a single number is unknown
         return Parts(math.inf, 0.0, 0.0, 1.0)
     generator = np.random.default_rng(seed)
     total = float(bootstrap_means(table, generator, seeds=True, rows=True).var())
@@ -178,15 +178,15 @@ def holm(probabilities: Sequence[float]) -> list[float]:
 
 
 def seeds_needed(difference: Difference, margin: float, comparisons: int) -> int | None:
-    """Return how many seeds would tell a difference from 0 that is as large as the margin.
+    """Return how many seeds it takes to detect a difference as large as the margin.
 
-    As many as make margin ≥ (t(1 − α/2) + t(0.8)) · √(s²/n + v): s² the variance between seeds, v that of the rows,
-    which more seeds leave as it is, α corrected for all comparisons, t with the degrees of freedom that n seeds give.
+    The smallest n with margin ≥ (t(1 − α/2) + t(0.8)) · √(s²/n + v). s² is the variance between seeds, v that of the
+    rows, which more seeds do not reduce. α is corrected for all comparisons; t has the degrees of freedom of n seeds.
 
     Args:
         difference: As measured.
         margin: The smallest difference that matters.
-        comparisons: How many are made together.
+        comparisons: Number of comparisons that are made together.
 
     Returns:
         The number of seeds, 3 or more; None where more than `MOST_SEEDS` are needed or seeds alone do not suffice.

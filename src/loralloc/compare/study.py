@@ -24,12 +24,12 @@ from loralloc.recipe.schema import Recipe, dump_recipe
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison has given.
+    """The result of a comparison.
 
     Attributes:
-        verdict: In one sentence.
-        page: The page.
-        table: A row for every run.
+        verdict: The verdict in one sentence.
+        page: The file of the page.
+        table: The CSV file with a row for every run.
     """
 
     verdict: str
@@ -38,22 +38,22 @@ class Outcome:
 
 
 class Watcher:
-    """Shows nothing; the command line has some that do."""
+    """Gets the progress of a comparison and shows nothing; the command line has subclasses that show it."""
 
     def planned(self, cells: Sequence[Cell], kept: Sequence[Cell]) -> None:
-        """So many runs there are, of which these have been run before."""
+        """The runs are planned; those in `kept` have been run before."""
 
     def started(self, name: str) -> None:
         """A run has begun."""
 
     def ended(self, name: str, row: Row, seconds: float) -> None:
-        """A run has ended, so many seconds after it was begun."""
+        """A run has ended, `seconds` after its start."""
 
 
 def compare(recipe: Recipe, executor: Executor, retry: bool, watcher: Watcher) -> Outcome:
-    """Compare what a recipe says.
+    """Run the comparison that a recipe describes.
 
-    A comparison that was interrupted goes on: what has finished is kept.
+    An interrupted comparison continues: finished runs are kept.
 
     Args:
         recipe: The recipe.
@@ -86,7 +86,7 @@ def compare(recipe: Recipe, executor: Executor, retry: bool, watcher: Watcher) -
 
 
 def _tuned(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], list[Row]], recipe: Recipe) -> list[Row]:
-    """Run the tuning seeds at every rate, then the other seeds at the rate that these have chosen for each."""
+    """Run the tuning seeds at every rate, then the other seeds at the rate chosen for each contender and budget."""
     tuning = tuning_seeds(recipe)
     rows = run([cell for cell in cells if cell.seed in tuning])
     chosen = {
@@ -130,7 +130,7 @@ def _plan_cells(recipe: Recipe, shapes: Shapes, folder: CompareFolder, point: Po
 def _run(
     folder: CompareFolder, cells: Sequence[Cell], executor: Executor, retry: bool, threads: int, watcher: Watcher
 ) -> None:
-    """Run what has not been run; a run that fails is noted, and costs no other one."""
+    """Run the cells that have no result yet; a failure is recorded and does not stop the other runs."""
     by_name = {cell.name: cell for cell in cells}
     due = [cell for cell in cells if _is_due(folder, cell, retry)]
     watcher.planned(cells, [cell for cell in cells if cell not in due])
@@ -141,7 +141,7 @@ def _run(
         watcher.started(name)
 
     for cell in due:
-        if folder.run(cell.name).metrics.is_file():  # it has finished, but diverged
+        if folder.run(cell.name).metrics.is_file():  # finished, but its losses are not finite
             shutil.rmtree(folder.run(cell.name).root)
         folder.failure(cell.name).unlink(missing_ok=True)
         _write_recipe(folder.run_recipe(cell.name), dump_recipe(cell.recipe))
@@ -153,14 +153,14 @@ def _run(
 
 
 def _write_recipe(path: Path, text: str) -> None:
-    """Write a run's recipe, unless it is there: a run whose comparison was killed may hold a lock on the file."""
+    """Write a run's recipe, unless the file has it: a run whose comparison was killed may hold a lock on the file."""
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_atomically(path, text)
 
 
 def _is_due(folder: CompareFolder, cell: Cell, retry: bool) -> bool:
     run = folder.run(cell.name)
-    if run.metrics.is_file() and run.holds(cell.recipe):  # a plan to retrain may have become another one
+    if run.metrics.is_file() and run.holds(cell.recipe):  # at retraining, the plan may have changed
         return retry and not read_row(folder, cell).finished
     failed = folder.reason(cell.name)
     return retry or failed is None or not failed[1]

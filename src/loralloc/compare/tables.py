@@ -1,4 +1,4 @@
-"""The tables of a comparison: who is how good at what cost, equal processor time, failures, and a row for every run."""
+"""The tables of a comparison: results, costs, losses at equal processor time, failures, and a row for every run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLUMNS = (
 
 
 def result_table(compared: Sequence[Compared], baseline: Entry, metric: str) -> Table:
-    """Return a row for every contender at a budget: losses, the difference to plain LoRA, whether that is chance."""
+    """Return a row for every contender at a budget: losses, the difference to plain LoRA, its interval and p."""
     head = ("", "learning rate", "test loss", metric.replace("_", " "), "difference", "95 % interval", "p (Holm)")
     rows = [_result(baseline, metric, ("", "", ""))]
     for one in compared:
@@ -79,7 +79,7 @@ def cost_table(entries: Sequence[Entry]) -> Table:
 
 
 def agreement(trial: Trial) -> str:
-    """Return how far the ranks of the seeds agree: the mean rank correlation of all pairs, and what they share."""
+    """Return how far the seeds' plans agree: mean rank correlation and share of ranks in common, over all pairs."""
     names = dict.fromkeys(name for row in trial.finished for name in row.ranks)
     plans = [tuple(row.ranks.get(name, 0) for name in names) for row in trial.finished]
     if all(len(set(plan)) == 1 for plan in plans):
@@ -95,7 +95,7 @@ def agreement(trial: Trial) -> str:
 
 
 def equal_time(entries: Sequence[Entry]) -> tuple[float, Table | None]:
-    """Return the processor time of the cheapest contender, and where all of them were by then."""
+    """Return the processor time of the cheapest contender, and the validation loss of all by then."""
     costs = [entry.chosen.average("processor_seconds") for entry in entries if entry.chosen.finished]
     if len(costs) < 2:
         return math.nan, None
@@ -113,7 +113,7 @@ def equal_time(entries: Sequence[Entry]) -> tuple[float, Table | None]:
 
 
 def failure_table(rows: Sequence[Row]) -> Table | None:
-    """Return the runs that there are not, with their reasons; None where there are all."""
+    """Return the runs without a result and the reasons; None if all have one."""
     failed = [(row.cell.name, row.reason) for row in rows if row.reason]
     return Table(("run", "reason"), failed) if failed else None
 

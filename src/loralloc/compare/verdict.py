@@ -10,7 +10,7 @@ from loralloc.compare.results import Entry
 from loralloc.compare.statistics import MOST_SEEDS, Difference, seeds_needed
 
 IN_QUESTION = ("method", "peer")
-"""Who may be better than plain LoRA; controls and retrained plans only help to see why."""
+"""Kinds of contender that are judged; controls and retrained plans only help to explain the verdict."""
 
 NAMED = 3
 """Contenders that the verdict names one by one."""
@@ -22,7 +22,7 @@ class Compared:
 
     Attributes:
         entry: The contender.
-        difference: Of its losses; None where no two runs can be paired.
+        difference: The difference of its losses to plain LoRA's; None if no runs can be paired.
     """
 
     entry: Entry
@@ -30,12 +30,12 @@ class Compared:
 
 
 def verdict(compared: Sequence[Compared], loss: float, margin: float) -> str:
-    """Return what a comparison says at a budget.
+    """Return the verdict at a budget.
 
     Args:
         compared: All contenders but plain LoRA.
-        loss: Plain LoRA's, on the test data.
-        margin: The smallest difference that matters, as a share of it.
+        loss: Plain LoRA's loss on the held-out data.
+        margin: The smallest difference that matters, as a share of this loss.
     """
     if not any(one.entry.contender.kind in IN_QUESTION for one in compared):
         return "nothing but controls was set beside plain LoRA: name methods in compare.methods"
@@ -76,7 +76,7 @@ def _better(better: Sequence[tuple[str, Difference]], loss: float) -> str:
 
 
 def _ahead(undecided: Sequence[tuple[str, Difference]], loss: float, least: float, count: int) -> str:
-    """Say how many seeds would show that one is as far ahead as it seems; nothing where that is known of none."""
+    """Say how many more seeds would confirm the best contender's lead; empty if more seeds would confirm none."""
     ahead = [
         (label, one, total)
         for label, one in undecided
@@ -98,7 +98,7 @@ def _undecided(undecided: Sequence[tuple[str, Difference]], least: float, count:
     told += f"{_percent(margin)} of its loss"
     if any(total is None for total, _ in needed):
         return f"{told}: {MOST_SEEDS} seeds would not be enough, more test rows are needed"
-    more = max((total - have for total, have in needed if total is not None), default=2)  # of one seed nothing is known
+    more = max((total - have for total, have in needed if total is not None), default=2)  # one seed: variance unknown
     return f"{told}: {_seeds(more)} would"
 
 

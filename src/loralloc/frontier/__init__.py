@@ -1,1 +1,1 @@
-"""Quality over size, from one run: smaller adapters out of a trained one, and which of them is small enough."""
+"""Quality over size, from one run: a trained adapter is cut to smaller sizes, and one of them is recommended."""

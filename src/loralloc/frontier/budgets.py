@@ -14,19 +14,19 @@ from loralloc.errors import UserError
 from loralloc.tasks.students_t import t_probability, t_quantile
 
 POINTS, SMALLEST = 12, 1 / 32
-"""Budgets on a frontier, and the smallest as a share of what was trained."""
+"""Number of budgets on a frontier, and the smallest budget as a share of the trained ranks."""
 
 ALPHA = 0.05
 """Probability at which a difference is called significant."""
 
 
 def spread(total: int, points: int = POINTS, smallest: float = SMALLEST) -> list[int]:
-    """Choose budgets in ranks, from all of them downwards, each the same factor below the last.
+    """Choose budgets in ranks: a geometric sequence from the total downwards.
 
     Args:
-        total: Ranks that there are.
-        points: How many budgets; fewer where some would be equal.
-        smallest: The last one, as a share of the first; at least one rank.
+        total: Ranks of the trained adapter.
+        points: Number of budgets; fewer if some would be equal.
+        smallest: The last budget as a share of the first; at least one rank.
 
     >>> spread(96, points=6)
     [96, 48, 24, 12, 6, 3]
@@ -36,15 +36,15 @@ def spread(total: int, points: int = POINTS, smallest: float = SMALLEST) -> list
 
 
 def chosen(averages: Sequence[float], modules: int, total: int) -> list[int]:
-    """Turn average ranks that a user names into ranks, from many to few.
+    """Turn a user's average ranks into total ranks, the largest first.
 
     Args:
-        averages: Ranks per module on average.
-        modules: Adapted modules.
-        total: Ranks that there are.
+        averages: Average ranks per module.
+        modules: Number of adapted modules.
+        total: Ranks of the trained adapter.
 
     Raises:
-        UserError: One is above what there is, or below one rank in all.
+        UserError: An average is above that of the trained adapter, or below one rank in all.
     """
     for average in averages:
         if not 0.5 <= average * modules <= total + 0.5:
@@ -63,7 +63,7 @@ class Worse:
         mean: Mean difference.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        p: Probability of so large a difference where there is none, corrected for all pairs of points; 1 for the best.
+        p: Two-sided p-value, corrected for all pairs of points; 1 for the best point.
     """
 
     mean: float
@@ -73,19 +73,19 @@ class Worse:
 
     @property
     def significant(self) -> bool:
-        """Whether it is worse beyond doubt."""
+        """Whether it is significantly worse."""
         return self.p < ALPHA
 
 
 def compare_points(losses: Sequence[NDArray[np.floating]]) -> list[Worse]:
     """Compare every point with the one of the lowest mean loss, example by example.
 
-    Two-sided paired t tests. Which point is the best is seen in the same losses, so that each is corrected for all
-    pairs of points (Bonferroni): with equal points, some size is called worse in less than 5 % of frontiers.
+    Two-sided paired t tests. The best point is chosen by the same losses, so p is corrected for all pairs of points
+    (Bonferroni): if all points were equal, fewer than 5 % of frontiers would call any of them worse.
 
     Args:
-        losses: Losses of the same examples in the same order, [n], for each point. One that is not finite counts as
-            infinitely large.
+        losses: For each point, losses of the same examples in the same order, [n]. A point with a loss that is not
+            finite counts as infinitely bad.
 
     Raises:
         UserError: There is one example alone, which cannot be compared.
@@ -112,14 +112,14 @@ def _worse(differences: NDArray[np.floating], pairs: int) -> Worse:
 
 
 def recommend(sizes: Sequence[int], worse: Sequence[Worse]) -> int:
-    """Return the place of the smallest size before one is significantly worse, going down from the best.
+    """Return the index of the smallest size before one is significantly worse, going down from the best.
 
-    The first that is significantly worse ends the search: if a still smaller one is not, its examples' losses differ
-    more, and the test has overlooked it.
+    The first significantly worse size ends the search. If a still smaller one is not significantly worse, its losses
+    vary more, and the test has only failed to detect that it is worse.
 
     Args:
         sizes: Ranks of each point.
-        worse: How much worse each is.
+        worse: How much worse each point is than the best.
     """
     best = min(range(len(sizes)), key=lambda place: worse[place].mean)
     smaller = sorted((place for place, size in enumerate(sizes) if size < sizes[best]), key=lambda place: -sizes[place])

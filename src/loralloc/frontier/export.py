@@ -16,22 +16,22 @@ from loralloc.recipe.from_recipe import load_adapter, task_data
 from loralloc.setting_types import is_number
 
 SHOWN_TO = 0.006
-"""Average ranks are shown in three digits: one that is this close to a point's, in shares of it, means the point."""
+"""Relative distance within which a requested average rank means a point's: they are shown with three digits."""
 
 
 def as_measured(
     folder: Path, order: Order | None, recover: float | None, rate: float | None, average: float
 ) -> Settings:
-    """Return the settings with which a frontier that is there was made, and its sizes down to the one that is meant.
+    """Return the settings of an existing frontier, with its sizes down to the requested one.
 
-    Each size began at the next larger one; those that are there are not made anew.
+    The larger sizes are included because each size starts from a larger one; points that exist are reused.
 
     Args:
         folder: Folder of the frontier.
-        order: The order that is asked for; None for that of the frontier, or the default where there is none.
-        recover: The share of steps likewise.
-        rate: The share of the learning rate likewise.
-        average: The average rank that is asked for.
+        order: The requested order; None for the order of the frontier, or the default if there is no frontier.
+        recover: The requested share of steps; None likewise.
+        rate: The requested share of the learning rate; None likewise.
+        average: The requested average rank.
     """
     record, default = _record(folder), Settings()
     sizes = list(_sizes(record.get("points")))
@@ -59,7 +59,7 @@ def as_measured(
 
 
 def _sizes(points: Any) -> Iterator[tuple[float, int]]:
-    """The average ranks and the ranks of the points of a frontier, as far as its file has them."""
+    """The average rank and the total ranks of every point in a frontier's file; incomplete points are skipped."""
     for point in points if isinstance(points, list) else ():
         if isinstance(point, dict) and is_number(point.get("average_rank")) and type(point.get("ranks")) is int:
             yield point["average_rank"], point["ranks"]
@@ -76,7 +76,7 @@ def export_point(source: Source, adapter: Path, target: Path) -> Export:
     """Load the adapter of a point with stock PEFT, write it like any finished adapter, and check it.
 
     Args:
-        source: What the frontier is of.
+        source: The frontier's source.
         adapter: The point's adapter.
         target: Folder to write.
     """

@@ -1,4 +1,4 @@
-"""In which order rank-one terms are given up: scores of all terms of an adapter, the higher the later."""
+"""Scores of an adapter's rank-one terms: those with the lowest scores are dropped first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Order = Literal["singular_value", "sensitivity", "ablation"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
 SAMPLES = 256
-"""Validation examples that terms are scored on, at most."""
+"""Most validation examples on which terms are scored."""
 
 
 def score_terms(order: Order, model: PeftModel, terms: Terms, batches: Sequence[Any]) -> Tensor:
@@ -30,11 +30,11 @@ def score_terms(order: Order, model: PeftModel, terms: Terms, batches: Sequence[
         sensitivity      −dLoss/dg + N/2 Σ c²: how much the loss rises without the term, to second order, with the
                          empirical Fisher information for the curvature
         ablation         the same, and −dLoss/dg where all terms are off: AB-LoRA's importance from two points
-                         (`two_point_importance`), how much the loss also falls with the term alone
+                         (`two_point_importance`), which adds how much the loss falls with the term alone
 
     Args:
         order: Which scores.
-        model: The model; nothing about it is different afterwards.
+        model: The model; it is unchanged afterwards.
         terms: Its terms.
         batches: Batches of validation examples, labels included; only for scores that look at data.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_SPREAD = 4.0
-"""How many times as high as one line the figure may become for the other one; above that it is cut off."""
+"""Most height of the figure, over that of the recovered line; the line of cuts is clipped above it."""
 
 
 def write_page(frontier: Frontier, folder: Path) -> Path:
@@ -101,7 +101,7 @@ def _p(value: float) -> str:
 
 
 def curve(frontier: Frontier) -> Figure:
-    """Mean loss of a validation example over the average rank: cuts, and what they are after a recovery."""
+    """Mean loss of a validation example over the average rank, of the cuts and after their recovery."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -140,7 +140,7 @@ def _line(axes: Axes, averages: Sequence[float], found: Sequence[Measured], colo
 
 
 def _limits(shown: Sequence[Measured], cuts: Sequence[Measured]) -> tuple[float, float]:
-    """Show the lower line whole, and of the other what is not far above it."""
+    """Limits of the loss axis: all of `shown` (the lower line), and as much of the cuts as `SHOWN_SPREAD` allows."""
     ends = [(mean - half, mean + half) for mean, half in map(loss_interval, shown)]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
     highest = max(loss_interval(cut)[0] for cut in cuts)
@@ -150,7 +150,7 @@ def _limits(shown: Sequence[Measured], cuts: Sequence[Measured]) -> tuple[float,
 
 
 def point_in_words(point: Point) -> str:
-    """Say in a line what a point is worth, for a terminal."""
+    """Describe a point in one line, for a terminal."""
     loss, cut = (rounded(loss_interval(measured)[0]) for measured in (point.best, point.cut))
     before = f", {cut} before it recovered" if point.gained else ""
     return f"  {point.ranks:>6,} ranks  {megabytes(point.nbytes):>7}  loss {loss}{before}"

@@ -1,4 +1,4 @@
-"""One point of a frontier: an adapter of a certain size, cut and evaluated, perhaps trained on and evaluated again."""
+"""One point of a frontier: an adapter of a certain size, cut and evaluated, perhaps trained and evaluated again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Measured:
     Attributes:
         metrics: Metrics by name, the loss among them.
         losses: The loss of every example.
-        seconds: What it took to get there: the evaluation, or the recovery before it.
+        seconds: Time of the evaluation, and of the recovery before it if there was one.
     """
 
     metrics: Mapping[str, float]
@@ -42,8 +42,8 @@ class Point:
 
     Attributes:
         ranks: Ranks kept, over all modules.
-        parameters: Numbers in A and B.
-        nbytes: Bytes of these numbers, as the adapter's file holds them.
+        parameters: Parameters in A and B.
+        nbytes: Bytes of these parameters in the adapter's file.
         largest_rank: The largest rank of a module, which servers size their memory by.
         cut: The adapter as it was cut.
         recovered: The adapter after more training; None where there was none.
@@ -58,22 +58,22 @@ class Point:
 
     @property
     def best(self) -> Measured:
-        """What the point is worth: after the recovery, unless that has made it worse."""
+        """The evaluation that counts: after the recovery if it has lowered the loss, else of the cut."""
         return self.recovered if self.recovered is not None and self.gained else self.cut
 
     @property
     def gained(self) -> bool:
-        """Whether there was a recovery, and it has lowered the loss."""
+        """Whether a recovery has lowered the loss."""
         return self.recovered is not None and bool(self.recovered.array.mean() < self.cut.array.mean())
 
 
 @dataclass(frozen=True)
 class PointFolder:
-    """Where a point is kept, so that a frontier that was interrupted goes on.
+    """The folder of a point, so that an interrupted frontier continues.
 
     Attributes:
-        root: Its folder.
-        of: What the point belongs to: the adapter, the order, the recovery. Another point's record does not count.
+        root: The folder.
+        of: What the point depends on: adapter, order, recovery and more. A record with other values is ignored.
     """
 
     root: Path
@@ -86,7 +86,7 @@ class PointFolder:
 
     @property
     def adapter(self) -> Path:
-        """The adapter that `Point.best` is about, a plain one of PEFT."""
+        """The plain PEFT adapter to which `Point.best` belongs."""
         return self.root / "adapter"
 
     @property
@@ -94,7 +94,7 @@ class PointFolder:
         return self.root / "point.json"
 
     def read(self) -> Point | None:
-        """Return the point that was kept; None where there is none, or one of something else."""
+        """Return the saved point; None if there is none, or if it depends on something else."""
         try:
             record = read_json(self._record)
             if record.pop("of") != dict(self.of):
@@ -105,7 +105,7 @@ class PointFolder:
             return None
 
     def clear(self) -> None:
-        """Make room for a point; what is there of another one goes, its record first."""
+        """Make a folder for a point; of an earlier point, first the record and then the adapter are deleted."""
         self._record.unlink(missing_ok=True)
         shutil.rmtree(self.adapter, ignore_errors=True)
         self.root.mkdir(parents=True, exist_ok=True)

@@ -20,12 +20,12 @@ from loralloc.frontier.source import Source
 
 @dataclass(frozen=True)
 class Recovery:
-    """What every cut was given to recover.
+    """The training that every cut was given to recover.
 
     Attributes:
-        share: Of the run's steps.
+        share: Its steps, as a share of the run's.
         rate: Highest learning rate, as a share of the run's.
-        steps: How many that were; 0 for none.
+        steps: Its optimizer steps; 0 for no recovery.
     """
 
     share: float
@@ -39,13 +39,13 @@ class Frontier:
 
     Attributes:
         source: The adapter.
-        order: In which order terms were given up.
-        recovery: What every cut was given to recover.
+        order: The score by which terms were dropped.
+        recovery: The training that every cut was given to recover.
         metric: The task's metric.
         points: The sizes, from large to small.
-        worse: How much worse each is than the best of them.
-        recommended: Place of the recommended one.
-        modules: Adapted modules.
+        worse: How much worse each point is than the best one.
+        recommended: Index of the recommended point.
+        modules: Number of adapted modules.
     """
 
     source: Source
@@ -68,7 +68,7 @@ class Frontier:
 
     @property
     def best(self) -> int:
-        """Place of the point with the lowest loss."""
+        """Index of the point with the lowest loss."""
         losses = [point.best.array.mean() for point in self.points]
         return int(np.argmin(losses))
 
@@ -108,7 +108,7 @@ class Frontier:
 
     @property
     def seconds(self) -> float:
-        """What all points have taken."""
+        """Seconds that all points have taken."""
         return sum(measured.seconds for point in self.points for measured in (point.cut, point.recovered) if measured)
 
     def _point(self, point: Point, worse: Worse) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What `loralloc frontier` does: cut a trained adapter at many budgets, let each cut recover, and recommend one.
 
-The recoveries are a chain: each begins at what the next larger size has become, not at what the run had left, so that a
-small size has been trained at every size above it. That costs nothing more, and gives lower losses (docs/frontier.md).
+The recoveries are a chain: each starts from the recovered adapter of the next larger size whose recovery lowered the
+loss, not from the run's adapter. So a small size has been trained at every such size above it. That costs nothing more,
+and gives lower losses (docs/frontier.md).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ DEFAULT_RECOVERY = 0.2
 """Share of a run's steps that each cut is trained on."""
 
 DEFAULT_RATE = 0.3
-"""Its highest learning rate, as a share of the run's."""
+"""Highest learning rate of this training, as a share of the run's."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class Settings:
     """How a frontier is made.
 
     Attributes:
-        order: In which order terms are given up.
+        order: The score by which terms are dropped.
         recover: Share of the run's steps that each cut is trained on; 0 for none.
-        averages: Average ranks to try; None for twelve, from all of them downwards.
-        ranks: Ranks in all to try, instead.
+        averages: Average ranks to try; None for twelve sizes, from the full one downwards.
+        ranks: Total ranks to try, in place of `averages`.
         rate: Highest learning rate of the recovery, as a share of the run's.
     """
 
@@ -70,13 +71,13 @@ class Settings:
 
 
 def make_frontier(source: Source, settings: Settings, screen: Screen, told: Callable[[Point], None]) -> Frontier:
-    """Measure every point of a frontier; those that are there already are kept.
+    """Measure every point of a frontier; points of an earlier call are reused.
 
     Args:
         source: The adapter.
-        settings: How.
+        settings: How the frontier is made.
         screen: Shows evaluations and trainings.
-        told: Called with every point that is done.
+        told: Called with every finished point.
 
     Raises:
         UserError: The task has no loss for each example, there are too few of them, or a budget is out of range.
@@ -90,7 +91,7 @@ def make_frontier(source: Source, settings: Settings, screen: Screen, told: Call
         )
     if len(data.validation) < 2:
         raise UserError("data.validation: sizes are compared by the losses of validation examples; give more than one")
-    model = load_adapter(data.model, source.adapter, trainable=True)  # as scores by gradients ask for
+    model = load_adapter(data.model, source.adapter, trainable=True)  # scores by gradients need it
     steps = _recovery_steps(source, settings, data)
     with TemporaryDirectory(prefix="loralloc-") as scratch:
         trainer = stages.make_evaluator(source.recipe, data, model, Path(scratch), screen)
@@ -132,7 +133,7 @@ def _recovery_steps(source: Source, settings: Settings, data: TaskData) -> int:
 
 
 def _of(source: Source, settings: Settings, steps: int, data: TaskData) -> dict[str, Any]:
-    """What a kept point must have been made of: adapter, order, recovery, recipe and validation data."""
+    """A point depends on this: adapter, order, recovery, recipe, validation data. If one differs, it is not reused."""
     told = f"{dump_recipe(source.recipe)}{[dict(row) for row in data.validation]}"
     made_by = hashlib.sha256(told.encode()).hexdigest()[:16]
     recovery = {"steps": steps, "rate": settings.rate if steps else None}
@@ -145,7 +146,7 @@ def _adapted(trainer: RunTrainer) -> PeftModel:
 
 
 def _batches(order: Order, trainer: RunTrainer, data: TaskData) -> Sequence[Any]:
-    """Validation examples in batches, as methods look at them."""
+    """Batches of validation examples, as methods score on them."""
     if order == "singular_value":
         return ()
     examples = data.validation if data.learned_validation is None else data.learned_validation
@@ -159,11 +160,11 @@ def folder_of(source: Source, ranks: int) -> Path:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a recovery begins.
+    """The weights from which a recovery starts.
 
     Attributes:
         parts: The terms of every layer that has any, from large to small.
-        heads: What is trained beside the adapter.
+        heads: Weights that are trained beside the adapter.
     """
 
     parts: Mapping[str, Part]
@@ -171,7 +172,7 @@ class _Start:
 
     @classmethod
     def of(cls, model: PeftModel) -> _Start:
-        """What an adapted model begins with."""
+        """Take them from an adapted model."""
         terms = Terms.of(model)
         parts = {site.name: part for site, part in zip(terms.sites, terms.parts, strict=True)}
         return cls(parts, _heads(model))
@@ -184,7 +185,7 @@ def _heads(model: PeftModel) -> dict[str, Tensor]:
 
 @dataclass
 class _Bench:
-    """Where points are made: the adapter as it was trained, and what evaluates it."""
+    """Makes points: holds the trained adapter and the trainer that evaluates it."""
 
     source: Source
     data: TaskData
@@ -197,7 +198,7 @@ class _Bench:
     chain: Mapping[int, Sequence[int]]
 
     def cut(self, ranks: int) -> Point:
-        """Keep so many ranks, and evaluate."""
+        """Keep the best `ranks` terms, and evaluate; a point of an earlier call is reused."""
         keep, folder = keep_top(self.scores, ranks), self._folder(ranks)
         if (kept := folder.read()) is not None:
             return kept
@@ -214,7 +215,7 @@ class _Bench:
         return point
 
     def recover(self, points: Sequence[Point], steps: int, told: Callable[[Point], None]) -> list[Point]:
-        """Train each cut for so many steps; the adapter that they were cut from leaves memory first."""
+        """Train each cut for so many steps; the adapter from which they were cut is removed from memory first."""
         heads = _heads(_adapted(self.trainer))
         leave_memory(self.data.model)
         done: list[Point] = []
@@ -231,7 +232,7 @@ class _Bench:
         return PointFolder(folder_of(self.source, ranks), {**self.of, "after": self.chain.get(ranks)})
 
     def _kept(self, point: Point) -> _Start:
-        """What a size has become: read from its files, so that a chain that was interrupted goes on to the bit."""
+        """The recovered adapter of a size, read from its files, so that an interrupted chain continues bit for bit."""
         assert self.data.again is not None
         model = load_adapter(self.data.again(), self._folder(point.ranks).adapter, trainable=True)
         start = _Start.of(model)
@@ -258,13 +259,13 @@ class _Bench:
         return Measured(found, losses, round(time.perf_counter() - begun, 2))
 
     def _recovered(self, point: Point, steps: int, above: _Start | None, heads: Mapping[str, Tensor]) -> Point:
-        """Train a size as a fresh run of so many steps would be.
+        """Train a size like a fresh run of so many steps.
 
         Args:
             point: The size.
-            steps: How many.
-            above: What the last larger size has become that was the better for it; None: it begins at its cut.
-            heads: What the run has trained beside the adapter.
+            steps: Number of optimizer steps.
+            above: Recovered weights of the next larger size whose loss they lowered; None: start from the cut itself.
+            heads: Weights that the run has trained beside the adapter.
         """
         assert self.data.again is not None
         folder, data = self._folder(point.ranks), replace(self.data, model=self.data.again())

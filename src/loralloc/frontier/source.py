@@ -1,4 +1,4 @@
-"""What a frontier is made of: a finished run, or any plain LoRA adapter with a recipe for its data."""
+"""The source of a frontier: a finished run, or any plain LoRA adapter with a recipe for its data."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from loralloc.setting_types import is_number
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter, and what it takes to train it on.
+    """An adapter, and what is needed to train it further.
 
     Attributes:
         adapter: Folder of the adapter.
         recipe: Its task, data and settings.
         folder: Where the frontier is written.
-        recipe_file: Where an adapter's recipe is; None of a run, which has its own.
-        scales: What B A was multiplied by while training, by module; empty where nobody wrote it down.
-        modules: Modules that were adapted, also those that kept no rank; None where that is not known.
-        steps: Optimizer steps of its training; None likewise.
-        seconds: How long that took; None likewise.
+        recipe_file: The recipe file given for an adapter; None for a run, which has its own recipe.
+        scales: The scale of B A during training, by module; empty if it was not recorded.
+        modules: Number of adapted modules, those that kept no rank included; None if unknown.
+        steps: Optimizer steps of its training; None if unknown.
+        seconds: Time of its training; None if unknown.
     """
 
     adapter: Path
@@ -43,15 +43,16 @@ class Source:
 
     @classmethod
     def of(cls, path: Path, recipe: Path | None, output: Path | None) -> Source:
-        """Find out what a path names.
+        """Return the source that a path names.
 
         Args:
             path: A run folder, or the folder of an adapter.
-            recipe: The recipe that an adapter has no run folder for.
+            recipe: The recipe for an adapter without a run folder.
             output: Folder to write; by default RUN/frontier.
 
         Raises:
-            UserError: It is neither, the run has not finished, or a recipe or an output is missing or too much.
+            UserError: The path is neither, the run has not finished, an adapter lacks a recipe or an output, or a run
+                is given a recipe.
         """
         if (path / "recipe.yaml").is_file() or not path.is_dir():
             if recipe is not None:
@@ -83,7 +84,7 @@ class Source:
 
     @property
     def named(self) -> str:
-        """How the command line names it."""
+        """The arguments that name it on the command line."""
         run = self.adapter.parent
         if self.folder == run / "frontier":
             return str(run)
@@ -91,12 +92,12 @@ class Source:
         return f"{named} --output {self.folder}"
 
     def fingerprint(self) -> str:
-        """Tell adapters apart: the start of a hash of its weights."""
+        """Return an id of the adapter: the start of the SHA-256 of its weights."""
         return sha256_of(self.adapter / ADAPTER_WEIGHTS)[:16]
 
 
 def _for_one_process(recipe: Recipe, processes: int) -> Recipe:
-    """Let one process see as many examples in a step as several did."""
+    """Raise the accumulation so that one process sees as many examples a step as the run's processes together."""
     accumulation = recipe.training.accumulation * processes
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"accumulation": accumulation})})
 
@@ -106,5 +107,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _count(value: Any) -> int | None:
-    """Return what a file says of a number of things; None where it does not."""
+    """Return a value from a file if it is a positive count; else None."""
     return value if type(value) is int and 0 < value < 2**31 else None

@@ -1,4 +1,4 @@
-"""What a model has written before and after training: its worth, and the first few answers."""
+"""A model's answers before and after training: their metrics, and the first few of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from loralloc.report.tables import Table
 from loralloc.report.wording import rounded
 
 PARTS = ("prompt", "reference", "before", "after")
-"""What a sample holds, in the order in which it is read."""
+"""The parts of a sample, in reading order."""
 
 
 def score_table(run: RunRecord) -> Table | None:
-    """Return what the answers are worth by every metric, before and after training; None without metrics."""
+    """Return every metric of the answers, before and after training; None without metrics."""
     before, after = (mapping(_generation(run).get(name)) for name in ("untrained", "trained"))
     rows = [
         (name.replace("_", " "), rounded(number(before.get(name))), rounded(number(value)))

@@ -18,11 +18,11 @@ WIDTH, HEIGHT = 4.0, 2.45  # inches; small, so that the text stays legible when 
 LEFT = 0.105  # share of the width to the left of the axes
 BELOW, ABOVE = 0.404, 0.282  # inches below and above the axes
 POINTS_PER_INCH = 72
-LONG = 10_000  # steps from which on their numbers are written short, or they would run into each other
+LONG = 10_000  # from this last step on, numbers of steps are written short, or they would overlap
 
 
 class EndLabel(NamedTuple):
-    """What is written beside the end of a line, at the value at which it ends; the colour is a name of the palette."""
+    """A label beside the end of a line: the line's last value, the text, and the colour's name in the palette."""
 
     value: float
     text: str
@@ -55,11 +55,11 @@ def step_axes(run: RunRecord, title: str, height: float = HEIGHT) -> tuple[Figur
 
 
 PHASE_COLOURS = {WARM_UP: "phase-1", FINAL: "phase-3"}
-"""What lies between the two is the allocation, whatever it is called."""
+"""Any other phase is an allocation phase, whatever its name, and gets `phase-2`."""
 
 
 def shade_phases(axes: Axes, trace: Trace, run: RunRecord, *, named: bool = False) -> None:
-    """Shade the phases of the schedule; nothing where it has but one."""
+    """Shade the phases of the schedule, if there is more than one."""
     if len(trace.phases) < 2:
         return
     ends = [last for _, _, last in trace.phases[:-1]]

@@ -26,7 +26,7 @@ class Chart:
 
 
 class Side(NamedTuple):
-    """What is said of a small chart, and how it is drawn."""
+    """The words on a small chart, and whether its axis begins at 0."""
 
     heading: str
     caption: str
@@ -49,7 +49,7 @@ SIDES = {
         "MiB",
     ),
 }
-"""The small charts, by what they draw."""
+"""The small charts, by the logged value that they draw."""
 
 
 def charts(run: RunRecord, grid: Grid, highest: int) -> list[Chart]:
@@ -93,7 +93,7 @@ def loss_over_size(run: RunRecord) -> list[tuple[float, float]]:
 
 
 def side_charts(run: RunRecord) -> list[Chart]:
-    """Draw what is logged beside the losses, as far as it is there."""
+    """Draw a small chart for each of `SIDES` that the run has logged."""
     return [
         Chart(name.replace("_", "-"), side.heading, side.caption, figure)
         for name, side in SIDES.items()

@@ -96,7 +96,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
         element.attrib = {_local(key): _for_page(_local(key), value, name) for key, value in element.items()}
     for definitions in root.findall("defs"):
         if definitions.find("style") is not None:
-            root.remove(definitions)  # it would hold for the whole page; the style sheet says the same for figures
+            root.remove(definitions)  # it would style the whole page; the page's style sheet has the same for figures
     root.attrib = {"class": "figure", "role": "img", "aria-label": description, "viewBox": root.attrib["viewBox"]}
     return ElementTree.tostring(root, encoding="unicode").strip()
 

@@ -127,7 +127,7 @@ def timeline_figure(run: RunRecord, trace: Trace, grid: Grid, highest: int) -> F
 
 
 def _picture(axes: Axes, steps: Sequence[Sequence[float]], extent: tuple[float, float, float, float]) -> None:
-    """Draw steps of the ramp, NaN for none, in the colours of both themes: the page shows that of its own."""
+    """Draw an image of ramp steps (NaN: empty) in the colours of both themes; the page shows that of its own theme."""
     from matplotlib.colors import ListedColormap
 
     for theme in ("dark", "light"):
@@ -144,7 +144,7 @@ def _picture(axes: Axes, steps: Sequence[Sequence[float]], extent: tuple[float, 
 
 
 def _sampled_ranks(trace: Trace, end: int) -> list[tuple[int, ...]]:
-    """The ranks in the middle of each of so many equal parts of the time axis."""
+    """The ranks in the middle of each of `SAMPLES` equal parts of the time axis."""
     steps = [event.step for event in trace.events]
     times = ((i + 0.5) / SAMPLES * end for i in range(SAMPLES))
     return [trace.events[max(0, bisect_right(steps, time) - 1)].ranks for time in times]
@@ -174,13 +174,13 @@ def loss_figure(run: RunRecord) -> Figure:
 
 
 def _line(points: Points) -> tuple[Sequence[int], Sequence[float]]:
-    """The steps and the values of a line, no more of them than can be seen."""
+    """The steps and the values of a line, thinned."""
     steps, values = zip(*thinned(points), strict=True)
     return steps, values
 
 
 def series_figure(run: RunRecord, name: str, title: str, *, from_zero: bool = False) -> Figure:
-    """One thing that is logged, over the steps, in a low figure; values that are not finite leave a gap.
+    """One logged value over the steps, in a low figure; values that are not finite leave a gap.
 
     Args:
         run: The run.
@@ -199,7 +199,7 @@ def series_figure(run: RunRecord, name: str, title: str, *, from_zero: bool = Fa
 
 
 def sizes_figure(sizes: Sequence[tuple[float, float]]) -> Figure:
-    """Loss over the average rank, both as they were found; the last size is the adapter itself."""
+    """Validation loss over the average rank; the last size is the adapter itself."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -254,7 +254,7 @@ def heat_figure(run: RunRecord, grid: Grid, highest: int) -> Figure:
 
 
 def _heat_picture(run: RunRecord, grid: Grid, highest: int) -> Figure:
-    """The same without numbers, which nobody could read; modules outside the grid fill rows of their own below."""
+    """The heat map without numbers, which would be too small; modules outside the grid fill extra rows below."""
     from matplotlib.figure import Figure
 
     modules, width = run.plan.modules, max(1, len(grid.types))

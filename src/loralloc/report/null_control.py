@@ -1,4 +1,4 @@
-"""What AutoLoRA's threshold keeps of noise, to read its ranks against."""
+"""A null control for AutoLoRA: the ranks that its threshold keeps of random logits, beside the learned ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from loralloc.report.run_record import RunRecord
 from loralloc.report.tables import Table
 
 MOST_RANKS, MOST_SIZES = 1024, 16
-"""Ranks of a module, and different numbers of them, up to which noise is drawn: it takes memory for each rank."""
+"""Noise is drawn up to so many ranks of a module, and for so many different start ranks: it takes memory."""
 
 SPREADS = (0.1, 0.5)
-"""Standard deviations of the logits: what a few hundred steps of their optimizer reach, and what long searches do."""
+"""Standard deviations of the logits: as after a few hundred optimizer steps of a search, and as after long searches."""
 
 
 def thresholded_noise(k: int, spread: float, draws: int = 20_000, seed: int = 0) -> tuple[float, float]:
@@ -31,7 +31,11 @@ def thresholded_noise(k: int, spread: float, draws: int = 20_000, seed: int = 0)
 
 
 def null_control(run: RunRecord) -> Table | None:
-    """Return the learned ranks beside thresholded noise; None for other methods, and for ranks that none starts at."""
+    """Return the learned ranks beside thresholded noise.
+
+    None for other methods, under a budget, before the run has finished, if a module starts at rank 0 or above
+    `MOST_RANKS`, and for more than `MOST_SIZES` different start ranks.
+    """
     if run.plan.method != "autolora" or run.plan.budget or not run.finished:
         return None
     counts = Counter(module.start for module in run.plan.modules.values())

@@ -60,7 +60,7 @@ def write_report(run: Path) -> Path:
 
 
 def _write_pngs(run: RunRecord, drawn: dict[str, Figure]) -> None:
-    """Write the figures that are also files; one that an earlier report left and that no longer holds is removed."""
+    """Write the figures that are also PNG files; outdated files of an earlier report are removed."""
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
     for name in ("ranks", "budget", "loss"):
@@ -72,9 +72,9 @@ def _write_pngs(run: RunRecord, drawn: dict[str, Figure]) -> None:
 
 
 def templates(package: str = "loralloc.report") -> Environment:
-    """Return the templates of a package, and the report's, of which they use pieces.
+    """Return the templates of a package, and those of the report, which they include.
 
-    A name that no value was given for is an error.
+    A name without a value is an error.
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(name) for name in dict.fromkeys((package, "loralloc.report"))]),

@@ -1,6 +1,6 @@
 """Colours of the report, for light and dark pages: one table, used by the style sheet and by the figures alike.
 
-The tests derive the ramps, and hold every colour to its contrast.
+The tests recompute the ramps, and check the contrast of every colour.
 """
 
 from __future__ import annotations

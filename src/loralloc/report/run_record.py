@@ -22,7 +22,7 @@ Points = tuple[tuple[int, float], ...]
 """Steps, and a value at each."""
 
 SERIES = ("learning_rate", "grad_norm", "tokens_per_second", "examples_per_second", "memory_mib")
-"""What rows of the log say beside the loss, and the report draws."""
+"""Logged values beside the loss that the report draws."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class RunRecord:
         train: (step, loss) of training; losses may be NaN.
         evaluations: (step, loss) of evaluation; losses may be NaN.
         budgets: (step, budget) as logged.
-        series: (step, value) of what else is logged beside the losses, for each of `SERIES` that is there.
+        series: (step, value) of every other logged value, for each of `SERIES` that the log has.
         metrics: metrics.json; empty when there is none.
         recipe_text: recipe.yaml as written; None when there is none.
         recipe: recipe.yaml parsed; empty when it is missing or not a mapping.
         search_steps: Steps of the search that preceded the training; they count on the time axis. 0 for none.
-        absent: What is not in the folder, each as a sentence.
+        absent: What is missing in the folder, each as a sentence.
     """
 
     path: Path
@@ -61,14 +61,14 @@ class RunRecord:
 
     @cached_property
     def last_step(self) -> int:
-        """The end of the time axis: of a run that has ended, its last step; else the planned one, if that is more."""
+        """End of the time axis: the last step of an ended run, else the planned or the reached step, the later one."""
         if self.finished and self.trace and self.trace.ended:
             return self.reached
         return max(self.reached, self.trace.total_steps if self.trace else 0)
 
     @cached_property
     def reached(self) -> int:
-        """The last step anything is known of."""
+        """The last step that is logged or traced."""
         steps = [step for step, _ in (*self.train, *self.evaluations)]
         steps += [event.step for event in self.trace.events] if self.trace else []
         return max(steps, default=0)
@@ -160,7 +160,7 @@ def _plan_so_far(trace: Trace, recipe: dict[str, Any]) -> RankPlan:
     """The ranks of a run that has not finished."""
     rows = zip(trace.sites, trace.events[-1].ranks, trace.events[0].ranks, trace.inputs, trace.outputs, strict=True)
     modules = {
-        # The scale is only known to the plan, and the report does not show it.
+        # The trace does not record the scale, and the report does not show it.
         name: ModuleRank(rank, start, inputs, outputs, scale=math.nan)
         for name, rank, start, inputs, outputs in rows
     }
@@ -185,12 +185,12 @@ def _read_log(path: Path) -> _Log:
 
 
 def _points(rows: Iterable[Mapping[str, Any]], name: str) -> Points:
-    """What the rows of a log say of one thing."""
+    """The logged values of one name, with their steps."""
     return tuple([(row["step"], number(row[name])) for row in rows if name in row])  # read_jsonl has made steps whole
 
 
 def _after(search: _Log, log: _Log, steps: int) -> _Log:
-    """The log of a training and, before it, that of a search of so many steps; the budgets are the training's."""
+    """Join the log of a search of so many steps and that of the training after it; budgets are of the training only."""
     series = {
         name: (*search.series.get(name, ()), *_later(log.series.get(name, ()), steps))
         for name in SERIES
@@ -201,7 +201,7 @@ def _after(search: _Log, log: _Log, steps: int) -> _Log:
 
 
 def _later(points: Points, steps: int) -> Points:
-    """The points of a stage that another one of so many steps precedes."""
+    """Move points later by the steps of the stage before them."""
     return tuple((step + steps, value) for step, value in points)
 
 
@@ -224,7 +224,7 @@ def _read_recipe(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def number(value: object) -> float:
-    """Return a JSON value as a number, NaN for anything that is none.
+    """Return a JSON value as a number, NaN if it is not a number.
 
     >>> number(3), number("3"), number(None), number(True), number(10**400)
     (3.0, nan, nan, nan, nan)
@@ -236,5 +236,5 @@ def number(value: object) -> float:
 
 
 def mapping(value: object) -> dict[str, Any]:
-    """Return a JSON value that is an object, an empty one for anything else."""
+    """Return a JSON value if it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}

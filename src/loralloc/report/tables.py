@@ -67,7 +67,7 @@ class HeatMap:
 def heat_map(run: RunRecord, grid: Grid, highest: int) -> HeatMap | None:
     """Return the final ranks by layer and module type, with their totals, and what stands outside the layers.
 
-    None where there are so many that a picture says more.
+    None for more than `MOST_CELLS` modules, which only a picture can show.
     """
     modules = run.plan.modules
     if len(modules) > MOST_CELLS:
@@ -95,7 +95,7 @@ def type_means(run: RunRecord, grid: Grid) -> list[tuple[str, float]]:
 
 
 def module_table(run: RunRecord) -> Table:
-    """Return the modules with their ranks, shapes and parameters, and the totals; of very many the first ones."""
+    """Return the modules with their ranks, shapes and parameters, and the totals; at most `MOST_CELLS` modules."""
     modules = run.plan.modules
     head = ("module", "rank", "start", "in", "out", "parameters")
     rows = [

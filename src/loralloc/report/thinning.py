@@ -1,4 +1,4 @@
-"""Fewer points for the same picture: what a line of many thousand steps needs to be drawn."""
+"""Thin a line of many thousand steps: fewer points, the same picture."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ Points = Sequence[tuple[int, float]]
 
 
 def thinned(points: Points, most: int = MOST) -> Points:
-    """Keep of every stretch of a line its first point, its lowest, its highest, and a gap where there is one.
+    """Thin a line, but keep its spikes and gaps.
 
-    So that no spike is lost. The last point stays as well.
+    The line is split into stretches. Each keeps its first, lowest and highest point, and one gap (a value that is not
+    finite) if it has any; the last point of the line stays as well.
 
     Args:
         points: (step, value), values may be NaN.
-        most: How many points may stay as they are; of more, at most so many are kept.
+        most: Most points of the result; a line with no more points is returned as it is.
     """
     if len(points) <= most:
         return points
@@ -40,7 +41,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     """Return the means over a window of about a fifteenth of the values; it narrows towards both ends.
 
     Args:
-        values: One that is not finite stays a gap, and counts for no mean.
+        values: Values; those that are not finite stay gaps (NaN) and are left out of the means.
 
     >>> smoothed([1.0, 5.0, 3.0])
     [1.0, 3.0, 3.0]

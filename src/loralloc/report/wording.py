@@ -122,9 +122,9 @@ def _labels_argument(run: RunRecord) -> str:
 
 
 def metric_values(run: RunRecord) -> dict[str, float]:
-    """Return the run's metric by where it was measured, best evidence first: test, validation, references.
+    """Return the run's metric on test data, validation data and for references, in this order.
 
-    Only what was measured is there.
+    What was not measured is left out.
     """
     metric = str(run.metrics.get("metric", ""))
     values = {}
