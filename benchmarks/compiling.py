@@ -1,7 +1,7 @@
 """Contenders whose blocks are compiled one by one, so that compiling does not take longer the more blocks there are.
 
-Every block runs the same code: one graph serves all of them, and one more the first, whose input needs no gradient. A
-contender that is compiled again in mid-run, be it in a step that allocates, is refused.
+Every block runs the same code, so one graph serves all of them but the first, which needs another because its input
+needs no gradient. A contender that is compiled again during the run, even in a step that allocates, is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is timed: one training step of each contender, in parts that can be counted apart.
+"""The contenders that are timed: one training step of each, in parts that can be counted separately.
 
 Every contender is checked before it is timed. One that cannot be built or fails its check is recorded with the reason.
 """
@@ -95,10 +95,10 @@ class Step:
         """The allocator's part before the optimizer's step."""
 
     def after_step(self) -> None:
-        """The allocator's part after it."""
+        """The allocator's part after the optimizer's step."""
 
     def check(self, steps: int = 5) -> None:
-        """Refuse what does not start as the base model or does not learn; also warms up."""
+        """Refuse a contender that does not start with the base model's loss, or does not learn; also warms up."""
         losses = [self.step().item() for _ in range(steps)]
         tolerance = 1e-4 if self.setting.shape.dtype == torch.float32 else 5e-2
         if abs(losses[0] - self.base_loss.item()) > tolerance:
@@ -108,7 +108,7 @@ class Step:
 
 
 class Frozen(Step):
-    """The limit: forward pass, and the gradient with respect to the input alone."""
+    """The lower limit: a forward pass, and the gradient with respect to the input alone."""
 
     def adapt(self, base: nn.Module) -> nn.Module:
         for parameter in base.parameters():
@@ -228,7 +228,7 @@ class AdaLoRA(Attached):
 
 
 class CompactAdaLoRA(Attached):
-    """Our AdaLoRA in its final phase, the ranks that it closed out of the tensors: a quarter is left."""
+    """Our AdaLoRA in its final phase, with closed ranks removed from the tensors: a quarter is left."""
 
     FREEZE_AFTER = 4
     compact = True

@@ -4,9 +4,10 @@
     python benchmarks/frontier_sweep.py --table                         # print the tables of docs/frontier.md
 
 DATA is a folder with packed JSON lines of e2e_nlg and rnnlg_tv, MODEL stories260K in transformers' format. The sweep
-trains plain LoRA at each of RANKS. The frontier cuts the run of the largest: with the first seed with a recovery at
-several shares of its learning rate and by every order, with the others as by default. Losses are of the same validation
-rows. One record a run or a frontier goes to benchmarks/results/frontier.jsonl.
+trains plain LoRA at each of RANKS. The frontier cuts the run of the largest rank. For the first seed, it does so by
+every order without recovery, and by the first order with a recovery at several shares of the learning rate; for the
+other seeds, with the defaults. Losses are on the same validation rows. Each run and each frontier leaves one record in
+benchmarks/results/frontier.jsonl.
 """
 
 from __future__ import annotations

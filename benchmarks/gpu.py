@@ -1,12 +1,13 @@
-"""Measure on one GPU, in at most eight minutes: every part in a process and a time of its own, printed as it goes.
+"""Measure on one GPU, in at most eight minutes: every part in its own process with its own time limit.
 
     benchmarks/gpu.sh                        # all parts, in the order of PARTS
     benchmarks/gpu.sh --rehearse             # the same in tiny shapes on the CPU: does everything run?
     benchmarks/gpu.sh --part compiled        # one part; may be repeated
 
-It needs torch 2.11 or newer, transformers and peft. A part that needs a package more, and does not find it, is left out
-with that reason; so is one that fails or takes too long, and the next one begins. Every setting leaves one record in
-benchmarks/results/speed-cuda.jsonl, of which `python benchmarks/run.py --table` makes the tables.
+It needs torch 2.11 or newer, transformers and peft. A part is left out, with the reason, if one of its packages is
+missing; a part that fails or takes too long is ended, and the next one begins. Results are printed at once. Every
+setting leaves one record in benchmarks/results/speed-cuda.jsonl, from which `python benchmarks/run.py --table` makes
+the tables.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ SECONDS = 480
 """What all parts may take together."""
 
 PATIENCE = 10
-"""How much longer a rehearsal may take: a slow CPU is no reason to leave something out."""
+"""Factor on the time limits in a rehearsal, so that nothing is left out on a slow CPU."""
 
 LEAST = 10
-"""Seconds with which it makes no sense to begin a part."""
+"""With fewer seconds left than this, no part begins."""
 
 MODEL = ("torch", "transformers", "peft", "pydantic")
-"""What it takes to train a model with loralloc."""
+"""Packages that are needed to train a model with loralloc."""
 
 TESTS = (
     "tests/test_kernel_device.py",
@@ -46,8 +47,8 @@ class Part:
     """Something that is measured.
 
     Attributes:
-        what: In words.
-        seconds: What it may take, its start included.
+        what: Its description.
+        seconds: Its time limit, start-up included.
         needs: The packages without which it is left out.
     """
 
@@ -87,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(name: str, rehearse: bool, results: Path) -> list[str]:
-    """The process that does a part's work."""
+    """The command line of a part's process."""
     if name == "tests":
         chosen = ["-k", "llama-adalora or adalora-llama or kernel", "--maxfail=20"] if rehearse else []
         options = ["-q", "-p", "no:cacheprovider", "--device", "cpu" if rehearse else "cuda"]
@@ -106,9 +107,9 @@ def run_all(
 
     Args:
         names: The parts.
-        command_of: The process of a part.
-        seconds: What all of them may take together.
-        patience: What to multiply the seconds of a part with.
+        command_of: Returns the command line of a part.
+        seconds: Time limit of all parts together.
+        patience: Factor on the time limit of a part.
     """
     outcomes, started = {}, time.monotonic()
     for name in names:

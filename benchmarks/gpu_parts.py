@@ -32,7 +32,7 @@ COMPILED = (REFERENCE, "adalora", "allora", "ablora")
 
 @dataclass(frozen=True)
 class Scale:
-    """How large, where, and for how long.
+    """Size, device and duration of the measurements.
 
     Attributes:
         device: `cuda`, or `cpu` in a rehearsal.
@@ -40,7 +40,7 @@ class Scale:
         batches: The smaller and the larger batch.
         rank: Starting rank.
         turns: The most turns of a comparison.
-        until: When a part has to be at its end, on the clock of `time.monotonic`.
+        until: The time at which a part must have ended, on the clock of `time.monotonic`.
     """
 
     device: str
@@ -66,7 +66,7 @@ class Scale:
 
 
 class Sharing(Shape):
-    """A shape of which all models hold the same weights; they are frozen."""
+    """A shape whose models all share one copy of the frozen weights."""
 
     def build(self, device: str) -> nn.Module:
         model = _weights(self, device)
@@ -185,8 +185,8 @@ def timed(
 def turns_in(seconds: float, turn: float, most: int = 8) -> tuple[int, int]:
     """How many turns of how many steps fit into the time, where one step of each contender takes `turn` seconds.
 
-    A block of `INTERVAL` steps holds one that allocates. Where not even two such turns fit, blocks are shorter, and
-    where two turns of one step do not fit, they are made all the same.
+    A block of `INTERVAL` steps holds one that allocates. If not even two such turns fit, blocks are shorter; two turns
+    of one step are made in any case.
 
     >>> turns_in(60, 1), turns_in(900, 1), turns_in(12, 1), turns_in(0, 1)
     ((6, 10), (8, 10), (2, 6), (2, 1))
@@ -201,7 +201,7 @@ def _seconds_of_a_turn(built: dict[str, Step], device: str) -> float:
 
 
 def scale_of(rehearse: bool, seconds: float) -> Scale:
-    """The real one, or that of a rehearsal."""
+    """The scale of the real measurement, or of a rehearsal."""
     now = time.monotonic()
     if not rehearse:
         return Scale("cuda", (SHAPES["llama-1b"], SHAPES["llama-3b"]), (4, 16), 12, 8, now + 0.9 * seconds)

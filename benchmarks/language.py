@@ -6,7 +6,7 @@
 
 MODEL is a folder with SmolLM2-135M-Instruct, DATA one with e2e_nlg, gsm8k and dolly_open_qa as JSON lines. Each run is
 one call of `loralloc train`, one thread. One record a run goes to benchmarks/results/language.jsonl: test loss of every
-row, seconds and peak memory of the whole command. What answers are worth goes to language-answers.jsonl beside it.
+row, seconds and peak memory of the whole command. Scores of answers go to language-answers.jsonl beside it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def run(model: str, data: Path, name: str, method: str, seed: int, folder: Path)
 
 
 def judge(folder: Path, name: str) -> dict[str, Any]:
-    """Let the adapter of a kept run answer test prompts; returns what that is worth."""
+    """Let the adapter of a kept run answer test prompts; returns the scores of its answers."""
     recipe = folder / "recipe.yaml"
     tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     tree["evaluate"] = {"generate": dict(GENERATE[name])}

@@ -1,13 +1,13 @@
-"""A round of ABLoRA on a real language model: what it costs beside the paper's forward passes.
+"""A round of ABLoRA on a real language model: its cost compared with the paper's forward passes.
 
     python benchmarks/language_round.py MODEL DATA             # SmolLM2-135M-Instruct, E2E: ten minutes
     python benchmarks/language_round.py MODEL DATA --examples 64 --steps 40
 
 MODEL is a folder in transformers' format, DATA one with e2e_nlg as packed JSON lines. Every linear layer has a capacity
-of 16 and an average rank of 8. After some steps of training the round scores all open ranks. The paper's way is a
-forward pass of all examples without each rank, one with each alone, and one with all: too long to run here, so that its
-time is that of one forward pass, times their number. How many ranks have to be ablated depends on the examples: the
-method's own default is 256 of them. One record goes to benchmarks/results/speed-cpu.jsonl.
+of 16 and an average rank of 8. After some steps of training the round scores all open ranks. The paper makes one
+forward pass of all examples without each rank, one with each rank alone, and one with all ranks. These take too long to
+run here, so their time is estimated: their number times the time of one pass. How many ranks have to be ablated depends
+on the examples: the method's own default is 256 of them. One record goes to benchmarks/results/speed-cpu.jsonl.
 """
 
 from __future__ import annotations

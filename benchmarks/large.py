@@ -1,4 +1,4 @@
-"""Runs that are large: a report of 20,000 layers, text that is streamed, and what comes before a training's first step.
+"""Large runs: a report of 20,000 layers, streamed text, and the time before a training's first step.
 
     python benchmarks/large.py report                  # 20,000 layers, 500 allocations, 300,000 logged rows
     python benchmarks/large.py stream --base MODEL     # a training on 10 MB, 100 MB and 1 GB of JSON lines
@@ -36,7 +36,7 @@ STEPS = 20
 
 
 def run(words: list[str], before: str = "") -> tuple[float, float, float]:
-    """Run the command line; returns seconds, those of its processor time, and its peak memory in MiB."""
+    """Run the command line; returns wall-clock seconds, processor seconds, and peak memory in MiB."""
     begun = time.perf_counter()
     command = [sys.executable, "-c", before + MAIN, *words]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -48,7 +48,7 @@ def run(words: list[str], before: str = "") -> tuple[float, float, float]:
 
 
 def report(folder: Path) -> None:
-    """The page of a run as large as they come."""
+    """Time the report page of a very large run."""
     sys.path.append(str(TESTS))
     from report.large import ROWS, write_large
 
@@ -59,7 +59,7 @@ def report(folder: Path) -> None:
 
 
 def training(base: Path, folder: Path, data: Path) -> list[str]:
-    """The words of a short training on a file of texts."""
+    """Write the recipe of a short training on a file of texts; returns the words of its command line."""
     validation = folder / "validation.jsonl"
     write_texts(validation, 1)
     recipe = {
@@ -84,7 +84,7 @@ def training(base: Path, folder: Path, data: Path) -> list[str]:
 
 
 def write_texts(path: Path, size: int) -> None:
-    """JSON lines of made-up texts: ten, or as many as these bytes take."""
+    """Write JSON lines of made-up texts, ten at a time, until the file has `size` bytes or more."""
     with path.open("w", encoding="utf-8") as file:
         at = 0
         while file.tell() < size:
@@ -94,7 +94,7 @@ def write_texts(path: Path, size: int) -> None:
 
 
 def stream(base: Path, folder: Path) -> None:
-    """The same steps on files of several sizes."""
+    """Time the same number of steps on files of several sizes."""
     for size in (10**7, 10**8, 10**9):
         data = folder / "texts.jsonl"
         write_texts(data, size)
@@ -103,7 +103,7 @@ def stream(base: Path, folder: Path) -> None:
 
 
 def first(base: Path, folder: Path) -> None:
-    """What comes before the first step, and what importing the libraries is of it."""
+    """Time what comes before the first step and, for comparison, importing the libraries alone."""
     data = folder / "texts.jsonl"
     write_texts(data, 10**7)
     for _ in range(3):

@@ -69,7 +69,7 @@ def parts(shape: str, rank: int, turns: int) -> None:
 
 
 def operators(shape: str, rank: int, turns: int, shown: int = 16) -> None:
-    """Milliseconds of a step by operator, of each what it spends itself; the profiler adds to every call."""
+    """Milliseconds of a step by operator, without the operators that it calls; the profiler slows every call down."""
     found: dict[str, dict[str, float]] = {}
     for name in ("frozen", "peft-lora", "adalora"):
         step = build(name, Setting(SHAPES[shape], rank))
@@ -91,7 +91,7 @@ def _of(found: Mapping[str, Mapping[str, float]], key: str) -> list[float]:
 
 
 def onestep(shape: str, rank: int, turns: int) -> None:
-    """AdaLoRA's step as it is, and with PEFT's forward pass in every layer; medians of the ratio as well."""
+    """AdaLoRA's step ("one") relative to the same with PEFT's forward pass ("two"), and to PEFT LoRA's; medians."""
     steps: dict[str, Callable[[], object]] = {}
     for name in ("peft-lora", "one", "two"):
         step = build("peft-lora" if name == "peft-lora" else "adalora", Setting(SHAPES[shape], rank))
@@ -130,7 +130,7 @@ def layer(turns: int, layers: int = 200) -> None:
 
 
 LAYERS = ((16, 16, 50), (128, 16, 50), (128, 512, 20), (384, 1024, 8), (512, 512, 8), (1024, 512, 4))
-"""Width, tokens, and how many."""
+"""Width, tokens, and number of layers."""
 
 
 def ways(turns: int) -> None:

@@ -13,8 +13,8 @@ benchmarks/results/planted.jsonl. Where a method has several learning rates, the
 divergence on validation texts, the mean over seeds. Seconds are those of the processor, as the machine may be shared.
 
 All students learn the teacher's distribution at every position (`--labels distribution`). One token drawn from it
-(`--labels sampled`) is what real data are like; but what P parameters cost on N such labels, about P / 2N nats, is for
-this size as much as what ranks make of a difference, so that the question would be who overfits least.
+(`--labels sampled`) is closer to real data. But fitting P parameters to N such labels costs about P / 2N nats, which at
+this size is as much as the difference that ranks make: the comparison would be about who overfits least.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ RUNS = METHODS | EXPERIMENTS
 
 @dataclass(frozen=True)
 class Setting:
-    """A run: all of it goes into its record, and a record with all of it is that run.
+    """The settings of a run: all of them go into its record, and together they identify it.
 
     Attributes:
         teaching: The problem.
         method: Name of the method.
         budget: Share of what the planted ranks cost.
-        unit: What is counted.
+        unit: What the budget counts.
         rate: Highest learning rate.
     """
 
@@ -62,7 +62,7 @@ class Setting:
     rate: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it flat; of a folder the name alone, which is the same on every machine."""
+        """Return the settings as a flat mapping, a base's folder by its name, which is the same on every machine."""
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "teaching"}
         return {**asdict(self.teaching), "base": Path(self.teaching.base).name, **own}
 
@@ -101,7 +101,7 @@ def budget_of(setting: Setting, learned: Problem) -> Budget:
 
 
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
-    """All runs that are asked for, in an order in which every budget's table is of use as early as may be."""
+    """Yield the settings of all runs that are asked for, one budget after the other, so that tables fill up early."""
     rest = {name: getattr(options, name) for name in ("base", "average", "capacity", "strength", "labels")}
     rest |= {name: getattr(options, name) for name in ("steps", "batch", "tokens")}
     for budget, seed, concentration in product(options.budgets, options.seeds, options.concentration):

@@ -1,8 +1,8 @@
-"""What learns a planted problem: every method and control, at one budget, from the same start.
+"""The methods and controls that learn a planted problem, at one budget, from the same start.
 
-All of them see the same batches in the same order, as many steps of AdamW with a warm-up of a tenth of them and a
-linear fall to 0, gradients clipped to norm 1, and updates that are scaled by 1. What takes more says so: a search
-before the training, or more steps after a cut. What comes back is plain LoRA.
+All of them see the same batches in the same order, in the same number of AdamW steps, with a warm-up of a tenth of the
+steps and a linear decay to 0, gradients clipped to norm 1, and updates scaled by 1. Those that take longer say so: they
+search before the training, or make more steps after a cut. The result is plain LoRA.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Trained = tuple[nn.Module, Ranks]
 """A student, and the ranks that it has."""
 
 SCORED = 256
-"""Texts that AB-LoRA scores ranks on: the last ones of the training, which it trains on later."""
+"""Texts that AB-LoRA scores ranks on: the last training texts, on which it trains later."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Task:
         budget: What a student may have in the end.
         capacity: Ranks of every layer at the start.
         rate: Highest learning rate.
-        seed: Of the adapter's start, and of what a method draws.
+        seed: Seed of the adapter's start, and of a method's random choices.
     """
 
     problem: Problem
@@ -68,7 +68,7 @@ class Task:
 
     @property
     def modules(self) -> Modules:
-        """What the budget must know of the layers."""
+        """The layers as the budget needs them: ranks at the start, and costs of a rank."""
         costs = list(self.problem.costs.values())
         return Modules([self.capacity] * len(costs), costs, [4 * cost for cost in costs])
 
@@ -85,12 +85,12 @@ class Task:
         return get_peft_model(base, config)
 
     def at_capacity(self, alpha: float | None = None) -> PeftModel:
-        """Put an adapter of full capacity on the base; the scale is 1 where it is lora_alpha / capacity."""
+        """Put an adapter of full capacity on the base; by default, lora_alpha is the capacity, for a scale of 1."""
         alpha = self.capacity if alpha is None else alpha
         return self.student(LoraConfig(r=self.capacity, lora_alpha=alpha, target_modules="all-linear"))
 
     def at_ranks(self, ranks: Ranks) -> PeftModel:
-        """Put an adapter of such ranks on the base."""
+        """Put an adapter of given ranks on the base, with a scale of 1."""
         layers = {name: self.problem.base.get_submodule(name) for name in ranks}
         modules = {
             name: ModuleRank(rank, self.capacity, layers[name].in_features, layers[name].out_features, 1.0)
@@ -170,7 +170,7 @@ def ablated(task: Task, mode: Mode) -> Trained:
 
 
 def recovered(task: Task, more: float) -> Trained:
-    """Train as long as the others, cut, and train on what was kept for a share of that."""
+    """Train as long as the others, cut, and continue with what was kept for a share `more` of those steps."""
     steps = len(task.problem.train)
     extra = max(1, round(more * steps))
     student = task.at_capacity()
@@ -196,8 +196,8 @@ METHODS: Mapping[str, Callable[[Task], Trained]] = {
     "cut and recover, 0.2": lambda task: allocated(task, Truncate(task.budget, recover=0.2)),
     "cut and recover, 1 + 0.2": lambda task: recovered(task, 0.2),
 }
-"""All at the budget in the end, but for `full capacity`. All of equal length, but for what is searched for first, and
-for `1 + 0.2`."""
+"""All end at the budget, except `full capacity`. All train for the same number of steps, except AutoLoRA, which
+searches first, and `1 + 0.2`."""
 
 EXPERIMENTS: Mapping[str, Callable[[Task], Trained]] = {
     "AB-LoRA": lambda task: ablated(task, "fast"),
@@ -205,4 +205,4 @@ EXPERIMENTS: Mapping[str, Callable[[Task], Trained]] = {
     "AdaLoRA, retrained": lambda task: retrained(task, AdaLoRA(task.budget)),
     "truncation, retrained": lambda task: retrained(task, Truncate(task.budget, recover=0)),
 }
-"""Run when they are asked for: what takes long, and what explains another one's figures."""
+"""Run only on request: methods that take long, and variants that explain the results of others."""

@@ -1,10 +1,10 @@
 """A problem whose right ranks are known: a teacher that differs from its base by updates of planted ranks.
 
-The base is a causal language model. To some of its linear layers the teacher adds σ · U Vᵀ with orthonormal U and V of
-as many columns as ranks are planted there, at places drawn at random; σ is the same share of every layer's own root
-mean square singular value, so that each planted rank is as large as the next. The student is the base with an adapter.
-Inputs are texts that the base itself writes. At each position the teacher says what comes next, and what a student is
-worth is the Kullback-Leibler divergence of its distribution from the teacher's on texts that nobody was trained on.
+The base is a causal language model. The teacher adds σ · U Vᵀ to some of its linear layers, drawn at random; U and V
+are orthonormal, with one column for each rank planted in the layer. σ is the same share of every layer's root mean
+square singular value, so that all planted ranks are equally large. The student is the base with an adapter. Inputs are
+texts that the base itself writes. At each position the teacher predicts the next token. A student is judged by the
+Kullback-Leibler divergence of its distribution from the teacher's, on texts that no student was trained on.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ HELD_OUT = 256
 
 @dataclass(frozen=True)
 class Teaching:
-    """What decides a problem.
+    """The settings of a problem.
 
     Attributes:
         base: Name of a random base, or a folder with a model.
-        concentration: 0 for the same rank in every layer, up to rounding. Else the n-th layer in a random order is
-            worth n to the power of −concentration, up to the capacity.
+        concentration: 0 for the same rank in every layer, up to rounding. Else the n-th layer in a random order gets
+            ranks in proportion to n to the power of −concentration, up to the capacity.
         average: Planted ranks, the mean over layers.
         capacity: Most ranks of a layer, planted or found.
         strength: σ, as a share of the root mean square of a layer's singular values.
@@ -55,7 +55,7 @@ class Teaching:
         steps: Optimizer steps of a student.
         batch: Texts in a step.
         tokens: Tokens of a text.
-        seed: Of everything that is drawn.
+        seed: Seed of everything that is random.
     """
 
     base: str
@@ -71,7 +71,7 @@ class Teaching:
 
 
 class Lessons(Sequence[dict[str, Tensor]]):
-    """Batches of texts with what the teacher says of them, which is computed when it is asked for.
+    """Batches of texts with the teacher's labels, which are computed when a batch is read.
 
     Args:
         teacher: The teacher.
@@ -154,7 +154,7 @@ def _is_adapted(base: Any, module: nn.Module) -> bool:
 
 
 def planted_ranks(names: Sequence[str], teaching: Teaching, generator: torch.Generator) -> dict[str, int]:
-    """Plant ranks in layers in a random order, the total as near to the average as whole ranks can be."""
+    """Choose the planted rank of every layer, in a random order, with a mean as near to the average as can be."""
     weights = [place**-teaching.concentration for place in range(1, len(names) + 1)]
     total = round(teaching.average * len(names))
     ranks = in_proportion(weights, teaching.capacity, [1] * len(names), "ranks", total)
@@ -165,7 +165,7 @@ def planted_ranks(names: Sequence[str], teaching: Teaching, generator: torch.Gen
 def in_proportion(weights: Sequence[float], capacity: int, costs: Sequence[int], unit: Unit, target: int) -> list[int]:
     """Share ranks out in proportion to weights under a budget, as seats are by Webster's rule.
 
-    Whole weights that cost the budget come back as they are.
+    Whole weights that cost exactly the budget are returned unchanged.
 
     Args:
         weights: Of each module, 0 or more.
@@ -194,7 +194,7 @@ def plant(weight: Tensor, rank: int, strength: float, generator: torch.Generator
 def base_model(base: str) -> nn.Module:
     """Load or make the base; its own loss takes distributions as well as tokens.
 
-    In a random base every layer has a say: weights keep the length of what they are multiplied with.
+    The weights of a random base roughly preserve the norm of their inputs, so that every layer affects the output.
     """
     if base in RANDOM:
         model, generator = RANDOM[base].build("cpu"), torch.Generator().manual_seed(0)
@@ -212,7 +212,7 @@ def base_model(base: str) -> nn.Module:
 def own_loss(logits: Tensor, labels: Tensor, vocab_size: int, **settings: Any) -> Tensor:
     """Cross-entropy with the teacher's distribution, or with tokens that it drew.
 
-    The model's own loss, so that methods which compute a step's loss again find what the step was made of.
+    It is set as the model's own loss, so that methods which compute a step's loss again get the same one.
     """
     if labels.is_floating_point():
         return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(0, 1))

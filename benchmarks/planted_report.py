@@ -46,12 +46,12 @@ def grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any
 
 
 def problem_of(record: Record) -> tuple[Any, ...]:
-    """What decides in which table a record stands, but for the concentration."""
+    """The settings that decide in which table a record stands, without the concentration."""
     return tuple(record[name] for name in PROBLEM)
 
 
 def at_best_rate(runs: Sequence[Record]) -> dict[int, Record]:
-    """Of one method's runs on one problem, those at the learning rate with the lowest divergence on validation texts.
+    """Choose, of one method's runs on one problem, those at the learning rate with the lowest validation divergence.
 
     Rates are compared by the mean over the seeds that all of them have.
 
@@ -76,7 +76,7 @@ def tables(records: Sequence[Record]) -> str:
 
 
 def reference(records: Sequence[Record], of: Record) -> dict[int, Record]:
-    """The runs at the true ranks, all of them, on the same problem, by seed."""
+    """The runs at the true ranks with their full budget, on the same problem, by seed."""
     same = [name for name in (*PROBLEM, "concentration") if name != "budget"]
     wanted = {**{name: of[name] for name in same}, "method": TRUE, "budget": 1.0}
     found = [record for record in records if wanted.items() <= record.items()]

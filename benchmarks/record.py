@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 
 def record(suite: str, setting: Setting | None, figures: dict[str, Any], failures: dict[str, str]) -> Record:
-    """Put a record together; what involves no model has no setting."""
+    """Put a record together; the setting is None if no model is involved."""
     device = "cpu" if setting is None else setting.device
     return {
         "suite": suite,
@@ -68,7 +68,7 @@ def read(folder: Path) -> Iterator[Record]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The machine, as far as it decides speed."""
+    """The properties of the machine that decide speed."""
     found = {
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -36,7 +36,7 @@ class Round:
 
 
 class BeforeTheRound(ABLoRA):
-    """One step before the first round."""
+    """AB-LoRA one step before its first round."""
 
     mode = "fast"
 
@@ -47,7 +47,7 @@ class BeforeTheRound(ABLoRA):
 
 
 def naive_round(step: BeforeTheRound) -> Round:
-    """Score every rank by the letter of the paper, on PEFT's layers, and say which would be pruned."""
+    """Score every rank exactly as the paper does, on PEFT's layers, and count what would be pruned in each module."""
     factors = [m.lora_B["default"].weight for m in step.model.modules() if isinstance(m, LoraLayer)]
     places = [(index, rank) for index in range(len(factors)) for rank in range(step.setting.rank)]
 
@@ -77,7 +77,7 @@ def naive_round(step: BeforeTheRound) -> Round:
 
 
 def our_round(step: BeforeTheRound) -> Round:
-    """Let the step that is due end with the round."""
+    """Time the end of the pending step, which makes the round."""
     _, seconds, processor = _timed(step.after_step, step.setting.device)
     (event,) = [event for event in step.events if "pruned" in event]
     return Round(sum(event["ranks"]), event["forwards"], seconds, processor, event["pruned"])
@@ -105,7 +105,7 @@ def _loss(step: BeforeTheRound) -> Tensor:
 
 
 def _types(step: BeforeTheRound) -> int:
-    """Kinds of adapted layers: the paper prunes as many ranks a round."""
+    """The number of kinds of adapted layers: the paper prunes as many ranks in a round."""
     names = [name for name, m in step.model.named_modules() if isinstance(m, LoraLayer)]
     return len({".".join(part for part in name.split(".") if not part.isdigit()) for name in names})
 

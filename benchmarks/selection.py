@@ -1,4 +1,4 @@
-"""How long it takes to choose ranks in a model of Llama-3-70B's shapes, and what is sent to agree on the choice.
+"""How long it takes to choose ranks in a model of Llama-3-70B's shapes.
 
     python benchmarks/selection.py --ranks 1000000
 
@@ -28,7 +28,7 @@ TURNS = 5
 
 
 def modules_of(ranks: int) -> Modules:
-    """The model's modules with so many ranks together, as even as can be."""
+    """The model's modules with this total of ranks, spread as evenly as possible."""
     parameters = [inputs + outputs for inputs, outputs in SHAPES * LAYERS]
     each, more = divmod(ranks, len(parameters))
     dealt = [each + (index < more) for index in range(len(parameters))]
@@ -36,7 +36,7 @@ def modules_of(ranks: int) -> Modules:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Median of some turns."""
+    """Median seconds over `TURNS` calls."""
     found = []
     for _ in range(TURNS):
         begin = time.perf_counter()

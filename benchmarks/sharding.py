@@ -1,4 +1,4 @@
-"""What it costs to keep an adapter whole over a sharded base, beside sharding it too: memory, time, bytes on the wire.
+"""What it costs to keep an adapter whole over a sharded base instead of sharding it too: memory, time, bytes sent.
 
     torchrun --nproc-per-node=2 benchmarks/sharding.py
 
@@ -30,7 +30,7 @@ WARM_UP = 2
 
 
 class BytesSent(TorchDispatchMode):
-    """Counts what a ring of all processes would send from each: n − 1 parts of n, twice for an all-reduce."""
+    """Counts the bytes that each of n processes in a ring would send: (n − 1) / n of a tensor; an all-reduce, twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def build(layers: int, hidden: int, rank: int) -> PeftModel:
 
 
 def sharded(model: PeftModel, whole: bool) -> PeftModel:
-    """Shard it, with or without the adapter."""
+    """Shard the model; the adapter is sharded too unless `whole`."""
     ignored = kept_whole(model) if whole else None
     base: Any = model.get_base_model()
     for block in base.model.layers:
@@ -94,7 +94,7 @@ def stepper(model: PeftModel, batch: dict[str, Tensor]) -> tuple[Callable[[], No
 
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Bytes of the base, and of all that belongs to what is trained, in this process."""
+    """Bytes in this process of the base, and of the trained weights with their gradients and moments."""
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     gradients = [p.grad for p in trained if p.grad is not None]

@@ -21,7 +21,7 @@ def compare(turns: int) -> Times:
     """Start each contender's process once a turn, in an order that rotates.
 
     Args:
-        turns: How often, after once that is not counted: it writes the compiled files.
+        turns: Turns that are counted, after one that is not: in it, Python writes its compiled files.
     """
     times = Times({name: [] for name in PROCESSES}, {name: [] for name in PROCESSES})
     order = list(PROCESSES)

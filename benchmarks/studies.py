@@ -4,10 +4,10 @@
     python benchmarks/studies.py e2e DATA --base MODEL --runs DIR --budgets "[1, 4]" --seeds 5
     python benchmarks/studies.py --table                                # print the tables from the records
 
-DATA is a folder with packed JSON lines of every set. A study is a recipe in benchmarks/studies; where its model is
-BASE, that is MODEL, in transformers' format: stories260K, or for smollm2 SmolLM2-135M-Instruct. Anything else on the
-command line goes to `loralloc compare`. Its compare.csv and compare.json are kept in benchmarks/results/studies, with
-an archive of what the finished runs have measured: where DIR is empty, they are put there again and not repeated.
+DATA is a folder with packed JSON lines of every set. A study is a recipe in benchmarks/studies. MODEL, a folder in
+transformers' format, takes the place of BASE in it: stories260K, or for smollm2 SmolLM2-135M-Instruct. Anything else on
+the command line goes to `loralloc compare`. Its compare.csv and compare.json are kept in benchmarks/results/studies,
+with an archive of what the finished runs have measured: runs that DIR lacks are restored from it and not repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from language import read
 HERE = Path(__file__).parent
 STUDIES, RESULTS = HERE / "studies", HERE / "results" / "studies"
 MEASURED = ("recipe.yaml", "metrics.json", "losses.json", "ranks.json", "log.jsonl", "trace.jsonl")
-"""The files of a run that a comparison reads, beside the weights, of which it asks the size."""
+"""The files of a run that a comparison reads; of the weights it needs only the size of the file."""
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
@@ -79,7 +79,7 @@ def write_rows(rows: Rows, data: Path, name: str, folder: Path) -> None:
 
 
 def shuffled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows in another order, always the same one."""
+    """The rows in a random order, always the same one."""
     random.Random(0).shuffle(rows)
     return rows
 
@@ -91,7 +91,7 @@ def study(name: str, data: Path, base: Path | None, runs: Path, others: list[str
     if recipe["model"]["name"] == "BASE":
         if base is None:
             raise SystemExit(f"{name} wants a base model: --base MODEL")
-        recipe["model"]["name"] = link(base, runs / "base").name  # what is kept tells nothing of this machine
+        recipe["model"]["name"] = link(base, runs / "base").name  # records are not to name folders of this machine
     path, output = runs / f"{name}.yaml", runs / recipe["output"]
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     restore(name, output)
@@ -105,14 +105,14 @@ def study(name: str, data: Path, base: Path | None, runs: Path, others: list[str
 
 
 def link(target: Path, path: Path) -> Path:
-    """Let a link lead to a folder."""
+    """Make `path` a symbolic link to a folder."""
     path.unlink(missing_ok=True)
     path.symlink_to(target.resolve())
     return path
 
 
 def keep(name: str, output: Path) -> None:
-    """Pack what the finished runs of a study have measured; zeros stand in the place of weights."""
+    """Pack what the finished runs of a study have measured; weights are replaced by zeros of the same size."""
     if not (output / "compare.yaml").is_file():  # it was refused
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -131,12 +131,12 @@ def keep(name: str, output: Path) -> None:
 
 
 def nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """A file of nobody's, made at no time: what is kept does not depend on who has measured it when."""
+    """Remove owner and time from an entry, so that an archive does not depend on who made it and when."""
     return entry.replace(mtime=0, uid=0, gid=0, uname="", gname="", deep=False)
 
 
 def restore(name: str, output: Path) -> None:
-    """Unpack the runs that are kept of a study, but for those that are there."""
+    """Unpack the archived runs of a study, except those that `output` has already."""
     kept = RESULTS / f"{name}.tar.xz"
     if not kept.is_file():
         return
@@ -168,7 +168,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def told_difference(difference: Mapping[str, Any]) -> tuple[str, str]:
-    """A difference with its interval, and its p."""
+    """Return a difference with its interval, and its p value, as text."""
     p = difference["adjusted"]
     span = "" if difference["low"] is None else f" ({difference['low']:+.4f} to {difference['high']:+.4f})"
     return f"{difference['mean']:+.4f}{span}", "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -47,7 +47,7 @@ class Plan:
         return [SHAPES[name] for name in self.shapes or default]
 
     def settings(self, shape: Shape, rank: int | None = None) -> list[Setting]:
-        """A shape with fp32 adapters, and over a base in half precision with adapters of its dtype as well."""
+        """A shape with fp32 adapters and, if the base is in half precision, also with bf16 adapters."""
         kinds = ("fp32",) if shape.dtype == torch.float32 else ("fp32", "bf16")
         return [Setting(shape, rank or self.rank, self.device, kind) for kind in kinds]
 
@@ -60,7 +60,7 @@ def steps(plan: Plan) -> Iterator[Record]:
 
 
 def compiled(plan: Plan) -> Iterator[Record]:
-    """The same with every block compiled."""
+    """Time of a training step with every block compiled."""
     names = (REFERENCE, "adalora", "allora", "ablora")
     for shape in plan.chosen(CUDA_SHAPES if plan.device == "cuda" else ("llama-128",)):
         for setting in plan.settings(shape):
@@ -68,7 +68,7 @@ def compiled(plan: Plan) -> Iterator[Record]:
 
 
 def rank(plan: Plan) -> Iterator[Record]:
-    """The same, against the rank."""
+    """Time of a training step at several ranks."""
     for shape in plan.chosen(CUDA_SHAPES[:1] if plan.device == "cuda" else ("llama-512",)):
         for r in (8, 64) if plan.quick else (8, 16, 32, 64, 128, 256):
             for setting in plan.settings(shape, r):
@@ -76,7 +76,7 @@ def rank(plan: Plan) -> Iterator[Record]:
 
 
 def modules(plan: Plan) -> Iterator[Record]:
-    """The same, against the number of adapted modules, in a model that is nothing but modules."""
+    """Time of a training step by the number of adapted modules, in models with hardly any arithmetic."""
     small = SHAPES["llama-128"]
     sizes: list[Shape] = [small.with_(layers=6, targets=("q_proj", "v_proj"))]
     sizes += [small.with_(layers=layers) for layers in ((16,) if plan.quick else (4, 16, 32, 64))]
@@ -86,7 +86,7 @@ def modules(plan: Plan) -> Iterator[Record]:
 
 
 def tokens(plan: Plan) -> Iterator[Record]:
-    """The same, against the tokens of a step."""
+    """Time of a training step by its number of tokens."""
     for shape in plan.chosen(CUDA_SHAPES[:1] if plan.device == "cuda" else ("llama-512",)):
         for batch in (1, 4) if plan.quick else (1, 2, 4, 8, 16):
             for setting in plan.settings(shape.with_(batch=batch)):
@@ -94,7 +94,7 @@ def tokens(plan: Plan) -> Iterator[Record]:
 
 
 def search(plan: Plan) -> Iterator[Record]:
-    """AutoLoRA's search step, in steps of PEFT's LoRA; betty drives the published formulation."""
+    """Time of AutoLoRA's search step against a step of PEFT's LoRA; betty runs the published formulation."""
     for shape in plan.chosen(CUDA_SHAPES[:1] if plan.device == "cuda" else ("llama-512",)):
         yield timed("search", plan.settings(shape, 8)[0], (*SEARCH, "betty"), plan)
 
@@ -127,7 +127,7 @@ def ablora(plan: Plan) -> Iterator[Record]:
 
 
 def compact(plan: Plan) -> Iterator[Record]:
-    """AdaLoRA's last phase at a quarter of the ranks, in steps of PEFT's LoRA of that rank."""
+    """Time of a step in AdaLoRA's last phase, at a quarter of the ranks, against PEFT's LoRA of that rank."""
     for shape in plan.chosen(CUDA_SHAPES[:1] if plan.device == "cuda" else ("llama-512",)):
         few = plan.settings(shape, 16)[0]
         many = plan.settings(shape, 4 * few.rank)[0]
@@ -147,7 +147,7 @@ def convert(plan: Plan) -> Iterator[Record]:
 
 
 def startup(plan: Plan) -> Iterator[Record]:
-    """What `loralloc --help` takes, in imports of typer and rich; no model is involved."""
+    """Time of `loralloc --help` against importing typer and rich; no model is involved."""
     if plan.device == "cpu":
         yield record("startup", None, ratios(command_line.compare(plan.turns), command_line.REFERENCE), {})
 
@@ -174,7 +174,7 @@ def timed(suite: str, setting: Setting, names: Iterable[str], plan: Plan, make: 
     Args:
         suite: Name of the suite, for the record.
         setting: What is recorded as the setting.
-        names: The contenders; a mapping gives some of them a setting of their own.
+        names: The contenders; a mapping gives each of them a setting of its own.
         plan: How much is measured.
         make: Builds and checks a contender.
     """
@@ -292,6 +292,6 @@ def allocator_calls(contender: Step) -> dict[str, dict[str, float]]:
 
 
 def modules_of(setting: Setting) -> int:
-    """How many modules have an adapter."""
+    """How many modules in the model's blocks have an adapter; BERT's pooler, which has one too, is not counted."""
     shape, everything = setting.shape, {"llama": 7, "bert": 6}
     return shape.layers * (everything[shape.family] if shape.targets == "all-linear" else len(shape.targets))

@@ -39,10 +39,10 @@ GROWING = {
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """One record for each setting, of the code that was measured last, in the order in which settings first came.
+    """Return one record for each setting, of the code that was measured last, in the order of first occurrence.
 
-    Where several runs measured the same code, it holds the medians over them: where tensors happen to lie stays with a
-    process, and moves the second decimal of a ratio.
+    If several runs measured the same code, the record holds the medians over them: where tensors lie in memory differs
+    between processes, and changes the second decimal of a ratio.
     """
     kept: dict[tuple[Any, ...], list[Record]] = {}
     for made in records:

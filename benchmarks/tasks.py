@@ -70,11 +70,11 @@ SETS: Mapping[str, Mapping[str, Any]] = {
 LIKELIHOOD: Mapping[str, Mapping[str, Any]] = {
     "commonsense_arc_easy": {"task": "multiple-choice", "data": {**CHOICES, "max_length": 192}},
 }
-"""What a causal model is tried on."""
+"""Sets that a causal model is trained on."""
 
 
 def choice_rows(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """ARC out of instructions: the question, its four choices, and the right one."""
+    """Extract ARC from rows of instructions: the question, its four choices, and the right one."""
     found = []
     for row in rows:
         text = row["instruction"].removeprefix("Please choose the correct answer to the question: ")
@@ -91,7 +91,7 @@ def write_rows(data: Path, name: str, folder: Path) -> dict[str, str]:
     files = [data / name / f"{split}.jsonl.gz" for split in ("train", "test")]
     if files[0].exists():
         train, test = (reader(read(file)) for file in files)
-    else:  # a set whose development rows are all there is
+    else:  # a set that has development rows only
         rows = read(data / name / "dev.jsonl.gz")
         random.Random(0).shuffle(rows)
         train, test = rows[TEST_ROWS:], rows[:TEST_ROWS]

@@ -36,7 +36,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every step, by contender: wall clock, and processor time of this process."""
+    """Seconds of every step, by contender: wall clock, and processor time of the process that ran it."""
 
     wall: dict[str, list[float]]
     processor: dict[str, list[float]]

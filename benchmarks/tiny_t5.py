@@ -1,9 +1,10 @@
-"""A small T5 that writes about restaurants, made from nothing: the base model of the runs in docs/tasks.md.
+"""A small T5 that writes about restaurants, trained from scratch: the base model of the runs in docs/tasks.md.
 
     python benchmarks/tiny_t5.py DATA FOLDER
 
-DATA is a folder with e2e_nlg and rnnlg_tv as JSON lines. The tokenizer (bytes, 2,048 pieces) is trained on both, the
-model, 3.5 million parameters, on E2E alone: what it reads of televisions is new to it. One thread, about ten minutes.
+DATA is a folder with e2e_nlg and rnnlg_tv as JSON lines. The tokenizer (byte-level BPE, 2,048 pieces) is trained on
+both, the model (3.5 million parameters) on E2E alone, so that texts about televisions are new to it. One thread, about
+ten minutes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def read(data: Path, name: str) -> list[dict[str, str]]:
 
 
 def train_tokenizer(rows: list[dict[str, str]]) -> PreTrainedTokenizerFast:
-    """Pieces of bytes, and an end after every text."""
+    """Train byte-level BPE with an end-of-sequence token after every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -18,12 +18,12 @@ from loralloc.training.trainer import RunTrainer
 
 
 def judges(recipe: Recipe) -> bool:
-    """Whether evaluations within the training decide anything, by the recipe's own keys."""
+    """Whether the recipe stops early or keeps the best checkpoint, so that evaluations during training matter."""
     return recipe.training.keep_best or recipe.training.early_stopping is not None
 
 
 def best_arguments(recipe: Recipe, data: TaskData) -> Mapping[str, Any]:
-    """Return the trainer's arguments: by which metric evaluations are judged, and whether the best state comes back."""
+    """Return the trainer's arguments: the metric that judges evaluations, and whether the best checkpoint is loaded."""
     if not judges(recipe):
         return {}
     metric = str(recipe.training.trainer.get("metric_for_best_model", data.metric)).removeprefix("eval_")
@@ -43,9 +43,9 @@ def best_callbacks(recipe: Recipe) -> Iterator[TrainerCallback]:
 def wait_for_final_ranks(
     recipe: Recipe, trainer: RunTrainer, allocation: RankAllocation | None, screen: Screen
 ) -> None:
-    """Let evaluations within the training begin when the ranks are final, where they decide anything.
+    """Delay evaluations until the ranks are final, if early stopping or the best checkpoint depends on them.
 
-    Before, the model has more ranks than it may keep, and what it scores says little of what is exported.
+    Before that, the model has more ranks than it may keep, so its scores say little about the exported adapter.
 
     Raises:
         UserError: The method chooses the ranks when the run ends.

@@ -1,4 +1,4 @@
-"""What may differ between a run and its resumption: what does not matter, and what the user says may differ."""
+"""What may differ when a run is resumed: keys that do not affect training, and what the user allows to differ."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ FREE = (
     *(f"training.trainer.{name}" for name in ("disable_tqdm", "report_to", "run_name", "project", "save_total_limit")),
     *(f"training.trainer.{name}" for name in ("logging_dir", "logging_first_step", "log_level", "push_to_hub")),
 )
-"""Keys, and sections, that change nothing in what is trained."""
+"""Keys and sections that do not affect what is trained."""
 JUDGING = ("evaluate", "training.eval_every")
-"""Those that do where evaluations decide: with `keep_best`, `early_stopping` or `load_best_model_at_end`."""
+"""Keys of `FREE` that do affect it if the recipe sets `keep_best`, `early_stopping` or `load_best_model_at_end`."""
 
 
 class NotResumableError(UserError):
-    """A run cannot go on from what it has saved: that is damaged, or what it depends on is not what it was."""
+    """A run cannot be resumed: its checkpoints are damaged, or something that it depends on has changed."""
 
 
 def settings(recipe: Recipe, *, all_keys: bool = False) -> dict[str, Any]:
-    """Return the keys of a recipe that decide what is trained, with dots, and their values.
+    """Return the dotted keys of a recipe that decide what is trained, with their values.
 
     Args:
         recipe: The recipe.
-        all_keys: Whether to return those as well that decide nothing.
+        all_keys: Whether to include the keys that do not affect training.
     """
     flat = dict(_flat(recipe.model_dump(mode="json", exclude_none=True)))
     free = () if all_keys else free_keys(recipe)
@@ -50,7 +50,7 @@ def free_keys(recipe: Recipe) -> tuple[str, ...]:
 
 
 def split_changes(theirs: Recipe, mine: Recipe) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
-    """Return the keys in which two recipes differ, with both values: those that matter, and those that may differ."""
+    """Return (keys that must not differ but do, other keys that differ) of two recipes, each key with both values."""
     changes = compare(settings(theirs, all_keys=True), settings(mine, all_keys=True))
     free = set(free_keys(theirs)) & set(free_keys(mine))
     may = {key: pair for key, pair in changes.items() if _inside(key, free)}
@@ -83,19 +83,20 @@ def in_words(changes: Mapping[str, tuple[Any, Any]]) -> str:
 def check_unchanged(
     theirs: Mapping[str, Any], mine: Mapping[str, Any], allowed: Collection[str], place: object
 ) -> list[str]:
-    """Refuse to go on from a checkpoint where something that it depends on has changed.
+    """Refuse to resume from a checkpoint if something that it depends on has changed.
 
     Args:
         theirs: What the checkpoint was written with (`fingerprints.depends_on`).
-        mine: The same of the run that is to go on.
+        mine: The same for the resumed run.
         allowed: Which of `ALLOWED` may differ.
         place: The checkpoint, for the message.
 
     Returns:
-        What differs and is allowed, in words.
+        A description of each allowed difference.
 
     Raises:
-        NotResumableError: With all that differs, and how to allow it where that can be.
+        NotResumableError: Something differs that is not allowed; the message lists it, and the flags if they can
+            allow all of it.
     """
     found = {kind: words for kind in mine if (words := _difference(kind, theirs.get(kind), mine[kind]))}
     refused = {kind: words for kind, words in found.items() if kind not in allowed}
@@ -111,7 +112,7 @@ def check_unchanged(
 
 
 def _difference(kind: str, theirs: Any, mine: Any) -> str:
-    """What differs, in words; nothing where nothing does."""
+    """Describe a difference; an empty string if there is none."""
     if theirs == mine:
         return ""
     if theirs is None:

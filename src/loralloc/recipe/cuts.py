@@ -1,4 +1,4 @@
-"""What a finished adapter is worth at smaller sizes, for the report: cut by singular values, without more training."""
+"""Evaluate a finished adapter at smaller sizes, for the report: cut by singular values, without further training."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from loralloc.recipe.stages import Stage
 
 
 def evaluate_cuts(stage: Stage) -> list[dict[str, Any]]:
-    """Evaluate on the validation data a half of the ranks, a quarter, and so on, as often as `evaluate.cuts` says.
+    """Evaluate the adapter on the validation data with half of its ranks, a quarter, ..., `evaluate.cuts` times.
 
-    The adapter is what it was afterwards. Where evaluations let the model write answers, these do not.
+    The adapter is restored afterwards. No answers are generated, even if other evaluations generate them.
 
     Returns:
-        Of each size, from large to small: `ranks`, `average_rank`, and the `metrics` that were found. Sizes below one
-        rank are left out, and all of them where there are no validation data.
+        One record per size, from large to small: `ranks`, `average_rank` and `metrics`. Sizes below one rank are left
+        out; the list is empty if there are no validation data.
     """
     count = stage.recipe.evaluate.cuts
     if not count or not len(stage.data.validation):

@@ -1,4 +1,7 @@
-"""What a recipe will take, by a few real steps on its longest examples; nothing is kept."""
+"""Estimate the time and memory of a run from a few real steps on its longest examples; nothing is kept.
+
+Streamed data are the exception: the steps are on the examples that come first.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ from loralloc.training import processes
 from loralloc.training.meter import peak_memory
 
 STEPS = 2
-"""Real steps, after one that warms up."""
+"""Timed steps, after one that warms up."""
 DRAWN = 256
-"""Examples of a stream among which the longest are looked for."""
+"""Examples of a stream whose lengths are counted."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,18 @@ class Estimate:
     """What a run will take.
 
     Attributes:
-        base_parameters: Of the model without the adapter.
-        start_parameters: Trainable, at the start.
-        budget: What the adapter may cost in the end; None without an allocation.
+        base_parameters: Parameters of the model without the adapter.
+        start_parameters: Trainable parameters at the start.
+        budget: Final budget of the adapter, in words; None without an allocation.
         steps: Optimizer steps of the run.
-        examples: Training examples; None where they are streamed.
-        tokens_per_step: Of the longest batch, padding included.
-        tokens_per_epoch: Of all examples, without padding; None where they are streamed.
-        seconds_per_step: On the longest batch: the mean of the steps after the first.
+        examples: Training examples before a method holds some out; None for a stream.
+        tokens_per_step: Tokens of a step if all its examples are as long as the longest (of a stream, the longest of
+            the first `DRAWN`).
+        tokens_per_epoch: Tokens of the examples that are trained on, without padding; None for a stream.
+        seconds_per_step: Mean of the steps after the first, on the longest examples (of a stream, on its first).
         memory: Bytes by part: weights, adapter, gradients, optimizer.
-        peak: Bytes at most: allocated on a GPU, or resident on the CPU.
-        peak_of: What `peak` is.
+        peak: Peak memory in bytes: allocated on a GPU, or resident on the CPU.
+        peak_of: What `peak` measures.
     """
 
     base_parameters: int
@@ -64,15 +68,15 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, if every batch were the longest."""
+        """Seconds of the whole run, if every step took as long as those measured."""
         return self.steps * self.seconds_per_step
 
 
 class StepTimes(TrainerCallback):
-    """The seconds of every step of a training.
+    """Measures how long every training step takes.
 
     Attributes:
-        seconds: Of the steps so far.
+        seconds: Seconds of each step so far.
     """
 
     def __init__(self) -> None:
@@ -85,7 +89,7 @@ class StepTimes(TrainerCallback):
         self._begun = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """It has ended."""
+        """A step has ended."""
         self.seconds.append(time.perf_counter() - self._begun)
 
 
@@ -93,7 +97,7 @@ def estimate(recipe: Recipe) -> Estimate:
     """Make a few steps on the longest examples of a recipe.
 
     Args:
-        recipe: The recipe. Of a method that searches first, what is measured is a step of the search.
+        recipe: The recipe. If its method searches first, the steps measured are those of the search.
 
     Raises:
         UserError: The run would be refused.
@@ -130,14 +134,17 @@ def estimate(recipe: Recipe) -> Estimate:
 
 
 def _training_alone(recipe: Recipe) -> Recipe:
-    """The recipe without what happens beside its steps: evaluations, checkpoints, trackers, the Hub."""
+    """The recipe with nothing but training steps: no evaluations, checkpoints, trackers or uploads."""
     quiet = with_options(recipe, TRAINER, without(recipe.training.trainer, (*OF_THE_EXPORTED_ALONE, *TOLD_TO_OTHERS)))
     aside = {"eval_every": None, "save_every": None, "keep_best": False, "early_stopping": None}
     return quiet.model_copy(update={"training": quiet.training.model_copy(update=aside)})
 
 
 def _prepare(recipe: Recipe, data: TaskData, each: int, folder: RunFolder) -> tuple[Stage, list[int]]:
-    """The run, on copies of its longest examples; and the tokens of all examples, of the first ones of a stream."""
+    """Return (the stage, with copies of its longest examples as training data; the tokens of every example).
+
+    A stream is not replaced, and only its first `DRAWN` examples are counted.
+    """
     if stages.searches(recipe):
         stage = stages.prepare_search(recipe, data, folder, Screen())
     else:
@@ -161,7 +168,7 @@ def _tokens(example: Mapping[str, Any], targets_apart: bool) -> int:
 
 
 class _StopAfter(TrainerCallback):
-    """End a training after some steps of those it is planned for."""
+    """Ends a training early, after a given number of steps."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps

@@ -20,7 +20,7 @@ from loralloc.tasks.locations import data_file, train_sources
 from loralloc.training.fingerprints import rows_fingerprint, versions, weights_fingerprint
 
 BLOCKS, BLOCK = 256, 1 << 16
-"""Of a streamed file: how many blocks are looked at, and their bytes."""
+"""How many blocks of a streamed file are hashed, and the bytes of each."""
 
 
 def depends_on(recipe: Recipe, data: TaskData, model: PeftModel) -> Callable[[], dict[str, Any]]:
@@ -29,14 +29,14 @@ def depends_on(recipe: Recipe, data: TaskData, model: PeftModel) -> Callable[[],
     Args:
         recipe: The recipe.
         data: All data, before a method holds some of them out.
-        model: The adapted model before it trains, whole and in this process.
+        model: The adapted model before training, not sharded yet.
     """
     base = weights_fingerprint(model)
 
     @functools.cache
     def found() -> dict[str, Any]:
         fixed = settings(recipe)
-        fixed.pop("plan", None)  # what it says counts, not where it is
+        fixed.pop("plan", None)  # the plan's content counts, not its path
         plan = {} if recipe.plan is None else {"plan": _plan(recipe.plan)}
         rows = {"train": _training_rows(recipe, data), "validation": rows_fingerprint(data.validation)}
         return {"recipe": fixed, **plan, "data": rows, "base": base, "versions": versions()}
@@ -45,7 +45,7 @@ def depends_on(recipe: Recipe, data: TaskData, model: PeftModel) -> Callable[[],
 
 
 def _training_rows(recipe: Recipe, data: TaskData) -> dict[str, Any]:
-    """Of streamed data, their sources: files by samples of their content, the others by their names."""
+    """Fingerprint the training rows; streamed data by source: files by samples of their content, the Hub by name."""
     if isinstance(data.train, Dataset):
         return rows_fingerprint(data.train)
     sources = train_sources(recipe.data)

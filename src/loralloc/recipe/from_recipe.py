@@ -44,7 +44,7 @@ from loralloc.training.trainer import PlainTrainer, RunTrainer
 from loralloc.unpickling import nothing_unpickled
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-"""Learning-rate schedules by their names in transformers; its own `constant` would ignore the warm-up."""
+"""Learning-rate schedules by their names in transformers, whose own `constant` would ignore the warm-up."""
 
 
 def task_data(recipe: Recipe) -> TaskData:
@@ -56,7 +56,7 @@ def task_data(recipe: Recipe) -> TaskData:
     }
     if (settings := recipe.evaluate.generate) is not None:
         check_metrics(settings.metrics)
-        if TASKS[recipe.task].trainer != "Seq2SeqTrainer":  # whose rows all have a source
+        if TASKS[recipe.task].trainer != "Seq2SeqTrainer":  # every seq2seq row has a prompt
             held_out: Any = data.validation if data.test is None else data.test
             read_prompts(held_out, data.tokenizer, settings.samples, recipe.data.max_length)
     _check_smoothing(recipe, data)
@@ -64,7 +64,7 @@ def task_data(recipe: Recipe) -> TaskData:
 
 
 def _check_smoothing(recipe: Recipe, data: TaskData) -> None:
-    """Refuse smoothed labels where the Trainer would leave them as they are, or would leave out the classes' weights.
+    """Refuse label smoothing if the Trainer would not apply it, or would drop the class weights.
 
     Raises:
         UserError: With the reason.
@@ -82,20 +82,20 @@ def _check_smoothing(recipe: Recipe, data: TaskData) -> None:
 
 
 def judged_by(metric: str | None, data: TaskData) -> TaskData:
-    """Let a metric of the recipe's choice come first; what needs no training is known of the task's own alone."""
+    """Make the recipe's metric the first one; the baselines are dropped then, as they are of the task's own metric."""
     return data if metric in (None, data.metric) else replace(data, metric=metric, reference={})
 
 
 def _model_section(recipe: Recipe) -> ModelConfig:
-    """The recipe's, its options as transformers takes them."""
+    """The recipe's model section, with `load` in the types that transformers takes."""
     return recipe.model.model_copy(update={"load": values(LOAD, recipe.task, recipe.model.load)})
 
 
 def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """Return (the examples to train on, those that the method looks at, None where it looks at none).
+    """Return (the training examples, the held-out examples that the method uses or None).
 
-    A method's section says where they come from with its key `validation`: a share is cut from the training data by
-    the seed, of every class alike, `validation` are the recipe's validation data.
+    The key `validation` of the method's section says where held-out examples come from: a number is a share cut from
+    the training data by the seed, stratified by class; `validation` means the recipe's validation data.
     """
     source = getattr(section, "validation", None)
     if source is None:
@@ -147,7 +147,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
 
 def adapter_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
-    """Return the adapter of a recipe, or of its plan, for a model: the task's heads get none.
+    """Return the adapter configuration of a recipe, or of its plan; the task's heads get no adapter.
 
     Raises:
         UserError: An entry of the recipe matches no module, or the plan does not fit the model.
@@ -159,9 +159,9 @@ def adapter_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
 
 
 def _with_heads(excluded: str | list[str] | None, recipe: Recipe, model: PreTrainedModel) -> str | list[str] | None:
-    """What gets no adapter, and the task's heads beside it, which PEFT trains in full whatever the recipe says.
+    """Add the task's heads to the excluded modules: PEFT trains heads in full, whatever the recipe says.
 
-    DistilBERT's `pre_classifier` is trained in full like `classifier`, which PEFT cannot do with an adapted layer.
+    DistilBERT's `pre_classifier` counts as a head: it is trained in full, which PEFT cannot do with an adapted layer.
     """
     ends = TASKS[recipe.task].heads
     if not ends:
@@ -175,10 +175,10 @@ def _with_heads(excluded: str | list[str] | None, recipe: Recipe, model: PreTrai
 
 
 def check_precision(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Refuse two half precisions in one model.
+    """Refuse to mix float16 weights with bfloat16 autocast.
 
     Raises:
-        UserError: Its weights are in float16, and autocast would be bfloat16.
+        UserError: The weights are in float16, and training.bf16 is set.
     """
     if recipe.training.bf16 and model.dtype == torch.float16:
         raise UserError(
@@ -188,7 +188,7 @@ def check_precision(recipe: Recipe, model: PreTrainedModel) -> None:
 
 
 def even_config(recipe: Recipe) -> LoraConfig:
-    """The adapter that a recipe describes: its rank in every module, where `lora.peft` says nothing else."""
+    """The adapter configuration of a recipe without a plan: `lora.r` in every module unless `lora.peft` differs."""
     lora = recipe.lora
     return LoraConfig(
         r=lora.r,
@@ -200,7 +200,7 @@ def even_config(recipe: Recipe) -> LoraConfig:
 
 
 def _planned_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
-    """The ranks and the scale of a plan."""
+    """The adapter configuration with the ranks and the scale of the recipe's plan."""
     assert recipe.plan is not None
     plan = RankPlan.load(recipe.plan)
     try:
@@ -210,7 +210,7 @@ def _planned_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
 
 
 def _common(recipe: Recipe) -> dict[str, Any]:
-    """What a plan does not decide."""
+    """Fields of the adapter configuration that a plan does not decide."""
     lora, task = recipe.lora, TASKS[recipe.task]
     return {
         "lora_dropout": lora.dropout,
@@ -222,7 +222,7 @@ def _common(recipe: Recipe) -> dict[str, Any]:
 
 
 def _saved(recipe: Recipe) -> list[str] | None:
-    """What is trained in full: PEFT adds the heads of the tasks that it knows."""
+    """Modules to train in full; for the task types that PEFT knows, it adds the heads itself."""
     heads = TASKS[recipe.task].heads if TASKS[recipe.task].peft_type is None else ()
     return [*(recipe.lora.modules_to_save or ()), *heads] or None
 
@@ -234,18 +234,18 @@ def trainer_class(recipe: Recipe) -> type[RunTrainer]:
         return PlainTrainer
     if name == "Seq2SeqTrainer":
         return RunSeq2SeqTrainer
-    from loralloc.training import trl_trainers  # takes seconds, which only tasks that need it should cost
+    from loralloc.training import trl_trainers  # the import takes seconds, so only tasks that need it pay
 
     return {"SFTTrainer": trl_trainers.RunSFTTrainer, "DPOTrainer": trl_trainers.RunDPOTrainer}[name]
 
 
 def training_arguments(recipe: Recipe, folder: Path, more: Mapping[str, Any] | None = None) -> TrainingArguments:
-    """Make the arguments of the trainer that a recipe's task has: its `training` section, and `trainer` over it.
+    """Make the training arguments of a recipe: its `training` section, overridden by `training.trainer`.
 
     Args:
         recipe: The recipe.
         folder: Where checkpoints go.
-        more: What the task sets of the arguments' class.
+        more: Arguments that the task sets.
 
     Raises:
         UserError: The class refuses a value.
@@ -263,13 +263,13 @@ def arguments_class(task: str) -> type[TrainingArguments]:
 
 
 def _own_arguments(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """What the recipe's own keys say, and what a run sets unless `training.trainer` does."""
+    """Arguments from the recipe's own keys, and defaults that `training.trainer` may override."""
     settings = recipe.training
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs}
     return {
         "output_dir": str(folder),
         "hub_model_id": Path(recipe.output).name,
-        "hub_strategy": "end",  # what a Trainer pushes before that holds a pickled file
+        "hub_strategy": "end",  # a push before the end would include a pickled file
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": 2 * settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,
@@ -305,8 +305,8 @@ def load_for_export(
 
     Args:
         folder: The run folder.
-        verb: What is asked for, for the message where several processes ask.
-        to_merge: Load the base model in full precision, also where the run has quantised it.
+        verb: The command, for the message if several processes run it.
+        to_merge: Load the base model in full precision, even if the run quantised it.
     """
     recipe = folder.load_recipe()
     processes.refuse_several(verb)
@@ -315,7 +315,7 @@ def load_for_export(
     kept = replace(checkpoint, path=str(folder.model), local_only=True, load={})
     tokenizer = load_tokenizer(kept)
     config = load_config(kept)
-    # The run's own padding token may be the one that ends texts, whose embedding some models would set to zero.
+    # The run's padding token may be the end-of-sequence token, whose embedding some models would set to zero.
     config.pad_token_id = load_config(checkpoint).pad_token_id
     options = {"config": config, "ignore_mismatched_sizes": True}
     base = load_model(recipe.task, checkpoint, tokenizer, recipe.training.seed, **options)
@@ -348,7 +348,7 @@ def load_adapted(folder: RunFolder, recipe: Recipe) -> tuple[PeftModel, TaskData
 
 
 def load_with_data(folder: RunFolder, recipe: Recipe, source: str) -> tuple[PeftModel, TaskData]:
-    """Load the base model of a run, with stock PEFT the adapter it exported, and data; the run's own are not needed."""
+    """Load a run's base model, its exported adapter (with stock PEFT) and other data; its own data are not needed."""
     model, tokenizer = load_for_export(folder, "loralloc evaluate --data")
     base: Any = model.get_base_model()
     return model, prepare_evaluation(recipe.task, base, tokenizer, recipe.data, source)

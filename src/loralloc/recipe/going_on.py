@@ -1,4 +1,4 @@
-"""What a run that ends before its time says: how it ended, what is saved, and the command that goes on."""
+"""Messages of a run that ends early: how it ended, what is saved, and the command that resumes it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from loralloc.training.signals import Stopped
 
 @contextmanager
 def speaking_of_a_full_disk(recipe: Recipe) -> Iterator[None]:
-    """Turn what libraries say of a full disk into one message; a checkpoint that is half written makes room.
+    """Turn errors about a full disk into one message; half-written checkpoints are removed to free space.
 
     Args:
-        recipe: What is run inside.
+        recipe: The recipe that runs inside the context.
 
     Raises:
         UserError: The disk is full, or safetensors cannot write or read for another reason.
@@ -32,7 +32,7 @@ def speaking_of_a_full_disk(recipe: Recipe) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         folder = RunFolder.of(recipe)
         if not disk_is_full(error):
-            # An OSError, as Rust's libraries tell it.
+            # This is how safetensors, written in Rust, reports an OSError.
             if isinstance(error, SafetensorError) and "os error" in str(error):
                 raise UserError(f"{folder.root}: tensors could not be written or read: {error}") from error
             raise
@@ -50,8 +50,8 @@ def farewell(stopped: Stopped, recipe: Recipe) -> str:
     """Say how a signal has ended a run, and how to go on.
 
     Args:
-        stopped: What has ended it.
-        recipe: What was run.
+        stopped: The signal, and the step that was saved.
+        recipe: The recipe of the run.
     """
     folder, name = RunFolder.of(recipe), stopped.signal.name
     if stopped.step is not None:

@@ -28,7 +28,7 @@ def recipe_schema(sections: Mapping[str, type[MethodSection]]) -> dict[str, Any]
 
 
 def tidy(node: Any) -> Any:
-    """Write a schema of pydantic's in JSON Schema's words only, without what no reader needs.
+    """Turn a schema by pydantic into plain JSON Schema, without generated titles and notes for OpenAPI.
 
     >>> tidy({"title": "Eta", "gt": 0, "anyOf": [{"type": "integer"}, {"type": "number"}]})
     {'exclusiveMinimum': 0, 'type': 'number'}
@@ -41,7 +41,7 @@ def tidy(node: Any) -> Any:
     if made.get("anyOf") == [{"type": "integer"}, {"type": "number"}]:
         made = {key: value for key, value in made.items() if key != "anyOf"} | {"type": "number"}
     if isinstance(text := made.get("description"), str):
-        made["description"] = text.partition("\n\n")[0]  # of a docstring its summary
+        made["description"] = text.partition("\n\n")[0]  # the summary of a docstring
     return made
 
 

@@ -15,14 +15,14 @@ from loralloc.errors import UserError
 from loralloc.recipe.run_folder import LOCK
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""What file systems say that cannot lock a file."""
+"""Errors of file systems that cannot lock files."""
 
 
 _held: set[IO[str]] = set()
 
 
 def _let_go() -> None:
-    """A process that loads data has no share in the lock: it may outlive the one that was killed by seconds."""
+    """Close the lock in forked children: a data-loading worker may outlive its killed parent by seconds."""
     for file in _held:
         file.close()
     _held.clear()
@@ -33,9 +33,10 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder, which is made where it is missing.
+    """Keep other processes out of a run folder, which is created if it is missing.
 
-    The system drops the lock with the process, however it ends: what a killed one has left does not keep others out.
+    The system releases the lock when the process ends, however it ends: a lock file left by a killed process blocks
+    nobody.
 
     Args:
         folder: The run folder.
@@ -64,7 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _lock(path: Path) -> IO[str]:
     while True:
-        file = path.open("a+", encoding="utf-8")  # for writing, as locks over NFS ask for
+        file = path.open("a+", encoding="utf-8")  # opened for writing, as locks over NFS require
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

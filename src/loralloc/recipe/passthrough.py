@@ -1,9 +1,9 @@
-"""Every option of the libraries underneath, by its own name: the three mappings of a recipe that hand them on.
+"""Options of transformers, TRL and PEFT by their own names: the three mappings of a recipe that pass them on.
 
-A recipe has keys of its own for what most runs set. What else transformers and PEFT can do stands in
-`training.trainer`, `lora.peft` and `model.load`, and is held to what takes it: to its names and types here, to its
-constructor in `recipe.trial`. What a recipe says with another key, and what a run could not keep its promises with, is
-refused with that key or the reason. The libraries are imported when a recipe is loaded, not with this file.
+A recipe has keys of its own for what most runs set. Any other option goes into `training.trainer`, `lora.peft` or
+`model.load`. Its name and type are checked here, and its value by the library's constructor in `recipe.trial`. An
+option that a recipe sets with another key, or with which a run could not keep its promises, is refused with that key or
+the reason. The libraries are imported when a recipe is loaded, not with this module.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ LOAD: Key = ("model", "load")
 
 @dataclass(frozen=True)
 class Options:
-    """A mapping of a recipe that hands options on.
+    """A mapping of a recipe that passes options on.
 
     Attributes:
-        key: The mapping.
-        owners: What takes the options, by task: a class, or a function.
-        ours: Options that a recipe sets with another key.
-        instead: Options that take the place of a key, which must not be set beside them.
+        key: Key of the mapping.
+        owners: Dotted path of the class or function that takes the options, by task.
+        ours: Options that a recipe sets with another key, and that key.
+        instead: Options that replace a key of the recipe, and that key; only one of the two may be set.
         refused: Options that no recipe can set, with the reason.
         types: Types of options that their owner does not declare, or declares too widely.
     """
@@ -53,7 +53,7 @@ class Options:
     types: Types = field(default_factory=dict)
 
     def known(self, task: str) -> Types:
-        """Every option of the owner, those among them that a recipe cannot set too."""
+        """The types of all options of the owner, including those that a recipe cannot set."""
         return {**_declared(self.owners[task]), **self.types}
 
 
@@ -207,7 +207,7 @@ OPTIONS = (
             "tp_plan": f"{SCORES}, which parallel layers shard",
             "tp_size": f"{SCORES}, which parallel layers shard",
         },
-        # What from_pretrained takes through **kwargs; a test holds it to transformers.
+        # What from_pretrained takes through **kwargs; a test compares it with transformers.
         types={
             "attn_implementation": str | dict[str, str],
             "experts_implementation": str | dict[str, str],
@@ -229,17 +229,17 @@ OPTIONS = (
 """The three mappings."""
 
 MAPPINGS = tuple(dotted(options.key) for options in OPTIONS)
-"""Their keys with dots."""
+"""The dotted keys of the three mappings."""
 
 OF_THE_EXPORTED_ALONE = ("eval_strategy", "load_best_model_at_end", "push_to_hub")
-"""Options of `training.trainer` without which a search is trained: they are about the adapter that is exported."""
+"""Options of `training.trainer` that concern only the exported adapter; a search is trained without them."""
 
 TOLD_TO_OTHERS = ("push_to_hub", "report_to")
-"""Options of `training.trainer` by which others hear of a training: not of a rehearsal, nor of an evaluation."""
+"""Options of `training.trainer` that report to other services; rehearsals and evaluations drop them."""
 
 
 def imported(path: str) -> Any:
-    """Import a class, or a function of one, by its dotted path below a package.
+    """Import a class or one of its methods by its dotted path; the first part is the package.
 
     >>> imported("pathlib.PurePath.is_absolute").__name__
     'is_absolute'
@@ -253,7 +253,7 @@ def imported(path: str) -> Any:
 
 @cache
 def _declared(path: str) -> Types:
-    """The options that a dataclass or a function declares."""
+    """The types of the options that a dataclass or a function declares."""
     owner = imported(path)
     hints = get_type_hints(owner)
     if is_dataclass(owner):
@@ -265,9 +265,9 @@ def _declared(path: str) -> Types:
 
 @cache
 def option_keys() -> Mapping[str, str]:
-    """Return what the libraries say of every option that a recipe has no other key for, by its key with dots.
+    """Return the libraries' description of every option for which a recipe has no key of its own, by dotted key.
 
-    Those that are refused are among them: whoever looks for one is to be told why.
+    Refused options are included: whoever looks for one is told why it is refused.
     """
     found: dict[str, str] = {}
     for options in OPTIONS:
@@ -278,7 +278,7 @@ def option_keys() -> Mapping[str, str]:
 
 
 def _help(path: str) -> Mapping[str, str]:
-    """The first sentence that a dataclass says of each of its fields."""
+    """The first sentence of the help of each field of a dataclass."""
     owner = imported(path)
     declared = fields(owner) if is_dataclass(owner) else ()
     return {option.name: _first_sentence(str(option.metadata.get("help", ""))) for option in declared}
@@ -289,7 +289,7 @@ def _first_sentence(text: str) -> str:
 
 
 def options_schema(key: Key) -> Callable[[dict[str, Any]], None]:
-    """Return what adds the names of a mapping's options, whatever the task, to the JSON schema of the mapping.
+    """Return a function that adds the options of a mapping, for all tasks, to the mapping's JSON schema.
 
     Args:
         key: One of `TRAINER`, `PEFT` and `LOAD`.
@@ -308,17 +308,17 @@ def options_schema(key: Key) -> Callable[[dict[str, Any]], None]:
 
 
 def exclusive_keys() -> Iterator[Sequence[Key]]:
-    """Go through the pairs of keys of which one takes the place of the other."""
+    """Yield pairs of keys that must not be set together: an option and the key that it replaces."""
     for options in OPTIONS:
         yield from (((*options.key, name), replaced) for name, replaced in options.instead.items())
 
 
 def broken_options(tree: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[tuple[Key, str]]:
-    """Check the names and types of all options that a recipe hands on.
+    """Check the names and types of all options that a recipe passes on.
 
     Args:
         tree: The recipe; its values may be of any type.
-        keys: All keys that a recipe may have, for those that were meant.
+        keys: All keys that a recipe may have, for suggestions.
 
     Yields:
         The key and what is wrong with it.
@@ -367,7 +367,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def values(key: Key, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a mapping as their owner takes them, a copy that it may change.
+    """Return copies of a mapping's options, in the types that their owner takes.
 
     Args:
         key: The mapping, one of `TRAINER`, `PEFT` and `LOAD`.

@@ -1,4 +1,4 @@
-"""What a model predicts for every example of an evaluation, in a file."""
+"""Write a model's prediction for every example of an evaluation to a file."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def write_predictions(path: Path, data: TaskData, trainer: RunTrainer, answered:
         path: The file; it is replaced.
         data: The data that were evaluated.
         trainer: The trainer that evaluated them.
-        answered: What the model has written, where it was asked to; this is then what is written.
+        answered: Generated answers, if there are any; they are then written instead of `data.predictions`.
 
     Raises:
-        UserError: The task predicts nothing of an example.
+        UserError: The task has no predictions for single examples.
     """
     rows: Iterable[Mapping[str, Any]]
     if answered is not None:

@@ -1,4 +1,4 @@
-"""What no single key of a recipe can tell: keys that exclude each other, columns of a task, rules of a method."""
+"""Rules over several keys of a recipe: keys that exclude each other, columns of a task, rules of a method."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ EXCLUSIVE: dict[Key, tuple[str, ...]] = {
     ("method", "budget"): AMOUNTS,
     ("training",): ("steps", "epochs"),
 }
-"""Keys of a section of which exactly one is set."""
+"""Sections, and their keys of which exactly one must be set."""
 
 ALONE: dict[Key, str] = {("method", "budget"): "max_rank"}
-"""A key of such a section that is enough without them."""
+"""A key of such a section that suffices without any of them."""
 
 
 def get(tree: Any, *key: str) -> Any:
@@ -43,7 +43,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """Check what no single key can: yields (key, message). The values may be of any type."""
+    """Check rules over several keys: yields (key, message). The values may be of any type."""
     for section, members in EXCLUSIVE.items():
         values = get(tree, *map(str, section))
         if isinstance(values, Mapping):
@@ -67,7 +67,7 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             "evaluate.generate answers prompts, and data.packing: wrapped cuts them anywhere; set it to bfd or none",
         )
     capacity, target = _value_of(tree, {})("lora", "r"), get(tree, "method", "budget", "average_rank")
-    patterned = get(tree, "lora", "peft", "rank_pattern")  # whose ranks are not lora.r
+    patterned = get(tree, "lora", "peft", "rank_pattern")  # it sets ranks other than lora.r
     if is_number(capacity) and is_number(target) and target > capacity and not patterned:
         yield (
             ("method", "budget", "average_rank"),
@@ -99,7 +99,7 @@ def _broken_metric(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _broken_judging(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """What early stopping and the best state need: evaluations within the training, and a checkpoint with each."""
+    """Early stopping and keep_best need evaluations during training; keep_best also a checkpoint with each."""
     keep_best, patience = get(tree, "training", "keep_best") is True, get(tree, "training", "early_stopping")
     every, saved = get(tree, "training", "eval_every"), get(tree, "training", "save_every")
     for name, asked in {"keep_best": keep_best, "early_stopping": patience is not None}.items():
@@ -122,7 +122,7 @@ def _broken_judging(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _broken_generation(settings: Any) -> Iterator[tuple[Key, str]]:
-    """Settings of answers that another one makes meaningless."""
+    """Settings of `evaluate.generate` that contradict each other, or have no effect because of another one."""
     if get(settings, "after") is not None and "exact_match" not in (get(settings, "metrics") or ()):
         key = ("evaluate", "generate", "after")
         yield key, "evaluate.generate.after is for exact_match: add it to evaluate.generate.metrics"
@@ -146,7 +146,7 @@ def _broken_generation(settings: Any) -> Iterator[tuple[Key, str]]:
 
 
 def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """The columns that a task needs, and those that mean nothing to it."""
+    """Columns that a task needs and the recipe does not name, and keys that belong to other tasks."""
     name, data = tree.get("task"), tree.get("data")
     if not isinstance(name, str) or name not in TASKS or not isinstance(data, Mapping):
         return
@@ -185,7 +185,7 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _broken_words(data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """Windows that would never move on, and a scheme of tags where there are none."""
+    """A stride with which windows would never advance, and a tag scheme for data that have no tags."""
     stride, length = data.get("stride"), data.get("max_length", DataConfig.model_fields["max_length"].default)
     if is_number(stride) and is_number(length) and stride >= length:
         yield (
@@ -197,7 +197,7 @@ def _broken_words(data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _broken_stream(tree: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """What streamed data cannot do: nobody knows how many there are, and nothing can be cut off them."""
+    """Keys that streaming rules out: the number of rows is not known, and no share of them can be held out."""
     if data.get("streaming") is not True:
         return
     reason = "data.streaming reads the training data while training"
@@ -210,7 +210,7 @@ def _broken_stream(tree: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator
 
 
 def broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """The rules of the recipe's method, and of the libraries that it hands options to."""
+    """The rules of the recipe's method, and of the methods that it compares."""
     from loralloc.methods import registry
 
     yield from _broken_comparison(tree, list(registry.sections()), list(registry.methods()))
@@ -238,7 +238,7 @@ def broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 def _broken_comparison(
     tree: Mapping[str, Any], known: Collection[str], methods: Collection[str]
 ) -> Iterator[tuple[Key, str]]:
-    """Methods to compare that there are none of, and variants of none; `known` are the methods and plain LoRA."""
+    """Unknown methods in `compare.methods`, and invalid variants; `known` are the methods and plain LoRA."""
     variants, compared = get(tree, "compare", "variants"), get(tree, "compare", "methods")
     variants = variants if isinstance(variants, Mapping) else {}
     for variant, settings in variants.items():

@@ -68,11 +68,11 @@ def run(
 
     Args:
         recipe: The recipe.
-        resume: Continue from the newest whole checkpoint; of a finished run, write what is missing.
+        resume: Continue from the newest whole checkpoint; for a finished run, write the report if it is missing.
         start_over: Replace an earlier run.
-        untrained: The value of the metric before training, where it is known; else it is measured.
+        untrained: The value of the metric before training, if it is known; None measures it.
         screen: Shows what happens; None shows nothing.
-        report: Write the page, which can be written later.
+        report: Whether to write the report page now; it can be written later.
         allow_changed: What may differ from the run that is resumed, of `changes.ALLOWED`.
 
     Raises:
@@ -93,7 +93,7 @@ def run(
 
 
 def _finish(folder: RunFolder, screen: Screen) -> Outcome:
-    """Write the page that a finished run lacks."""
+    """Write the missing report page of a finished run."""
     processes.on_main(write_report, folder.root)
     screen.note(f"the run had finished; what was missing is written now: {folder.report}")
     metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
@@ -139,7 +139,7 @@ def _run(
         processes.on_main(shutil.copyfile, folder.search.trace, folder.trace)
     elif stage.allocation is None:
         processes.on_main(_write_constant_trace, folder, plan, stage.trainer)
-    if under_fsdp2(stage.trainer):  # they compute the check of the export together
+    if under_fsdp2(stage.trainer):  # all processes compute the export's check together
         export = _write_adapter(folder, plan, stage)
     else:
         export = processes.on_main(_write_adapter, folder, plan, stage)
@@ -161,7 +161,7 @@ def _run(
 
 
 def _push(stage: Stage, folder: RunFolder, screen: Screen) -> None:
-    """Push the exported adapter to the Hub, where the recipe says so; what fails there leaves the run as it is."""
+    """Push the exported adapter to the Hub if the recipe says so; a failure is a warning and does not end the run."""
     arguments, repository = stage.trainer.args, stage.trainer.hub_model_id
     if not arguments.push_to_hub:
         return
@@ -198,7 +198,7 @@ def _open_folder(recipe: Recipe, resume: bool, start_over: bool) -> RunFolder:
 
 
 def _go_on(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
-    """Say what the recipe has otherwise than before, where that may be, and keep it."""
+    """Show how the recipe differs from the run's, which it may, and store it in the folder."""
     _, changes = split_changes(folder.load_recipe(), recipe)
     if changes:
         screen.note(f"the recipe differs where it may: {in_words(changes)}")
@@ -208,7 +208,7 @@ def _go_on(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
 def _search(
     recipe: Recipe, data: TaskData, folder: RunFolder, resume: bool, screen: Screen, allow_changed: Collection[str]
 ) -> tuple[RankPlan, TaskData]:
-    """Search for the ranks, or read what an earlier process has found; return them and data whose model is fresh."""
+    """Search for the ranks, or read the plan of a finished search; return it and the data with a fresh model."""
     with processes.together():
         if resume and folder.search.plan.is_file():
             return RankPlan.load(folder.search.plan), data
@@ -230,7 +230,7 @@ def _search(
 
 
 def _check_search(search: RunFolder, stage: Stage, allow_changed: Collection[str]) -> None:
-    """Refuse to train at the ranks of a search that has seen other data, or another base model."""
+    """Refuse to train at the ranks of a search with other data, another base model or other library versions."""
     known, mine = search.depends_on.is_file(), stage.trainer.depends_on()
     theirs = json.loads(search.depends_on.read_text(encoding="utf-8")) if known else {}
     alike = {kind: mine[kind] for kind in ("data", "base", "versions")}  # the recipe is the folder's, compared already
@@ -247,21 +247,21 @@ def _write_search(
 
 
 def _with_fresh_model(data: TaskData) -> TaskData:
-    """The same examples and the model as it was before a search; the old one leaves memory first."""
+    """Return the same examples with the model as it was before a search; the searched model is freed first."""
     assert data.again is not None
     leave_memory(data.model)
     return replace(data, model=data.again())
 
 
 def _combined(searched: RankPlan, trained: RankPlan) -> RankPlan:
-    """The plan of a run with a search: its ranks and settings, the steps of both stages."""
+    """The plan of a run with a search: ranks and settings of the search, steps of both stages."""
     steps = {key: searched.provenance[key] for key in ("total_steps", "steps", "bad_steps")}
     settings = searched.provenance["settings"]
     return replace(searched, provenance={**trained.provenance, "settings": settings, "search": steps})
 
 
 def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export | None:
-    """Write plan and adapter, and what else it takes to load it; what is returned is the first process's.
+    """Write plan, adapter, and the files to load it with; the first process returns the export, others None.
 
     Raises:
         UserError: The training or the export failed; what was trained is kept, and the message says what to do.
@@ -291,9 +291,9 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export | 
 
 
 def _sample(stage: Stage) -> dict[str, Any]:
-    """A batch of two validation examples, as far as it goes into the model."""
+    """A batch of two validation examples at most, with the keys that the model's forward takes."""
     trainer, rows = stage.trainer, cast(Dataset, stage.trainer.eval_dataset)
-    # Metrics may need more columns than are trained on, and what is packed has more than what is not.
+    # Evaluation examples may have columns for metrics alone, and packed training examples columns that these lack.
     known = cast(Any, trainer.train_dataset).column_names or rows.column_names
     columns = [name for name in rows.column_names if name in known]
     batch = trainer.data_collator([{key: rows[i][key] for key in columns} for i in range(min(2, len(rows)))])
@@ -302,13 +302,13 @@ def _sample(stage: Stage) -> dict[str, Any]:
 
 
 def final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: float) -> dict[str, Any]:
-    """Evaluate a trained stage, and return the content of metrics.json; the losses of the examples are written.
+    """Evaluate a trained stage, write losses.json, and return the content of metrics.json.
 
     Args:
         stage: The stage.
         plan: Its plan.
         untrained: The metric before training.
-        seconds: What the training took.
+        seconds: Duration of the training.
     """
     data = stage.data
     also = {name: stage.evaluate("also", examples) for name, examples in data.also.items()}
@@ -338,7 +338,7 @@ def final_metrics(stage: Stage, plan: RankPlan, untrained: float, seconds: float
 
 
 def _stopped(stage: Stage) -> dict[str, int]:
-    """Where a run ended early, and which state is exported, where evaluations have decided that."""
+    """The planned steps of a run that ended early, and the step of the exported state if it is the best evaluated."""
     state, kept = stage.trainer.state, {}
     if state.global_step < state.max_steps:
         kept["planned_steps"] = state.max_steps
@@ -350,7 +350,7 @@ def _stopped(stage: Stage) -> dict[str, int]:
 
 
 def _generation_record(before: Generation, after: Generation) -> dict[str, Any]:
-    """What metrics.json tells of the answers before and after training: their worth, and the first few."""
+    """The entry of metrics.json on answers before and after training: their metrics, and the first few of them."""
     rows = zip(after.prompts, before.answers, after.answers, strict=True)
     samples = [
         {"prompt": prompt.text, "reference": prompt.references[0], "before": untrained, "after": trained}

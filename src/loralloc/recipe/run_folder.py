@@ -1,4 +1,4 @@
-"""The run folder: the interface between the verbs."""
+"""The run folder, through which the commands hand a run to each other."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ class RunFolder:
 
     @property
     def trained(self) -> Path:
-        """What was trained, as PEFT writes it, until the adapter is exported; stays where the export fails."""
+        """The trained weights as PEFT writes them; deleted once the adapter is exported, kept if the export fails."""
         return self.root / "trained"
 
     @property
     def weights(self) -> Path:
-        """The adapter, or where its export failed, what was trained."""
+        """The exported adapter; if the export failed, the trained weights."""
         return self.adapter if _is_adapter(self.adapter) else self.trained
 
     @property
@@ -99,7 +99,7 @@ class RunFolder:
 
     @property
     def depends_on(self) -> Path:
-        """What a search has depended on: its checkpoints say so too, but they may be gone."""
+        """What a search depended on: its checkpoints record it too, but they may be gone."""
         return self.root / "depends_on.json"
 
     @property
@@ -138,7 +138,7 @@ class RunFolder:
 
     @classmethod
     def finished(cls, root: Path) -> RunFolder:
-        """Open a run that has its adapter, or at least what was trained.
+        """Open a run that has its adapter, or at least its trained weights.
 
         Raises:
             UserError: The folder is not a run, or the run has not finished.
@@ -171,17 +171,17 @@ class RunFolder:
         return folder
 
     def create(self, recipe: Recipe) -> None:
-        """Make the folder and write the recipe; what an earlier run wrote goes, anything else stays."""
+        """Make the folder and write the recipe; the files of an earlier run are removed, others stay."""
         for entry in (*self.ENTRIES, "ragged", "uniform", "merged", "frontier"):
             _remove(self.root / entry)
         self.root.mkdir(parents=True, exist_ok=True)
         self.go_on(recipe)
 
     def go_on(self, recipe: Recipe) -> None:
-        """Write the recipe that the run goes on with, and clear away what a killed process has left half written."""
+        """Write the recipe that the run continues with, and remove what a killed process left half written."""
         for folder in (self.checkpoints, self.search.root, self.adapter):
             drop_half_written(folder)
-        for path in self.root.glob(".*"):  # here, other files may be somebody else's
+        for path in self.root.glob(".*"):  # other hidden files here may not be ours
             if _HALF_WRITTEN.fullmatch(path.name):
                 _remove(path)
         _remove(self._partial)
@@ -189,13 +189,13 @@ class RunFolder:
             write_atomically(self.recipe, _text(recipe))
 
     def holds(self, recipe: Recipe) -> bool:
-        """Whether the folder's run is one of this very recipe."""
+        """Whether the folder holds a run of exactly this recipe."""
         return self.recipe.is_file() and self.recipe.read_text(encoding="utf-8") == _text(recipe)
 
     def is_unused(self) -> bool:
-        """Whether there is nothing to lose in it: empty, or only what a run leaves that ended before its first step.
+        """Whether the folder has nothing worth keeping: it is empty, or its run ended before the first step.
 
-        That is its recipe, files and folders without content, and the first event of the trace.
+        Such a run leaves its recipe, empty files and folders, and the first event of the trace.
         """
         if not all(entry.name in (*self.ENTRIES, LOCK) for entry in self.root.iterdir()):
             return False
@@ -206,7 +206,7 @@ class RunFolder:
         return not begun and written <= {self.recipe, *traces} and (not written or self.is_run())
 
     def keep_trained(self, save: Callable[[str], None]) -> None:
-        """Write what was trained, complete or not at all.
+        """Write the trained weights, completely or not at all.
 
         Args:
             save: Called with the folder to write.
@@ -221,11 +221,11 @@ class RunFolder:
         return self.root / "trained.partial"
 
     def drop_trained(self) -> None:
-        """Forget what was trained: the adapter is written."""
+        """Delete the trained weights, now that the adapter is written."""
         shutil.rmtree(self.trained, ignore_errors=True)
 
     def exported(self, profile: str) -> Path:
-        """Where an export goes by default: to RUN/PROFILE, or to the place of the run's own adapter if it has none."""
+        """Where an export goes by default: RUN/PROFILE; but RUN/adapter for `ragged` if the run has no adapter yet."""
         return self.root / profile if self.weights == self.adapter or profile != "ragged" else self.adapter
 
     def is_run(self) -> bool:
@@ -258,12 +258,12 @@ class RunFolder:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether there is anything that a resumed run would not have to do again."""
+        """Whether a resumed run could reuse something: a checkpoint, a finished search, or final metrics."""
         begun = any(path for one in (self, self.search) for path in one.checkpoints.glob("checkpoint-*"))
         return begun or self.search.plan.is_file() or self.metrics.is_file()
 
     def export_hint(self) -> str:
-        """What else can be done with a run whose export failed."""
+        """For messages: the command that exports a run whose export failed; empty for other runs."""
         return f"; what it trained is kept: loralloc export {self.root}" if _is_adapter(self.trained) else ""
 
     def peek_recipe(self) -> Recipe:
@@ -280,7 +280,7 @@ class RunFolder:
 
 
 _HALF_WRITTEN = re.compile(rf"\.({'|'.join(map(re.escape, RunFolder.ENTRIES))})\.\d+|\.adapter\.[a-z0-9_]{{8}}")
-"""Names of files that are not in their place yet, and of the folder of an export."""
+"""Names of temporary files, and of the temporary folder of an export, before they are renamed."""
 
 
 def _remove(path: Path) -> None:

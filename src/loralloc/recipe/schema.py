@@ -68,7 +68,7 @@ def _refuse(broken: Iterable[tuple[Key, str]]) -> None:
 
 @cache
 def complete_recipe() -> type[Recipe]:
-    """Return the class of recipes in which the `method` section is one of the methods that there are.
+    """Return the class of recipes whose `method` section is that of one of the installed methods.
 
     Raises:
         loralloc.errors.UserError: A package brings a method that cannot be imported.
@@ -96,19 +96,19 @@ def _walk_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
 def recipe_keys() -> Mapping[str, str]:
     """Return the description of every key that a recipe may have, by the key with dots.
 
-    Of a key that several methods have, the first one's.
+    If several methods have a key, the description is the first method's.
     """
     walked = list(_walk_keys(complete_recipe()))
     return {**dict(walked), **dict(reversed(walked))}
 
 
 def _keys_and_options() -> Mapping[str, str]:
-    """The same, with the options of the libraries underneath."""
+    """The keys of `recipe_keys`, and the options of the libraries underneath."""
     return {**recipe_keys(), **option_keys()}
 
 
 def _broken_by_libraries(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """What only the methods and the libraries underneath can tell, which take seconds to import."""
+    """Check what only the methods and the libraries underneath can tell; these take seconds to import."""
     yield from broken_options(tree, _keys_and_options())
     yield from broken_by_method(tree)
 
@@ -135,14 +135,14 @@ def _unknown(key: Key, tree: Mapping[str, Any]) -> str:
 
 
 def method_names() -> Sequence[str]:
-    """Return what a recipe may call a method."""
+    """Return the names that `method.name` may have."""
     from loralloc.methods.registry import sections
 
     return list(sections())
 
 
 def _description(key: Key, tree: Mapping[str, Any]) -> str:
-    """What a key is; of one that several methods have, what it is to the recipe's."""
+    """The description of a key; if several methods have it, that of the recipe's method."""
     from loralloc.methods.registry import sections
 
     section = sections().get(get(tree, "method", "name"))
@@ -152,7 +152,7 @@ def _description(key: Key, tree: Mapping[str, Any]) -> str:
 
 
 def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
-    """Return the key that an error of pydantic is about, and what is wrong in words; `tree` is what it was made of."""
+    """Return the key that an error of pydantic is about, and a message; `tree` is the recipe that was validated."""
     kind = error["type"]
     key: Key = tuple(error["loc"])
     if key[:1] == ("method",) and key[1:2] and key[1] in method_names():  # pydantic adds which class it tried
@@ -179,7 +179,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), check: Check | None =
         path: The YAML file.
         overrides: Words left over on the command line, such as `["--training.steps", "100"]` or
             `["--learning-rate=5e-4"]`.
-        check: What else to ask of a recipe that is complete; each key it yields is told with its line or flag.
+        check: A further check of the complete recipe; each key it yields is reported with its line or flag.
 
     Returns:
         The recipe, complete and checked.
@@ -213,7 +213,7 @@ def peek_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe | None:
         overrides: As for `load_recipe`.
 
     Returns:
-        The recipe, its `method` unchecked; None where `load_recipe` would have something to say about the rest.
+        The recipe, its `method` unchecked; None if anything else in it is invalid.
 
     Raises:
         loralloc.errors.UserError: There is no such file, or it is no recipe at all.
@@ -234,18 +234,18 @@ def dump_recipe(recipe: Recipe) -> str:
         recipe: The recipe.
 
     Returns:
-        The text. Keys that are not set (null) are left out, where that is what their absence means.
+        The text. Keys that are null are left out if null is their default.
     """
     return dump_yaml(as_tree(recipe))
 
 
 def as_tree(section: BaseModel) -> dict[str, Any]:
-    """Return a recipe, or a section of one, as keys and values: without what is null, where null is the default."""
+    """Return a recipe, or a section of one, as keys and values, without keys that are null if null is the default."""
     return _without_unset(section, section.model_dump())
 
 
 def _without_unset(section: Any, values: Any) -> Any:
-    """Leave out of a section's values what is null by default and null here."""
+    """Leave out the values of a section that are null and have null as their default."""
     if isinstance(section, list):
         return [_without_unset(*pair) for pair in zip(section, values, strict=True)]
     if not isinstance(section, BaseModel):

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on."""
+"""What a run reports while it is in progress."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class Screen:
-    """Shows nothing; the command line has some that do (`loralloc.cli.terminal`, `loralloc.cli.screens`)."""
+    """Shows nothing; the command line has subclasses that do (`loralloc.cli.terminal`, `loralloc.cli.screens`)."""
 
     def start(self, recipe: Recipe, data: TaskData, model: PeftModel, steps: int) -> None:
         """A run begins."""
 
     def search(self, steps: int, examples: int, held_out: int) -> None:
-        """Its ranks are searched for first."""
+        """A search for ranks begins, which precedes the training."""
 
     def retraining(self, steps: int, examples: int | None) -> None:
-        """What follows the search."""
+        """The training after a search is announced."""
 
     def warning(self, sentence: str) -> None:
         """A sentence that must not be overlooked."""
@@ -42,16 +42,16 @@ class Screen:
         return TrainerCallback()
 
     def training(self) -> AbstractContextManager[None]:
-        """Surround a training, however it ends."""
+        """A context around a training, however it ends."""
         return nullcontext()
 
     def evaluating(self, trainer: Trainer, what: str) -> AbstractContextManager[None]:
-        """Surround an evaluation that is no part of a training."""
+        """A context around an evaluation outside of a training."""
         del trainer, what
         return nullcontext()
 
     def generating(self, count: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Surround the answering of prompts; the function inside is told how many answers there are."""
+        """A context around the answering of prompts; call the function it gives with the number of answers so far."""
         del count
         return nullcontext(lambda done: None)
 
@@ -59,7 +59,7 @@ class Screen:
         """The first examples as the model will see them."""
 
     def evaluated(self, what: str, metrics: Mapping[str, float]) -> None:
-        """It has found this, by the metrics' own names."""
+        """An evaluation has found these metrics."""
 
     def outcome(self, outcome: Outcome) -> None:
         """A run has ended."""

@@ -172,7 +172,7 @@ Peer = Literal["dora", "rslora", "eva"]
 
 
 def _several(value: Any) -> Any:
-    """A list, or the one value that it would have."""
+    """Read a list, or a single value as a list of one."""
     found = value if isinstance(value, list) else [value]
     if not found:
         raise ValueError("must name at least one")
@@ -182,7 +182,7 @@ def _several(value: Any) -> Any:
 
 
 def _seeds(value: Any) -> Any:
-    """A list of seeds, or how many: the first ones from 0 on."""
+    """Read a list of seeds, or a number n as the seeds 0 to n − 1."""
     if is_number(value):
         if not isinstance(value, int) or value < 1:
             raise ValueError("must be a number of seeds, or a list of them")
@@ -191,7 +191,7 @@ def _seeds(value: Any) -> Any:
 
 
 def _budgets(value: Any) -> Any:
-    """Average ranks, and budgets as in `method.budget`."""
+    """Read budgets: numbers are average ranks, mappings are as in `method.budget`."""
     found = [{"average_rank": one} if is_number(one) else one for one in _several(value)]
     for one in found:
         if not isinstance(one, dict) or sum(entry is not None for entry in one.values()) != 1:
@@ -200,7 +200,7 @@ def _budgets(value: Any) -> Any:
 
 
 VARIANT = "^[a-z0-9_]+$"
-"""How variants are named, which is how folders of their runs are; `rules` says it in words."""
+"""The pattern of variants' names, which are also names of folders; a message in `rules` says it in words."""
 
 
 class CompareConfig(Section):

@@ -16,7 +16,7 @@ from loralloc.plain_yaml import FLOAT, PlainLoader
 
 Key = tuple[str | int, ...]
 
-_ELSEWHERE = {  # what other tools call it
+_ELSEWHERE = {  # other tools' names of our keys
     "lr": "training.learning_rate",
     "max_steps": "training.steps",
     "num_epochs": "training.epochs",
@@ -253,7 +253,7 @@ def apply_overrides(
             last part that names one key only (`--steps`), with `-` or `_`.
         keys: All keys a recipe may have, with dots.
         groups: Keys of which at most one may be set: a flag that sets one of them drops the others in the file.
-        mappings: Keys whose value is a mapping of names that `keys` need not have.
+        mappings: Keys whose value is a mapping; names in it need not be among `keys`.
     """
     flags: dict[Key, Any] = {}
     for index, (flag, text) in enumerate(_pairs(source, words)):

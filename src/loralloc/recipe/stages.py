@@ -57,7 +57,7 @@ EVALUATED = {
     "test": "test data",
     "also": "more data",
 }
-"""What an evaluation is about, by the prefix of its figures in the log."""
+"""What an evaluation is about, by the prefix of its metrics in the log."""
 
 PREVIEWED = 2
 """Examples that a rehearsal shows."""
@@ -72,11 +72,11 @@ class Stage:
     """A training that is ready to begin.
 
     Attributes:
-        recipe: What it trains.
+        recipe: The recipe.
         folder: Where its trace, log and checkpoints are.
-        data: What it sees.
+        data: The data to train and evaluate on.
         model: The adapted model.
-        trainer: The trainer, with everything in it.
+        trainer: The trainer, ready to train the model on the data.
         allocation: The allocation of ranks; None for plain LoRA.
         steps: Optimizer steps.
         screen: Shows what happens.
@@ -98,13 +98,13 @@ class Stage:
             self.trainer.train(resume_from_checkpoint=start)
 
     def checkpoint(self, allow_changed: Collection[str] = ()) -> Path | None:
-        """Find the newest whole checkpoint to go on from, and say what has been passed over; later ones go.
+        """Find the newest whole checkpoint to resume from; newer ones are reported and deleted.
 
         Args:
             allow_changed: What may differ from the run that wrote it, of `changes.ALLOWED`.
 
         Raises:
-            UserError: It belongs to a run that differs, or was whole once and none is now.
+            UserError: It belongs to a run that differs; or none is whole, and one that once was is damaged.
         """
         folder = self.folder.checkpoints
         found = processes.on_main(self._find, folder, allow_changed)
@@ -149,10 +149,10 @@ class Stage:
         return generation(self.recipe, self.data, self.trainer, self.screen)
 
     def check_metric(self, found: Mapping[str, float]) -> None:
-        """Refuse a metric that a run cannot be judged by, once an evaluation has shown which there are.
+        """Refuse a metric that the run does not have, once an evaluation has shown which it has.
 
         Raises:
-            UserError: With those that there are.
+            UserError: With the metrics that it has.
         """
         if self.data.metric not in found:
             raise UserError(
@@ -179,7 +179,7 @@ class Stage:
 
 
 class _ReadyToTrainError(Exception):
-    """Ends a rehearsal: nothing speaks against the first step."""
+    """Ends a rehearsal: all checks before the first step have passed."""
 
 
 class _StopBeforeFirstStep(TrainerCallback):
@@ -221,7 +221,7 @@ def prepare_training(
     after_search: bool,
     adapt: Callable[[PreTrainedModel, Recipe], PeftModel] = add_adapter,
 ) -> Stage:
-    """Load and check everything that the training of what is exported needs, and show it; `adapt` adds the adapter."""
+    """Load and check everything to train the adapter that is exported, and show it; `adapt` adds the adapter."""
     train, held_out = method_data(recipe.method, data, recipe.training.seed)
     steps = total_steps(recipe, data.packed(train) if isinstance(train, Dataset) else None)
     method = make_method(recipe.method, held_out)
@@ -238,11 +238,11 @@ def prepare_training(
 def prepare_recovery(
     recipe: Recipe, plan: Path, data: TaskData, folder: RunFolder, screen: Screen, steps: int, rate: float
 ) -> Stage:
-    """Load and check everything that it takes to train an adapter on for some steps at the ranks of a plan.
+    """Load and check everything to continue the training of an adapter for some steps, at the ranks of a plan.
 
-    Its highest learning rate is the recipe's times `rate`.
+    The peak learning rate is the recipe's times `rate`.
 
-    The adapter is a fresh one: what it starts from is for the caller to write into it.
+    The adapter is a fresh one: the caller writes the weights into it that training starts from.
     """
     recovering = shortened(retraining_recipe(recipe, plan), steps)
     alone = {"save_every": None, "compact": False, "warmup": RECOVERY_WARM_UP}
@@ -260,7 +260,7 @@ def retraining_recipe(recipe: Recipe, plan: Path) -> Recipe:
 
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:
-    """Return the recipe of a training of so many steps that is not the run's own: nothing is evaluated or pushed."""
+    """Return the recipe of a search or a recovery of so many steps: nothing is evaluated meanwhile, or pushed."""
     trainer = without(recipe.training.trainer, OF_THE_EXPORTED_ALONE)
     settings = {"steps": steps, "epochs": None, "eval_every": None, "trainer": trainer}
     settings |= {"keep_best": False, "early_stopping": None}
@@ -272,7 +272,7 @@ def total_steps(recipe: Recipe, examples: int | None) -> int:
 
     Args:
         recipe: The recipe.
-        examples: Rows to train on; None where they are streamed, and the recipe says how many steps there are.
+        examples: Rows to train on; None for a stream, whose recipe sets the number of steps.
     """
     training = recipe.training
     if training.steps is not None:
@@ -304,7 +304,7 @@ def _prepare(
     steps: int,
     adapt: Callable[[PreTrainedModel, Recipe], PeftModel] = add_adapter,
 ) -> Stage:
-    """Build adapter and trainer; the allocation is a callback, a training without one has a guard."""
+    """Build adapter and trainer; ranks are allocated by a callback, and without a method a guard skips bad steps."""
     check_precision(recipe, data.model)
     model = adapt(data.model, recipe)
     allocation, compact = None, recipe.training.compact
@@ -338,7 +338,7 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
         recipe: The recipe.
         data: The data.
         model: The model.
-        scratch: A folder for what a trainer writes before it does anything.
+        scratch: A folder for the files that a trainer writes when it is built.
         screen: Shows what happens.
     """
     recipe = with_options(recipe, TRAINER, without(recipe.training.trainer, TOLD_TO_OTHERS))
@@ -359,7 +359,7 @@ def _trainer(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder
 
 @contextmanager
 def _refusing_options(recipe: Recipe) -> Iterator[None]:
-    """Turn what a trainer says of its options, as it is built or when it first computes a loss, into a message."""
+    """Turn a trainer's errors about its options, raised when it is built or first evaluates, into one message."""
     try:
         yield
     except UserError:
@@ -376,7 +376,7 @@ def evaluate(
     """Evaluate on a split, by default the test data or, without them, the validation data.
 
     Returns:
-        What was found, by the metrics' own names.
+        The metrics, by their names without the prefix.
     """
     if split is None:
         split = data.validation if data.test is None else data.test
@@ -390,8 +390,8 @@ def evaluate(
 def generation(recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Screen) -> Generation | None:
     """Let a model answer the prompts of the test data or, without them, of the validation data.
 
-    Where the trainer generates in evaluations, these are the answers of the last one. Else the first process answers,
-    and the others wait. Random states and modes are the same before and after.
+    If the trainer generates in evaluations, these are the answers of the last one. Otherwise the first process answers
+    while the others wait. Random states and the model's mode are restored.
 
     Returns:
         The answers; None where the recipe asks for none, and in processes that wait.
@@ -418,7 +418,7 @@ def _answer(
 ) -> list[str]:
     settings, model, random = recipe.evaluate.generate, cast(Any, trainer.model), random_state()
     assert settings is not None
-    try:  # the trainer has put the model where it computes
+    try:  # the trainer has moved the model to its device
         torch.manual_seed(recipe.training.seed)
         with evaluating(model), screen.generating(len(prompts)) as told:
             return generate(model, data.tokenizer, prompts, settings, 2 * recipe.training.batch_size, told)
@@ -427,7 +427,7 @@ def _answer(
 
 
 def without_times(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    """Return what a Trainer's evaluation has found, by its own names, without how long it took."""
+    """Return the metrics of a Trainer's evaluation by their names without the prefix; times and epoch are left out."""
     timing = ("_runtime", "_per_second", "_preparation_time")
     return {
         key.removeprefix(f"{prefix}_"): value

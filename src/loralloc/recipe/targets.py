@@ -1,4 +1,4 @@
-"""The modules that a recipe names: every entry must fit one, or else less is trained than the recipe says."""
+"""Check the modules that a recipe names: if an entry fits none, less would be trained than the recipe says."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_entries(lora: LoraSection, model: nn.Module, planned: bool) -> None:
         every_linear = isinstance(lora.target_modules, str) and lora.target_modules.lower() == "all-linear"
         found["target_modules"] = "" if every_linear else _problem(lora.target_modules, names)
         found["exclude_modules"] = _problem(lora.exclude_modules, names)
-    # Of what is trained in full, PEFT compares the ends of all names, those of shared modules too, without a dot.
+    # PEFT compares modules_to_save with the ends of all names, shared modules too; an end need not follow a dot.
     every = [name for name, _ in model.named_modules(remove_duplicate=False)]
     unknown = [entry for entry in lora.modules_to_save or [] if not any(name.endswith(entry) for name in every)]
     found["modules_to_save"] = _no_such(unknown, every)
@@ -52,7 +52,7 @@ def check_entries(lora: LoraSection, model: nn.Module, planned: bool) -> None:
 
 
 def check_patterns(lora: LoraSection, adapted: Sequence[str]) -> None:
-    """Refuse patterns of `lora.peft` that fit no adapted module, compared as PEFT does: it would overlook them.
+    """Refuse patterns of `lora.peft` that fit no adapted module, compared as PEFT does; it would ignore them.
 
     Args:
         lora: The recipe's section.
@@ -71,10 +71,10 @@ def check_patterns(lora: LoraSection, adapted: Sequence[str]) -> None:
 
 
 def check_ranks(config: LoraConfig, model: nn.Module) -> None:
-    """Refuse ranks that no layer has dimensions for, before PEFT takes memory for them.
+    """Refuse ranks above the dimensions of the widest layer, before PEFT allocates memory for them.
 
     Args:
-        config: The adapter's.
+        config: The adapter configuration.
         model: The base model.
 
     Raises:
@@ -95,12 +95,12 @@ def _patterns(lora: LoraSection) -> Iterator[tuple[str, Sequence[str]]]:
 
 
 def _listed(entries: str | Sequence[str] | None) -> Sequence[str]:
-    """What PEFT takes as one entry or several, as several."""
+    """Return one entry or several, as PEFT takes them, as a sequence."""
     return [entries] if isinstance(entries, str) else entries or ()
 
 
 def _pattern_error(patterns: Sequence[str], names: Sequence[str], around: str) -> str:
-    """Say which pattern is none, or takes too long; nothing where all can be used."""
+    """Say which pattern is invalid or takes too long to match; an empty string if all can be used."""
     try:
         check(patterns, names, around)
     except PatternError as error:
@@ -109,7 +109,7 @@ def _pattern_error(patterns: Sequence[str], names: Sequence[str], around: str) -
 
 
 def _check_trainable(entries: Sequence[str], model: nn.Module) -> None:
-    """Refuse to train modules in full whose weights are in 4 or 8 bits."""
+    """Refuse `modules_to_save` whose weights are in 4 or 8 bits."""
     quantized = [name for name, _ in quantized_layers(model)]
     for entry in entries:
         ends = re.compile(rf".*{re.escape(entry)}(\..+)?")
@@ -121,11 +121,11 @@ def _check_trainable(entries: Sequence[str], model: nn.Module) -> None:
 
 
 def check_new(model: nn.Module, adapted: nn.Module) -> None:
-    """Refuse an adapter that leaves out what is not in the checkpoint: who loads it would draw that anew.
+    """Refuse an adapter that leaves out weights missing from the checkpoint: each load would draw them at random.
 
     Args:
-        model: The base model; its `new_parameters` are the names of what the checkpoint lacks.
-        adapted: The same with its adapter.
+        model: The base model; its `new_parameters` are the names of the weights that the checkpoint lacks.
+        adapted: The same model with its adapter.
 
     Raises:
         UserError: With the modules that must be trained in full.
@@ -158,7 +158,7 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _features(layer: Any) -> tuple[int, ...]:
-    """Inputs and outputs of a linear layer, in whichever order; nothing for what is none, or does not tell."""
+    """Inputs and outputs of a linear layer, in either order; empty if the module does not have such sizes."""
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return layer.in_features, layer.out_features
     return tuple(getattr(getattr(layer, "weight", None), "shape", ()))
@@ -187,13 +187,13 @@ def _no_such(entries: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _nearest(entry: str, names: Sequence[str]) -> str:
-    """Offer the end of a module's name, as long as the entry, that was most likely meant."""
+    """Suggest the end of a module's name that was most likely meant, with as many parts as the entry."""
     length = entry.count(".") + 1
     return closest(entry, dict.fromkeys(".".join(name.split(".")[-length:]) for name in names))
 
 
 def _nearest_within(pattern: str, names: Sequence[str]) -> str:
-    """Offer the name that the first unknown word of a pattern was most likely meant to be."""
+    """Suggest a name for an unknown word of a pattern: for the first one that resembles a name."""
     parts = {part for name in names for part in name.split(".")}
     unknown = (word for word in re.findall(r"\w+", pattern) if word not in parts)
     return next(filter(None, (closest(word, parts) for word in unknown)), "")
@@ -254,7 +254,7 @@ def _split(pattern: str) -> list[str]:
 
 
 def _groups(branch: str) -> Iterator[tuple[int, int]]:
-    """Where the outermost groups begin and end; one that is repeated may need several alternatives at once."""
+    """Where the outermost groups begin and end; not of repeated ones, which may need several alternatives at once."""
     depth, start = 0, 0
     for at, mark in _marks(branch):
         if mark == "(":

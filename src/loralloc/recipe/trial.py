@@ -1,7 +1,7 @@
-"""Whether the libraries take the values of a recipe's options, found out before anything is loaded.
+"""Try whether the libraries accept the values of a recipe's options, before anything is loaded.
 
-A class checks some values in its constructor, and a Trainer others when it makes accelerator, trackers, optimizer and
-schedule of them. All of that is tried here, on a model of a few weights that is thrown away.
+Some values are checked by a constructor, others only when a Trainer makes its accelerator, trackers, optimizer and
+schedule. All of that is tried here, on a tiny model that is thrown away.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loralloc.recipe.source import Key, dotted
 from loralloc.tasks.rows import shorten
 
 STEPS = 100
-"""Steps of the schedule that is tried where the recipe counts epochs."""
+"""Steps of the schedule that is tried if the recipe counts epochs."""
 
 TINY: Any = {
     "vocab_size": 2,
@@ -33,19 +33,19 @@ TINY: Any = {
     "num_hidden_layers": 1,
     "max_position_embeddings": 2,
 }
-"""Sizes of the model that is tried on."""
+"""Sizes of the model that options are tried on."""
 
 Trial = Callable[[Recipe], None]
 
 
 def refused_values(recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    """Go through the options of a recipe whose values a library refuses.
+    """Yield the options of a recipe whose values a library refuses.
 
     Args:
         recipe: The recipe, checked for everything else.
 
     Yields:
-        The key and the library's reason. Where none of several options is to blame alone, the key of their mapping.
+        The key and the library's reason. If options are refused only in combination, the key of their mapping.
     """
     tried: tuple[tuple[Key, Mapping[str, Any], Trial], ...] = (
         (PEFT, recipe.lora.peft, _try_adapter),
@@ -56,7 +56,7 @@ def refused_values(recipe: Recipe) -> Iterator[tuple[Key, str]]:
 
 
 def _blamed(recipe: Recipe, key: Key, given: Mapping[str, Any], trial: Trial) -> Iterator[tuple[Key, str]]:
-    """The options of one mapping whose values are refused, or the mapping where none is to blame alone."""
+    """Yield the options of one mapping whose values are refused, or the mapping itself if no single one is to blame."""
 
     def reason(names: Iterable[str]) -> str | None:
         return _reason(trial, with_options(recipe, key, {name: given[name] for name in names}))
@@ -72,10 +72,10 @@ def _blamed(recipe: Recipe, key: Key, given: Mapping[str, Any], trial: Trial) ->
 
 
 def check_values(recipe: Recipe) -> None:
-    """Refuse a recipe of whose options a library refuses the value.
+    """Refuse a recipe with options whose values a library refuses.
 
     Raises:
-        UserError: With all of them and the library's reasons.
+        UserError: With all such options and the library's reasons.
     """
     if told := [message for _, message in refused_values(recipe)]:
         raise UserError("\n".join(told))
@@ -83,9 +83,9 @@ def check_values(recipe: Recipe) -> None:
 
 def _reason(trial: Trial, recipe: Recipe) -> str | None:
     try:
-        with warnings.catch_warnings(action="ignore"):  # what is built in earnest will warn
+        with warnings.catch_warnings(action="ignore"):  # the real objects will warn later
             trial(recipe)
-    except Exception as error:  # of a value that is none of theirs, libraries raise what they like
+    except Exception as error:  # libraries raise any kind of error for a bad value
         return shorten(" ".join(str(error).removeprefix("training: ").split()), 400)
     return None
 
@@ -101,7 +101,7 @@ def _try_adapter(recipe: Recipe) -> None:
 
 
 def _try_trainer(recipe: Recipe) -> None:
-    recipe = with_options(recipe, TRAINER, without(recipe.training.trainer, ["push_to_hub"]))  # makes a repository
+    recipe = with_options(recipe, TRAINER, without(recipe.training.trainer, ["push_to_hub"]))  # creates a repository
     model = BertForSequenceClassification(BertConfig(**TINY))
     with TemporaryDirectory(prefix="loralloc-") as scratch:
         arguments = training_arguments(recipe, Path(scratch))

@@ -1,4 +1,4 @@
-"""The best answer in the windows of a text, and what answers are worth by SQuAD's rules."""
+"""Find the best answer in a window of a text, and score answers by SQuAD's rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Found(NamedTuple):
     """The best answer in a window.
 
     Attributes:
-        score: The logits of its first and its last token together.
+        score: The sum of the logits of its first and its last token.
         start: Its first token.
         end: Its last token.
     """
@@ -30,13 +30,13 @@ def best_span(starts: Floats, ends: Floats, allowed: NDArray[np.bool_], longest:
     """Find the answer with the highest score in a window.
 
     Args:
-        starts: How likely each token begins it, logits [length].
-        ends: How likely each token ends it, logits [length].
-        allowed: Which tokens are of the text, [length].
+        starts: Logit of each token as the first of the answer, [length].
+        ends: Logit of each token as the last of the answer, [length].
+        allowed: Which tokens belong to the text, [length].
         longest: Tokens of an answer, at most.
 
     Returns:
-        The answer, the first of equal ones; None where no token is allowed, or no score is a number.
+        The answer, the first of those with equal scores; None if no token is allowed, or no score is finite.
     """
     first = np.where(allowed, starts.astype(np.float64), -np.inf)
     last = np.where(allowed, ends.astype(np.float64), -np.inf)
@@ -54,9 +54,9 @@ class Scored:
 
     Attributes:
         answer: The best answer in its text.
-        score: The score of that.
-        no_answer: The score of no answer: the lowest of those of its windows.
-        references: The right answers; none where there is none.
+        score: The score of this answer.
+        no_answer: The score of giving no answer: the lowest over the windows.
+        references: The right answers; empty if the question has none.
     """
 
     answer: str
@@ -66,14 +66,14 @@ class Scored:
 
     @property
     def margin(self) -> float:
-        """How much higher no answer scores than the best one."""
+        """The score of no answer minus the score of the best answer."""
         return self.no_answer - self.score
 
     def predicted(self, threshold: float | None) -> str:
         """The answer, or an empty text for none.
 
         Args:
-            threshold: How much higher no answer must score to be predicted; None where there always is an answer.
+            threshold: The margin above which no answer is predicted; None if an answer is always predicted.
         """
         return "" if threshold is not None and self.margin > threshold else self.answer
 
@@ -86,9 +86,9 @@ def answer_metrics(rows: Sequence[Scored], threshold: float | None) -> dict[str,
         threshold: As `Scored.predicted` takes it.
 
     Returns:
-        `f1` and `exact_match`, from 0 to 1. With questions that have no answer, also those of questions with an answer
-        and of those without one; and, where none may be predicted, the best that another threshold would give, with
-        that threshold (SQuAD 2.0).
+        `f1` and `exact_match`, from 0 to 1. If some questions have no answer, also both for the answerable and for the
+        unanswerable questions; and, if no answer may be predicted, the best value of each over all thresholds, with
+        the threshold that gives it (SQuAD 2.0).
     """
     figures = np.array([worth(row.predicted(threshold), row.references) for row in rows])
     answerable = np.array([bool(row.references) for row in rows])
@@ -120,7 +120,7 @@ def _named(figures: Floats, suffix: str = "") -> dict[str, float]:
 
 
 def _best(rows: Sequence[Scored], answerable: NDArray[np.bool_]) -> dict[str, float]:
-    """The best figures that a threshold can give, with the threshold: those below it are answered."""
+    """The best value of each metric over all thresholds, with the threshold: margins up to it are answered."""
     order = np.argsort([row.margin for row in rows], kind="stable")
     margins = np.array([row.margin for row in rows])[order]
     answered = np.array([worth(row.answer, row.references) for row in rows])[order]

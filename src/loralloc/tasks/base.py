@@ -82,27 +82,27 @@ class TaskData:
     metric: str
     """The metric to report first; one of those that an evaluation gives."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What the trainer's constructor is given: how batches are made, and metrics as a function of `Evaluated`."""
+    """Arguments of the trainer's constructor, such as the collator, and metrics as a function of `Evaluated`."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What the class of the trainer's arguments is given beyond what every task's is."""
+    """Training arguments that this task sets, beyond those of every task."""
     example_losses: Callable[[Evaluated], NDArray[np.floating]] | None = None
-    """The loss of every example of an evaluation, by which two runs can be told apart; None where there is none."""
+    """Returns the loss of every example of an evaluation, to compare two runs by; None if the task has none."""
     predictions: Callable[[Evaluated], list[dict[str, Any]]] | None = None
-    """What is predicted for every example of an evaluation, for people; None where nothing is."""
+    """Returns a readable prediction for every example of an evaluation; None if the task has none."""
     learned_validation: Dataset | None = None
-    """Validation examples as they are learned from, for methods that do; None where that is how they are evaluated."""
+    """Validation examples in the form of training examples, for methods that learn from them; None: `validation`."""
     also: Mapping[str, Dataset] = field(default_factory=dict)
     """More examples to evaluate on at the end, by name."""
     targets_apart: bool = False
-    """Whether the labels of an example are a sequence of their own, which a decoder writes, and not beside its ids."""
+    """Whether labels are a separate sequence that a decoder writes, instead of one label for each input id."""
     packed: Callable[[Dataset], int] = len
     """How many rows the trainer makes of some examples."""
     reference: Mapping[str, float] = field(default_factory=dict)
-    """Values of `metric` that need no training, on the test split, or the validation split without one."""
+    """Baselines: values of `metric` that need no training, on the test split or, without one, the validation split."""
     classes: Mapping[str, int] = field(default_factory=dict)
     """Training examples of every class, in the order of the model's outputs; empty where there are no classes."""
     again: Callable[[], PreTrainedModel] | None = None
-    """Loads the model once more, as it was; None where it was not loaded here."""
+    """Loads the pretrained model once more; None if it was not loaded here."""
 
     @property
     def greater_is_better(self) -> bool:
@@ -117,7 +117,7 @@ def evaluation_of(examples: Dataset, **settings: Any) -> TaskData:
 
 
 def length_of(examples: Dataset | IterableDataset) -> int | None:
-    """How many examples there are; None of a stream."""
+    """How many examples there are; None for a stream."""
     return len(examples) if isinstance(examples, Dataset) else None
 
 
@@ -142,7 +142,7 @@ def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value | None
         examples: Mappings with `labels`, `input_ids` and what else the tokenizer gave; at least one, all with
             the same keys.
         label: Type of `labels`; None where there are none.
-        columns: Types of what else is neither ids nor a mask.
+        columns: Types of further columns that are neither ids nor masks.
 
     Returns:
         The examples in memory, in the smallest fitting integer types.

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 Example = dict[str, list[int]]
 
 SHUFFLED = 1000
-"""Streamed examples among which the next one is drawn."""
+"""Size of the shuffle buffer for streamed examples."""
 
 
 def prepare(model: ModelSection, data: LanguageModelData, seed: int) -> TaskData:
@@ -99,7 +99,7 @@ def prepare_evaluation(
 
 
 class Encoder:
-    """Rows to examples of `input_ids` and `labels`, as a recipe says.
+    """Turns rows into examples of `input_ids` and `labels`, as a recipe says.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -124,7 +124,7 @@ class Encoder:
     def stream(self, seed: int) -> IterableDataset:
         """Tokenize the training rows while they are read, over and over.
 
-        Without an end, because a Trainer that resumes skips batches of one pass only.
+        The stream has no end, because a Trainer that resumes can skip batches of one pass only.
         """
 
         def examples() -> Iterator[Example]:
@@ -159,7 +159,7 @@ class Encoder:
         return len(pack_dataset(examples.select_columns(["input_ids", "labels"]), self._data.max_length, "bfd"))
 
     def trained_with(self) -> dict[str, Any]:
-        """What the trainer is given."""
+        """The fields of `TaskData` on the trainer: its arguments, options and metrics."""
         arguments: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
         if self._data.packing == "bfd":
             arguments = {"packing": True, "packing_strategy": "bfd", "eval_packing": False}
@@ -199,13 +199,13 @@ class Encoder:
 def tokenize_answers(
     tokenizer: PreTrainedTokenizerBase, pairs: Pairs, rows: Rows, chat: bool | None, name: str
 ) -> Iterator[Tokens]:
-    """Tokenize prompts with their answers, which are learned: as a chat of two turns, or as they are.
+    """Tokenize prompts with the answers to learn, as chats of two turns or as plain text.
 
     Args:
         tokenizer: The model's tokenizer.
         pairs: Prompts and answers.
         rows: Where they came from, for messages.
-        chat: Whether they become turns; None: where the tokenizer has a template.
+        chat: Whether they become turns of a chat; None: if the tokenizer has a template.
         name: Name of the model, for messages.
 
     Raises:
@@ -224,7 +224,7 @@ def as_chats(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[Tokens]:
-    """Tokenize texts, of which everything is learned; those without any are left out."""
+    """Tokenize texts; all of their tokens are learned. Blank texts are left out."""
     end = _end(tokenizer)
     for text in texts:
         if text.strip():
@@ -235,10 +235,10 @@ def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> 
 def tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], completions: Iterable[str]
 ) -> Iterator[Tokens]:
-    """Tokenize prompts with their completions, which are learned, as TRL does.
+    """Tokenize prompts with the completions to learn, as TRL does.
 
-    The completion begins with the first token that the prompt alone does not have: where the two have grown together,
-    the token that holds the end of the prompt is learned too.
+    The completion begins at the first token that differs from the tokens of the prompt alone: a token that holds both
+    the end of the prompt and the start of the completion is learned.
     """
     end, joined = _end(tokenizer), 0
     for prompt, completion in zip(prompts, completions, strict=True):

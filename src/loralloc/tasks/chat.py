@@ -1,8 +1,8 @@
-"""Chats to tokens, through the tokenizer's own template, and which of them the assistant writes.
+"""Render chats with the tokenizer's own template, tokenize them, and mark the tokens that the assistant writes.
 
-Where the assistant's turns are, a template says itself with `{% generation %}`; for the templates of common models TRL
-has copies that do. Of any other, the text before a turn is rendered alone: where that is how the whole chat begins,
-the turn begins behind it. A template for which it is not is refused, with the turn.
+A template may mark the assistant's turns with `{% generation %}`; of the templates of common models, TRL has copies
+that do. With any other template, the messages before a turn are rendered alone: if the whole chat begins with that
+text, the turn begins behind it. Otherwise the template is refused, with the turn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loralloc.tasks.conversations import Chat
 from loralloc.tasks.rows import Rows
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""The mark of a template that says itself which of its text the assistant writes."""
+"""The mark in a template before text that the assistant writes."""
 
 Tokens = tuple[list[int], list[bool]]
 """Ids, and for each whether to learn it."""
@@ -57,7 +57,7 @@ def tokenize_chats(
         tokenizer: A tokenizer that passed `check_template`.
         chats: The chats of `rows`.
         rows: Where they came from, for messages.
-        learn: Which of the assistant's turns are learned: all behind a chat's prompt, or the last one.
+        learn: Which of the assistant's turns are learned: all after the prompt of a chat, or only the last.
 
     Yields:
         The tokens of each chat.
@@ -69,7 +69,7 @@ def tokenize_chats(
     checked: set[str] = set()
     for i, chat in enumerate(chats):
         turns = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        answers = [n for n in turns if n >= max(chat.start, 1)]  # the first message of all answers nothing
+        answers = [n for n in turns if n >= max(chat.start, 1)]  # the first message is no answer
         try:
             text, places = turns_of(chat, answers[-1:] if learn == "last" else answers)
             _check_tools(render, chat, text, rows.place(i), checked)
@@ -86,13 +86,13 @@ Render = Callable[..., str]
 
 
 class _PrefixError(Exception):
-    """What comes before a turn is not how the whole chat begins."""
+    """The assistant's turns cannot be located in the rendered chat."""
 
 
 def _renderer(
     tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None
 ) -> tuple[Render, Callable[[Chat, list[int]], tuple[str, Turns]]]:
-    """A function that renders messages, and one that renders a chat and finds some of its last answers in it."""
+    """Return a function that renders messages, and one that renders a chat and locates given answers in the text."""
     template = _marked_template(tokenizer) or tokenizer.get_chat_template(tools=tools)
     special: dict[str, Any] = {**tokenizer.special_tokens_map}
 
@@ -103,8 +103,8 @@ def _renderer(
         return text
 
     def marked(chat: Chat, answers: list[int]) -> tuple[str, Turns]:
-        # Not the mask of `apply_chat_template`: where a turn ends with white space that no token holds, it learns all
-        # that follows, the user's turns too.
+        # The mask of `apply_chat_template` is not used: if a turn ends with white space that no token holds, it marks
+        # everything after the turn as the assistant's, including the user's turns.
         tools: Any = chat.tools
         rendered: Any = render_jinja_template(
             [chat.messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **special
@@ -123,7 +123,7 @@ def _renderer(
 
 
 def _marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """TRL's copy of the tokenizer's template, with marks; None where it has none, or none is needed."""
+    """TRL's copy of the tokenizer's template with marks; None if TRL has none, or the template has marks already."""
     try:
         return get_training_chat_template(tokenizer)
     except (ValueError, TemplateError):
@@ -131,7 +131,7 @@ def _marked_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _turn(render: Render, chat: Chat, whole: str, index: int) -> tuple[int, int]:
-    """Where one turn of the assistant stands in the text of the whole chat."""
+    """Where a turn of the assistant begins and ends in the text of the whole chat."""
     before = render(chat.messages[:index], chat.tools, answering=True)
     if not whole.startswith(before):
         earlier = index < len(chat.messages) - 1
@@ -149,7 +149,7 @@ def _turn(render: Render, chat: Chat, whole: str, index: int) -> tuple[int, int]
 
 
 def _check_system(chat: Chat, text: str, place: str, checked: set[str]) -> None:
-    """Refuse a system prompt that the template leaves out; the first chat with one tells."""
+    """Refuse a system prompt that the template leaves out; only the first chat with one is checked."""
     system = chat.messages[0]["content"].strip() if chat.messages[0]["role"] in ("system", "developer") else ""
     if system and "system" not in checked:
         checked.add("system")
@@ -161,7 +161,7 @@ def _check_system(chat: Chat, text: str, place: str, checked: set[str]) -> None:
 
 
 def _check_tools(render: Render, chat: Chat, text: str, place: str, checked: set[str]) -> None:
-    """Refuse tools, or calls of them, that the template leaves out; the first chat with any tells."""
+    """Refuse tools, or calls of them, that the template leaves out; only the first chat with any is checked."""
     if chat.tools and "tools" not in checked:
         checked.add("tools")
         if render(chat.messages) == render(chat.messages, chat.tools):

@@ -1,4 +1,4 @@
-"""Questions with choices, of which one is right: how the columns of a data set say so."""
+"""Read multiple-choice questions, with the right choice of each, from the columns of a data set."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Question:
 
     Attributes:
         prompt: Its text.
-        choices: What may be answered; at least two.
-        right: Which of them is right, from 0.
+        choices: The choices; at least two.
+        right: The index of the right choice, from 0.
     """
 
     prompt: str
@@ -61,20 +61,20 @@ def read_questions(rows: Rows, data: ChoiceData) -> list[Question]:
 
 
 def right_choice(answer: object, choices: Sequence[str], labels: Sequence[str]) -> int | None:
-    """Find the choice that an answer means: the first that fits of its label, text, number from 0, and letter.
+    """Find the choice that an answer names: by its label, or else its text, its number from 0, or its letter.
 
     Args:
-        answer: What the data say.
+        answer: The answer in the data.
         choices: The choices.
-        labels: Their labels; none where the data have none.
+        labels: Their labels; empty if the data have none.
 
     Returns:
-        Its place, from 0; None for what means none of them.
+        The index of the choice, from 0; None if the answer names none.
 
     >>> right_choice("B", ["no", "yes"], []), right_choice("2", ["no", "yes"], ["1", "2"])
     (1, 1)
     """
-    if isinstance(answer, float) and answer.is_integer():  # how pandas writes whole numbers beside a gap
+    if isinstance(answer, float) and answer.is_integer():  # pandas writes 1.0 for 1 if values are missing
         answer = int(answer)
     if not isinstance(answer, str | int):
         return None
@@ -97,7 +97,7 @@ def _read_choices(rows: Rows, named: str | list[str]) -> list[tuple[list[str], l
     columns = [words for words in named if is_template(words) or words in rows.columns]
     if not columns:  # the same choices for every question
         return [(list(named), [])] * len(rows)
-    texts = [read_texts(rows, words, "data.choices") for words in named]  # what is no column is refused there
+    texts = [read_texts(rows, words, "data.choices") for words in named]  # refuses names that are no columns
     return [([column[i] for column in texts], []) for i in range(len(rows))]
 
 

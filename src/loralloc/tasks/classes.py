@@ -1,4 +1,4 @@
-"""What a classifier is to learn: one class of several, any number of them, or a number."""
+"""What a classifier learns for each row: one class of several, any number of classes, or a number."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Goal:
     """What the head is to learn.
 
     Attributes:
-        problem: Which problem it is.
-        targets: One target per row, for each split: the number of a class, one number 0 or 1 per class, or a number.
+        problem: The problem, as transformers calls it.
+        targets: One target per row, for each split: the index of a class, a 0 or 1 for each class, or a number.
         names: The classes, in the order of the outputs; none in a regression.
         classes: Training rows of every class.
         reference: The accuracy of always answering the training data's most frequent class.
@@ -49,11 +49,11 @@ class Goal:
 
 
 def read_goal(data: ClassificationData, seed: int) -> tuple[Splits, Goal]:
-    """Read the rows of a run, and what is to be learned of them.
+    """Read the rows of a run and the targets to learn.
 
     Args:
-        data: The recipe's data section. Lists in the column of labels are several labels a row.
-        seed: Seed of the validation cut, in which every class has its share.
+        data: The recipe's data section. If the label column holds lists, rows have several labels.
+        seed: Seed of the validation cut, which is stratified by class.
 
     Raises:
         UserError: The data are at fault.
@@ -125,7 +125,7 @@ def _holds_lists(rows: Rows, column: str) -> bool:
 
 
 def _groups(rows: Rows, column: str) -> list[str]:
-    """By what a validation cut is stratified; several labels are too many kinds of rows for that."""
+    """The groups by which a validation cut is stratified; rows with several labels are not stratified."""
     return [""] * len(rows) if _holds_lists(rows, column) else label_names(rows, column)
 
 
@@ -207,7 +207,7 @@ def label_sets(rows: Rows, column: str) -> list[list[str]]:
 
 
 def _numbered_classes(rows: Rows, column: str) -> list[str]:
-    """The names of classes that a Hub data set numbers, also in lists; none where it does not."""
+    """The class names of a column whose classes a Hub data set numbers, also in lists; empty for other columns."""
     kind = rows.records.features.get(column) if isinstance(rows.records, Dataset) else None
     kind = getattr(kind, "feature", kind)
     return kind.names if isinstance(kind, ClassLabel) else []
@@ -219,7 +219,7 @@ def _name(label: object, classes: Sequence[str] = ()) -> str | None:
         return classes[label]
     if isinstance(label, bool):
         return str(label).lower()
-    if isinstance(label, float) and label.is_integer():  # how pandas writes whole numbers beside a gap
+    if isinstance(label, float) and label.is_integer():  # pandas writes 1.0 for 1 if values are missing
         return str(int(label))
     return str(label) if isinstance(label, int) or (isinstance(label, str) and label.strip()) else None
 

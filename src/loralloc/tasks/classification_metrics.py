@@ -1,4 +1,4 @@
-"""What a classifier's answers are worth: metrics, the loss of every row, and the answers themselves, by problem."""
+"""Metrics, the loss of every row, and readable predictions of a classifier, by problem."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
         prediction: Logits `[n, classes]` and targets `[n]`.
 
     Returns:
-        `accuracy`, `macro_f1`, `matthews` and, of two classes, `f1`: that of the second one, as GLUE has it.
+        `accuracy`, `macro_f1`, `matthews` and, with two classes, `f1` of the second one, as in GLUE.
     """
     logits, target = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    # Where a logit is not a number, argmax gives its place: a broken model would predict some class.
+    # argmax returns the place of a NaN: without this, a broken model would predict some class.
     predicted = np.where(np.isnan(logits).any(axis=-1), -1, logits.argmax(axis=-1))
     found = {
         "accuracy": metrics.accuracy(predicted, target),
@@ -68,11 +68,11 @@ def example_losses(prediction: EvalPrediction) -> NDArray[np.floating]:
 
 
 def predictions(prediction: EvalPrediction, names: Mapping[Any, str]) -> list[dict[str, Any]]:
-    """What is predicted for every example: class or classes with all probabilities, or the number of a regression.
+    """Describe the prediction for every example: class or classes with all probabilities, or a regression's number.
 
     Args:
         prediction: Outputs and targets.
-        names: The classes by their numbers.
+        names: The names of the classes by their indices.
     """
     outputs, target = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
     if target.ndim == 2:
@@ -126,7 +126,7 @@ def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Judge:
-    """How the answers to a problem are judged.
+    """How predictions for a problem are judged.
 
     Attributes:
         metric: The first metric.

@@ -1,4 +1,4 @@
-"""Chats as people keep them, turned into the messages that chat templates take.
+"""Turn chats in common formats into the messages that chat templates take.
 
 | form | example |
 |---|---|
@@ -6,7 +6,7 @@
 | ShareGPT | `[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]` |
 
 The content of a message may be a list of parts of text. An assistant's message may call tools instead of saying
-something. What Arrow adds, keys that are null in a row because another row has them, is taken out again.
+something. Null keys are removed: Arrow adds them to a row if another row has the key.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Chat:
     Attributes:
         messages: What was said, up to the assistant's last turn.
         tools: JSON schemas of the tools that the assistant may call; None for none.
-        start: The first message that may be learned; those before are a prompt.
+        start: The index of the first message that may be learned; earlier messages are the prompt.
     """
 
     messages: list[Message]
@@ -63,7 +63,7 @@ def read_chats(rows: Rows, column: str, tools: str | None = None) -> list[Chat]:
         One chat per row, each ending with a turn of the assistant.
 
     Raises:
-        UserError: No such column, or a row that is no chat or has nothing that the assistant says.
+        UserError: No such column, or a row that is no chat or has no turn of the assistant.
     """
     offered = read_tools(rows, tools)
     chats = []
@@ -149,7 +149,7 @@ def _from_sharegpt(message: Message, where: str) -> Message:
 
 
 def _text(content: Any, where: str) -> str | None:
-    """One text of a content that may be a list of parts."""
+    """Join a content, which may be a list of parts, into one text."""
     if content is None or isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
@@ -162,7 +162,7 @@ def _text(content: Any, where: str) -> str | None:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A call of a tool, its arguments as a mapping: templates write them as JSON themselves."""
+    """Read a call of a tool, with its arguments as a mapping: templates turn them into JSON themselves."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(
@@ -180,7 +180,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Take the keys that are null out of mappings, however deep.
+    """Remove keys that are null from mappings, at any depth.
 
     >>> without_nulls({"city": "Rome", "unit": None, "days": [{"n": 1, "m": None}]})
     {'city': 'Rome', 'days': [{'n': 1}]}
@@ -191,7 +191,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _from_json(text: str) -> Any:
-    """The value of a JSON text; the text itself where it is none."""
+    """Parse JSON; return the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:

@@ -5,7 +5,7 @@
 | `.jsonl`, `.json` | one JSON object a line; a `.json` file may also be one list of objects |
 | `.csv`, `.tsv` | a header, then one record each; values are texts |
 | `.parquet` | the rows of the table |
-| `.txt` | documents parted by blank lines, in the column `text` |
+| `.txt` | documents separated by blank lines, in the column `text` |
 | `hub:NAME[/CONFIG][@SPLIT]` | a data set of the Hugging Face Hub |
 | `demo:docstrings[@SPLIT]` | docstrings of Python's standard library: `train`, `validation` or `test` |
 
@@ -43,7 +43,7 @@ STREAMED: Mapping[str, Callable[[str, Path], Iterable[Any]]] = {
     ".tsv": stream_table,
     ".parquet": lambda source, path: load_dataset("parquet", data_files=str(path), split="train", streaming=True),
 }
-"""Files that can be streamed. Text is read here: `datasets` takes 2020-01-01 for a date, and NA for no value."""
+"""Readers of files that can be streamed. Not `datasets` for text: it takes 2020-01-01 for a date, NA for missing."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Splits:
     """The rows of a run."""
 
     train: Rows | None
-    """None where they are streamed."""
+    """None if they are streamed."""
     validation: Rows
     test: Rows | None
 
     def all(self) -> Iterator[Rows]:
-        """Go through the splits there are."""
+        """Yield the splits that exist: training, validation, test."""
         if self.train is not None:
             yield self.train
         yield self.validation
@@ -65,7 +65,7 @@ class Splits:
 
 
 def load_splits(sources: Sources, seed: int, groups: Callable[[Rows], Sequence[Hashable]] | None = None) -> Splits:
-    """Read the rows of a run, cutting the validation rows off where the recipe gives a share.
+    """Read the rows of a run; if the recipe gives a validation share, it is cut off the training rows.
 
     Args:
         sources: The recipe's data section.
@@ -131,7 +131,7 @@ def _open_stream(source: str) -> Iterable[Any]:
 
 
 def _explained(source: str, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Go through rows; what `datasets` says of one that is damaged becomes one sentence."""
+    """Yield rows; an error of `datasets` about a damaged row becomes one sentence."""
     with _loading(source, None):
         yield from rows
 
@@ -170,7 +170,7 @@ def _read_demo(source: str) -> Rows:
 def _read_hub(source: str) -> Rows:
     repository, config, part = hub_data(source)
     if not is_offline_mode() and not is_reachable(repository, "dataset"):
-        # Without the variable, `datasets` would try for long before it looks into its cache.
+        # Without HF_HUB_OFFLINE, `datasets` would retry for long before it looks into its cache.
         raise UserError(f"{source}: {out_of_reach()} HF_HUB_OFFLINE=1 uses what was downloaded before.")
     with _loading(source, config):
         return rows_of_dataset(source, load_dataset(repository, config, split=part))
@@ -189,7 +189,7 @@ def _loading(source: str, config: str | None) -> Iterator[None]:
 
 
 def _why(error: Exception) -> str:
-    """What `datasets` says, on one line; an error while it prepares the rows has its reason in its cause."""
+    """The error message of `datasets` on one line; if preparing the rows failed, the cause has the reason."""
     told = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
     return shorten(" ".join(str(told).split()), 300).rstrip(".")
 

@@ -2,8 +2,8 @@
 
 Real text that every Python carries, so the demo downloads nothing. The sources are parsed, never imported. To
 make it a question of meaning, names that give the area away are masked: the names of the area's modules, the
-classes and functions defined in the docstring's own module, and the words of the area's name. Modules are the
-unit of the split: what is tested was written elsewhere than what is learned.
+classes and functions defined in the docstring's own module, and the words of the area's name. The split is by
+module, so that test docstrings come from other modules than training docstrings.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ AREA_COUNT = 8
 MINIMUM_WORDS = 8
 """Docstrings with fewer words left after masking say too little."""
 MODULE_LIMIT = 100
-"""Most docstrings of one module, or a few giants would be the area."""
+"""Most docstrings of one module: otherwise a few huge modules would dominate an area."""
 HELD_OUT_LIMIT = 45
-"""Modules with more docstrings are trained on: a held-out split should come from many modules."""
+"""Modules with more docstrings go to the training split, so that held-out splits come from many modules."""
 LIMITS = {"test": 75, "validation": 60, "train": 450}
 """Most docstrings of one area in each split."""
 SHARES = {"test": 0.2, "validation": 0.15}
-"""Most of the smallest area in each held-out split: these have the same number of every area."""
+"""Largest share of the smallest area in each held-out split; all areas give such a split the same number."""
 MASK = "_"
 
 Row = dict[str, str]
@@ -115,7 +115,7 @@ def _sources(library: Path, top: str) -> Iterator[tuple[str, Path]]:
 
 
 def _docstrings(path: Path, common: set[str]) -> Iterator[str]:
-    """Read the docstrings of a module that still say something once the telling names are masked."""
+    """Yield the docstrings of a module that keep enough words once names that give the area away are masked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library has old escapes that newer Pythons frown upon
         tree = ast.parse(path.read_bytes())
@@ -132,7 +132,7 @@ def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield child
-        if not isinstance(child, ast.expr):  # most of a tree, and without definitions
+        if not isinstance(child, ast.expr):  # expressions, most of a tree, hold no definitions
             yield from _definitions(child)
 
 
@@ -179,7 +179,7 @@ def _largest_areas(areas: Mapping[str, Modules]) -> dict[str, Modules]:
 def _split_area(
     modules: Modules, quotas: Mapping[str, int], generator: random.Random
 ) -> dict[str, list[tuple[str, str]]]:
-    """Deal the modules of one area out, each to one split."""
+    """Assign each module of an area to one split."""
     names = list(modules)
     generator.shuffle(names)
     waiting = [name for name in names if len(modules[name]) <= HELD_OUT_LIMIT]

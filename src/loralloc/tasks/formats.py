@@ -1,7 +1,7 @@
-"""Files of rows, in every format of `locations.READABLE`: what is damaged is refused with file, place and reason.
+"""Read files in every format of `locations.READABLE`; damaged files are refused with file, place and reason.
 
-A column that the recipe does not use is no reason to refuse a file: what is wrong with one is remembered, and said
-when somebody asks for it. The form of every row is checked, whatever the columns.
+A fault in a column that the recipe does not use is no reason to refuse a file: it is stored, and reported when the
+column is read. The form of every row is checked, whatever its columns.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _parse_json(text: str) -> Any:
         RecursionError: It is nested too deeply.
     """
     value = json.loads(text, object_pairs_hook=_unique)
-    json.dumps(value, ensure_ascii=False).encode()  # JSON may escape half a character: no tokenizer takes it
+    json.dumps(value, ensure_ascii=False).encode()  # JSON may escape a lone surrogate, which no tokenizer takes
     return value
 
 
@@ -144,7 +144,7 @@ def _json_line(source: str, number: int, line: str) -> dict[str, Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[str]]:
-    """A text file, packed or not."""
+    """Open a text file, packed with gzip or not."""
     if path.suffix == ".gz":
         with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as packed:
             yield packed
@@ -226,9 +226,9 @@ def _read_table(source: str, path: Path, delimiter: str) -> Rows:
 
 
 def _by_name(header: Sequence[str]) -> tuple[list[int], dict[str, str]]:
-    """Return the places of the columns that have a name of their own, and why the other names cannot be read.
+    """Return the indices of the columns with a unique name, and for each name that is not unique the reason.
 
-    A column without a name, such as the index that pandas writes, is none that a recipe could name.
+    A column without a name, such as the index that pandas writes, is left out: a recipe cannot name it.
     """
     counts = Counter(header)
     kept = [i for i, name in enumerate(header) if name.strip() and counts[name] == 1]
@@ -240,7 +240,7 @@ def _by_name(header: Sequence[str]) -> tuple[list[int], dict[str, str]]:
 
 
 def _check_delimiter(source: str, header: Sequence[str], delimiter: str) -> None:
-    """Refuse a table whose single column is several, parted by another character than the format's."""
+    """Refuse a table that seems to have one column because its columns are separated by another character."""
     if len(header) != 1:
         return
     found = [other for other in _SEPARATORS if other != delimiter and other in header[0]]
@@ -281,7 +281,7 @@ def _read_parquet(source: str, path: Path) -> Rows:
 
 
 def _rows_of_arrow(source: str, table: pyarrow.Table) -> Rows:
-    """Keep the columns that can be read; the others matter only where a recipe names them."""
+    """Keep the columns that can be read; the others are an error only if a recipe names them."""
     kept, unreadable = _by_name(table.column_names)
     for index in list(kept):
         field = table.schema.field(index)

@@ -1,4 +1,4 @@
-"""Which columns a source has, and what they make: texts, pairs of a prompt and an answer, or chats."""
+"""Recognise the columns of a source, and read them as texts, pairs of a prompt and an answer, or chats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALPACA = "{instruction}\n\n{input}"
 
 @dataclass(frozen=True)
 class Texts:
-    """Plain texts, of which everything is learned."""
+    """Plain texts; all tokens are learned."""
 
     texts: list[str]
 
@@ -35,7 +35,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Chats:
-    """Chats, of which the assistant's turns are learned."""
+    """Chats; the assistant's turns are learned."""
 
     chats: list[Chat]
 
@@ -72,7 +72,7 @@ def read_form(rows: Rows, columns: Columns) -> Form:
             conversations (ShareGPT), prompt and completion, instruction, input and output (Alpaca), text.
 
     Raises:
-        UserError: No such column, none that is known, or a row that cannot be read.
+        UserError: No such column, no column with a common name, or a row that cannot be read.
     """
     named = {key: getattr(columns, key) for key in ("text", "prompt", "completion", "messages")}
     if not any(named.values()):
@@ -89,7 +89,7 @@ def read_form(rows: Rows, columns: Columns) -> Form:
 
 
 def _recognised(rows: Rows) -> dict[str, str]:
-    """The keys of a recipe that fit the columns there are."""
+    """The keys of a recipe that fit common names among the columns."""
     has = set(rows.columns).issuperset
     for name in ("messages", "conversations"):
         if has({name}):
@@ -131,7 +131,7 @@ def _holds_chats(rows: Rows, column: str) -> bool:
 
 
 def _messages(rows: Rows, column: str, key: str) -> list[list[dict[str, Any]]]:
-    """A column of chats; a text is one message of the assistant."""
+    """Read a column of chats; a text counts as one message of the assistant."""
     values = rows.values(column, key)
     where = [f'{rows.place(i)}: column "{column}" ({key})' for i in range(len(rows))]
     return [

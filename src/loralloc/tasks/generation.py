@@ -1,8 +1,8 @@
-"""What a model writes: answers to held-out prompts, and what they are worth.
+"""Generate answers to held-out prompts, and score them.
 
-Of a causal language model, prompts and references come from tokenized examples: what stands before the first learned
-token is the prompt, what is learned up to the next context is the reference. Of an encoder with a decoder, they are its
-sources and targets, and its trainer lets it write. Examples with the same prompt are one, with several references.
+For a causal language model, prompts and references come from tokenized examples: the prompt is what stands before the
+first learned token, the reference what is learned up to the next context. For an encoder with a decoder, they are its
+sources and targets, and its trainer generates. Examples with the same prompt are joined to one with several references.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Prompt:
     Attributes:
         ids: Its tokens.
         text: Its text, special tokens left out.
-        references: What may be answered, at least one.
+        references: The accepted answers, at least one.
     """
 
     ids: tuple[int, ...]
@@ -72,7 +72,7 @@ class Generation:
     Attributes:
         prompts: What it was asked.
         answers: What it has answered.
-        metrics: What that is worth.
+        metrics: Their scores, by name.
     """
 
     prompts: list[Prompt]
@@ -89,13 +89,13 @@ def read_prompts(
         examples: Mappings with `input_ids` and `labels`.
         tokenizer: The model's tokenizer.
         count: Prompts to take, the first ones; None for all.
-        max_length: The length that examples are cut to: what may have lost the end of its answer is left out.
+        max_length: The length that examples are cut to; an example that may have lost its answer's end is left out.
 
     Returns:
         The prompts, each once, in the order of the examples.
 
     Raises:
-        UserError: Everything is learned: there is no prompt to answer. Or every example may have been cut.
+        UserError: There is no prompt, because all tokens are learned; or every example may have been cut.
     """
     references: dict[tuple[int, ...], list[str]] = {}
     for example in examples:
@@ -139,9 +139,9 @@ def generate(
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
         prompts: What to answer.
-        settings: How; a temperature of 0 takes the likeliest token, without chance.
-        batch_size: Prompts at a time; those of like length go together.
-        told: Is given the number of answers there are after each batch.
+        settings: How to generate; a temperature of 0 takes the likeliest token.
+        batch_size: Prompts at a time; prompts of similar length share a batch.
+        told: Called after each batch with the number of answers so far.
 
     Returns:
         One answer a prompt, in their order.
@@ -163,7 +163,7 @@ def generate(
 def generation_config(
     model: Any, tokenizer: PreTrainedTokenizerBase, settings: GenerateSection, prompt: int
 ) -> GenerationConfig:
-    """Say how to generate; what this leaves open is the model's own, such as the token that a decoder starts with.
+    """Make the generation settings; those not set here are the model's own, such as the decoder's start token.
 
     Args:
         model: The model.
@@ -175,7 +175,7 @@ def generation_config(
     return GenerationConfig(
         max_new_tokens=most,
         min_new_tokens=min(settings.min_new_tokens, most) or None,
-        min_length=0,  # BART models for summaries bring one of their own
+        min_length=0,  # BART models for summaries set one themselves
         num_beams=settings.num_beams,
         length_penalty=settings.length_penalty,
         no_repeat_ngram_size=settings.no_repeat_ngram_size,
@@ -189,10 +189,12 @@ def generation_config(
 
 
 def room(model: Any, prompt: int) -> int:
-    """Tokens that a model has positions for behind a prompt; a decoder beside an encoder has but its first token there.
+    """The most tokens of an answer that a model has positions for.
+
+    A decoder alone spends positions on the prompt; a decoder with an encoder spends one, on its start token.
 
     Raises:
-        UserError: The prompt takes all of them.
+        UserError: No position is left for an answer.
     """
     there = positions(model.config, "decoder")
     before = 1 if model.config.is_encoder_decoder else prompt
@@ -258,7 +260,7 @@ def score(
 
 
 def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]], after: str | None) -> dict[str, float]:
-    """Share of the answers that equal a reference, from the last marker on; an answer without the marker equals none.
+    """Share of the answers that equal a reference after the last marker; an answer without the marker is wrong.
 
     >>> exact_match(["6 * 7 = 42 #### 1,042", "42"], [["#### 1042"], ["#### 42"]], "####")
     {'exact_match': 0.5}
@@ -285,7 +287,7 @@ def final_answer(text: str, after: str | None) -> str | None:
 def _bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     import sacrebleu
 
-    # `force` alone keeps it from warning of texts that are written in tokens, which is how some data are.
+    # Without `force`, it warns about texts that look tokenized, as some data do.
     return {"bleu": sacrebleu.corpus_bleu(answers, _streams(references), force=True).score}
 
 

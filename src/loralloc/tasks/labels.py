@@ -8,9 +8,9 @@ import unicodedata
 from collections.abc import Mapping
 
 SHOWN = 8
-"""Classes named one by one; of more, the rarest is named too, because a slip of the pen is rare."""
+"""Classes named one by one; if there are more, the rarest is named too, because misspelt labels are rare."""
 LENGTH = 40
-"""Characters shown of a class."""
+"""Characters shown of a class's name."""
 
 _NUMBER = re.compile(r"([-+]?)0*(\d+?)(?:\.(\d*?)0*)?")
 
@@ -85,7 +85,7 @@ def _locating(classes: Mapping[str, int], group: list[str]) -> str:
 
 
 def _essence(name: str) -> str:
-    """What is left of a name without blanks around it, case, invisible characters and zeros that mean nothing."""
+    """Normalise a name: without case, surrounding or repeated blanks, invisible characters and redundant zeros."""
     text = unicodedata.normalize("NFKC", name).casefold()
     text = "".join(character for character in text if unicodedata.category(character) != "Cf")
     text = " ".join(text.split())
@@ -96,6 +96,6 @@ def _essence(name: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """A class in quotes, short, with what cannot be seen written as its code."""
+    """Quote a class, shortened, with invisible characters escaped."""
     text = name if len(name) <= LENGTH else f"{name[: LENGTH - 3]}..."
     return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + '"'

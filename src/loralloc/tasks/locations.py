@@ -1,4 +1,4 @@
-"""Where a recipe's data and model are: everything that names and paths tell without reading a file.
+"""Locate a recipe's data and model by names and paths alone, without reading a file.
 
 Standard library only, so that a wrong path is refused before torch is imported.
 """
@@ -24,7 +24,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){0,2}(?:@\S+)?")
 _HUB_ADDRESS = re.compile(
     r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|(?:hub|hf|huggingface)\s*:(?://)?)\s*(?:datasets/)?", re.I
 )
-"""Other ways to write that a name is the Hub's."""
+"""Other prefixes by which users say that a name is the Hub's."""
 
 
 class Weighted(Protocol):
@@ -89,7 +89,7 @@ def train_sources(sources: Sources) -> list[str]:
 
 
 def check_source(source: str) -> None:
-    """Refuse a source that its name and the file system tell to be wrong; nothing is read.
+    """Refuse a source whose name is malformed or whose file is missing; nothing is read.
 
     Args:
         source: A file, `hub:NAME[/CONFIG][@SPLIT]` or `demo:docstrings[@SPLIT]`.
@@ -140,7 +140,7 @@ def extension(path: Path) -> str:
 
 
 def _meant(source: str, path: Path) -> str:
-    """What somebody most likely meant who named a file that does not exist."""
+    """Suggest what was most likely meant by the name of a file that does not exist."""
     siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     longer = [name for name in siblings if name.startswith(f"{path.name}.")]  # the extension was left out
     if found := closest(longer[0] if longer else path.name, siblings) or closest(
@@ -158,7 +158,7 @@ def _meant(source: str, path: Path) -> str:
 
 
 def _on_the_hub(text: str) -> str | None:
-    """The name by which the Hub knows what was written as an address or without hub:, None for what cannot be one."""
+    """The name on the Hub of a source written as an address or without hub:; None if it cannot be on the Hub."""
     address = _HUB_ADDRESS.match(text)
     name = text[address.end() :].strip("/ ") if address else text
     if address and "://" in text:  # whatever follows OWNER/NAME is a page or a file of it
@@ -167,7 +167,7 @@ def _on_the_hub(text: str) -> str | None:
 
 
 def hub_data(source: str) -> HubData:
-    """Take the name of a data set on the Hub apart.
+    """Split the name of a data set on the Hub into repository, configuration and split.
 
     Args:
         source: `hub:NAME[/CONFIG][@SPLIT]`; NAME may be OWNER/NAME.
@@ -183,7 +183,7 @@ def hub_data(source: str) -> HubData:
 
 
 def demo_split(source: str) -> str:
-    """Tell the split of the demo's data.
+    """Return the split that a source of demo data names.
 
     Args:
         source: `demo:docstrings[@SPLIT]`.
@@ -253,7 +253,7 @@ def _demo_folder(name: str) -> Path:
 def _check_model(name: str, folder: Path) -> None:
     adapted = (folder / "adapter_config.json").exists()
     if (folder / "config.json").is_file():
-        if adapted:  # transformers would load it too, whatever it is
+        if adapted:  # transformers would load the adapter too
             raise UserError(
                 f"model.name: {name} holds a PEFT adapter beside the model. Move adapter_config.json elsewhere, or "
                 "merge the adapter into the model."

@@ -1,7 +1,7 @@
 """Metrics, as pure functions of numpy arrays.
 
 A metric that is undefined because everything is constant is 0, as in scikit-learn: a constant tells nothing.
-A value that is not finite makes a regression metric not a number.
+A correlation is NaN if any value is not finite.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def accuracy(predicted: Ints, target: Ints) -> float:
 
 
 def f1(predicted: NDArray[np.bool_], target: NDArray[np.bool_]) -> float:
-    """2·TP / (2·TP + FP + FN) of what is true or not; 0 where nothing is.
+    """F1 of boolean predictions, 2·TP / (2·TP + FP + FN); 0 if nothing is true in either.
 
     >>> f1(np.array([True, True, False]), np.array([True, False, False]))
     0.6666666666666666
@@ -95,7 +95,8 @@ def cross_entropy(logits: Floats, target: Ints) -> Floats:
 def paired_difference(first: Floats, second: Floats) -> tuple[float, float, float]:
     """Mean difference of two runs' losses of the same examples, with its 95 % interval.
 
-    What makes an example hard for both runs cancels, so that far smaller differences show than between two means.
+    What makes an example hard for both runs cancels out, so that far smaller differences are visible than between the
+    means of two runs.
 
     Args:
         first: Losses of one run, [n], n at least 2.

@@ -1,9 +1,9 @@
 """Multiple choice by likelihood: of several answers to a question, the one that a causal model finds the likeliest.
 
-Training is on the right answers alone, as on prompts with completions (see `causal_lm`). An evaluation computes every
+Training is on the right answers alone, as on prompts with completions (see `causal_lm`). An evaluation scores every
 choice of every question and takes the likeliest: by the sum of its tokens' log-probabilities, by their mean, or by the
-sum for each character, which long answers are not punished by. The end of the turn, or of the text, is learned, and not
-part of what is compared.
+sum per character, which does not put long answers at a disadvantage. The end of the turn, or of the text, is learned,
+but is no part of the score.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def prepare_evaluation(
 
 
 def _trained_with(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the trainer is given."""
+    """The fields of `TaskData` on the trainer: its arguments, options and metrics."""
     return {
         "arguments": {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None},
         "options": {"processing_class": tokenizer, "compute_metrics": choice_metrics},
@@ -134,7 +134,7 @@ def _tokens(
     data: LikelihoodChoiceData,
     name: str,
 ) -> Iterator[Tokens]:
-    """Tokenize questions with a choice each; outside of a chat, a space stands between them where there is none."""
+    """Tokenize pairs of a question and a choice; without a chat template, a space is put between them if need be."""
     apart = not as_chats(tokenizer, data.chat)
     answers = [f" {choice}" if apart and not prompt[-1].isspace() else choice for prompt, choice in pairs]
     return tokenize_answers(tokenizer, Pairs([prompt for prompt, _ in pairs], answers), rows, data.chat, name)
@@ -152,13 +152,13 @@ def _judged(tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> Ite
 
 
 def scores(evaluated: Evaluated) -> dict[str, list[NDArray[np.floating]]]:
-    """What the choices of every question are compared by.
+    """The scores by which the choices of every question are compared.
 
     Args:
         evaluated: Sums of every choice, [n, 3] (loss, tokens, hits), with columns `question` and `choice`.
 
     Returns:
-        By the name of the accuracy: one array a question, the greater the likelier.
+        By the name of the accuracy metric: one array of scores per question; the greatest is the likeliest choice.
     """
     losses, tokens = np.asarray(evaluated.predictions, dtype=np.float64)[:, :2].T
     characters = np.array([len(choice) for choice in evaluated.examples["choice"]])
@@ -167,12 +167,12 @@ def scores(evaluated: Evaluated) -> dict[str, list[NDArray[np.floating]]]:
 
 
 def _by_question(values: NDArray[Any], evaluated: Evaluated) -> list[NDArray[Any]]:
-    """Part what is known of every choice by the questions."""
+    """Split values of all choices into one array per question."""
     return np.split(values, np.flatnonzero(np.diff(evaluated.examples["question"])) + 1)
 
 
 def _right(evaluated: Evaluated) -> list[int]:
-    """The right choice of every question."""
+    """The index of the right choice of every question."""
     return [int(right.argmax()) for right in _by_question(np.array(evaluated.examples["right"]), evaluated)]
 
 
@@ -204,7 +204,7 @@ def example_losses(evaluated: Evaluated) -> NDArray[np.floating]:
 
 
 def predictions(evaluated: Evaluated) -> list[dict[str, Any]]:
-    """Of every question the prompt, the right choice, the likeliest one, and the log-probability of each."""
+    """For every question: the prompt, the right choice, the likeliest one, and the log-probability of each choice."""
     rows, at = [], 0
     for sums, right in zip(scores(evaluated)["accuracy"], _right(evaluated), strict=True):
         choices = evaluated.examples["choice"][at : at + len(sums)]

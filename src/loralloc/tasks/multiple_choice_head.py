@@ -76,11 +76,11 @@ def prepare_evaluation(
 
 
 SHOWN = ["prompt", "choices"]
-"""Columns of examples that are for people."""
+"""Columns of examples that are shown in predictions and do not go into the model."""
 
 
 def _trained_with(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the trainer is given."""
+    """The fields of `TaskData` on the trainer: its options and metrics."""
     collator = DataCollatorForMultipleChoice(tokenizer)
     options = {"data_collator": collator, "preprocess_logits_for_metrics": first_output}
     return {
@@ -92,7 +92,7 @@ def _trained_with(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _check_counts(rows: Rows, questions: Sequence[Question], count: int) -> None:
-    """Refuse questions with unlike numbers of choices: a batch of them is one tensor.
+    """Refuse questions with different numbers of choices: a batch of questions is one tensor.
 
     Raises:
         UserError: With the first question that differs.
@@ -151,7 +151,7 @@ def choice_metrics(evaluated: Evaluated) -> dict[str, float]:
 
 
 def predictions(evaluated: Evaluated) -> list[dict[str, Any]]:
-    """Of every question the prompt, the right choice, the one chosen, and the probability of each."""
+    """For every question: the prompt, the right choice, the one chosen, and the probability of each choice."""
     scores = np.asarray(evaluated.predictions, dtype=np.float64)
     shares = np.exp(scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True))
     rows = zip(evaluated.examples["prompt"], evaluated.examples["choices"], shares, evaluated.label_ids, strict=True)

@@ -1,8 +1,8 @@
-"""Preference learning (DPO, arXiv 2305.18290): of two answers to a prompt the better one, with TRL's DPOTrainer.
+"""Preference learning (DPO, arXiv 2305.18290): learn the better of two answers to a prompt, with TRL's DPOTrainer.
 
 Prompts and answers are texts or chats; where the model has a chat template, texts become turns of a chat
-(`data.chat`). Without a prompt, what both answers begin with is the prompt. The reference model is the base model:
-the adapter is switched off for it.
+(`data.chat`). Without a prompt column, the common beginning of both answers is the prompt. The reference model is the
+base model: the adapter is switched off for it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def prepare_evaluation(
 
 
 def _trained_with(tokenizer: PreTrainedTokenizerBase, data: PreferenceData) -> dict[str, Any]:
-    """What the trainer is given."""
+    """The fields of `TaskData` on the trainer: its arguments, options and metric."""
     options = {"processing_class": tokenizer}
     return {"metric": "loss", "options": options, "arguments": {"max_length": data.max_length}}
 
@@ -133,10 +133,11 @@ def _read_side(rows: Rows, words: str, key: str) -> Side:
 
 
 def _answers_alone(sides: Mapping[str, list[list[Message]]], rows: Rows) -> dict[str, Side]:
-    """Take the prompt off answers that are whole chats; what is left begins with the assistant.
+    """Remove the prompt from answers that are whole chats, so that they begin with the assistant.
 
     Raises:
-        UserError: Both answers do not begin with the prompt, or with anything in common.
+        UserError: An answer begins neither with the prompt nor with the assistant; or there is no prompt, and both
+            answers have no common beginning.
     """
     prompts, answers = [], {key: [] for key in ("chosen", "rejected")}
     for i, pair in enumerate(zip(sides["chosen"], sides["rejected"], strict=True)):

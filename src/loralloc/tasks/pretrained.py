@@ -48,7 +48,7 @@ PICKLES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that was found."""
+    """Where a model was found, and how to load it."""
 
     name: str
     """As the recipe names it."""
@@ -65,12 +65,12 @@ class Checkpoint:
 
     @property
     def reads_pickles(self) -> bool:
-        """Whether the recipe lets weights be pickles."""
+        """Whether the recipe allows pickled weights."""
         return self.load.get("use_safetensors") is False
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options common to all `from_pretrained`."""
+        """Arguments of `from_pretrained` for configuration, tokenizer and weights alike."""
         place = {name: value for name, value in self.load.items() if name in FROM_THE_HUB}
         return {"trust_remote_code": self.trust_remote_code, "local_files_only": self.local_only, **place}
 
@@ -85,8 +85,8 @@ def locate(section: ModelSection) -> Checkpoint:
         Where to load it from.
 
     Raises:
-        UserError: The folder is missing or holds no model, or the Hub has no such model, or what would quantise it is
-            not installed.
+        UserError: The folder is missing or holds no model, or the Hub has no such model, or the package that would
+            quantise it is not installed.
     """
     check_load_in(section.load_in)
     name, folder = section.name, model_folder(section.name)
@@ -100,7 +100,7 @@ def locate(section: ModelSection) -> Checkpoint:
 
 @contextmanager
 def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn the many errors of `from_pretrained` into one that names the model and the cure; pickles are refused."""
+    """Turn the errors of `from_pretrained` into one that names model and cure; refuse pickles that are not allowed."""
     try:
         with only_tensors_unpickled() if checkpoint.reads_pickles else nothing_unpickled(PICKLES):
             yield
@@ -127,7 +127,7 @@ def _loading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _cure(reason: str, checkpoint: Checkpoint) -> str:
-    """What helps against the failures whose own words do not say."""
+    """A remedy for failures whose messages do not name one."""
     if "trust_remote_code" in reason and not checkpoint.trust_remote_code:
         return " If you trust its code, set model.trust_remote_code: true."
     if re.search(r"(no|a) file named model\.(\S+\.)?safetensors", reason) and not checkpoint.reads_pickles:
@@ -148,7 +148,7 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         Its configuration.
 
     Raises:
-        UserError: It cannot be loaded, or is of weights that are quantised already, where they are to be quantised.
+        UserError: It cannot be loaded, or the weights that are to be quantised are quantised already.
     """
     with _loading("configuration", checkpoint):
         config = AutoConfig.from_pretrained(checkpoint.path, **checkpoint.options)
@@ -158,7 +158,7 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and see to it that it can pad.
+    """Load a tokenizer, and make sure that it has a padding token.
 
     Args:
         checkpoint: The model.
@@ -187,7 +187,7 @@ def load_model(
     """Load a pretrained model.
 
     Args:
-        task: One of `TASKS`; it has the class that knows the head.
+        task: One of `TASKS`; it names the class of the model with its head.
         checkpoint: The model.
         tokenizer: Its tokenizer.
         seed: Seed of parameters that the checkpoint does not have, such as a new head. The state of the
@@ -195,8 +195,8 @@ def load_model(
         options: More arguments of `from_pretrained`.
 
     Returns:
-        The model, on the CPU unless `device_map` is among the arguments; a quantised one where it computes. Its
-        `new_parameters` are the names of those that the checkpoint does not have.
+        The model, on the CPU unless `device_map` is among the arguments; a quantised one on the device that computes.
+        Its `new_parameters` are the names of the parameters that the checkpoint does not have.
 
     Raises:
         UserError: It cannot be loaded, or does not fit the tokenizer, or cannot be quantised.
@@ -205,8 +205,8 @@ def load_model(
         model, found = _load_weights(getattr(transformers, TASKS[task].model_class), checkpoint, seed, options)
     model.new_parameters = frozenset(found["missing_keys"])
     if TASKS[task].trainer in ("Trainer", "Seq2SeqTrainer"):
-        # Such a loss is a mean over the batch, but forward takes any keyword, so a Trainer believes that it divides by
-        # the number of items in all accumulated batches, and leaves the division out.
+        # The loss is a mean over the batch. But forward takes any keyword, so a Trainer would assume that the model
+        # divides by the items of all accumulated batches, and would not divide the loss by the number of batches.
         model.accepts_loss_kwargs = False
     prepare_quantized(checkpoint.name, model)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -220,7 +220,7 @@ def load_model(
 
 
 def _load_weights(kind: Any, checkpoint: Checkpoint, seed: int, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Make a model, quantised or not, and tell what the checkpoint has of it; the rest depends on the seed alone."""
+    """Load a model, quantised or not, with its loading info; what the checkpoint lacks depends on the seed alone."""
 
     def load(**more: Any) -> Any:
         torch.default_generator.manual_seed(seed)
@@ -235,12 +235,12 @@ def _load_weights(kind: Any, checkpoint: Checkpoint, seed: int, options: Mapping
 
 
 def replaces_head(checkpoint: Checkpoint, config: PreTrainedConfig, kind: str, count: int) -> bool:
-    """Tell whether the checkpoint's own head must give way to one for other labels; the log says so.
+    """Whether the checkpoint's head must be replaced by one with another number of outputs; a warning says so.
 
     Args:
         checkpoint: The model.
         config: Its configuration.
-        kind: How the names of classes with the head end, such as `ForSequenceClassification`.
+        kind: The suffix of model classes with such a head, such as `ForSequenceClassification`.
         count: Outputs that the data need.
     """
     trained = any(name.endswith(kind) for name in config.architectures or [])
@@ -273,11 +273,11 @@ def check_length(length: int, config: PreTrainedConfig, name: str, key: str = "m
 
 
 def positions(config: PreTrainedConfig, stack: Literal["encoder", "decoder"]) -> int | None:
-    """Tokens that a model can place; None where positions are relative (T5), or not known.
+    """The number of positions of a model; None if they are relative (T5), or not known.
 
     Args:
         config: Configuration of the model.
-        stack: Which of the two, where their numbers differ (LED); other models have one.
+        stack: Which of the two, for models in which their numbers differ (LED).
     """
     text = config.get_text_config()
     own = getattr(text, f"max_{stack}_position_embeddings", None)
@@ -286,7 +286,7 @@ def positions(config: PreTrainedConfig, stack: Literal["encoder", "decoder"]) ->
 
 
 def check_stacks(task: str, config: PreTrainedConfig, name: str) -> None:
-    """Refuse a model with one stack of layers where a task needs encoder and decoder, and the other way round.
+    """Refuse a model without both encoder and decoder for a task that needs both, and one with both for other tasks.
 
     Args:
         task: One of `TASKS`.

@@ -19,9 +19,9 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], tar
 
     Args:
         tokenizer: The model's tokenizer.
-        example: Ids with labels, one label for all of them, another sequence as labels, the ends of an answer, a
-            prompt with two answers, or the ids of several choices.
-        targets_apart: Whether the labels are another sequence.
+        example: Input ids with a label each, with one label, with a target sequence, or with the first and last token
+            of an answer; or a prompt with two answers; or the ids of several choices.
+        targets_apart: Whether the labels are a target sequence.
 
     Returns:
         Its pieces, in their order.
@@ -49,7 +49,7 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], tar
 
 
 def _answer_labels(example: Mapping[str, Any]) -> list[int]:
-    """Of a question with its text, a label for each token of the answer; the first token stands for none."""
+    """Labels for the tokens of an answer within its text; if there is no answer, for the first token."""
     answer = range(example["start_positions"], example["end_positions"] + 1)
     return [token if place in answer else IGNORED for place, token in enumerate(example["input_ids"])]
 
@@ -59,7 +59,7 @@ def _is_learned(token: tuple[int, int]) -> bool:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, parts: Iterable[Sequence[int]]) -> list[str]:
-    """The text of consecutive ids, each with what comes before: alone, many tokens lose the space they begin with."""
+    """Decode consecutive parts, each after those before it: alone, many tokens lose the space they begin with."""
     ids: list[int] = []
     texts = [""]
     for part in parts:

@@ -6,8 +6,8 @@ layers are quantised but the head, which is trained in full where it is new; emb
 
 `peft.prepare_model_for_kbit_training` is not called. It freezes the base model, which adding an adapter does as well.
 It casts what is not quantised to fp32, norms above all, which `model.dtype: float32` loads in the first place; whoever
-asks for bfloat16 wants half of that memory. And it lets inputs require gradients, which only reentrant checkpointing
-needs, and transformers checkpoints without.
+asks for bfloat16 wants half of that memory. And it makes inputs require gradients, which only reentrant checkpointing
+needs; transformers uses the other kind.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loralloc.quantized import BLOCK, keep_trainable, misread_rows, quantized_la
 
 
 def compute_dtype() -> torch.dtype:
-    """Return what 4-bit layers multiply in here: bfloat16 where the device has it, as GPUs since Ampere and CPUs do."""
+    """Return the compute dtype of 4-bit layers: bfloat16 on CPUs and on GPUs since Ampere, else float16."""
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
@@ -37,7 +37,7 @@ def quantization_config(load_in: str, kept: Sequence[str] = ()) -> BitsAndBytesC
 
     Args:
         load_in: `4bit` or `8bit`.
-        kept: Modules that stay as they are; those of which transformers thinks so where none is named.
+        kept: Modules that are not quantised; if none is named, transformers chooses them.
     """
     skipped = list(kept) or None
     if load_in == "8bit":
@@ -62,7 +62,7 @@ def heads(kind: Any, config: PreTrainedConfig, trust_remote_code: bool) -> list[
     with torch.device("meta"):
         model = kind.from_config(config, trust_remote_code=trust_remote_code)
     base = model.base_model
-    if base is model:  # it does not say which of its parts that is, and transformers has to guess
+    if base is model:  # the class does not name its base model; transformers has to guess
         return []
     others = [(name, child) for name, child in model.named_children() if child is not base]
     return [name for name, child in others if any(isinstance(part, nn.Linear) for part in child.modules())]
@@ -73,13 +73,13 @@ def load_quantized(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a model, quantised.
 
-    A layer that the checkpoint does not have, such as the pooler of an encoder trained without one, is new: there is
-    nothing in it to quantise, and transformers leaves one behind that computes nothing. It stays as it is.
+    A layer that the checkpoint does not have, such as the pooler of an encoder trained without one, is new and has no
+    weights to quantise: transformers would leave a layer that computes nothing. Such layers are not quantised.
 
     Args:
         load: Calls `from_pretrained` with more options; returns the model and what was found in the checkpoint.
         load_in: `4bit` or `8bit`.
-        kept: Modules that stay as they are.
+        kept: Modules that are not quantised.
     """
     model, found = load(quantization_config=quantization_config(load_in, kept))
     new = [name for name, _ in quantized_layers(model) if f"{name}.weight" in found["missing_keys"]]
@@ -98,7 +98,7 @@ def check_not_quantized(name: str, config: PreTrainedConfig, load_in: str) -> No
         load_in: `4bit` or `8bit`.
 
     Raises:
-        UserError: It is.
+        UserError: It is quantised already.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
@@ -110,7 +110,7 @@ def check_not_quantized(name: str, config: PreTrainedConfig, load_in: str) -> No
 
 
 def prepare_quantized(name: str, model: nn.Module) -> None:
-    """Make a loaded model fit for training, where any of its layers are bitsandbytes'.
+    """Prepare the bitsandbytes layers of a loaded model, if it has any, for training.
 
     Args:
         name: Name of the model.
@@ -130,7 +130,7 @@ def prepare_quantized(name: str, model: nn.Module) -> None:
 
 
 def stored_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """Return a model's configuration as its checkpoint has it: silent on a quantisation that loading has done."""
+    """Return a model's configuration as its checkpoint has it: without a quantisation that was done on loading."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized:
         return model.config

@@ -1,4 +1,4 @@
-"""Extractive question answering: where in a text the answer to a question stands, if it does."""
+"""Extractive question answering: find the answer to a question in a text, or that the text has none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loralloc.tasks.spec import QuestionData
 from loralloc.tasks.windows import Window, by_row, check_fast, windows
 
 SILENT = "may_not_answer"
-"""What a model's configuration says of training data that have questions without an answer."""
+"""Key of a model's configuration: whether its training data have questions without an answer."""
 
 ENDS = {"start_positions": Value("int32"), "end_positions": Value("int32")}
 COLUMNS = {
@@ -36,8 +36,8 @@ COLUMNS = {
     "context": Value("string"),
     "answers": List(Value("string")),
 }
-"""What evaluation examples carry for metrics: the row, the characters of each token of the context (-1 for others),
-and in a row's first window the row."""
+"""Columns of evaluation examples for metrics: the index of the row, the character offsets of each token of the context
+(-1 for other tokens), and, in a row's first window only, its question, context and answers."""
 
 
 def prepare(model: ModelSection, data: QuestionData, seed: int) -> TaskData:
@@ -57,7 +57,7 @@ def prepare(model: ModelSection, data: QuestionData, seed: int) -> TaskData:
     # All data are read and checked before the model is loaded: a mistake should show in a second.
     splits = load_splits(data, seed)
     sources = [read_questions(rows, data) for rows in splits.all()]
-    known = sources[: 1 if isinstance(data.validation, str) else 2]  # what is cut off is training data too
+    known = sources[: 1 if isinstance(data.validation, str) else 2]  # a split that is cut off is training data too
     if not any(answers for source in known for answers in source.answers):
         raise UserError(
             f"{known[0].rows.source}: no question has an answer (data.answers), so there is nothing to learn"
@@ -68,7 +68,7 @@ def prepare(model: ModelSection, data: QuestionData, seed: int) -> TaskData:
     check_length(data.max_length, config, model.name)
     tokenizer = load_tokenizer(checkpoint)
     check_fast(tokenizer, model.name)
-    tokenizer.padding_side = "right"  # the ends of answers are counted from the first token
+    tokenizer.padding_side = "right"  # positions of answers are counted from the first token
     silent = not all(source.all_answered for source in known)
 
     def load() -> PreTrainedModel:
@@ -93,7 +93,7 @@ def prepare(model: ModelSection, data: QuestionData, seed: int) -> TaskData:
 def prepare_evaluation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: QuestionData, source: str
 ) -> TaskData:
-    """Make everything a Trainer needs to evaluate a trained model of answers; see `tasks.prepare_evaluation`."""
+    """Make everything a Trainer needs to evaluate a trained model; see `tasks.prepare_evaluation`."""
     questions = read_questions(read_rows(source), data)
     encoder = _Encoder(tokenizer, data, inspect.signature(model.forward).parameters.keys())
     judge = Judge(data.answer_length, data.no_answer_threshold if getattr(model.config, SILENT, False) else None)
@@ -106,7 +106,7 @@ def prepare_evaluation(
 
 
 def _trained_with(tokenizer: PreTrainedTokenizerBase, judge: Judge) -> dict[str, Any]:
-    """What the trainer is given, and how its evaluations are read."""
+    """The fields of `TaskData` on the trainer: its options, metrics and predictions."""
     options = {
         "data_collator": DataCollatorWithPadding(tokenizer),
         "preprocess_logits_for_metrics": both_ends,
@@ -121,7 +121,7 @@ def _trained_with(tokenizer: PreTrainedTokenizerBase, judge: Judge) -> dict[str,
 
 
 def both_ends(logits: tuple[torch.Tensor, ...], labels: Any) -> tuple[torch.Tensor, ...]:
-    """Keep the logits of beginnings and ends, and drop what some models return beside them.
+    """Keep the start and end logits, and drop what some models return beside them.
 
     Args:
         logits: Outputs of a batch.
@@ -166,7 +166,7 @@ class _Encoder:
             last = row
 
     def _ends(self, questions: Questions, window: Window) -> dict[str, int]:
-        """The first and the last token of the first answer; the first token of all where the window has it not."""
+        """The first and the last token of the first answer; token 0 for both if the window does not hold it."""
         answers = questions.answers[window.row]
         start, end = answer_tokens(_places(window), answers[0]) if answers else (0, 0)
         return {"start_positions": start, "end_positions": end}
@@ -187,7 +187,7 @@ class _Encoder:
         return self.data.max_length // 3 if self.data.stride is None else self.data.stride
 
     def _check_room(self, questions: Questions) -> None:
-        """Refuse a question that leaves no room for more of the context than windows share."""
+        """Refuse a question so long that windows could not advance: they would share all their context tokens."""
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
         asked: Any = self.tokenizer(questions.questions, add_special_tokens=False)["input_ids"]
         for i, ids in enumerate(asked):
@@ -201,7 +201,7 @@ class _Encoder:
 
 
 def _places(window: Window) -> list[tuple[int, int]]:
-    """The characters of each token of the context; (-1, -1) for other tokens."""
+    """The character offsets of each token of the context; (-1, -1) for other tokens."""
     encoding = window.encoding
     pairs = zip(encoding.sequence_ids, encoding.offsets, strict=True)
     return [offsets if sequence == 1 else (-1, -1) for sequence, offsets in pairs]
@@ -211,7 +211,7 @@ def answer_tokens(places: list[tuple[int, int]], answer: Answer) -> tuple[int, i
     """Find the tokens of an answer.
 
     Args:
-        places: The characters of each token of the context; (-1, -1) for other tokens.
+        places: The character offsets of each token of the context; (-1, -1) for other tokens.
         answer: The answer.
 
     Returns:
@@ -226,11 +226,11 @@ def answer_tokens(places: list[tuple[int, int]], answer: Answer) -> tuple[int, i
 
 @dataclass(frozen=True)
 class Judge:
-    """What predicted answers are worth.
+    """Scores predicted answers.
 
     Attributes:
         longest: Tokens of an answer, at most.
-        threshold: How much higher no answer must score than the best one; None where there always is an answer.
+        threshold: The margin above which no answer is predicted; None if an answer is always predicted.
     """
 
     longest: int
@@ -241,7 +241,7 @@ class Judge:
         return answer_metrics([scored for _, scored in self._read(evaluated)], self.threshold)
 
     def predictions(self, evaluated: Evaluated) -> list[dict[str, Any]]:
-        """What is predicted for every question: an answer, an empty text for none, and how both score."""
+        """For every question: the predicted answer (empty for none), and the scores of the best answer and of none."""
         return [
             {
                 "question": question,
@@ -254,7 +254,7 @@ class Judge:
         ]
 
     def _read(self, evaluated: Evaluated) -> list[tuple[str, Scored]]:
-        """The best answer of all windows of every question."""
+        """The text of every question, and the best answer over all its windows."""
         examples = evaluated.examples
         starts, ends = (np.asarray(side) for side in evaluated.predictions)
         found = []
@@ -274,7 +274,7 @@ class Judge:
 
 
 def example_losses(evaluated: Evaluated) -> NDArray[np.floating]:
-    """The loss of every question, [n]: the mean of its windows', each the mean of beginning and end."""
+    """The loss of every question, [n]: the mean over its windows of the mean of start and end loss."""
     sides = zip(evaluated.predictions, evaluated.label_ids, strict=True)
     lengths = [len(starts) for starts in evaluated.examples["starts"]]
     losses = np.mean([_losses(np.asarray(logits), np.asarray(labels), lengths) for logits, labels in sides], axis=0)
@@ -282,6 +282,6 @@ def example_losses(evaluated: Evaluated) -> NDArray[np.floating]:
 
 
 def _losses(logits: NDArray[np.floating], labels: NDArray[np.integer], lengths: list[int]) -> NDArray[np.floating]:
-    """Cross-entropies of one end in every window; what was padded behind its tokens is left out."""
+    """Cross-entropy of the start or the end in every window, [windows]; padding is left out."""
     behind = np.arange(logits.shape[1])[None, :] >= np.array(lengths)[:, None]
     return metrics.cross_entropy(np.where(behind, -np.inf, logits), labels)

@@ -1,4 +1,4 @@
-"""Questions with a text and the answers that stand in it."""
+"""Questions, each with a text and the answers that the text holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Answer(NamedTuple):
     """An answer.
 
     Attributes:
-        text: What it says.
+        text: Its text.
         start: The character of the context at which it begins.
     """
 
@@ -23,7 +23,7 @@ class Answer(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The character behind it."""
+        """The character of the context after its last one."""
         return self.start + len(self.text)
 
 
@@ -34,8 +34,8 @@ class Questions:
     Attributes:
         rows: Where they come from.
         questions: The questions.
-        contexts: The text in which each is answered, or is not.
-        answers: The answers to each; none where the text has none.
+        contexts: The text that belongs to each.
+        answers: The answers to each; empty if the text has none.
     """
 
     rows: Rows
@@ -57,8 +57,8 @@ def read_questions(rows: Rows, data: QuestionData) -> Questions:
         data: The recipe's data section.
 
     Raises:
-        UserError: No such column, an empty question or context, answers in another form, or one that does not stand
-            where it is said to; with the row and the reason.
+        UserError: No such column, an empty question or context, malformed answers, or an answer that the context does
+            not have at the given character; with the row and the reason.
     """
     questions = rows.strings(str(data.question), "data.question")
     contexts = rows.strings(str(data.context), "data.context")
@@ -105,7 +105,7 @@ def _read_answer(where: str, context: str, record: Any) -> Answer:
 
 
 def _cure(context: str, text: str) -> str:
-    """Where an answer does stand."""
+    """Say where in the context an answer does stand, if anywhere."""
     places, at = [], context.find(text)
     while at >= 0:
         places.append(str(at))

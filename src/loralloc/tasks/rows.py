@@ -30,7 +30,7 @@ def quote(value: object) -> str:
 
 
 def records_of(value: object) -> list[Any] | None:
-    """Read a list of records, which data sets also write as a record of lists; None for what is neither.
+    """Read a list of records, which some data sets write as a record of lists; None for anything else.
 
     >>> records_of({"text": ["a", "b"], "start": [0, 4]})
     [{'text': 'a', 'start': 0}, {'text': 'b', 'start': 4}]
@@ -61,7 +61,7 @@ class Rows:
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Columns that are there but cannot be read, each with the reason and the cure."""
     places: Sequence[str] | None = None
-    """Where each row stands, where they come from several sources; None where `source` and `numbers` tell."""
+    """Where each row stands, if rows come from several sources; None if `source` and `numbers` say it."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -160,7 +160,7 @@ def split(rows: Rows, fraction: float, seed: int, stratify_by: Sequence[Hashable
         rows: All rows.
         fraction: Share to cut off, between 0 and 1.
         seed: Seed of the choice.
-        stratify_by: One group per row: every group gives its share (largest remainders), none its last row.
+        stratify_by: One group per row: every group gives its share (largest remainders), but never its last row.
 
     Returns:
         The rows that stay and the rows cut off, each in their original order.
@@ -184,8 +184,8 @@ def mix(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Ro
 
     Args:
         parts: The sources; at least one.
-        weights: The share of each, relative to the others: rows are drawn from the sources by chance, each source's in
-            its order, until one of them is used up. None: all rows, one source after the other.
+        weights: The relative share of each: the source of every row is drawn at random, until one of them is used up;
+            the rows of a source keep their order. None: all rows, one source after the other.
         seed: Seed of the draws.
 
     Returns:
@@ -217,10 +217,10 @@ def cut(count: int, fraction: float, seed: int, stratify_by: Sequence[Hashable] 
         count: How many rows there are.
         fraction: Share to choose, between 0 and 1.
         seed: Seed of the choice.
-        stratify_by: One group per row: every group gives its share (largest remainders), none its last row.
+        stratify_by: One group per row: every group gives its share (largest remainders), but never its last row.
 
     Returns:
-        The places of the rows chosen, in their order; none where there are too few.
+        The indices of the chosen rows, in ascending order; empty if there are too few rows.
 
     >>> len(cut(10, 0.3, 0)), cut(2, 0.5, 0, ["a", "b"])
     (3, [])

@@ -32,7 +32,7 @@ class Sentences:
         rows: Where they come from.
         words: The words of each.
         tags: A tag for every word.
-        texts: Their texts, where spans of characters were given.
+        texts: Their texts; None unless the data give spans of characters.
     """
 
     rows: Rows
@@ -72,10 +72,10 @@ def read_sentences(rows: Rows, data: TokenClassificationData) -> Sentences:
 
 
 def scheme_of(sources: Sequence[Sentences], named: Scheme | None) -> Scheme:
-    """Return the scheme that a recipe names, or that all tags together show.
+    """Return the scheme that a recipe names, or else recognise it from all tags.
 
     Raises:
-        UserError: They are of several schemes.
+        UserError: The tags are of several schemes.
     """
     scheme = named or recognise(set().union(*(sentences.found for sentences in sources)))
     if scheme is None:
@@ -104,7 +104,7 @@ def in_scheme(sentences: Sentences, scheme: Scheme) -> Sentences:
 
 
 def _lists(rows: Rows, column: str, key: str, read: Callable[[Any], str | None]) -> Iterator[list[str]]:
-    """A column of lists of texts, or of texts parted by white space."""
+    """Read a column of lists of texts, or of texts separated by white space."""
     for i, value in enumerate(rows.values(column, key)):
         parts = _parted(value) if isinstance(value, str) else value
         if not isinstance(parts, list):
@@ -122,7 +122,7 @@ def _lists(rows: Rows, column: str, key: str, read: Callable[[Any], str | None])
 
 
 def _parted(text: str) -> list[Any] | None:
-    """The words of a text: of a JSON list, as some write it into CSV, or what white space parts; None for Python's."""
+    """Split a text into words: a JSON list, as in some CSV files, or by white space; None for a Python list."""
     if re.fullmatch(r"\s*\[\s*'.*'\s*\]\s*", text, re.S):
         return None
     if re.fullmatch(r'\s*\[\s*".*"\s*\]\s*', text, re.S):
@@ -136,13 +136,13 @@ def _word(value: Any) -> str | None:
 
 
 def _tag_reader(rows: Rows, column: str) -> Callable[[Any], str | None]:
-    """How a tag is read: a text, a whole number, or the number of a class that the data set names."""
+    """Return a function that reads a tag: a text, a number, or the number of a class that the data set names."""
     kind = rows.records.features.get(column) if isinstance(rows.records, Dataset) else None
     inner = getattr(kind, "feature", None)
     names = inner.names if isinstance(inner, ClassLabel) else []
 
     def read(value: Any) -> str | None:
-        if type(value) is int and value >= 0:  # -100 is what others write for no tag
+        if type(value) is int and value >= 0:  # -100 often stands for no tag
             return names[value] if 0 <= value < len(names) else str(value)
         return value if isinstance(value, str) and value.strip() else None
 
@@ -157,7 +157,7 @@ class Place(NamedTuple):
 
 
 def places_of_words(text: str) -> list[Place]:
-    """Part a text into words.
+    """Find the words of a text.
 
     >>> places_of_words("It's 5")
     [Place(start=0, end=2), Place(start=2, end=3), Place(start=3, end=4), Place(start=5, end=6)]
@@ -185,7 +185,7 @@ def _read_spans(rows: Rows, text_column: str, span_column: str) -> Sentences:
 
 
 def _read_places(where: str, text: str, value: Any) -> list[Span]:
-    """The spans of a text in their order, counted in characters."""
+    """Read the spans of a text, in characters, and sort them."""
     records = records_of(value)
     if records is None and value != {} and value is not None:
         raise UserError(f"{where} must hold a list of {{start, end, label}}, found {quote(value)}")
@@ -221,7 +221,7 @@ def _named(text: str, span: Span) -> str:
 
 
 def _spans_of_words(text: str, spans: Sequence[Span], places: Sequence[Place], where: str) -> tuple[list[Span], int]:
-    """The same spans counted in words, and how many had to be widened to whole ones."""
+    """Convert spans of characters to spans of words; also return how many had to be widened to whole words."""
     found: list[Span] = []
     widened = 0
     for span in spans:

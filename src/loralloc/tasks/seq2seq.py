@@ -1,4 +1,4 @@
-"""Sequence to sequence: a text is read by an encoder, and another one written by a decoder (T5, BART and their kin).
+"""Sequence to sequence: an encoder reads a text, and a decoder writes another one (T5, BART and the like).
 
 Everything of a target is learned, and the end-of-sequence token after it. A source longer than `max_length` loses its
 end, but not its end-of-sequence token; a target longer than `target_length` loses both, so that the model is not taught
@@ -90,7 +90,7 @@ def prepare_evaluation(
 
 
 def _trained_with(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the trainer is given; it makes batches itself, as its model wants them."""
+    """The fields of `TaskData` on the trainer: its options and metrics; it has a collator of its own."""
     return {
         "options": {"processing_class": tokenizer, "compute_metrics": language_model_metrics},
         "metric": "perplexity",
@@ -150,7 +150,7 @@ def encode(rows: Rows, pairs: Pairs, tokenizer: PreTrainedTokenizerBase, data: S
                 cut["max_length"] += 1
                 read = tokenizer(source, truncation=True, max_length=data.max_length)
             labels = list(tokenizer(text_target=target, verbose=False)["input_ids"])
-            if tokenizer.eos_token_id not in labels:  # mBART puts a language behind it
+            if tokenizer.eos_token_id not in labels:  # mBART puts a language code after it
                 labels.append(tokenizer.eos_token_id)
             cut["target_length"] += len(labels) > data.target_length
             kept = {key: read[key] for key in ("input_ids", "attention_mask")}
@@ -172,7 +172,7 @@ def encode(rows: Rows, pairs: Pairs, tokenizer: PreTrainedTokenizerBase, data: S
 
 
 def with_texts(examples: Dataset, pairs: Pairs) -> Dataset:
-    """Add what an evaluation needs beside the tokens: the texts, of which nothing is cut."""
+    """Add the uncut texts, which an evaluation needs beside the tokens."""
     sources, targets = pairs
     return examples.add_column("source", sources).add_column("target", targets)  # type: ignore[call-arg]
 
@@ -185,7 +185,8 @@ def read_sources(examples: Dataset, count: int | None) -> list[tuple[int, Prompt
         count: Sources to take, the first ones; None for all.
 
     Returns:
-        Each source once, with all its targets as references, behind the place of the first example that has it.
+        For each distinct source: the index of its first example, and the source as a prompt with all its targets as
+        references.
     """
     first: dict[str, int] = {}
     references: dict[str, list[str]] = {}
@@ -199,7 +200,7 @@ def read_sources(examples: Dataset, count: int | None) -> list[tuple[int, Prompt
 
 
 def predictions(prediction: Evaluated) -> list[dict[str, Any]]:
-    """Of every example its texts, and what is known of the target's tokens; see `token_predictions`."""
+    """For every example: its texts, and the loss and hits of the target's tokens; see `token_predictions`."""
     examples = prediction.examples
     rows = zip(examples["source"], examples["target"], token_predictions(prediction), strict=True)
     return [{"source": source, "target": target, **figures} for source, target, figures in rows]

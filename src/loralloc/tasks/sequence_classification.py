@@ -90,7 +90,7 @@ def prepare_evaluation(
 
 
 def _trained_with(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, problem: str) -> dict[str, Any]:
-    """What the trainer is given, and how its evaluations are read."""
+    """The fields of `TaskData` on the trainer: its options, metrics and predictions."""
     options = {
         "data_collator": DataCollatorWithPadding(tokenizer),
         "preprocess_logits_for_metrics": first_output,
@@ -108,7 +108,8 @@ def _trained_with(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, pr
 def weigh_classes(model: PreTrainedModel, weights: Sequence[float]) -> None:
     """Let some classes count more in a classifier's training loss: the weighted mean over the batch.
 
-    Evaluations keep the plain mean, and so does ABLoRA; AutoLoRA's loss of held-out data is one of training.
+    The loss in evaluation mode stays the plain mean, in evaluations as in ABLoRA. AutoLoRA's loss on held-out data is
+    weighted, as it is computed in training mode.
 
     Args:
         model: The classifier.
@@ -129,7 +130,7 @@ def weigh_classes(model: PreTrainedModel, weights: Sequence[float]) -> None:
 def regress_exactly(model: PreTrainedModel) -> None:
     """Compute a regression's loss in float32, as its labels are, also where the model computes in half precision.
 
-    PyTorch 2.10 and 2.11 have no gradient of the squared error of two precisions.
+    PyTorch 2.10 and 2.11 cannot compute the gradient of a squared error between two dtypes.
 
     Args:
         model: The model, with one output.

@@ -1,4 +1,4 @@
-"""What predicted spans are worth: right are those with the right type, beginning and end."""
+"""Score predicted spans: a span is right if its type, beginning and end are right."""
 
 from __future__ import annotations
 

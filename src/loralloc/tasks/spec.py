@@ -242,20 +242,20 @@ class Task:
     Attributes:
         label: What it is called in a report.
         module: The module that prepares its data, with `prepare` and `prepare_evaluation`.
-        data: Its section of a recipe.
+        data: Its `data` section of a recipe.
         forms: Columns that must be named together; where there are several forms, exactly one of them.
         model_class: The class in transformers that has its head.
-        peft_type: What PEFT calls it; None for what it has no name for.
+        peft_type: Its task type in PEFT; None if PEFT has none for it.
         metrics: The metrics that a run may be judged by, and whether more is better.
         shortest: The least `max_length`, and why.
         labelled: Whether the size of the head depends on the data.
-        heads: How the names of heads end that are trained in full, and get no adapter.
-        generates: Whether its model writes texts, so that `evaluate.generate` means something.
-        recognised: Whether the columns need not be named where their names are common ones.
+        heads: Endings of the names of its heads, which are trained in full and get no adapter.
+        generates: Whether its model generates texts, so that `evaluate.generate` applies.
+        recognised: Whether columns with common names are recognised and need not be named.
         trainer: The class of transformers or TRL that trains it.
-        own_loss: Whether its loss is the one that the model returns for a batch with labels, which methods that look
-            at data compute.
-        arguments: The class of its trainer's arguments, by its path.
+        own_loss: Whether its loss is the one that the model returns for a batch with labels; methods that look at data
+            need this loss.
+        arguments: Dotted path of the class of its training arguments.
     """
 
     label: str
@@ -286,7 +286,7 @@ WRITTEN: Mapping[str, tuple[str, ...]] = {
     "chrf": ("chrf",),
     "rouge": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
 }
-"""What answers are compared with references by (`evaluate.generate.metrics`), and the figures that each gives."""
+"""The metrics that compare answers with references (`evaluate.generate.metrics`), and the values that each gives."""
 
 TASKS: Mapping[str, Task] = {
     "sequence-classification": Task(

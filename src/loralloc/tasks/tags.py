@@ -25,9 +25,9 @@ class Span(NamedTuple):
     """Words that belong together.
 
     Attributes:
-        start: The first.
-        end: The one behind the last.
-        label: Their type.
+        start: The index of the first word.
+        end: The index after the last word.
+        label: The type of the span.
     """
 
     start: int
@@ -36,7 +36,7 @@ class Span(NamedTuple):
 
 
 def parted(tag: str) -> tuple[str, str]:
-    """Part a tag into its letter and its type; the type is empty for what is outside of spans, or no tag of a span.
+    """Split a tag into its letter and its type; the type is empty for a tag that belongs to no span.
 
     >>> parted("B-Gene"), parted("O"), parted("NN")
     (('B', 'Gene'), ('O', ''), ('NN', ''))
@@ -46,7 +46,7 @@ def parted(tag: str) -> tuple[str, str]:
 
 
 def recognise(tags: Collection[str]) -> Scheme | None:
-    """Find the scheme of some distinct tags; None where they are of several.
+    """Find the scheme of some distinct tags; None if they are of several schemes.
 
     >>> recognise({"O", "B-X", "I-X"}), recognise({"O", "I-X"}), recognise({"NN", "O"}), recognise({"B-X", "NN"})
     ('bio', 'iob1', 'plain', None)
@@ -61,7 +61,7 @@ def recognise(tags: Collection[str]) -> Scheme | None:
 
 
 def tag_set(tags: Collection[str], scheme: Scheme) -> list[str]:
-    """List the tags that can stand for the spans of some distinct tags, O first, then type by type.
+    """List all tags of a scheme for the types in some distinct tags: O first, then type by type.
 
     >>> tag_set({"O", "B-X", "B-Y", "I-Y"}, "bio")
     ['O', 'B-X', 'I-X', 'B-Y', 'I-Y']
@@ -84,7 +84,7 @@ def fault_of(tags: Sequence[str], scheme: Scheme) -> tuple[int, str] | None:
         scheme: The scheme.
 
     Returns:
-        Place of the tag, and what is wrong with it and what to do; None where nothing is.
+        The index of the tag, and what is wrong with it and what to do; None if all tags are allowed.
     """
     if scheme == "plain":
         return None
@@ -131,7 +131,7 @@ def to_bio(tags: Sequence[str]) -> list[str]:
 
 
 def from_spans(spans: Collection[Span], count: int) -> list[str]:
-    """Write spans of so many words as BIO tags.
+    """Write the spans of a sentence of `count` words as BIO tags.
 
     >>> from_spans([Span(1, 3, "X")], 4)
     ['O', 'B-X', 'I-X', 'O']
@@ -143,10 +143,10 @@ def from_spans(spans: Collection[Span], count: int) -> list[str]:
 
 
 def spans_of(tags: Sequence[str]) -> list[Span]:
-    """Return the spans that tags mean, of any scheme but plain; also of tags that a model predicts against its rules.
+    """Return the spans of tags of any scheme but plain, also of predicted tags that break the scheme's rules.
 
-    A span goes on as long as its type does, and no letter begins another one or has ended it; so do CoNLL's script
-    and seqeval read them.
+    A span goes on while the type stays the same, no letter begins another span, and none has ended this one; CoNLL's
+    script and seqeval read tags in this way too.
 
     >>> spans_of(["I-X", "I-X", "O", "B-Y", "B-Y"])
     [Span(start=0, end=2, label='X'), Span(start=3, end=4, label='Y'), Span(start=4, end=5, label='Y')]

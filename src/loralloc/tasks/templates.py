@@ -9,7 +9,7 @@ from loralloc.tasks.rows import Rows
 
 
 def is_template(words: str) -> bool:
-    r"""Whether a key of a recipe names columns in braces, and not one column.
+    r"""Whether the value of a key is a template with columns in braces, and not the name of a column.
 
     >>> is_template("{question}\n"), is_template("question")
     (True, False)
@@ -22,7 +22,7 @@ def columns_of(template: str, key: str) -> list[str]:
 
     Args:
         template: Text with columns in braces; `{{` is a brace.
-        key: The recipe key that it is the value of, for the message.
+        key: The recipe key that has this template, for the message.
 
     Returns:
         The columns, each once, in their order.
@@ -51,10 +51,10 @@ def render(rows: Rows, template: str, key: str) -> list[str]:
     Args:
         rows: The rows.
         template: Text with columns in braces.
-        key: The recipe key that it is the value of, for messages.
+        key: The recipe key that has this template, for messages.
 
     Returns:
-        One text per row. Where the last column is empty, so is the white space before it.
+        One text per row. If the template ends with a column that is empty in a row, the white space before it goes too.
 
     Raises:
         UserError: The template is malformed, a column is missing or holds no text or number, or a text is blank.

@@ -1,4 +1,4 @@
-"""Token classification: a tag for every word, as of entities and their spans, or of parts of speech."""
+"""Token classification: a tag for every word, such as its part of speech, or its place in the span of an entity."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ COLUMNS = {
     "tags": List(Value("string")),
     "text": Value("string"),
 }
-"""What evaluation examples carry for metrics: the row, which words have labels, and in a row's first window the row."""
+"""Columns of evaluation examples for metrics: the index of the row, the words that have labels, and, in a row's first
+window only, its words, tags and text."""
 
 
 def prepare(model: ModelSection, data: TokenClassificationData, seed: int) -> TaskData:
@@ -60,7 +61,7 @@ def prepare(model: ModelSection, data: TokenClassificationData, seed: int) -> Ta
     read = [read_sentences(rows, data) for rows in splits.all()]
     scheme = scheme_of(read, data.scheme)
     sources = [in_scheme(sentences, scheme) for sentences in read]
-    # What is cut off for validation is training data too: a rare tag may be there alone.
+    # Rows that are cut off for validation are training data too: a rare tag may occur only there.
     known = sources[: 1 if isinstance(data.validation, str) else 2]
     names = _names(known, scheme)
     for sentences in sources:
@@ -118,7 +119,7 @@ def prepare_evaluation(
 
 
 def _trained_with(tokenizer: PreTrainedTokenizerBase, judge: Judge) -> dict[str, Any]:
-    """What the trainer is given, and how its evaluations are read."""
+    """The fields of `TaskData` on the trainer: its options, metrics and predictions."""
     collator = DataCollatorForTokenClassification(tokenizer)
     options = {
         "data_collator": collator,
@@ -154,7 +155,7 @@ def _check_known(sentences: Sentences, names: Sequence[str]) -> None:
 
 
 def _majority(train: Sentences, judged: Sentences) -> dict[str, float]:
-    """The accuracy of the training data's most frequent tag."""
+    """The accuracy of always predicting the training data's most frequent tag."""
     commonest = Counter(tag for tags in train.tags for tag in tags).most_common(1)[0][0]
     target = [tag for tags in judged.tags for tag in tags]
     return {"majority": target.count(commonest) / len(target)}
@@ -182,7 +183,7 @@ class _Encoder:
         return to_dataset(examples, List(Value("int32")))
 
     def evaluation(self, sentences: Sentences) -> Dataset:
-        """Examples to evaluate on, with what metrics need; every row has one."""
+        """Examples to evaluate on, with the columns for metrics; every row has at least one example."""
         return to_dataset(self._judged(sentences), List(Value("int32")), **COLUMNS)
 
     def _judged(self, sentences: Sentences) -> Iterator[dict[str, Any]]:
@@ -203,7 +204,7 @@ class _Encoder:
             last = row
 
     def _windows(self, sentences: Sentences) -> Iterator[tuple[Window, dict[int, int]]]:
-        """The windows, each with the tokens that have a label, and of which word."""
+        """Yield the windows, each with a mapping from the tokens that have a label to their words."""
         words: list[list[str]] = sentences.words
         backend: Any = self.tokenizer.backend_tokenizer
         if "ByteLevel" in repr(backend.pre_tokenizer):
@@ -240,7 +241,7 @@ class _Encoder:
 
 
 def _rest(window: Window, count: int) -> int:
-    """Words that a window which is the only one of its row does not reach."""
+    """The number of words that the only window of a row does not reach."""
     overflows = bool(window.encoding.overflowing)
     reached = max((word for word in window.encoding.word_ids if word is not None), default=-1)
     return count - reached - 1 if overflows else 0
@@ -249,8 +250,8 @@ def _rest(window: Window, count: int) -> int:
 def _where_judged(of_row: Sequence[Window]) -> list[dict[int, int]]:
     """For each window of a row, which token has the label of which word.
 
-    That is the word's first token, in the window where the fewer of the tokens on its two sides are most. A window may
-    begin in the middle of a word; it has no context there, and is behind the one where the word begins.
+    A word is labelled at its first token, in the window with the most context: the tokens on the side that has fewer. A
+    window may begin in the middle of a word; it has no context there, so the window where the word begins is preferred.
     """
     best: dict[int, tuple[int, int, int]] = {}
     for number, window in enumerate(of_row):
@@ -276,7 +277,7 @@ def _labels(window: Window, places: Mapping[int, int], tags: Sequence[str], inde
 
 @dataclass(frozen=True)
 class Judge:
-    """What predicted tags are worth.
+    """Scores predicted tags.
 
     Attributes:
         names: The tags, in the order of the model's outputs.
@@ -292,11 +293,11 @@ class Judge:
         return "accuracy" if self.scheme == "plain" else "f1"
 
     def metrics(self, evaluated: Evaluated) -> dict[str, float]:
-        """Compute what an evaluation is worth.
+        """Compute the metrics of an evaluation.
 
         Returns:
-            Of spans, `f1`, `precision` and `recall` of all and of each type (`f1_TYPE`); of tags that stand alone,
-            `macro_f1`; the `accuracy` of words; and `loss`, the mean over all words that have a token.
+            With spans, `f1`, `precision` and `recall` of all spans and of each type (`f1_TYPE`); with tags that stand
+            alone, `macro_f1`; the `accuracy` of words; and `loss`, the mean over all words that have a token.
         """
         rows, (losses, judged) = self._read(evaluated), word_losses(evaluated)
         target = np.array([tag for row in rows for tag in row.tags])
@@ -312,7 +313,7 @@ class Judge:
         return {**spans, **found}
 
     def predictions(self, evaluated: Evaluated) -> list[dict[str, Any]]:
-        """What is predicted for every sentence: a tag a word, null where it was cut off; and spans of a text."""
+        """The prediction for every sentence: a tag per word (null if it was cut off), and the spans of a text."""
         return [self._shown(row) for row in self._read(evaluated)]
 
     def _shown(self, row: _Judged) -> dict[str, Any]:
@@ -327,10 +328,10 @@ class Judge:
         return {"text": row.text, **shown}
 
     def _read(self, evaluated: Evaluated) -> list[_Judged]:
-        """Put the windows of every sentence together."""
+        """Join the windows of every sentence."""
         examples = evaluated.examples
         logits, labels = np.asarray(evaluated.predictions), np.asarray(evaluated.label_ids)
-        # Where a logit is not a number, argmax gives its place: a broken model would predict some tag.
+        # argmax returns the place of a NaN: without this, a broken model would predict some tag.
         chosen = np.where(np.isnan(logits).any(axis=-1), -1, logits.argmax(axis=-1))
         rows = []
         for of_row in by_row(examples["row"]):
@@ -346,7 +347,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class _Judged:
-    """A sentence with its tags and those predicted."""
+    """A sentence with its tags and its predicted tags."""
 
     words: list[str]
     tags: list[str]

@@ -1,7 +1,7 @@
-"""What is made of the sums of every example's learned tokens, for tasks that learn texts.
+"""Metrics from sums over every example's learned tokens, for tasks that learn texts.
 
-Sums are [n, 3]: the loss of an example's learned tokens, their number, and how many of them were the likeliest. Nothing
-is padded to the vocabulary's size.
+Sums are [n, 3]: the loss of an example's learned tokens, their number, and how many of them the model found the
+likeliest. Logits, as wide as the vocabulary, are not collected.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ def example_losses(prediction: EvalPrediction) -> NDArray[np.floating]:
 
 
 def token_predictions(prediction: EvalPrediction) -> list[dict[str, Any]]:
-    """Of every example the mean loss of its learned tokens, their number, and how many were the likeliest."""
+    """For every example: the mean loss of its learned tokens, their number, and how many were the likeliest."""
     rows = np.asarray(prediction.predictions, dtype=np.float64).tolist()
     return [{"loss": loss / tokens, "tokens": int(tokens), "likeliest": int(hits)} for loss, tokens, hits in rows]

@@ -1,4 +1,4 @@
-"""Texts that are longer than a model takes, as windows that share some tokens."""
+"""Split texts that are too long for a model into windows that share some tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from loralloc.tasks.base import CHUNK
 
 
 class Window(NamedTuple):
-    """What a model sees at once of a row.
+    """The part of a row that a model sees at once.
 
     Attributes:
-        row: The row.
+        row: The index of the row.
         inputs: What goes into the model.
         encoding: Where its tokens stand: `word_ids`, `sequence_ids` and `offsets`.
     """
@@ -53,15 +53,15 @@ def windows(
     stride: int | None,
     **options: Any,
 ) -> Iterator[Window]:
-    """Tokenize rows; of a pair, the second text is parted.
+    """Tokenize rows into windows; of a pair, only the second text is split.
 
     Args:
         tokenizer: A fast tokenizer.
-        texts: A text a row, or its words.
+        texts: For each row, a text or a list of words.
         pairs: A second text a row; None for none.
         keys: What the model's forward takes.
         max_length: Tokens of a window, at most.
-        stride: Tokens that two windows share; None to cut what is longer.
+        stride: Tokens that two successive windows share; None cuts a longer text to one window.
         options: More options of the tokenizer.
 
     Yields:
@@ -94,7 +94,7 @@ def windows(
 
 
 def by_row(rows: Iterable[int]) -> list[list[int]]:
-    """Return the places of the windows of every row, from the row of every window.
+    """Return the indices of every row's windows, given the row of each window.
 
     >>> by_row([0, 1, 1])
     [[0], [1, 2]]
