@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from loralloc.compare import study
 from loralloc.compare.execute import Ended, Job
 from loralloc.compare.folder import CompareFolder
+from loralloc.compare.results import entries, read_row
 from loralloc.errors import UserError
+from loralloc.plan import RankPlan
 
-from .fabricate import ROWS, cells_of, fabricate, noisy, recipe_for
+from .fabricate import ROWS, SHAPES, cells_of, fabricate, noisy, recipe_for, uneven, write_run
 
 
 def refusal(folder: CompareFolder, recipe: object) -> str:
@@ -66,6 +69,33 @@ def test_a_run_of_other_settings_is_no_run_of_this_recipe(tmp_path: Path) -> Non
     run = fabricate(recipe, noisy({}), [first]).run(first.name)
     assert run.holds(first.recipe)
     assert not run.holds(second.recipe)
+
+
+def test_a_plan_is_trained_again_when_it_has_changed(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "--seeds", "1", "--learning_rates", "1e-2")
+    cells = {cell.contender.id: cell for cell in cells_of(recipe)}
+    folder = fabricate(recipe, noisy({"adalora": 0.3}))
+    found = entries([read_row(folder, cell) for cell in cells.values()], "loss")
+    (again,) = study._retrained(recipe, SHAPES, folder, found)
+    write_run(folder.run(again.name), again, np.ones(ROWS))
+    adapted = {name: module for name, module in uneven((0, 4, 3, 2)).modules.items() if module.rank}
+    RankPlan("made-up", adapted).save(folder.run(again.name).plan)
+    assert not study._is_due(folder, again, retry=False)
+    assert read_row(folder, again).ranks == RankPlan.load(folder.run(cells["adalora"].name).plan).ranks
+    uneven((1, 1, 4, 3)).save(folder.run(cells["adalora"].name).plan)
+    assert study._is_due(folder, again, retry=False)
+
+
+def test_a_failure_counts_for_the_settings_that_it_was_of(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "--seeds", "1")
+    cell, *_ = cells_of(recipe)
+    folder = fabricate(recipe, noisy({}), [])
+    folder.fail(cell.name, "refused", final=True)
+    folder.run_recipe(cell.name).write_text(study._text(cell))
+    assert not study._is_due(folder, cell, retry=False)
+    changed = cells_of(recipe_for(tmp_path, "--seeds", "1", "--training.batch_size", "3"))[0]
+    assert changed.name == cell.name
+    assert study._is_due(folder, replace(cell, recipe=changed.recipe), retry=False)
 
 
 def test_a_run_that_finished_but_diverged_is_repeated_on_request_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,46 @@ def test_failures_are_rows_with_their_reasons(tmp_path: Path) -> None:
 def test_all_may_have_failed(tmp_path: Path) -> None:
     words = words_of(page_of(recipe_for(tmp_path), lambda cell: "killed by SIGKILL"))
     assert "No run can be compared with plain LoRA: see the failures." in words
+
+
+def test_rates_that_were_passed_over_are_told(tmp_path: Path) -> None:
+    """One failed run at plain LoRA's best rate makes another rate its own, and a method look better."""
+
+    def losses(cell: Cell) -> object:
+        failed = cell.contender.id == "lora" and cell.learning_rate == 0.01 and cell.seed == 0
+        return "logits differ" if failed else noisy({})(cell)
+
+    words = words_of(page_of(recipe_for(tmp_path), losses))  # type: ignore[arg-type]
+    assert "Learning rates at which a run has failed were passed over: 0.01 of plain LoRA." in words
+    fine = page_of(recipe_for(tmp_path, "--output", str(tmp_path / "fine")), noisy({}))
+    assert "passed over" not in words_of(fine)
+
+
+def test_runs_without_a_result_are_told_where_their_losses_are(tmp_path: Path) -> None:
+    def losses(cell: Cell) -> object:
+        return "diverged" if (cell.contender.id, cell.seed) == ("adalora", 1) else noisy({"adalora": 0.3})(cell)
+
+    words = words_of(page_of(recipe_for(tmp_path, "--learning_rates", "1e-2", "--peers", "[]"), losses))  # type: ignore[arg-type]
+    assert "No run can be compared with plain LoRA" in words
+    assert "(2 of 3 runs)" in words
+
+
+def test_a_run_that_will_be_repeated_makes_the_verdict_wait(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    folder = fabricate(recipe, noisy({"adalora": 0.3}, rows=0.02))
+    shutil.rmtree(folder.run(cells_of(recipe)[-1].name).root)
+    write_page(folder, recipe, SHAPES, [read_row(folder, cell) for cell in cells_of(recipe)])
+    assert "1 run is missing, which the same command runs again; so far, AdaLoRA is better" in words_of(
+        folder.page.read_text(encoding="utf-8")
+    )
+
+
+def test_allora_is_told_to_be_without_dropout(tmp_path: Path) -> None:
+    words = [
+        words_of(page_of(recipe_for(tmp_path, "--methods", methods, "--output", str(tmp_path / name)), noisy({})))
+        for name, methods in {"with": "[adalora, allora]", "without": "[adalora]"}.items()
+    ]
+    assert ["ALLoRA trains without dropout and at scale 1" in said for said in words] == [True, False]
 
 
 def test_one_seed_and_one_rate_are_told_what_they_are_worth(tmp_path: Path) -> None:

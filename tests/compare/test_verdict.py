@@ -9,9 +9,9 @@ import pytest
 
 from loralloc.compare.grid import Contender, Point
 from loralloc.compare.page import headline
-from loralloc.compare.results import Entry, Trial
+from loralloc.compare.results import Entry, Row, Trial
 from loralloc.compare.statistics import differences
-from loralloc.compare.verdict import Compared, verdict
+from loralloc.compare.verdict import Compared, verdict, with_gaps
 
 POINT = Point("r2", "average rank 2", 960, (2, 2))
 NBSP = "\N{NO-BREAK SPACE}"
@@ -72,6 +72,45 @@ def test_of_one_seed_beside_others_nothing_is_known() -> None:
     assert "whether B is better than plain LoRA: it is ahead" in verdict(both, loss=2.0, margin=0.01)
     failed = [*lone, Compared(both[1].entry, replace(compared(0.5)[0].difference, low_all=0.4))]  # type: ignore[type-var]
     assert verdict(failed, loss=2.0, margin=0.01).endswith("its loss: 2 more seeds would")
+
+
+def test_one_seed_of_one_is_not_enough_for_any() -> None:
+    """B's only run is behind, which says nothing of its next one."""
+    lone = compared(0.02, 0.02, seeds=1)[1]
+    level = compared(0.0)[0]
+    assert verdict([level], loss=2.0, margin=0.01).startswith("plain LoRA is enough")
+    assert "whether B is better" in verdict([level, lone], loss=2.0, margin=0.01)
+
+
+def with_runs(one: Compared, *reasons: str) -> Compared:
+    """A contender whose runs at the chosen rate have ended so."""
+    rows = tuple(Row(None, reason=reason) for reason in reasons)  # type: ignore[arg-type]
+    trial = replace(one.entry.chosen, rows=rows)
+    return replace(one, entry=replace(one.entry, trials=(trial,), chosen=trial))
+
+
+def test_who_failed_is_not_better_than_anybody() -> None:
+    best, second = compared(-0.3, -0.1)
+    assert verdict([best, second], loss=2.0, margin=0.01).startswith("A is better")
+    said = verdict([with_runs(best, "", "diverged", ""), second], loss=2.0, margin=0.01)
+    assert said.startswith("B is better")
+    assert said.endswith("; A failed, and cannot be judged")
+    assert verdict([with_runs(best, "", "diverged")], loss=2.0, margin=0.01) == (
+        "no run can be compared with plain LoRA: see the failures"
+    )
+    level = verdict([with_runs(second, "", ""), replace(best, difference=None)], loss=2.0, margin=0.01)
+    assert level.startswith("B is better")
+    assert level.endswith("; A failed, and cannot be judged")
+
+
+def test_a_verdict_says_what_it_lacks() -> None:
+    plain = compared(0.0)[0]
+    assert with_gaps("X", with_runs(plain, "", "").entry, 0) == "X"
+    assert with_gaps("X", with_runs(plain, "", "killed").entry, 0) == (
+        "X; plain LoRA failed in 1 of 2 runs, and only the other seeds are compared"
+    )
+    assert with_gaps("X", plain.entry, 1) == "1 run is missing, which the same command runs again; so far, X"
+    assert with_gaps("X", plain.entry, 3).startswith("3 runs are missing, ")
 
 
 def test_one_that_rows_cannot_tell_hides_no_other() -> None:

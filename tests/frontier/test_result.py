@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from loralloc.frontier.budgets import compare_points, recommend
+from loralloc.frontier.page import _limits
 from loralloc.frontier.point import Measured, Point
 from loralloc.frontier.result import Frontier, Recovery
 
@@ -46,3 +48,13 @@ def verdict(*losses: float) -> str:
 )
 def test_a_verdict_says_the_size_and_why(losses: list[float], said: str) -> None:
     assert verdict(*losses) == said
+
+
+def test_a_size_whose_loss_is_not_finite_is_the_worst() -> None:
+    """It is neither the best size nor kept when a recovery has mended it, and the curve leaves it out."""
+    nan = math.nan
+    assert verdict(1.0, nan).startswith("Take average rank 8")
+    broken, mended = (Measured({}, (loss, 1.0, 1.0), 1.0) for loss in (nan, 1.1))
+    assert Point(1, 1, 1, 1, broken, mended).gained
+    assert not Point(1, 1, 1, 1, mended, broken).gained
+    assert all(map(math.isfinite, _limits([broken, mended], [broken, mended])))

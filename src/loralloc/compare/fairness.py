@@ -39,6 +39,10 @@ def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str
         told.append("DoRA has plain LoRA's rank; its magnitudes come on top, see the parameters.")
     if any(entry.contender.id == "eva" for entry in found):
         told.append("EVA has plain LoRA's rank in every module: its redistribution of ranks is off.")
+    if any(entry.chosen.rows[0].cell.recipe.method.name == "allora" for entry in found):
+        told.append(
+            "ALLoRA trains without dropout and at scale 1, whatever the recipe says: both are part of the method."
+        )
     return told
 
 
@@ -51,6 +55,20 @@ def _looking(found: Sequence[Entry]) -> list[str]:
     return list(labels)
 
 
+def _passed_over(found: Sequence[Entry]) -> list[str]:
+    """Rates at which a contender was not judged because tuning runs have failed: a phrase for each contender."""
+    told = []
+    for entry in found:
+        failed = [
+            f"{trial.learning_rate:g}"
+            for trial in entry.trials
+            if trial is not entry.chosen and not all(row.finished for row in trial.tuning)
+        ]
+        if failed:
+            told.append(f"{listed(failed)} of {entry.contender.label}")
+    return list(dict.fromkeys(told))
+
+
 def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[Entry]) -> list[str]:
     """Return what a reader must know before the numbers."""
     section, told = section_of(recipe), []
@@ -61,6 +79,14 @@ def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[E
         )
     elif len(section.seeds) == 2:
         told.append("Two seeds: how much seeds differ is known from two numbers, and the intervals are wide for it.")
+    tuning = len(tuning_seeds(recipe))
+    if tuning < min(3, len(section.seeds)):
+        told.append(
+            f"Learning rates are chosen by {count(tuning, 'seed')} of {len(section.seeds)}: with others, another rate "
+            "may be the best of a contender."
+        )
+    if passed := _passed_over(found):
+        told.append(f"Learning rates at which a run has failed were passed over: {listed(passed)}.")
     if len(section.learning_rates or ()) == 1:
         told.append(
             "One learning rate: whoever it happens to suit looks better. Differences between untuned methods are "
@@ -86,7 +112,7 @@ def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[E
         names = listed([PEERS[name] for name in section.peers])
         told.append(f"Where the budget is no whole rank for every module, {names} did not take part.")
     if not any(entry.contender.kind == "plan" for entry in found):
-        told.append("No method in question has chosen uneven ranks, so that none was trained again as plain LoRA.")
+        told.append("No method has finished with uneven ranks, so no plan was trained again as plain LoRA.")
     short = [
         row for row in rows
         if row.finished and row.cell.contender.kind != "peer"

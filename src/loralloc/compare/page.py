@@ -13,7 +13,7 @@ from loralloc.compare.grid import Point, Shapes, section_of, tuning_seeds
 from loralloc.compare.record import json_text
 from loralloc.compare.results import Entry, Row, baseline_of, criterion, entries, paired
 from loralloc.compare.statistics import differences
-from loralloc.compare.verdict import Compared, verdict
+from loralloc.compare.verdict import Compared, verdict, with_gaps
 from loralloc.files import write_atomically
 from loralloc.recipe.schema import Recipe
 from loralloc.report.charts import Chart
@@ -53,7 +53,8 @@ def write_page(folder: CompareFolder, recipe: Recipe, shapes: Shapes, rows: Sequ
     """
     found = entries(rows, criterion(recipe), tuning_seeds(recipe))
     with report_settings():
-        parts = [_part(point, found, recipe, shapes) for point in dict.fromkeys(entry.point for entry in found)]
+        points = dict.fromkeys(entry.point for entry in found)
+        parts = [_part(point, found, recipe, shapes, _pending(point, rows)) for point in points]
         drawn = [chart for part in parts for chart in part.charts]
         pictures = {chart.name: svg(chart.figure, chart.name, chart.heading) for chart in drawn}
         for old in folder.figures.glob("*.png"):
@@ -104,13 +105,18 @@ def compare_entries(found: Iterable[Entry], point: Point) -> list[Compared]:
     return [Compared(entry, None if table is None else next(known)) for entry, table in others]
 
 
-def _part(point: Point, found: Sequence[Entry], recipe: Recipe, shapes: Shapes) -> Part:
+def _pending(point: Point, rows: Iterable[Row]) -> int:
+    """Runs at a budget that the next call repeats."""
+    return sum(row.pending for row in rows if row.cell.point == point)
+
+
+def _part(point: Point, found: Sequence[Entry], recipe: Recipe, shapes: Shapes, pending: int) -> Part:
     here = [entry for entry in found if entry.point == point]
     baseline, compared = baseline_of(here, point), compare_entries(here, point)
     limit, by_then = tables.equal_time(here)
     return Part(
         point,
-        verdict(compared, baseline.chosen.held_out("loss"), section_of(recipe).margin),
+        with_gaps(verdict(compared, baseline.chosen.held_out("loss"), section_of(recipe).margin), baseline, pending),
         baseline,
         compared,
         tables.result_table(compared, baseline, shapes.metric),

@@ -23,6 +23,7 @@ from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.recipe.stages import Stage, prepare_training
 from loralloc.tasks.quantization import stored_config
+from loralloc.training.meter import processor_time
 from loralloc.training.step_data import random_state, set_random_state
 from loralloc.training.trainer import RunTrainer
 
@@ -94,7 +95,7 @@ def _start_from_data(stage: Stage) -> dict[str, float]:
     Returns:
         Its cost under the keys of a search: `seconds` and `processor_seconds`.
     """
-    before, begun, worked = random_state(), time.perf_counter(), time.process_time()
+    before, begun, worked = random_state(), time.perf_counter(), processor_time()
     stage.model.to(stage.trainer.args.device)
     try:
         initialize_lora_eva_weights(
@@ -106,7 +107,7 @@ def _start_from_data(stage: Stage) -> dict[str, float]:
         )
     finally:
         set_random_state(before)
-    return {"seconds": time.perf_counter() - begun, "processor_seconds": time.process_time() - worked}
+    return {"seconds": time.perf_counter() - begun, "processor_seconds": processor_time() - worked}
 
 
 def _read_tokens(batch: dict[str, Any], config: LoraConfig) -> torch.Tensor | None:

@@ -49,6 +49,7 @@ class Row:
     Attributes:
         cell: The run.
         reason: Why there is no result; empty if there is one.
+        pending: Whether the next call of the same comparison runs it again.
         validation: Metrics on the validation data.
         held_out: Metrics on the test data or, without test data, on the validation data.
         losses: The loss of every held-out row.
@@ -63,6 +64,7 @@ class Row:
 
     cell: Cell
     reason: str = ""
+    pending: bool = False
     validation: Mapping[str, float] = field(default_factory=dict)
     held_out: Mapping[str, float] = field(default_factory=dict)
     losses: NDArray[np.float64] | None = None
@@ -84,8 +86,8 @@ def read_row(folder: CompareFolder, cell: Cell) -> Row:
     """Read the result of a run from its folder."""
     run = folder.run(cell.name)
     if not run.metrics.is_file():
-        failed = folder.reason(cell.name)
-        return Row(cell, reason="not run yet" if failed is None else failed[0])
+        reason, final = folder.reason(cell.name) or ("not run yet", False)
+        return Row(cell, reason=reason, pending=not final)
     metrics: dict[str, Any] = json.loads(run.metrics.read_text(encoding="utf-8"))
     validation, held_out = (_numbers(metrics[name]) for name in ("validation", "test"))
     search = metrics.get("search") or {}
@@ -105,9 +107,15 @@ def read_row(folder: CompareFolder, cell: Cell) -> Row:
         seconds=number(metrics["train_seconds"]) + number(search.get("seconds", 0.0)),
         processor_seconds=cost,
         memory_mib=max((number(row["memory_mib"]) for row in log if "memory_mib" in row), default=math.nan),
-        ranks=RankPlan.load(run.plan).ranks,
+        ranks=_ranks(run, cell.recipe.plan),
         course=_course(run, log, cost, searched, validation.get("loss", math.nan)),
     )
+
+
+def _ranks(run: RunFolder, plan: str | None) -> dict[str, int]:
+    """The ranks of a run; a run from a plan has no adapter at the plan's modules of rank 0."""
+    closed = {} if plan is None else dict.fromkeys(RankPlan.load(plan).ranks, 0)
+    return closed | RankPlan.load(run.plan).ranks
 
 
 def _not_finite(validation: Mapping[str, float], losses: NDArray[np.float64] | None) -> str:
@@ -211,9 +219,15 @@ class Entry:
     chosen: Trial
 
     @property
+    def failures(self) -> int:
+        """Runs at the chosen rate that have no result."""
+        return len(self.chosen.rows) - len(self.chosen.finished)
+
+    @property
     def at_edge(self) -> bool:
         """Whether the chosen rate is the smallest or the largest of three or more: a better one may lie beyond."""
-        return len(self.trials) > 2 and self.chosen in (self.trials[0], self.trials[-1])
+        ends = (self.trials[0], self.trials[-1])
+        return len(self.trials) > 2 and self.chosen in ends and math.isfinite(self.chosen.score)
 
 
 def criterion(recipe: Recipe) -> str:

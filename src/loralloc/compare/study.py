@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -19,6 +20,7 @@ from loralloc.compare.results import Entry, Row, criterion, entries, read_row, w
 from loralloc.errors import UserError
 from loralloc.files import write_atomically
 from loralloc.methods.registry import PLAIN_LORA
+from loralloc.plan import RankPlan
 from loralloc.recipe.schema import Recipe, dump_recipe
 
 
@@ -86,11 +88,16 @@ def compare(recipe: Recipe, executor: Executor, retry: bool, watcher: Watcher) -
 
 
 def _tuned(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], list[Row]], recipe: Recipe) -> list[Row]:
-    """Run the tuning seeds at every rate, then the other seeds at the rate chosen for each contender and budget."""
+    """Run the tuning seeds at every rate, then the other seeds at the rate chosen for each contender and budget.
+
+    If no tuning run of a contender has a result, its rate is unknown, and the other seeds are not run.
+    """
     tuning = tuning_seeds(recipe)
     rows = run([cell for cell in cells if cell.seed in tuning])
     chosen = {
-        (entry.point, entry.contender, entry.chosen.learning_rate) for entry in entries(rows, criterion(recipe), tuning)
+        (entry.point, entry.contender, entry.chosen.learning_rate)
+        for entry in entries(rows, criterion(recipe), tuning)
+        if math.isfinite(entry.chosen.score)
     }
     others = [cell for cell in cells if cell.seed not in tuning]
     return rows + run([cell for cell in others if (cell.point, cell.contender, cell.learning_rate) in chosen])
@@ -141,10 +148,10 @@ def _run(
         watcher.started(name)
 
     for cell in due:
-        if folder.run(cell.name).metrics.is_file():  # finished, but its losses are not finite
+        if folder.run(cell.name).metrics.is_file():  # finished, but at another plan, or its losses are not finite
             shutil.rmtree(folder.run(cell.name).root)
         folder.failure(cell.name).unlink(missing_ok=True)
-        _write_recipe(folder.run_recipe(cell.name), dump_recipe(cell.recipe))
+        _write_recipe(folder.run_recipe(cell.name), _text(cell))
     for ended in executor.run([_job(folder, cell, threads) for cell in due], started):
         if ended.reason is not None:
             folder.fail(ended.name, ended.reason, final=ended.final)
@@ -158,12 +165,28 @@ def _write_recipe(path: Path, text: str) -> None:
         write_atomically(path, text)
 
 
+def _text(cell: Cell) -> str:
+    """The recipe of a run; for one from a plan also its ranks, in a comment: the recipe only names the plan's file."""
+    ranks = "" if cell.recipe.plan is None else f"# ranks: {list(_planned(cell).values())}\n"
+    return dump_recipe(cell.recipe) + ranks
+
+
+def _planned(cell: Cell) -> dict[str, int]:
+    """The ranks above 0 of the plan that a run trains at."""
+    assert cell.recipe.plan is not None
+    return {name: rank for name, rank in RankPlan.load(cell.recipe.plan).ranks.items() if rank}
+
+
 def _is_due(folder: CompareFolder, cell: Cell, retry: bool) -> bool:
-    run = folder.run(cell.name)
-    if run.metrics.is_file() and run.holds(cell.recipe):  # at retraining, the plan may have changed
+    """Whether a run has to be repeated: it has no result, or one of other settings or another plan."""
+    run, recipe = folder.run(cell.name), folder.run_recipe(cell.name)
+    if run.metrics.is_file() and run.holds(cell.recipe):
+        if cell.recipe.plan is not None and RankPlan.load(run.plan).ranks != _planned(cell):
+            return True
         return retry and not read_row(folder, cell).finished
     failed = folder.reason(cell.name)
-    return retry or failed is None or not failed[1]
+    same = recipe.is_file() and recipe.read_text(encoding="utf-8") == _text(cell)
+    return retry or failed is None or not failed[1] or not same
 
 
 def _job(folder: CompareFolder, cell: Cell, threads: int) -> Job:

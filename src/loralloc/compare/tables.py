@@ -46,10 +46,11 @@ def _result(entry: Entry, metric: str, cells: tuple[str, ...]) -> tuple[str, ...
     if not chosen.finished:
         return (entry.contender.label, NOTHING, NOTHING, NOTHING, *cells)
     edge = " (edge)" if entry.at_edge else ""
+    some = f" ({len(chosen.finished)} of {len(chosen.rows)} runs)" if entry.failures else ""
     return (
         entry.contender.label,
         f"{chosen.learning_rate:g}{edge}",
-        f"{chosen.held_out('loss'):.4f}",
+        f"{chosen.held_out('loss'):.4f}{some}",
         rounded(chosen.held_out(metric)),
         *cells,
     )

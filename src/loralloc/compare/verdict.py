@@ -39,22 +39,46 @@ def verdict(compared: Sequence[Compared], loss: float, margin: float) -> str:
     """
     if not any(one.entry.contender.kind in IN_QUESTION for one in compared):
         return "nothing but controls was set beside plain LoRA: name methods in compare.methods"
+    asked = [one for one in compared if one.entry.contender.kind in IN_QUESTION]
     known = [
         (one.entry.contender.label, one.difference)
-        for one in compared
-        if one.difference is not None and one.entry.contender.kind in IN_QUESTION
+        for one in asked
+        if one.difference is not None and not one.entry.failures
     ]
+    failed = [one.entry.contender.label for one in asked if one.difference is None or one.entry.failures]
     if not known:
         return "no run can be compared with plain LoRA: see the failures"
+    unknown = f"; {listed(failed)} failed, and cannot be judged" if failed else ""
+    return _judged(known, compared, loss, margin) + unknown
+
+
+def _judged(known: Sequence[tuple[str, Difference]], compared: Sequence[Compared], loss: float, margin: float) -> str:
     count = sum(one.difference is not None for one in compared)
     if all(difference.seeds == 1 for _, difference in known):
         return _one_seed(known, loss)
     if better := [(label, one) for label, one in known if one.significant and one.mean < 0]:
         return _better(better, loss)
     least = margin * abs(loss)
-    if undecided := [(label, one) for label, one in known if one.low_all <= -least]:
+    if undecided := [(label, one) for label, one in known if one.seeds == 1 or one.low_all <= -least]:
         return _ahead(undecided, loss, least, count) or _undecided(undecided, least, count, margin)
     return f"plain LoRA is enough here: nothing tried is better by {_percent(margin)} of its loss, or more"
+
+
+def with_gaps(verdict: str, baseline: Entry, pending: int) -> str:
+    """Return a verdict with what it lacks: plain LoRA's failed runs, and runs that the next call repeats.
+
+    Args:
+        verdict: The verdict at a budget.
+        baseline: Plain LoRA.
+        pending: Runs at the budget that have no result yet.
+    """
+    runs = len(baseline.chosen.rows)
+    if 0 < baseline.failures < runs:
+        verdict += f"; plain LoRA failed in {baseline.failures} of {runs} runs, and only the other seeds are compared"
+    if pending:
+        told = f"{pending} run{'s are' if pending > 1 else ' is'} missing, which the same command runs again"
+        verdict = f"{told}; so far, {verdict}"
+    return verdict
 
 
 def _one_seed(known: Sequence[tuple[str, Difference]], loss: float) -> str:

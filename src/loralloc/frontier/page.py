@@ -141,9 +141,9 @@ def _line(axes: Axes, averages: Sequence[float], found: Sequence[Measured], colo
 
 def _limits(shown: Sequence[Measured], cuts: Sequence[Measured]) -> tuple[float, float]:
     """Limits of the loss axis: all of `shown` (the lower line), and as much of the cuts as `SHOWN_SPREAD` allows."""
-    ends = [(mean - half, mean + half) for mean, half in map(loss_interval, shown)]
+    ends = [(mean - half, mean + half) for mean, half in map(loss_interval, shown) if math.isfinite(mean + half)]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    highest = max(loss_interval(cut)[0] for cut in cuts)
+    highest = max(cut.mean for cut in cuts)
     room = (high - low) * SHOWN_SPREAD
     high = max(high, min(highest, low + room))
     return low - 0.05 * (high - low), high + 0.12 * (high - low)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -35,6 +36,11 @@ class Measured:
         """The losses, [n]."""
         return np.array(self.losses, dtype=np.float64)
 
+    @property
+    def mean(self) -> float:
+        """The mean loss of an example; infinite if a loss is not finite."""
+        return float(self.array.mean()) if np.isfinite(self.array).all() else math.inf
+
 
 @dataclass(frozen=True)
 class Point:
@@ -64,7 +70,7 @@ class Point:
     @property
     def gained(self) -> bool:
         """Whether a recovery has lowered the loss."""
-        return self.recovered is not None and bool(self.recovered.array.mean() < self.cut.array.mean())
+        return self.recovered is not None and self.recovered.mean < self.cut.mean
 
 
 @dataclass(frozen=True)

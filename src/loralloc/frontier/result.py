@@ -69,8 +69,7 @@ class Frontier:
     @property
     def best(self) -> int:
         """Index of the point with the lowest loss."""
-        losses = [point.best.array.mean() for point in self.points]
-        return int(np.argmin(losses))
+        return int(np.argmin([point.best.mean for point in self.points]))
 
     def verdict(self) -> str:
         """Say in a sentence which size is recommended, and why."""
