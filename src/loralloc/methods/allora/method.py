@@ -162,7 +162,7 @@ class ALLoRA(Method):
         return state
 
     def on_gradients(self, state: ALLoRAState, now: StepContext) -> None:
-        """Copy the factors in the modes that rescale the step; gradients were scaled by the kernel."""
+        """Copy the factors in the modes that rescale the step; the kernel has scaled the gradients (not in `post`)."""
         self._warn_once(state, now)
         if self.mode != "paper":
             state.before = [factor.detach().clone() for factor in state.factors()]
