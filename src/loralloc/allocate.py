@@ -1,6 +1,6 @@
-"""Decide which ranks stay, and where freed ranks go: exact selection under a budget, from scores alone.
+"""Decide which ranks stay: exact selection under a budget, from scores alone.
 
-Higher scores win; ties go to the earlier position; NaN counts as −∞. Keeping none and keeping all are ordinary.
+Higher scores win; ties go to the earlier position; NaN counts as −∞. It is valid to keep no rank, or all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from loralloc import knapsack
 from loralloc.budget import Budget, Modules
 
 Keep = Callable[[Tensor, Tensor, int], Tensor]
-"""Chooses ranks of different costs, [R] scores and [R] costs, under a limit: boolean [R]."""
+"""A rule that chooses among ranks of different costs: from scores [R], costs [R] and a limit to boolean [R]."""
 
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
@@ -79,18 +79,18 @@ def keep_most(scores: Tensor, costs: Tensor, limit: int) -> Tensor:
 
 
 def select(scores: Tensor, budget: Budget, modules: Modules, limit: int, keep: Keep = keep_most) -> Tensor:
-    """Keep the best ranks under a budget, of each module no more than its `max_rank`.
+    """Keep the best ranks under a budget, at most its `max_rank` of each module.
 
-    Where all ranks cost the same, as in a budget in ranks, those with the highest scores stay; without a cap the host
-    does not wait for the device then. Where costs differ the scores are read once.
+    If all ranks cost the same, as in a budget in ranks, those with the highest scores stay; without a cap, the host
+    does not have to wait for the device then. If costs differ, the scores are copied to the host once.
 
     Args:
-        scores: [R], the modules one after the other. Where costs differ they are summed up: what keeping a rank is
-            worth.
-        budget: The budget, for what it counts and its cap.
+        scores: [R], the modules one after the other. If costs differ, the default `keep` maximises the sum of the kept
+            scores, so a score must then be what keeping the rank is worth.
+        budget: The budget; its unit and its cap are used.
         modules: The modules, with as many ranks as there are scores.
         limit: What the budget allows now, in its unit: met exactly in ranks, never exceeded in parameters or bytes.
-        keep: How ranks of different costs are chosen; `keep_within` where scores are an order and nothing more.
+        keep: How ranks of different costs are chosen; use `keep_within` if scores define only an order.
 
     Returns:
         Boolean [R].
@@ -122,7 +122,7 @@ def best_of_each(scores: Tensor, ranks: Sequence[int], most: int) -> Tensor:
     Args:
         scores: [R], the modules one after the other.
         ranks: Ranks of each module.
-        most: How many of a module; of one with fewer, all.
+        most: Ranks to take from each module; a module with fewer gives all of its ranks.
 
     >>> best_of_each(torch.tensor([1.0, 3.0, 2.0, 0.0]), [3, 1], 2).tolist()
     [1, 2, 3]

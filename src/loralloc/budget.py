@@ -28,7 +28,7 @@ class Modules:
         ranks: Starting rank of each module.
         parameters: Parameters of one rank of each module, in + out.
         bytes: The same in bytes, at the dtypes of A and B.
-        base_parameters: Parameters of the base model; None where there is none, as beside an adapter's folder.
+        base_parameters: Parameters of the base model; None if it is not at hand, as for an adapter's folder.
     """
 
     ranks: Sequence[int]
@@ -37,11 +37,11 @@ class Modules:
     base_parameters: int | None = None
 
     def costs(self, unit: str) -> Sequence[int]:
-        """Return what one rank of each module costs; every rank is 1 where ranks are counted."""
+        """Return what one rank of each module costs; 1 for every module if the unit is ranks."""
         return {"ranks": [1] * len(self.ranks), "parameters": self.parameters, "bytes": self.bytes}[unit]
 
     def total(self, unit: str, max_rank: int | None = None) -> int:
-        """Return what all ranks cost, or as many of them as a cap lets each module have."""
+        """Return what all ranks cost, or at most `max_rank` ranks of each module."""
         return total_cost(self.capped(max_rank), self.costs(unit))
 
     def capped(self, max_rank: int | None) -> Sequence[int]:
@@ -104,14 +104,14 @@ class Budget:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def resolve(self, modules: Modules) -> int:
-        """Return the target in this budget's unit, which the modules can have under `max_rank`.
+        """Return the target in this budget's unit, at most what the modules can have under `max_rank`.
 
         Args:
             modules: The adapted modules at their start.
 
         Raises:
-            UserError: The target is above what the modules start with, too small for a single rank, or in ranks that
-                `max_rank` does not let them have; or it is a share of a base model that nobody knows.
+            UserError: The target is above what the modules start with, or too small for a single rank; a target in
+                ranks is above what `max_rank` allows; or it is a share of a base model that is not at hand.
 
         >>> modules = Modules(ranks=[12, 12, 12], parameters=[100, 100, 200], bytes=[400, 400, 800])
         >>> Budget(average_rank=8).resolve(modules), Budget(fraction=0.5).resolve(modules)

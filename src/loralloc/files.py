@@ -15,7 +15,7 @@ from loralloc import reading
 from loralloc.errors import UserError
 
 LAST_STEP = 2**53
-"""Above it, the steps of a figure would be no whole numbers any more."""
+"""Largest step number: floats, as in a figure, do not represent every whole number above it."""
 
 
 def finite(value: Any) -> Any:
@@ -44,7 +44,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in a folder survive a crash of the machine: those that were made, renamed and removed."""
+    """Flush a folder to disk, so that created, renamed and removed names survive a crash of the machine."""
     if os.name == "nt":  # where a folder cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -70,7 +70,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def drop_half_written(folder: Path) -> None:
-    """Remove what `write_atomically` has left, here and below, in processes that were killed while they wrote.
+    """Remove temporary files, here and below, of processes that were killed in `write_atomically`.
 
     Args:
         folder: A folder in which nobody else keeps files.
@@ -83,8 +83,8 @@ def drop_half_written(folder: Path) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line, each with a `step`, in the order of steps.
 
-    A run that was killed may leave half a last line, which is skipped; one that was resumed from an earlier checkpoint
-    repeats steps, of which the later ones count.
+    A run that was killed may leave half a last line, which is skipped. A run resumed from an earlier checkpoint repeats
+    steps; the later rows of these steps replace the earlier ones.
 
     Args:
         path: The file.

@@ -1,11 +1,11 @@
-"""Gates on a PEFT model. With `peft_layers`, the only file that touches PEFT's LoRA layers.
+"""Gates on a PEFT model. What depends on PEFT's LoRA layers is here, in `peft_layers` and in `plain_lora`.
 
 A gated layer computes `base(x) + ((x Aᵀ) ∘ (scale ∘ gate)) Bᵀ`: `gate` is a parameter that methods train or set,
 `scale` is fixed and holds PEFT's scaling (times a method's own constant); a zero in it shuts a rank off for good.
-Where a frozen `nn.Linear` and one gated update are all there is, both are one step of the graph; in every other case
-the layer runs PEFT's own forward pass (`_GatedLayer`).
+If a layer is just a frozen `nn.Linear` with one gated update, both are computed together (`kernel.gated_linear`); in
+every other case the layer runs PEFT's own forward pass (`_GatedLayer`).
 
-What we rely on in PEFT (tests/test_gating_peft.py says in words which of these broke): a layer calls
+What we rely on in PEFT (tests/test_gating_peft.py names the assumption that broke): a layer calls
 `lora_variant[adapter].forward(layer, active_adapter=, x=, result=)` for adapters that have one, and every parameter
 dictionary named in `adapter_layer_names` follows `set_adapter` and `delete_adapter`; what a variant gets as `x` has
 gone through the layer's `_cast_input_dtype`; with one active adapter, not merged and not disabled, the forward pass is
@@ -96,7 +96,7 @@ class Site(PlainSite):
 
     @property
     def plan_scale(self) -> float:
-        """Factor of B·A that a run from this one's plan should train with: PEFT's scaling times the method's factor."""
+        """Scale of B·A for a run that starts from this run's plan: PEFT's scaling times the method's factor."""
         return self.scaling * self._variant.factor
 
     @property
@@ -114,8 +114,8 @@ class Site(PlainSite):
         return not self._variant.gate_frozen
 
     def freeze_gate(self) -> None:
-        """Leave the gate as it is: no gradient, no place in the optimizer. Before the optimizer is built."""
-        self._variant.gate_frozen = True  # the flag alone would not do: PEFT sets it anew in disable_adapter()
+        """Freeze the gate: no gradient, no place in the optimizer. Call it before the optimizer is built."""
+        self._variant.gate_frozen = True  # requires_grad is not enough: PEFT's disable_adapter() sets it again
         self.gate.requires_grad_(False)
 
     def set_scale(self, open_ranks: Tensor, factor: float = 1.0, gain: float = 1.0) -> None:
@@ -124,7 +124,7 @@ class Site(PlainSite):
         Args:
             open_ranks: Boolean [r].
             factor: The method's constant on top of PEFT's scaling; a run from the plan keeps it.
-            gain: The method's constant inside its own parametrisation of the gate, of which a plan knows nothing.
+            gain: Constant of the method's own parametrisation of the gate; it is not part of the plan's scale.
         """
         self._variant.scale = open_ranks.to(self.gate.dtype) * (self.scaling * factor * gain)
         self._variant.factor = factor
@@ -134,7 +134,7 @@ class Site(PlainSite):
         self._variant.row_scale = row_scale
 
     def take_scale(self, ranks: Tensor) -> None:
-        """Keep the scale of some ranks alone, int64 [k]: the others have left the tensors."""
+        """Keep only the scale of these ranks, int64 [k]: the others have been removed from the tensors."""
         self._variant.taken = ranks, len(self.scale)
         self._variant.scale = self.scale[ranks.to(self.gate.device)]
 
@@ -163,10 +163,12 @@ class Site(PlainSite):
 
 @contextmanager
 def gates_replaced(sites: Sequence[Site], gates: Sequence[Tensor | None]) -> Iterator[None]:
-    """Compute with other gates inside: of each site [r], per sample [n, 1, r], or None for zeros; the parameters stay.
+    """Compute with other gates inside: for each site [r], per sample [n, 1, r], or None for zeros.
+
+    The gate parameters themselves do not change.
 
     Raises:
-        UserError: Afterwards, with all layers that saw rows which are no samples.
+        UserError: On exit, naming all layers whose input did not have one row (or an equal number) per sample.
     """
     variants = [site._variant for site in sites]
     for variant, gate in zip(variants, gates, strict=True):
@@ -177,7 +179,7 @@ def gates_replaced(sites: Sequence[Site], gates: Sequence[Tensor | None]) -> Ite
         misfits = {site.name: site._variant.misfit for site in sites if site._variant.misfit}
         for variant in variants:
             variant.gate, variant.off, variant.misfit = None, False, ""
-        if misfits:  # whatever else went wrong came of it
+        if misfits:  # any other error inside was caused by it
             others = [site.name for site in sites if site.name not in misfits]
             cure = f"LoraConfig({excluding(list(misfits), others, sites[0].left_out)})" if others else "adapt others"
             raise UserError(
@@ -198,7 +200,7 @@ class _GatedVariant(LoraVariant):
         self.row_scale: Tensor | None = None
         self.gate: Tensor | None = None  # instead of the layer's parameter
         self.off = False  # no update: as with gates of zero
-        self.misfit = ""  # the rows that were no samples, where `gate` is one per sample
+        self.misfit = ""  # how the rows of an input did not match the samples, for a `gate` per sample
         self.gate_frozen = False
         self.taken: tuple[Tensor, int] | None = None  # positions of the ranks left in the tensors, of how many
 
@@ -213,7 +215,7 @@ class _GatedVariant(LoraVariant):
         return gated_lora(module.lora_dropout[active_adapter](x), result, *self._update_of(module, active_adapter, x))
 
     def with_layer(self, module: Any, frozen: Any, adapter: str, x: Tensor) -> Tensor:
-        """The same in one step with the frozen layer, which `_is_plain_product`."""
+        """Output of the frozen layer and the update together, if `_is_plain_product` holds for the layer."""
         weights = frozen._parameters
         return gated_linear(x, weights["weight"], weights["bias"], *self._update_of(module, adapter, x))
 
@@ -227,7 +229,7 @@ class _GatedVariant(LoraVariant):
         if self.scale.device != x.device:  # the model was moved after attaching
             self.scale = self.scale.to(x.device)
             self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
-        parts = module._modules  # where layers are small, one by one through the module's attributes would be felt
+        parts = module._modules  # for small layers, looking up each attribute on the module would be noticeable
         gates = parts["lora_gate"]
         gate = gates._parameters.get(adapter)
         gate = gates[adapter] if gate is None else gate  # parametrised, or where others have put it
@@ -241,13 +243,13 @@ class _GatedVariant(LoraVariant):
         )
 
     def _fitted(self, gate: Tensor, x: Tensor) -> Tensor:
-        """A gate per sample, [n, 1, r], for an input [n, ..., in], or [n · tokens, in] where a layer flattens them."""
+        """Shape per-sample gates, [n, 1, r], for an input [n, ..., in], or [n · tokens, in] if it is flattened."""
         if gate.dim() == 1:
             return gate
         n, rank = gate.shape[0], gate.shape[-1]
         if x.dim() == 2 and len(x) % n == 0:
             return gate.view(n, rank).repeat_interleave(len(x) // n, 0)
-        if len(x) != n:  # the pass goes on with some gate, so that all such layers are found
+        if len(x) != n:  # go on with an arbitrary gate, so that one pass finds all such layers
             self.misfit = f"{len(x)} rows for {n} samples"
             return gate.view(n, rank)[0]
         return gate.view(n, *[1] * (x.dim() - 2), rank)
@@ -280,8 +282,8 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
         The sites, in the model's order.
 
     Raises:
-        UserError: No PeftModel, no LoRA adapter, one that could not be exported, layers that cannot be gated, or that
-            are gated already.
+        UserError: There is no PeftModel or no LoRA adapter, the adapter could not be exported, or its layers cannot be
+            gated or are gated already.
     """
     check_not_parallel(model)
     check_sharding(model)
@@ -316,7 +318,7 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
 
 
 def folded(A: Tensor, B: Tensor, gate: Tensor, scale: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return the factors of plain LoRA that compute, under PEFT's own scaling, what gated ones do.
+    """Return factors of plain LoRA that, with PEFT's own scaling, compute the same as the gated ones.
 
     B becomes B · diag(scale ∘ gate) / scaling. Ranks that are closed for good (scale 0) become exact zeros in both
     factors, which is how `export_adapter` recognises them.
@@ -352,7 +354,7 @@ def fold_gates(sites: Sequence[Site]) -> None:
 
 @contextmanager
 def put_back_on_error(sites: Sequence[Site]) -> Iterator[None]:
-    """Leave plain LoRA as it was where an error ends what is inside: without gates, A and B with their old values."""
+    """If the body raises, restore plain LoRA: remove the gates, and give A and B their old values."""
     before = [(factor, factor.detach().clone()) for site in sites for factor in (site.A, site.B)]
     try:
         yield
@@ -376,11 +378,11 @@ def is_gated(model: nn.Module, adapter: str) -> bool:
 
 
 class _GatedLayer:
-    """What a gated layer runs in place of methods of its own.
+    """Methods that replace some of a gated layer's own.
 
-    They are bound methods because PyTorch's compiler then sees in every block of a model the same code, and compiles it
-    once; a `functools.partial` it would compile once a block, until it gives up. And they are methods of a class of
-    their own because one that is bound to a layer whose class does not have it cannot be pickled.
+    They are bound methods because torch.compile then sees the same code in every block of a model and compiles it once.
+    It would compile a `functools.partial` again for each block, until it gives up. They have a class of their own
+    because a method that is bound to a layer, but not defined by the layer's class, cannot be pickled.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -397,8 +399,8 @@ class _GatedLayer:
     def uncast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Leave the input of gated adapters as it is, where PEFT would cast it to the adapter's dtype.
 
-        The kernel casts for itself and keeps what it was given: over a base in half precision that is one narrow tensor
-        for all layers that share an input, instead of a wide copy for each of them.
+        The kernel casts the input itself and saves the original for the backward pass. With a base model in half
+        precision, layers that share an input then share one tensor, instead of each saving an fp32 copy.
         """
         layer = self.layer
         active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -408,7 +410,7 @@ class _GatedLayer:
 
 
 def _sole_adapter(layer: Any) -> str | None:
-    """The adapter whose gated update of the layer's own input is all that is added; None where that is not so."""
+    """The only active adapter, if its gated update (without dropout) is all that is added to the layer; else None."""
     active = layer.active_adapters
     if layer.disable_adapters or layer.merged_adapters or len(active) != 1:
         return None
@@ -420,11 +422,11 @@ def _sole_adapter(layer: Any) -> str | None:
 
 
 def _is_plain_product(frozen: Any) -> bool:
-    """Whether a base layer is a frozen `nn.Linear` whose output nobody else looks at or replaces."""
+    """Whether a base layer is a frozen `nn.Linear` with its original forward pass and without hooks."""
     if type(frozen) is not nn.Linear or getattr(frozen.forward, "__func__", None) is not _LINEAR_FORWARD:
         return False
     for name in ("weight", "bias"):
-        parameter = frozen._parameters.get(name, name)  # others may have taken it out, and put a tensor in its place
+        parameter = frozen._parameters.get(name, name)  # other code may have replaced it by a plain tensor
         if parameter is not None and (type(parameter) is not nn.Parameter or parameter.requires_grad):
             return False
     hooks = frozen._forward_hooks or frozen._forward_pre_hooks or frozen._backward_hooks or frozen._backward_pre_hooks

@@ -3,15 +3,16 @@
     y = base_out + s · ((x Aᵀ) ∘ g) Bᵀ        `gated_lora`: behind any layer
     y = x Wᵀ + b + s · ((x Aᵀ) ∘ g) Bᵀ        `gated_linear`: in one step with a frozen linear layer
 
-Two ways lead there, and `_composes` says which. Where all tensors have one precision of 32 bits or more, it is ordinary
-operations: what Python adds to each of a model's layers is then less than PEFT's own LoRA has. Everything else is a
-function of its own, `_GatedLoRA`, with a backward pass by hand. Its notable choices:
+There are two implementations, and `_composes` says which is used. In the plain case (one dtype of 32 bits or more, one
+gate for all samples, no `row_scale`, no autocast) the update consists of ordinary operations, with less Python overhead
+per layer than PEFT's own LoRA. Every other case uses the autograd function `_GatedLoRA`, whose backward pass is written
+by hand. Its notable choices:
 
-* The add is part of the matrix product (`addmm`), the scale is folded into the gate, and only the input, the r-wide
-  activation and its factor s · g are kept for the backward pass, parameters aside: over a base in half precision no
-  wide copy of the input in the adapter's. On a CPU the products that are r wide are computed as r high.
-* `gated_linear` owns the layer's product, and that of its backward pass, and adds to both in place: a copy and a sum of
-  wide tensors and a node of the graph less than a layer with `gated_lora` behind it.
+* The add is part of the matrix product (`addmm`), and the scale is folded into the gate. Besides parameters, only the
+  input, the r-wide activation and its factor s · g are saved for the backward pass: with a base model in half
+  precision, no copy of the input in the adapter's dtype. On a CPU, products with r columns are computed transposed.
+* `gated_linear` also computes the layer's own product, forward and backward, and adds to both in place. Compared with
+  `gated_lora` behind a layer, this saves a copy and a sum of wide tensors, and one node of the autograd graph.
 * `row_scale` multiplies the *weight* gradients of each output row (ALLoRA, arXiv 2410.09692): the input's gradient
   is untouched, and because the scale sits inside the contraction over rows, A's gradient is exact too. Both products
   with the output's gradient dy are one, dy [B | SB] with S = diag(row_scale): dy is read once and never rescaled.
@@ -104,7 +105,7 @@ def gated_linear(
 
 
 def _composes(x: Tensor, frozen: Tensor, A: Tensor, g: Tensor, row_scale: Tensor | None) -> bool:
-    """Whether ordinary operations are exact, and keep no wide tensor that `_GatedLoRA` would not."""
+    """Whether ordinary operations are exact, and save no wide tensor for backward that `_GatedLoRA` would not save."""
     return (
         row_scale is None
         and x.dtype is A.dtype
@@ -125,7 +126,7 @@ def _compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast off. Where it is off already, entering it would cost as much as a product of a small layer."""
+    """A context without autocast. If it is off already, entering one would cost as much as a small layer's product."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
@@ -145,12 +146,12 @@ def _times(dy: Tensor, B: Tensor) -> Tensor:
 
 
 def _between(dy: Tensor, h: Tensor) -> Tensor:
-    """Return dyᵀ h, [out, r]: with dyᵀ on the left it pays at any number of ranks to turn it around."""
+    """Return dyᵀ h, [out, r]; on a CPU as (hᵀ dy)ᵀ, which is faster at any number of ranks."""
     return torch.mm(h.t(), dy).t() if dy.is_cpu else torch.mm(dy.t(), h)
 
 
 def _turned(t: Tensor, columns: int) -> bool:
-    """Whether a product with so many columns is computed as one with so many rows.
+    """Whether a product with so many columns is computed transposed, with so many rows.
 
     MKL computes products with fewer than 16 columns at a half to a tenth of the speed of those with as few rows
     (benchmarks/LOG.md).
@@ -170,8 +171,8 @@ def _unflat(t: Tensor, like: Tensor) -> Tensor:
     shape = (*like.shape[:-1], t.shape[1])
     if torch.is_grad_enabled():
         return t.view(shape)
-    # What is behind the layer may change its output in place. Autograd refuses that for a view that was made without
-    # gradients, as in a function or in a reentrant checkpoint; elsewhere `view` is the cheaper call.
+    # Code after the layer may change its output in place. Autograd refuses that for a view that was made in no-grad
+    # mode, as inside an autograd function or a reentrant checkpoint; elsewhere `view` is the cheaper call.
     return torch.ops.aten._unsafe_view.default(t, shape)  # type: ignore[no-any-return]
 
 
@@ -198,7 +199,7 @@ class _GatedLoRA(torch.autograd.Function):
         out = _flat(base_out) if W is None else linear(_flat(x), W, b)  # type: ignore[arg-type]
         with _without_autocast(x.device.type):
             h, gate = _activation(x, A, g, s, dtype)
-            # Selective checkpointing keeps products, and a mode like its own is how it sees them.
+            # Selective checkpointing may keep this product; it works through a dispatch mode, so never write in place.
             owned = W is not None and not is_in_torch_dispatch_mode()
             y = _plus(out, _gate(h, gate, x.shape), _cast(B, dtype).t(), owned)
         ctx.dtype = dtype

@@ -1,13 +1,13 @@
-"""The knapsack of ranks: which of them are worth most together under a limit on their cost.
+"""The knapsack problem for ranks: which of them have the largest total worth under a limit on their total cost.
 
-Of ranks that cost the same the best are kept, so a choice is how many of each cost. The relaxed problem, in which one
-rank may be kept in part, is solved by worth per cost; let μ be that of the rank that is cut. Any other choice is worth
-less than the relaxed one, by
+Among ranks of equal cost the best are kept, so a choice is a number of ranks for each cost. The relaxed problem, in
+which one rank may be kept in part, is solved by taking ranks in the order of worth per cost; let μ be the worth per
+cost of the rank that is cut. Any other choice is worth less than the relaxed solution, by
 
-    Σ |worth − μ · cost|  over the ranks that it keeps more or fewer of,  plus  μ · what it leaves of the limit
+    Σ |worth − μ · cost|  over the ranks in which the two differ,  plus  μ · the part of the limit that it does not use
 
-so whatever has lost more than the greedy choice does need not be looked at. What remains is a few ranks on either side
-of the cut for each cost, and a dynamic programme over the costs goes through their combinations.
+so choices that lose more than the greedy one can be skipped. What remains is a few ranks on either side of the cut for
+each cost; dynamic programming over the costs goes through their combinations.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Costs = NDArray[np.int64]
 Worth = NDArray[np.float64]
 
 MOST_COMBINATIONS = 500_000
-"""How many a search may look at: about a tenth of a second. Models have two to five costs and take some thousands; with
-dozens of costs that have no divisor in common there can be any number."""
+"""Most combinations that a search may visit: about a tenth of a second. Models have two to five costs and need some
+thousands; dozens of costs without a common divisor may need any number."""
 
 
 def fitting(order: Positions, costs: Costs, limit: int) -> Positions:
@@ -49,15 +49,15 @@ def fitting(order: Positions, costs: Costs, limit: int) -> Positions:
 
 
 def most_valuable(worth: Worth, costs: Costs, limit: int) -> Positions:
-    """Find the ranks that are worth most together, and fill up with others until no further rank fits.
+    """Find the ranks with the largest total worth, and fill up with others until no further rank fits.
 
-    The sum of the worths above 0 is as large as any choice can make it, to the rounding of its numbers. Where that
-    would take more than `MOST_COMBINATIONS`, it is the greedy choice by worth per cost, or the best single rank if that
-    is worth more: at least half of the most, and short of it by no more than the worth of the first rank that the
+    The sum of the positive worths is optimal, up to rounding. If that would take more than `MOST_COMBINATIONS`, the
+    result is the greedy choice by worth per cost, or the one that starts with the most valuable rank if that is worth
+    more. It reaches at least half of the optimum, and falls short of it by at most the worth of the first rank that the
     greedy choice had to leave out.
 
-    Ranks that are worth nothing, less than nothing or not a number come last, in the order of their worth, and only
-    fill what is left. At equal cost and worth the earlier position stays.
+    Ranks whose worth is 0, negative or NaN come last, in the order of their worth, and only fill what is left. Among
+    ranks of equal cost and worth, earlier positions are kept.
 
     Args:
         worth: [R].
@@ -78,7 +78,7 @@ def most_valuable(worth: Worth, costs: Costs, limit: int) -> Positions:
 
 
 def _scaled(worth: Worth) -> Worth:
-    """Divide by a power of two, so that sums are finite; what is infinite is worth more than all the rest together."""
+    """Divide by a power of two, so that sums are finite; an infinite worth exceeds the sum of all finite ones."""
     finite = worth[np.isfinite(worth)]
     largest = np.frexp(finite.max())[1] if finite.size else 0
     return np.where(np.isfinite(worth), np.ldexp(worth, -largest), len(worth) + 1.0)
@@ -92,8 +92,8 @@ class _Group:
         cost: What each of them costs.
         members: Their positions.
         count: How many of them the relaxed choice keeps.
-        fewer: What is lost by keeping 1, 2, ... less than these.
-        more: What is lost by keeping 1, 2, ... more.
+        fewer: Worth lost by keeping 1, 2, ... fewer than `count`.
+        more: Worth lost by keeping 1, 2, ... more than `count`.
     """
 
     cost: int
@@ -103,14 +103,14 @@ class _Group:
     more: Worth
 
     def changes(self, reach: int, most: float) -> tuple[NDArray[np.int64], Worth]:
-        """Return changes of the count that lose less than `most`, and what they lose."""
+        """Return the changes of `count`, up to `reach` either way, that lose less than `most`, and their losses."""
         fewer, more = (lost[: min(reach, int(np.searchsorted(lost, most)))] for lost in (self.fewer, self.more))
         steps = np.concatenate([-np.arange(len(fewer), 0, -1), np.arange(len(more) + 1)])
         return steps, np.concatenate([fewer[::-1], [0.0], more])
 
 
 def _best(worth: Worth, costs: Costs, limit: int) -> Positions:
-    """The same for ranks that are all worth something, each of which fits alone."""
+    """As `most_valuable`, for ranks of positive worth that each fit alone, and without filling up."""
     kinds, group = np.unique(costs, return_inverse=True)
     unit = int(np.gcd.reduce(kinds))
     ratio = worth / costs
@@ -124,12 +124,12 @@ def _best(worth: Worth, costs: Costs, limit: int) -> Positions:
     greedy = np.concatenate([order[:cut], fitting(order[cut:], costs, spare)])
     groups = [_group(worth, np.flatnonzero(group == g), int(kinds[g]), int(counts[g]), μ) for g in range(len(kinds))]
     lost = _lost_by(groups, np.bincount(group[greedy], minlength=len(kinds)), μ, limit)
-    if lost <= np.finfo(np.float64).eps * worth[greedy].sum():  # no sum of such numbers is larger
+    if lost <= np.finfo(np.float64).eps * worth[greedy].sum():  # optimal up to rounding
         return greedy
-    # Some best choice is near the relaxed one: of more than two changes a unit of the largest cost, some would cancel.
+    # Some optimal choice is near the relaxed one: if more ranks of a cost changed, some exchanges would cancel out.
     reach = 2 * int(kinds[-1]) // unit
     try:
-        # Mostly the best choice loses far less than the greedy one, and then few others come near it.
+        # Mostly the best choice loses far less than the greedy one: try tight bounds first, which few choices meet.
         tries = (_search(groups, reach, lost / share, μ, spare) for share in (64, 8, 1))
         found = next((steps for steps in tries if steps is not None), None)
     except _TooManyError:
@@ -150,7 +150,7 @@ def _group(worth: Worth, members: Positions, cost: int, count: int, μ: float) -
 
 
 def _lost_by(groups: Sequence[_Group], counts: NDArray[np.int64], μ: float, limit: int) -> float:
-    """What a choice is worth less than the relaxed one."""
+    """How much less a choice is worth than the relaxed one."""
     lost = 0.0
     for group, count in zip(groups, counts.tolist(), strict=True):
         limit -= count * group.cost
@@ -164,12 +164,12 @@ class _TooManyError(Exception):
 
 
 def _search(groups: Sequence[_Group], reach: int, most: float, μ: float, spare: int) -> list[int] | None:
-    """Find how many more or fewer of each cost to keep so that least is lost; None where that is `most` or more.
+    """Find the change of each group's count with the least total loss; None if that loss is `most` or more.
 
     Raises:
         _TooManyError: The search would take too long.
     """
-    spent, lost = np.zeros(1, dtype=np.int64), np.zeros(1)  # of every combination that is still in the race
+    spent, lost = np.zeros(1, dtype=np.int64), np.zeros(1)  # one entry per combination that is still kept
     trail, looked = [], 0
     for group in groups:
         steps, losses = group.changes(reach, most)
@@ -179,7 +179,7 @@ def _search(groups: Sequence[_Group], reach: int, most: float, μ: float, spare:
         new_lost = np.add.outer(lost, losses)
         before, step = np.nonzero(new_lost < most)
         new_spent, new_lost = spent[before] + group.cost * steps[step], new_lost[before, step]
-        order = np.lexsort((new_lost, new_spent))  # of those that spend the same the one that loses least
+        order = np.lexsort((new_lost, new_spent))  # keep the least loss for each amount spent
         first = order[np.diff(new_spent[order], prepend=np.iinfo(np.int64).min) != 0]
         spent, lost = new_spent[first], new_lost[first]
         trail.append((before[first], steps[step[first]]))

@@ -1,7 +1,7 @@
-"""Names of modules: which layer they are in, and how messages say which ones are meant.
+"""Names of modules: which layer a module is in, and how messages refer to groups of modules.
 
-PEFT matches an entry of `target_modules` or `exclude_modules` with a module of this name and with all whose names end
-in a dot and the entry; a string instead of a list is a pattern for the whole name.
+PEFT matches a list entry of `target_modules` or `exclude_modules` with the module of exactly this name, and with every
+module whose name ends in a dot and the entry. A string instead of a list is a regular expression for the whole name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 LONGEST, DEEPEST = 512, 32
-"""Characters and parts that the name of a module has at most; those of the models that there are have a fifth."""
+"""Most characters and most dot-separated parts of a module's name; existing models use about a fifth of that."""
 
 
 def is_module_name(value: Any) -> bool:
@@ -36,7 +36,7 @@ def ends_in(name: str, end: str) -> bool:
 
 
 def common_ends(names: Iterable[str], others: Collection[str]) -> list[str]:
-    """Return the shortest ends that say these modules and none of the others; a whole name where no end does.
+    """Return the shortest name endings that match these modules and none of the others; the whole name if none does.
 
     >>> common_ends(["layers.0.mlp.gate", "layers.1.mlp.gate"], ["layers.0.mlp.up", "layers.1.mlp.up"])
     ['gate']
@@ -66,7 +66,7 @@ def named(names: Sequence[str], others: Collection[str]) -> str:
 
 
 def selecting(names: Sequence[str], others: Collection[str]) -> list[str] | str:
-    """Return what to give PEFT for these modules and none of the others: a list of ends, or else a pattern.
+    """Return what makes PEFT select these modules and none of the others: a list of name endings, or else a pattern.
 
     >>> selecting(["a.fc", "b.fc"], ["a.up"]), selecting(["fc"], ["block.fc"])
     (['fc'], 'fc')
@@ -78,7 +78,7 @@ def selecting(names: Sequence[str], others: Collection[str]) -> list[str] | str:
 
 
 def excluding(names: Sequence[str], others: Collection[str], already: Iterable[str] | str | None) -> str:
-    r"""Return the argument of LoraConfig that leaves these modules out, with what it leaves out already.
+    r"""Return the argument of LoraConfig that excludes these modules, in addition to those it excludes already.
 
     Args:
         names: The modules to leave out.
@@ -97,16 +97,16 @@ def excluding(names: Sequence[str], others: Collection[str], already: Iterable[s
 
 
 def _pattern(entries: Iterable[str] | str | None) -> str:
-    """The pattern that means what a list of entries does; a pattern as it is."""
+    """A regular expression that is equivalent to a list of entries; a string is one already."""
     if isinstance(entries, str):
         return entries
     return "|".join(rf"(.*\.)?{re.escape(entry)}" for entry in sorted(entries or ()))
 
 
 def sort_names(config: Any) -> None:
-    """Put names of modules in order, so that equal adapters are saved as equal bytes.
+    """Sort the names of modules in a config, so that equal adapters are saved as equal bytes.
 
-    PEFT keeps them in sets and writes these in the order that they have, another one in each process.
+    PEFT keeps them in sets and saves them in iteration order, which differs between processes.
 
     Args:
         config: A LoraConfig, changed in place.
@@ -128,8 +128,8 @@ class Place(NamedTuple):
 def places(names: Iterable[str]) -> list[Place | None]:
     """Find the layer of every module.
 
-    The layer is the first number in a name that differs over the model: experts, and the parts of a T5 block, have
-    numbers of their own behind it; a wrapper may put a constant one before it. Where none differs, it is the first.
+    The layer is the first number in a name that varies across the model. Numbers after it belong to experts or to the
+    parts of a T5 block; a wrapper may put a constant number before it. If no number varies, the layer is the first one.
 
     Args:
         names: The names of all modules.
@@ -157,7 +157,7 @@ def places(names: Iterable[str]) -> list[Place | None]:
 
 
 def _numbers(name: str) -> list[tuple[str, int]]:
-    """The numbers in a name: the name before each, other numbers as `*`, and which part it is.
+    """The numbers in a name: for each, the name before it with earlier numbers as `*`, and its index among the parts.
 
     >>> _numbers("encoder.block.3.layer.0.q")
     [('encoder.block', 2), ('encoder.block.*.layer', 4)]
@@ -182,7 +182,7 @@ def kind_of(name: str) -> str:
 
 
 def short_names(types: Sequence[str]) -> dict[str, str]:
-    """Return for each type the shortest run of its parts that no other type has, the last one on a tie.
+    """Return for each type the shortest run of consecutive parts that no other type has; on a tie, the last such run.
 
     >>> short_names(["attention.output.dense", "output.dense", "attention.self.query"])
     {'attention.output.dense': 'attention.output', 'output.dense': 'output.dense', 'attention.self.query': 'query'}
@@ -193,7 +193,7 @@ def short_names(types: Sequence[str]) -> dict[str, str]:
 
 
 def _runs(parts: Sequence[str]) -> list[str]:
-    """Runs of a name's parts but for the whole, short ones first, and those at the end before others."""
+    """All runs of consecutive parts except the whole name: shorter ones first, later ones before earlier ones."""
     return [
         ".".join(parts[at : at + length])
         for length in range(1, len(parts))

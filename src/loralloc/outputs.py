@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 ENDS = ("start_logits", "end_logits")
-"""What a model of answers in a text returns instead of logits: how likely each token begins and ends the answer."""
+"""Outputs of an extractive question-answering model, which has no `logits`: scores of each token as start and end."""
 
 
 def has_choices(model: Any) -> bool:
-    """Whether a model reads several texts for each example and scores them; transformers has no other mark of it."""
+    """Whether a model is a multiple-choice model, which scores several texts per example; only its class name tells."""
     return type(model).__name__.endswith("ForMultipleChoice")
 
 
@@ -23,7 +23,7 @@ def logits_of(output: Any) -> Tensor:
         output: What the model has returned: a tensor, a tuple, or an output of transformers.
 
     Returns:
-        The logits; of a model of answers those of beginnings and ends together, [n, length, 2].
+        The logits; for extractive question answering, the start and end logits stacked, [n, length, 2].
 
     Raises:
         ValueError: There are none.

@@ -24,11 +24,11 @@ AT_LAYERS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\..*"
 """The same of an entry of `layers_pattern`."""
 
 SECONDS = 0.3
-"""Processor time for one pattern on all names: what is ever written takes a thousandth of it."""
+"""Processor time for one pattern on all names: realistic patterns take a thousandth of it."""
 SECONDS_A_NAME = 20e-6
-"""What each name adds to it, for models of ten thousands of modules."""
+"""Additional seconds per name, for models with tens of thousands of modules."""
 MOST_PAIRS = 50_000_000
-"""Patterns times names: a minute."""
+"""Most patterns times names; comparing that many takes about a minute."""
 _WALL_SECONDS = 60.0
 """When to give up where the system cannot measure a process's time (Windows)."""
 
@@ -68,7 +68,7 @@ def fitting(patterns: Sequence[str], names: Sequence[str], around: str = "{}") -
         around: What PEFT puts around a pattern, for example `(.*\.)?({})`.
 
     Raises:
-        PatternError: With the first pattern that is none, or that takes too long.
+        PatternError: With the first pattern that is invalid or takes too long.
 
     >>> fitting(["q|v", "a.c"], ["q", "k", "abc"])
     [['q'], ['abc']]
@@ -83,7 +83,7 @@ def fitting(patterns: Sequence[str], names: Sequence[str], around: str = "{}") -
 
 
 def check(patterns: Sequence[str], names: Sequence[str], around: str = "{}") -> None:
-    """Refuse patterns as `fitting` does, without asking what the others fit."""
+    """Refuse patterns that are invalid or take too long, as `fitting` does, without matching the harmless ones."""
     _tried(patterns, names, around)
 
 
@@ -93,7 +93,7 @@ def _inside(around: str, pattern: str) -> str:
 
 
 def _tried(patterns: Sequence[str], names: Sequence[str], around: str) -> dict[str, list[str]]:
-    """The names that those patterns fit that may take long, found by another process."""
+    """For each pattern that may take long, the names that it fits, found in another process."""
     risky: list[str] = [pattern for pattern in dict.fromkeys(patterns) if not _HARMLESS.fullmatch(pattern)]
     if not risky:
         return {}

@@ -40,7 +40,7 @@ SUPPORTED = frozenset(
 """Layer classes that can be gated, by full name so that no optional package is imported."""
 
 _QUANTIZED = ("bnb.", "hqq.", "gptq.", "torchao.", "awq.", "aqlm.", "eetq.", "inc.")
-"""Modules of PEFT whose layers adapt weights that are kept in fewer bits."""
+"""Modules of PEFT whose layers adapt quantised weights."""
 
 MERGE_IGNORES_VARIANTS = frozenset({_LAYERS + "torchao.TorchaoLoraLinear"})
 """Layers whose in-place merge would drop the gates without a word; it is blocked until the gates are folded."""
@@ -113,7 +113,7 @@ def peft_model(model: nn.Module) -> PeftModel:
 
 
 def check_not_parallel(model: nn.Module) -> None:
-    """Refuse wrappers that have made up their mind about which parameters there are.
+    """Refuse a model inside a parallel wrapper: gates that are attached now would not be handled by it.
 
     Raises:
         UserError: With the wrapper, the reason, and what to pass.
@@ -130,7 +130,7 @@ def check_not_parallel(model: nn.Module) -> None:
 
 
 def _parallel(module: nn.Module) -> str | None:
-    """The name of the parallel wrapper that a module is."""
+    """The name of the parallel wrapper, if a module is one; else None."""
     return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in PARALLEL), None)
 
 
@@ -140,7 +140,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def _no_peft_model(model: nn.Module) -> str:
-    """What to say of a model that holds no PeftModel."""
+    """The error message for a model without a PeftModel."""
     expected = f"expected a PeftModel, got {type(model).__name__}"
     modules = list(model.named_modules())
     if any(isinstance(part, PeftMixedModel) for _, part in modules):
@@ -192,7 +192,7 @@ def lora_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
     """Return (full module name, PEFT layer) of every layer that an adapter adapts, at least one.
 
     Raises:
-        UserError: There is none, or the names are not those of the base model.
+        UserError: There is none, or a wrapper inside the PeftModel has changed the names of the layers.
     """
     layers = []
     for name, module in model.named_modules():
@@ -212,7 +212,7 @@ def lora_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
 
 
 def adapter_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold what adapters are made of, gates among them, and copies of modules that are saved whole."""
+    """The modules that hold adapter parameters, gates among them, and the copies of modules that are saved whole."""
     found = []
     for part in model.modules():
         if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -232,10 +232,10 @@ def is_quantized(layer: LoraLayer) -> bool:
 
 
 def linear_targets(model: nn.Module) -> list[str]:
-    """Ends of the names of a model's attention projections, or else of its linear layers, as `target_modules` take it.
+    """Name endings of a model's attention projections, or else of its linear layers, to use as `target_modules`.
 
-    What stands outside attention is left out where there is a choice: PEFT takes some of the names there, in models
-    with experts, for all experts in one parameter.
+    Layers outside attention are left out if possible: in models with experts, PEFT resolves some of their names to one
+    parameter that holds all experts.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
@@ -246,7 +246,7 @@ def linear_targets(model: nn.Module) -> list[str]:
 
 
 def _linear_layers(base: nn.Module) -> Iterator[str]:
-    """Names of linear layers, adapted or not; what is inside of an adapted one is none of its own."""
+    """Names of linear layers, adapted or not; layers inside an adapted layer are not listed separately."""
     inside: tuple[str, ...] = ()
     for name, module in base.named_modules():
         if name.startswith(inside):
@@ -285,7 +285,7 @@ def check_linear(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
     problems: dict[str, _Problem] = {}
     for name, layer in layers:
         if name.startswith(tuple(f"{outer}." for outer in problems)):
-            continue  # PEFT's own, inside of the one that was found
+            continue  # a part of the layer that was found
         kind = class_name(layer).removeprefix(_LAYERS)
         if kind in NOT_LINEAR or adapter not in layer.lora_A:
             reason = NOT_LINEAR.get(kind, "its factors are no matrices of a linear layer")
@@ -332,7 +332,7 @@ def _problem(layer: Any, adapter: str) -> _Problem | None:
 
 
 def _refuse(model: PeftModel, adapter: str, names: Sequence[str], problems: dict[str, _Problem]) -> None:
-    """Raise one error with all problems, equal ones together; nothing where there are none."""
+    """Raise one error that lists all problems, equal ones together; do nothing if there are none."""
     if not problems:
         return
     said = []
@@ -378,7 +378,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def bare_base(model: PeftModel) -> Iterator[nn.Module]:
-    """The base model inside, without any adapter and on the same weights; the adapters are back after it."""
+    """Yield the base model with the same weights and without any adapter; put the adapters back afterwards."""
     base: Any = model
     while isinstance(base, PeftModel):
         base = base.get_base_model()
@@ -387,7 +387,7 @@ def bare_base(model: PeftModel) -> Iterator[nn.Module]:
     taken = [(parent, name, child) for parent in list(base.modules()) for name, child in parent._modules.items()]
     for parent, name, child in taken:
         parent._modules[name] = _without_adapter(child)
-    for left_behind in ("peft_config", "hf_device_map"):  # PEFT would add to the one, and place the model by the other
+    for left_behind in ("peft_config", "hf_device_map"):  # PEFT would extend one, and place the model by the other
         vars(base).pop(left_behind, None)
     try:
         yield base

@@ -1,7 +1,7 @@
-"""Which adapters are plain LoRA: B·A on the linear layers of a base model that stays as it is.
+"""Which adapters are plain LoRA: B·A on the linear layers of an unchanged base model.
 
-Readers of LoRA files know nothing else, so what is more than that can be trained and never exported. It is refused when
-an allocation is attached, and again when an adapter is exported or truncated, by the same functions.
+Programs that read LoRA files support nothing else, so anything beyond that could be trained but never exported. The
+same functions refuse it when an allocation is attached and when an adapter is exported or truncated.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from loralloc.naming import named
 from loralloc.peft_layers import check_linear, is_quantized, lora_adapter, peft_model
 
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")
-"""Starts of init_lora_weights under which PEFT changes the base weights, and can convert what was trained."""
+"""Prefixes of `init_lora_weights` for which PEFT changes the base weights and can convert the trained adapter."""
 
 CHANGES_BASE_WEIGHTS = (*CONVERTED, "loftq")
-"""The same, with that for which there is no conversion."""
+"""The same prefixes, plus the one for which PEFT has no conversion."""
 
 VARIANTS = tuple(field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant"))
 """Settings of LoraConfig under which PEFT computes another update than B·A: `use_dora` and the like."""
@@ -64,7 +64,7 @@ def check_plain(model: PeftModel, adapter: str, layers: Sequence[tuple[str, Any]
 
 
 def check_plain_config(config: PeftConfig) -> None:
-    """Refuse what a config says of an adapter that is more than B·A on the base weights.
+    """Refuse settings of a config that make an adapter more than B·A on the base weights.
 
     Raises:
         UserError: With the setting and what to change.
@@ -108,10 +108,10 @@ def check_active(layers: Iterable[tuple[str, Any]]) -> None:
 
 
 def check_mergeable(model: PeftModel, adapter: str, layers: Sequence[tuple[str, Any]]) -> None:
-    """Refuse to merge where more, or less, than the update would be in the weights.
+    """Refuse to merge if the result would not be exactly the base weights plus the update.
 
-    An update in quantised weights is rounded with them, and most of it is smaller than their steps. Of two layers that
-    share a weight, both would change.
+    Merging into quantised weights rounds the update, most of which is smaller than a quantisation step. No process
+    holds the whole weights of a sharded model. If two layers share a weight, merging would change both.
 
     Args:
         model: The model.
@@ -151,9 +151,9 @@ def check_mergeable(model: PeftModel, adapter: str, layers: Sequence[tuple[str, 
 
 
 def stored_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as a file holds them: on the CPU, in one piece each, and none sharing its memory with another.
+    """Return tensors as a file holds them: on the CPU, contiguous, and without shared memory.
 
-    Modules that are saved whole share theirs where embeddings are tied (`ensure_weight_tying`).
+    Modules that are saved whole share memory if embeddings are tied (`ensure_weight_tying`).
     """
     return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
 
@@ -192,7 +192,7 @@ def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[PlainS
     """Go through the LoRA layers of an adapter.
 
     Raises:
-        UserError: There is no PeftModel in the model, no LoRA adapter, or one of layers that are not linear.
+        UserError: There is no PeftModel or no LoRA adapter in the model, or the adapter has layers that are not linear.
     """
     peft = peft_model(model)
     adapter = lora_adapter(peft, adapter)

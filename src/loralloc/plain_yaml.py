@@ -24,7 +24,7 @@ _SCALARS = (  # the first pattern that matches wins, so integers stand before fl
 )
 
 MOST_NODES = 10_000
-"""Keys and values of a file: PyYAML takes half a second for them."""
+"""Most keys and values of a file; PyYAML takes half a second for that many."""
 
 
 class PlainLoader(yaml.SafeLoader):

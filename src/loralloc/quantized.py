@@ -2,10 +2,10 @@
 
 * On a CPU with AVX512-BF16, an evaluation packs 4-bit weights for inference. From then on their products have no
   gradient, without an error, and their scales are rounded to bf16: `keep_trainable` turns it off.
-* On a CPU, 4-bit weights come back wrong where a row is no whole number of blocks: `misread_rows`.
-* Both round their input, to the dtype that 4-bit layers compute in and to 8 bits (on a CPU in evaluation only). A
-  difference of the last bit then becomes one of a percent, so what is compared is computed with the numbers that the
-  weights stand for, and inputs that are not rounded: `dequantized`.
+* On a CPU, 4-bit weights are dequantised wrongly if the row length is not a multiple of the block size: `misread_rows`.
+* Both kinds round their input: 4-bit layers to their compute dtype, 8-bit layers to 8 bits (on a CPU in evaluation
+  only). A difference in the last bit can then become one of a percent. Outputs are therefore compared with dequantised
+  weights and inputs that are not rounded: `dequantized`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 BLOCK = 64
-"""Numbers that share a scale in 4 bits."""
+"""Number of 4-bit weights that share one scale."""
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -39,7 +39,7 @@ def keep_trainable(model: nn.Module) -> None:
 
 
 def parameter_count(model: nn.Module, adapters: Collection[str]) -> int:
-    """Count a model's own parameters: of weights in fewer bits those they stand for, and none of adapters.
+    """Count a model's parameters without adapters; a packed weight counts as in · out, whatever it stores.
 
     Args:
         model: The model.
@@ -58,7 +58,7 @@ def parameter_count(model: nn.Module, adapters: Collection[str]) -> int:
 
 
 def _holds_packed_weight(module: nn.Module) -> bool:
-    """Whether it is a linear layer that keeps other numbers than a weight [out, in]."""
+    """Whether a module is a linear layer that stores its weight in another form than a tensor [out, in]."""
     inputs, outputs = (getattr(module, name, None) for name in ("in_features", "out_features"))
     if not (isinstance(inputs, int) and isinstance(outputs, int)) or any(module.children()):
         return False
@@ -67,13 +67,13 @@ def _holds_packed_weight(module: nn.Module) -> bool:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether the weights of a layer have been packed for inference: nothing in front of it can be trained any more."""
+    """Whether a layer's weights have been packed for inference: no gradient reaches the layers before it any more."""
     state = getattr(getattr(layer, "weight", None), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def misread_rows(model: nn.Module) -> dict[str, int]:
-    """Return the 4-bit layers on a CPU of whose weights bitsandbytes may make others, with the numbers in a row."""
+    """Return the 4-bit layers on a CPU whose weights bitsandbytes may dequantise wrongly, with their row lengths."""
     return {
         name: layer.in_features
         for name, layer in quantized_layers(model)
@@ -83,7 +83,7 @@ def misread_rows(model: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def dequantized(model: nn.Module) -> Iterator[None]:
-    """Compute inside with the weights as numbers in the dtype of the input, and with the input as it is."""
+    """Compute inside with weights that are dequantised to the input's dtype, and with inputs that are not rounded."""
     with ExitStack() as stack:
         for _, layer in quantized_layers(model):
             # accelerate, where it has spread a model over devices, calls the layer's own forward pass by this name.
@@ -94,7 +94,7 @@ def dequantized(model: nn.Module) -> Iterator[None]:
 
 
 def leave_memory(model: nn.Module) -> None:
-    """Free the weights of a model that nobody computes with any more, whoever still refers to it."""
+    """Free the weights of a model that is no longer used, even if there are still references to it."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.new_empty(0)  # not on the meta device: bitsandbytes' parameters do not go there
     for _, layer in quantized_layers(model):

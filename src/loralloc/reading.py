@@ -20,15 +20,15 @@ from loralloc.errors import UserError
 
 MIB = 2**20
 RECORD_LIMIT = 16 * MIB
-"""Bytes of a file that is one JSON object: a plan of 100,000 modules has fewer."""
+"""Most bytes of a file with one JSON object: a plan of 100,000 modules has fewer."""
 LINES_LIMIT = 512 * MIB
-"""Bytes of a log or a trace."""
+"""Most bytes of a log or a trace."""
 RECIPE_LIMIT = MIB // 4
-"""Bytes of a recipe: the longest one of this package has 4,000."""
+"""Most bytes of a recipe: the longest one of this package has 4,000."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""What may be half of a character, which Python can neither print nor write."""
+"""An escape that may be a lone surrogate, which Python can neither print nor write."""
 DEEPEST = 64
-"""Nested brackets of a JSON file."""
+"""Most levels of nested brackets in a JSON file."""
 
 
 def check_regular(path: Path, limit: int | None = None) -> None:
@@ -48,8 +48,8 @@ def check_regular(path: Path, limit: int | None = None) -> None:
 def check_inside(folder: Path, paths: Iterable[Path]) -> None:
     """Refuse links in a folder that lead out of it.
 
-    A snapshot in the cache of the Hub consists of links into the cache's folder of the same repository: that one counts
-    as the folder there.
+    A snapshot in the Hub's cache consists of links into the cache folder of its repository. For a snapshot, links may
+    lead anywhere in that repository folder.
 
     Args:
         folder: The folder, itself perhaps reached through a link.
@@ -78,7 +78,7 @@ def read_bytes(path: Path, limit: int = RECORD_LIMIT) -> bytes:
     with open(path, "rb", opener=_open_at_once) as file:
         _check(path, os.fstat(file.fileno()), limit)
         content = file.read(limit + 1)
-    if len(content) > limit:  # files of the kernel say that they have none
+    if len(content) > limit:  # files such as those in /proc report a size of 0
         raise _too_large(path, len(content), limit)
     return content
 
@@ -99,11 +99,12 @@ def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
 
     Args:
         path: The file.
-        pairs: What makes an object of its keys and values, where it is not `dict`.
+        pairs: Makes each object from its (key, value) pairs; `dict` by default.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is not JSON; as a `UserError` where it is none that anybody writes.
+        UserError: It is no regular file, or a larger one.
+        ValueError: It is not JSON, or not UTF-8.
     """
     return parse_json(read_text(path), pairs)
 
@@ -160,7 +161,7 @@ def read_object(path: Path, cure: str = "restore the file") -> dict[str, Any]:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a file without waiting, as the opening of a FIFO does, for somebody who writes into it."""
+    """Open a file without blocking: opening a FIFO would otherwise wait until somebody writes into it."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

@@ -34,9 +34,9 @@ class Schedule(Protocol):
 
     @property
     def steps_until_final(self) -> int:
-        """Optimizer steps after which the ranks are final: 0 where they are from the start.
+        """Optimizer steps after which the ranks are final.
 
-        More than `total_steps` where they are chosen when the run ends.
+        0 if they are final from the start; more than `total_steps` if they are chosen when the run ends.
         """
         ...
 
@@ -65,7 +65,7 @@ class ConstantSchedule:
 
     @property
     def steps_until_final(self) -> int:
-        """None: the ranks are final from the start."""
+        """Always 0: the ranks are final from the start."""
         return 0
 
     def budget(self, step: int) -> int:
@@ -86,7 +86,7 @@ class CutSchedule:
         total_steps: Optimizer steps of the run.
         start: Budget before the cut.
         target: Budget after it.
-        cut: Steps before the cut; as many as the run has where ranks are chosen when it ends.
+        cut: Steps before the cut; equal to `total_steps` if ranks are chosen when the run ends.
 
     >>> schedule = CutSchedule(total_steps=100, start=216, target=144, cut=80)
     >>> [schedule.budget(t) for t in (0, 78, 79, 99)], schedule.cuts_after(79)
@@ -100,7 +100,7 @@ class CutSchedule:
 
     @property
     def steps_until_final(self) -> int:
-        """Those before the cut, or more than the run has."""
+        """The steps before the cut; more than `total_steps` if the cut is at the end of the run."""
         return self.cut if self.cut < self.total_steps else self.total_steps + 1
 
     def cuts_after(self, step: int) -> bool:
@@ -108,7 +108,7 @@ class CutSchedule:
         return step + 1 == self.cut < self.total_steps
 
     def budget(self, step: int) -> int:
-        """Return the start before the cut, and the target after it; a cut at the end is none of the steps'."""
+        """Return `start` before the cut and `target` after it; if the cut is at the end, `start` at every step."""
         return self.start if step + 1 < self.steps_until_final else self.target
 
     def spans(self) -> Sequence[tuple[str, int, int]]:
@@ -190,7 +190,7 @@ class BudgetSchedule:
 
     @property
     def steps_until_final(self) -> int:
-        """Those up to the first step of the final phase, after which ranks are closed for good."""
+        """The steps up to and including the first one of the final phase, after which ranks are closed for good."""
         return self.fallen + 2
 
     def phase(self, step: int) -> Phase:
@@ -218,7 +218,7 @@ class BudgetSchedule:
         return [(name, first, last) for name, (first, last) in edges.items() if first <= last]
 
     def closes(self, step: int) -> bool:
-        """Whether ranks are closed after this step: on the interval while the budget falls, always once it has."""
+        """Whether ranks are closed after this step: at multiples of `interval` while the budget falls, then always."""
         phase = self.phase(step)
         return phase == "final" or (phase == "decrease" and step % self.interval == 0)
 
@@ -233,7 +233,7 @@ def cubic_schedule(
         warmup: Steps at the full budget: a whole number of steps (int), or a fraction of the run (float below 1).
         cooldown: Steps at the final budget, likewise. Two or more, so that ranks are closed for good before the end.
         interval: Steps between closings; None for about 500 over the run.
-        start: Budget at the start, in ranks or parameters.
+        start: Budget at the start, in its unit.
         target: Budget at the end.
 
     Raises:
@@ -275,7 +275,7 @@ def round_schedule(total_steps: int, warmup: float, interval: float, rounds: int
         target: The budget.
 
     Raises:
-        UserError: The rounds do not fit into the run, so that new ranks are trained for at least one step.
+        UserError: The rounds do not fit into the run: new ranks must be trained for at least one step.
 
     >>> round_schedule(100, 0.2, 0.05, 3, 56)
     RoundSchedule(total_steps=100, start=56, target=56, warmup=20, interval=5, rounds=3)

@@ -1,15 +1,15 @@
 """Models whose weights are spread over processes: which are supported, and what stays whole.
 
 Under FSDP2 (`torch.distributed.fsdp.fully_shard`) every process keeps a part of each base weight, and a block's weights
-come together only while it computes. The adapter stays whole, on every process: methods score, close and rewrite ranks,
-and a part of a factor has no ranks of its own. docs/scale.md has the arithmetic.
+are gathered only while it computes. The adapter stays whole on every process, because methods score, close and rewrite
+whole ranks. docs/scale.md has the arithmetic.
 
     for block in blocks:
         fully_shard(block, ignored_params=kept_whole(model))
     fully_shard(model, ignored_params=kept_whole(model))
 
-Before or after attaching, as one likes. FSDP2 neither averages the gradients of what it ignores nor moves it to a
-device: `training.shared_gradients` does the first.
+This works before or after attaching. FSDP2 neither averages the gradients of ignored parameters nor moves them to a
+device; `training.shared_gradients` averages them.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def check_sharding(model: nn.Module) -> None:
-    """Refuse a model that is spread over processes in a way in which no rank can be scored.
+    """Refuse a model that is spread over processes in a way that makes scoring ranks impossible.
 
     Raises:
-        UserError: Tensor parallelism, ZeRO-3, FSDP2 over the adapter or over few bits; the message says what to use.
+        UserError: The model uses tensor parallelism or ZeRO-3, or FSDP2 shards the adapter or quantised weights; the
+            message says what to use.
     """
     parameters = dict(model.named_parameters())
     if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
@@ -95,7 +96,7 @@ def check_quantized(model: nn.Module) -> None:
 
 
 def _is_tensor_parallel(weight: Any) -> bool:
-    """Whether a weight is split in more ways than by FSDP2, which splits along the first dimension and once."""
+    """Whether a weight is split in another way than by FSDP2, which splits once and along the first dimension."""
     shards = [placement for placement in weight.placements if isinstance(placement, Shard)]
     return len(shards) > 1 or any(placement.dim != 0 for placement in shards)
 
@@ -107,7 +108,7 @@ def compute_dtypes(model: nn.Module) -> set[torch.dtype]:
 
 
 def defers_gradients(model: nn.Module) -> bool:
-    """Whether the loop is only collecting gradients: `set_requires_gradient_sync(False)`, accelerate's `no_sync`."""
+    """Whether the loop accumulates unsynchronised gradients: `set_requires_gradient_sync(False)`, or `no_sync`."""
     states: list[Any] = [module._get_fsdp_state() for module in sharded_parts(model)]
     return any(not group.reduce_grads for state in states for group in state._fsdp_param_groups)
 
@@ -119,13 +120,14 @@ def sharded_parts(model: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def callable_inside(parts: Sequence[FSDPModule], inner: nn.Module) -> Iterator[None]:
-    """Let a part of a sharded model be called by itself inside; every process must do so.
+    """Gather what a part of a sharded model needs to be called by itself inside; every process must do so.
 
-    What belongs to the modules around it (often the embeddings and the head) comes together only when they are called.
+    Weights of the modules around it (often the embeddings and the head) are otherwise gathered only when those modules
+    are called.
 
     Args:
         parts: The sharded parts of the whole model.
-        inner: What is called.
+        inner: The part that is called.
     """
     within = set(inner.modules())
     with ExitStack() as stack:
@@ -138,10 +140,10 @@ def callable_inside(parts: Sequence[FSDPModule], inner: nn.Module) -> Iterator[N
 
 @contextmanager
 def own_place(model: nn.Module, path: Path) -> Iterator[Path]:
-    """Where a process writes what the processes of a sharded model compute together.
+    """Yield the path to which a process writes a file that the processes of a sharded model compute together.
 
-    That is the path itself for the first process, and for a model that is not sharded; for the others a place in a
-    folder that is removed afterwards.
+    The first process writes to `path`, and so does every process if the model is not sharded. The others write into a
+    temporary folder that is removed afterwards.
     """
     if not is_sharded(model) or dist.get_rank() == 0:
         yield path

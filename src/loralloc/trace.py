@@ -30,10 +30,10 @@ Event = dict[str, Any]
 Span = tuple[str, int, int]
 
 MOST_PHASES = 16
-"""A schedule has three."""
+"""Most phases of a schedule in a trace; real schedules have at most three."""
 
 LARGEST = 2**53
-"""No count of a trace is larger: a budget of so many bytes would be that of 10¹⁵ ranks."""
+"""Largest count that is accepted in a trace; no real budget comes near it, not even in bytes."""
 
 
 # ---- Writing ----
@@ -155,7 +155,7 @@ class Trace:
         total_steps: Optimizer steps of the run; 0 when the trace does not say.
         phases: (name, first step, last step) of each phase of the schedule; empty without one.
         target: Budget at the end; None without a budget.
-        events: Every event that has ranks, the start first; of a search also what it would keep at each look.
+        events: Every event that has ranks, the start first; for a search, this includes the plan at each check.
         ended: Whether the run has ended; it may have been planned for more steps.
         bad_steps: Steps that were skipped because their gradient was not finite.
     """

@@ -1,7 +1,7 @@
 """Nothing is unpickled: neither by this package, nor by the libraries that it asks to load something.
 
-A pickle is a program. torch's restricted reader of pickles has had holes, so that it is not asked to read them at all,
-unless a recipe says so of a base model.
+A pickle is a program. torch's restricted reader of pickles has had security holes, so pickles are not read at all,
+unless a recipe allows it for a base model.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def only_tensors_unpickled() -> Iterator[None]:
 
 @contextmanager
 def _in_place_of_torchs(load: Callable[..., Any]) -> Iterator[None]:
-    """Let the libraries, which look `torch.load` up whenever they call it, find another function.
+    """Replace `torch.load`, which libraries look up at every call.
 
-    Also in other threads, for some load with several. The newest of several functions counts; after the last one torch
-    has its own again.
+    This also applies in other threads, since some libraries load with several. If contexts are nested, the newest
+    replacement is used; after the last one has ended, torch's own function is restored.
     """
     with _lock:
         _guards.append(load)

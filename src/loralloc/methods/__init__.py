@@ -1,1 +1,1 @@
-"""The methods: one paper, one file, the same parts in the same order."""
+"""The methods: one file or folder per paper, with the same parts in the same order."""

@@ -37,11 +37,11 @@ class StepData(Protocol):
         """Losses of the current step's own batches, with the random numbers (dropout) they had; differentiable.
 
         Each is weighted as it was in the step, so that their gradients add up to the step's (on this process, and
-        before clipping). Take each one's gradient before the next is asked for: one graph is alive at a time.
+        before clipping). Take the gradient of each loss before asking for the next: only one graph is alive at a time.
 
         Args:
-            twice: Whether gradients of gradients are taken, which fused losses do not have: these are then computed in
-                plain operations, which takes more memory.
+            twice: Whether second derivatives will be taken. Fused losses have none, and are then computed with plain
+                operations, which takes more memory.
         """
         ...
 
@@ -107,12 +107,12 @@ class StepContext:
         learning_rate: The optimizer's current learning rate for the adapter; None where no optimizer was shown.
         data: The data, for methods that look at them; None where there are none.
         optimizer: Name of the optimizer's class, for example `AdamW`; None where no optimizer was shown.
-        sound: None where the step's gradients are known to be finite. Else a boolean on the device, which the host has
-            not read yet; only methods with `masks_bad_steps` meet it.
+        sound: None if the step's gradients are known to be finite. Otherwise a boolean on the device that the host has
+            not read yet; only methods with `masks_bad_steps` get this.
         max_grad_norm: The norm to which gradients are clipped, for methods that compute them anew; None for no
             clipping.
-        skipped: Whether the step was a bad one, as far as the host knows: `on_gradients` has not seen it, and no weight
-            has moved. `on_step` is called all the same, for what depends on the number of the step.
+        skipped: Whether the host knows that the step was a bad one (its gradient was not finite): `on_gradients` was
+            not called, and no weight has moved. `on_step` is still called, for what depends on the number of the step.
     """
 
     step: int
@@ -133,12 +133,12 @@ class Decision:
         kept: Boolean [R]: the ranks of all sites, one site after the other.
         budget: What the schedule allowed, in the budget's unit.
         frozen: Whether it is the final decision.
-        closed: Boolean [R]: ranks closed for good by it, whose moments are to be cleared; None for none.
-        opened: Boolean [R]: ranks that start afresh, whose moments are to start at age 0; None for none.
+        closed: Boolean [R]: ranks that it closes for good; their optimizer moments are cleared. None for none.
+        opened: Boolean [R]: ranks that start anew; their optimizer moments start at 0, with age 0. None for none.
         planned: Whether `kept` is only what the run would keep if it ended now, and nothing has been closed yet. Where
             it is `frozen` as well, the run has nothing left to find out and may end.
-        warmup: Where the method has written new factors: steps over which the learning rate rises to its own again. The
-            optimizer forgets what it knows of the adapter. None where the factors are those that were trained.
+        warmup: If the method has rewritten the factors: steps over which the learning rate warms up again. The
+            optimizer's state of the adapter is dropped. None if the factors are those that were trained.
         details: What else the trace should tell, JSON-able.
     """
 
@@ -194,7 +194,7 @@ class Method(ABC):
 
     @property
     def masks_bad_steps(self) -> bool:
-        """Whether a step with `now.sound` false on the device leaves the state as it is; else the host waits for it."""
+        """Whether the method itself leaves its state as it is if `now.sound` is false; if not, the host waits."""
         return False
 
     @property
@@ -204,12 +204,12 @@ class Method(ABC):
 
     @property
     def opens_ranks(self) -> bool:
-        """Whether ranks start afresh in mid-run: the optimizer must be one whose first steps of them are right."""
+        """Whether new ranks open in mid-run, which not every optimizer supports (`training.updates`)."""
         return False
 
     @property
     def restarts(self) -> bool:
-        """Whether it writes new factors in mid-run, and the optimizer forgets what it knows of the adapter."""
+        """Whether it rewrites the factors in mid-run, so that the optimizer's state of the adapter is dropped."""
         return False
 
     @property
@@ -219,12 +219,12 @@ class Method(ABC):
 
     @property
     def allocator(self) -> Method | None:
-        """The method that allocates the ranks where one composes with another; None for any other."""
+        """The other method that allocates the ranks, for a method that is composed with one; else None."""
         return None
 
     @classmethod
     def broken_rules(cls, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Check in a recipe what no single setting can.
+        """Check the rules of a recipe that involve several settings.
 
         Args:
             value: Looks a key up, for example `value("lora", "r")`: its value, which may be of any type, or its
@@ -237,7 +237,7 @@ class Method(ABC):
         yield from ()
 
     def settings(self) -> dict[str, Any]:
-        """Return the numbers and words that it was given, and under `allocate` those of the one it composes with."""
+        """Return its settings that are numbers or words, and under `allocate` those of the method inside it."""
         inner = self.allocator
         return recorded(self) | ({} if inner is None else {"allocate": {"name": inner.id, **inner.settings()}})
 
@@ -252,9 +252,9 @@ class Method(ABC):
     def calibrate(self, state: Any, batches: Iterable[TrainingBatch]) -> None:
         """Look at training data for a start that depends on them; called once before the first step, if at all.
 
-        Factors, gates and scales may change, as in `prepare`. No gradients are kept: where there is need of them, take
-        them with `torch.autograd.grad` under `torch.enable_grad`. Every process has batches of its own, so what is made
-        of them is one for all only by `average_` or `agree`.
+        Factors, gates and scales may change, as in `prepare`. Gradients are off: to take some, use
+        `torch.autograd.grad` under `torch.enable_grad`. Each process has its own batches, so make results equal on all
+        processes with `average_` or `agree`.
 
         Args:
             state: The method's state.
@@ -263,11 +263,11 @@ class Method(ABC):
         del state, batches
 
     def on_gradients(self, state: Any, now: StepContext) -> None:
-        """Gradients are complete (and clipped), weights still old."""
+        """Use the complete (and clipped) gradients, before the weights are updated."""
         del state, now
 
     def on_step(self, state: Any, now: StepContext) -> Decision | None:
-        """Weights are updated; return what was decided, if anything was."""
+        """Act after the weights are updated; return the decision, if there was one."""
         del state, now
 
     @abstractmethod
@@ -287,7 +287,7 @@ class Method(ABC):
         del state, tensors
 
     def resized(self, state: Any) -> None:
-        """Closed ranks have left the tensors after the final decision, or are back for `finish`."""
+        """Adapt to new shapes: closed ranks were removed after the final decision, or put back for `finish`."""
         del state
 
 
@@ -319,7 +319,7 @@ def open_ranks(sites: Sequence[Site]) -> list[int]:
 
 
 def agree(decision: Tensor) -> Tensor:
-    """Make one decision for all processes: the first one's. Float ties must not let replicas diverge."""
+    """Replace a decision by that of the first process, so that rounding does not let processes diverge."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast(decision, src=0)
     return decision
@@ -337,7 +337,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
 
 
 def on_any_process(flag: Tensor) -> Tensor:
-    """Whether a flag is set on any process, still on the device; not zero where it is."""
+    """Whether a flag is set on any process, as a tensor on the device that is not zero if so."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         flag = flag.to(torch.int32)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)

@@ -1,15 +1,15 @@
 """Controls: ranks that are fixed before training, at the same budget and scale as those that a method allocates.
 
-Whether a method's ranks are worth their trouble shows only beside ranks that cost the same and took no thought:
+A method's ranks are worth the effort only if they do better than ranks of the same cost that no method has chosen:
 
     uniform        the same rank everywhere
     random         ranks drawn at random
     depth_linear   rank proportional to the depth of the layer
 
 Each control is a score per rank; the selection under the budget is the one that every method uses (`allocate`), so a
-budget in ranks is met exactly, and one in parameters is never exceeded while no further rank fits. The scores are an
-order and no worth that could be summed up: where ranks differ in cost they are given out in this order, and a rank that
-does not fit is skipped. Under a `max_rank` a module has the first of its ranks in this order; others get the rest.
+budget in ranks is met exactly, and one in parameters is never exceeded while no further rank fits. The scores define
+only an order and cannot be added up: if ranks differ in cost, they are given out in this order, and a rank that does
+not fit is skipped. Under a `max_rank`, a module keeps its first ranks in this order; other modules get the rest.
 
 What makes them comparable: the capacity is `LoraConfig.r`, as for AdaLoRA, and the scale is lora_alpha / `LoraConfig.r`
 whatever rank a module gets. (Plain LoRA at rank k would be scaled by lora_alpha / k: another learning rate, not another
@@ -153,8 +153,8 @@ def depth_scores(depths: Sequence[int], ranks: Sequence[int], direction: Directi
     """Score ranks such that every module gets a number in proportion to its weight.
 
     The weight is depth + 1, or the number of layers − depth. A module's j-th rank is due when c · weight rounds to j,
-    that is at c = (j − ½) / weight, and ranks are given out in the order in which they are due: the rule by which
-    Webster shares out seats. What a module with no rank left would get goes to the others in the same proportion.
+    that is at c = (j − ½) / weight, and ranks are given out in the order in which they are due (Webster's method of
+    apportionment). Ranks that a full module cannot take go to the others in the same proportion.
 
     Args:
         depths: Layer of each module, from 0 on.

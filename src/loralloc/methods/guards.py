@@ -11,18 +11,18 @@ from loralloc.gating import Site
 from loralloc.naming import excluding, named
 
 STARTS_AT_ZERO = (True, "gaussian", "eva")
-"""Values of `init_lora_weights` under which a fresh adapter's B is zero. Others that can be attached are not."""
+"""Values of `init_lora_weights` with which a fresh B is zero; with the others that can be attached, it is not."""
 
 FROM_THE_START = "start from a fresh adapter, or finish the run it belongs to from its checkpoint"
-"""What to do with a trained adapter where a method begins at the beginning."""
+"""Advice for a trained adapter, from methods that need a fresh one."""
 
 
 def check_fresh(sites: Sequence[Site], reason: str, cure: str, closed: Sequence[Tensor] | None = None) -> None:
-    """Refuse an adapter that computes something already.
+    """Refuse an adapter whose update is not zero.
 
     Args:
         sites: The gated layers.
-        reason: Why the method cannot have that.
+        reason: Why the method does not allow that.
         cure: What to do with an adapter that has been trained.
         closed: Boolean [r] of each site: the ranks that must be fresh; None for all.
 
@@ -49,7 +49,7 @@ def check_capacity(sites: Sequence[Site], reason: str) -> None:
 
     Args:
         sites: The gated layers.
-        reason: Why the method cannot have that.
+        reason: Why the method does not allow that.
 
     Raises:
         UserError: With all such modules.

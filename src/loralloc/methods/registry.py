@@ -81,7 +81,7 @@ def sections_of(kinds: Collection[type[Method]]) -> Mapping[str, type[MethodSect
 
 
 def _takes_only_a_budget(kind: type[Method]) -> bool:
-    """Whether a method can be made of a budget, and examples: only such a one can stand in another's setting."""
+    """Whether a method can be built from a budget and examples alone: only such methods can be composed with others."""
     return [setting.name for setting in settings(kind) if setting.default is MISSING] == ["budget"]
 
 
@@ -90,7 +90,7 @@ def _looks_at_examples(kind: type[Method]) -> bool:
 
 
 def broken_rules(name: str, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Check in a recipe what no single setting of its method can: the method's own rules, and those of composing.
+    """Check the rules of a recipe's method that involve several settings: its own rules, and those of composition.
 
     Args:
         name: The method's id; plain LoRA and unknown ones have no rules.
@@ -109,7 +109,7 @@ def broken_rules(name: str, value: Callable[..., Any]) -> Iterator[tuple[tuple[s
 
 
 def _broken_composition(key: str, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """A budget and examples are for the method that allocates, which needs them."""
+    """Check that a budget and examples are given exactly if the allocating method needs them."""
     chosen, budget, validation = (value("method", name) for name in (key, "budget", "validation"))
     kind = methods().get(chosen) if isinstance(chosen, str) else None
     looking = [name for name, other in methods().items() if _takes_only_a_budget(other) and _looks_at_examples(other)]

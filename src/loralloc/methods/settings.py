@@ -163,7 +163,7 @@ def _key(setting: Setting) -> tuple[Any, Any]:
 
 
 def _composed(setting: Setting, allocators: Iterable[str]) -> dict[str, Any]:
-    """The keys for a method that takes another one: its name, its budget and where the examples it looks at are."""
+    """The keys for a method that takes another one: the other's name, its budget, and the source of its examples."""
     source: Any = Source
     names: Any = Annotated[Literal[*allocators] | None, *get_args(setting.annotation)[1:]]
     return {

@@ -125,7 +125,7 @@ class Truncate(Method):
         return Decision(keep, now.schedule.target, frozen=True, closed=~keep, warmup=warmup)
 
     def finish(self, state: TruncateState, target: int) -> Tensor:
-        """Cut, if that has not happened (at the end is where it is, or a run may stop early); return the kept ranks."""
+        """Cut if that has not happened yet (`recover` is 0, or the run stops early); return the kept ranks."""
         return self._cut(state, target) if state.kept is None else state.kept
 
     def state_dict(self, state: TruncateState) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""What is asked of validation data, whichever method looks at them: examples to draw, a batch to learn from, a loss.
+"""Checks of validation data, whichever method uses them: that there are examples, usable batches, and a loss.
 
-Each guard speaks as early as it can: of the data when the method is made, of a batch when it is drawn, of its labels
-and its loss in the first step. A loss that is not finite later on is a method's own affair.
+Each check runs as early as possible: of the data when the method is made, of a batch when it is drawn, of its labels
+and its loss in the first step. Methods handle later losses that are not finite themselves.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class MethodContract(Hooks):
     def test_the_finished_model_is_plain_lora_that_computes_the_same(
         self, method: Make, name: str, tmp_path: Path
     ) -> None:
-        """What is left is stock PEFT's: it computes what was trained, less what the end has closed."""
+        """The result is plain LoRA for stock PEFT: it computes what was trained, without ranks closed at the end."""
         loop = self.loop(method, name).walk()
         base = logits(self.plain(name))
         trained = logits(loop.model)
@@ -103,7 +103,7 @@ class MethodContract(Hooks):
 
     @pytest.mark.parametrize("autocast_adapter", [True, False], ids=["adapter-fp32", "adapter-bf16"])
     def test_dtypes_stay(self, method: Make, name: str, autocast_adapter: bool) -> None:
-        """Gates and scores are fp32, whatever the model is, and the model stays what it was."""
+        """Gates and scores are fp32 whatever the model's dtype, and the model's own dtypes do not change."""
         model = self.model(method, name, dtype=torch.bfloat16)
         if not autocast_adapter:
             for n, parameter in model.named_parameters():
@@ -124,7 +124,7 @@ class MethodContract(Hooks):
 
     @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
     def test_the_budget_is_met_at_every_event_and_by_the_plan(self, method: Make, budget: Budget) -> None:
-        """The schedule's in every step, the target's at the end, and what is told is so."""
+        """The schedule's budget is met in every step, the target at the end; statistics and events agree with it."""
         if self.decides(method(budget)) == "never" and budget != BUDGETS["all"]:
             pytest.skip("keeps every rank, whatever the budget")
         refusal = self.refusal(method(budget), budget)

@@ -16,7 +16,7 @@ from loralloc.testing.loop import HALF, STEPS, Decides, Loop, adamw, momentum, w
 from loralloc.testing.models import TINY, adapted
 
 Make = Callable[[Budget], Method]
-"""Makes a method for a budget; one without a budget of its own leaves it aside."""
+"""Makes a method for a budget; a method that takes no budget ignores it."""
 
 
 class Hooks:
@@ -24,8 +24,8 @@ class Hooks:
 
     Attributes:
         methods: What is tested, by a name for each row.
-        optimizers: What the runs are trained with. A method whose numbers fit one learning rate alone may lower the
-            other one's.
+        optimizers: What the runs are trained with. A method whose settings fit only the learning rate of one of them
+            may lower that of the other.
         device: Where the models are; `cuda` holds the methods to the contract on a GPU.
     """
 

@@ -45,7 +45,7 @@ def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 
 def momentum(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Gradient descent that goes on where a gradient is gone."""
+    """Gradient descent with momentum, which moves weights even if their gradient is zero."""
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
 
 
@@ -153,7 +153,7 @@ class Loop:
 
     @property
     def by_the_optimizer(self) -> list[str]:
-        """What the optimizer moves: all that is trained, but for gates that are a search's."""
+        """What the optimizer moves: everything that is trained, except the gates of a search."""
         return [n for n in self.trainable if self.decides != "by a search" or "lora_gate" not in n]
 
     def open_gates(self) -> list[int]:
@@ -212,7 +212,7 @@ def meets(loop: Loop, ranks: list[int], limit: int) -> bool:
 
 
 def may_be_open(loop: Loop, ranks: list[int], limit: int) -> bool:
-    """Whether so many ranks may be open under the schedule's budget: gates that become 0 as they go leave fewer."""
+    """Whether so many ranks may be open under the schedule's budget; methods that decide as they go may have fewer."""
     if loop.decides == "as it goes":
         used = zip(ranks, loop.run.sites, strict=True)
         return 0 < sum(rank * _price(site, loop.run.unit) for rank, site in used) <= limit

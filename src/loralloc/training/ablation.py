@@ -1,16 +1,16 @@
 """Losses of one scoring batch under many settings of all gates, for methods that score ranks by switching them off.
 
-Four things make it fast, none of which changes a loss beyond rounding (but bitsandbytes' int8 layers, which choose
-their outlier columns from all rows of a pass):
+Four things make it fast, none of which changes a loss beyond rounding (except with bitsandbytes' int8 layers, which
+choose their outlier columns from all rows of a pass):
 
-* Many settings a forward pass: the batch is repeated, and each copy has its own gates (per sample, [n, 1, r]).
-* Prefix reuse: a setting that agrees with a *reference* (the gates as trained, or all of them zero) up to an adapted
-  layer starts from the hidden state that the reference had before this layer's block, and the frozen layers up to this
-  one are not multiplied with what they were multiplied with there. On average a rank's two ablations then cost
-  (L + 1) / L passes through the blocks instead of two, the first block of each in part. Models that cannot be walked
-  like that (see `blocks`; `check_walk` compares) are computed whole.
-* Adapters all of whose gates are zero are left out: nearly all of them where a rank is alone.
-* The head only computes positions that have a label, where the model takes `logits_to_keep`.
+* Many settings per forward pass: the batch is repeated, and each copy has its own gates (per sample, [n, 1, r]).
+* Prefix reuse: if a setting equals a *reference* (the gates as trained, or all of them zero) up to some adapted layer,
+  its pass starts from the hidden state that the reference had before this layer's block, and the block's frozen layers
+  up to this one return what they returned for the reference. On average a rank's two ablations then cost (L + 1) / L
+  passes through the blocks instead of two, and only a part of the first block of each. For models that cannot be walked
+  like that (see `prefix_reuse`; `check_walk` compares), every pass goes through the whole model.
+* Adapters whose gates are all zero are skipped: nearly all of them, if only one rank is on.
+* The head only computes positions that have a label, if the model takes `logits_to_keep`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ TOKENS = 16_384
 """Tokens in one forward pass: enough copies to fill a GPU, few enough for activations to fit."""
 
 CPU_TOKENS = 2_048
-"""The same on a CPU: tensors above some 32 MB go back to the system, and new pages cost as much as products do."""
+"""The same on a CPU: the system takes back tensors above some 32 MB, and new pages cost as much as the products."""
 
 LOGITS = 2**28
 """Logits in one forward pass: 1 GB in fp32."""
 
 KEPT_BYTES = 2**30
-"""What references have computed is kept up to this size: hidden states from one call to the next, or they are computed
-anew; and products of frozen layers, or each row starts at the beginning of its block."""
+"""Most bytes that are kept of what the references have computed. Larger hidden states are computed again in each call;
+without the products of frozen layers, each row starts at the beginning of its block."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class AblationScorer:
         with torch.enable_grad(), self._scoring(), frozen(self._model):
             for index, part in enumerate(self._parts):
                 watching = same and self._blocks and not self._memory_is_short
-                # Checkpoints are off in evaluation mode: all activations of the samples of a pass are kept.
+                # Gradient checkpointing is off in evaluation mode: a pass keeps all activations of its samples.
                 pieces = map(part.sample, range(part.samples)) if self._memory_is_short else [part]
                 for piece in pieces:
                     own = row.repeat(piece.samples, 1).requires_grad_()
@@ -182,13 +182,13 @@ class AblationScorer:
         return torch.cat(contributions), self.labels
 
     def check_loss(self, batch: Mapping[str, Any]) -> None:
-        """Compare with the model's own loss.
+        """Check that the losses per sample agree with the model's own loss.
 
         Args:
             batch: The first part of the scoring batch.
 
         Raises:
-            UserError: The model computes no loss, none that is finite, or another one than is computed per sample here.
+            UserError: The model's own loss is missing, is not finite, or differs from the one computed per sample.
         """
         part = self._parts[0]
         with torch.no_grad(), self._scoring():
@@ -205,9 +205,9 @@ class AblationScorer:
             )
 
     def check_walk(self) -> bool:
-        """Whether passes that start in the middle are those of the whole model, found out on the first part.
+        """Whether passes that start in the middle give the losses of whole passes, tested on the first part.
 
-        Whatever a model does between blocks that `blocks` cannot see, such as keys that later blocks share, shows here.
+        This detects what `prefix_reuse` cannot see between blocks, such as keys that later blocks share.
         """
         part, rows = self._parts[0], self._exchanged()
         with torch.no_grad(), self._scoring():
@@ -215,7 +215,7 @@ class AblationScorer:
             whole = torch.stack([self._losses(part, row.expand(part.samples, -1)).sum() for row in rows])
             try:
                 walked = self._sums(0, rows).to(whole)
-            except Exception:  # blocks that were passed by have not done what the model needs
+            except Exception:  # skipped blocks have not done something that the model needs
                 walked = torch.full_like(whole, torch.nan)
         close = torch.finfo(dtype).eps ** 0.5 * (whole.abs() + self._loss.count(part.labels))
         return bool(((walked - whole).abs() <= close).all())
@@ -291,10 +291,10 @@ class AblationScorer:
                 yield _pass(chosen, site, walked[which])
 
     def _starts(self, rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Position of the first layer in which each row differs from the reference it follows, and which that is.
+        """For each row, the position of the first layer in which it differs from its reference, and which reference.
 
-        That is the one with which it agrees for longer. A row that equals a reference starts at the beginning, with the
-        rows that differ from it in the first layer: in a pass of the same shape, so that rounding is alike.
+        Its reference is the one with which it agrees for longer. A row that equals a reference starts at the beginning,
+        like rows that differ in the first layer: their passes have the same shape, so that rounding is alike.
         """
         position = order.repeat_interleave(torch.tensor(self._ranks)).to(rows.device)
         beyond = len(order)
@@ -344,7 +344,7 @@ class AblationScorer:
 
 
 def _pass(rows: Tensor, site: int, reference: States) -> _Pass:
-    """Rows whose gates differ from the reference's first in this site."""
+    """A pass for rows whose gates first differ from the reference's at this site."""
     start = reference.block(site)
     products = {other: reference.products[other] for other in reference.unchanged(site)} if reference.products else {}
     return _Pass(rows, start, reference.hidden[start - 1] if start else None, products)

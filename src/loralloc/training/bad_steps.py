@@ -65,7 +65,7 @@ class StepChecks:
         self._unread: deque[_Unread] = deque()
 
     def is_sound(self, step: int) -> bool:
-        """Wait for the verdict on a step; a bad one's gradients are gone, so that not even momentum moves anything.
+        """Wait for the verdict on a step; if it is bad, drop all gradients, so that not even momentum moves anything.
 
         Raises:
             FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.

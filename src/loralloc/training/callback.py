@@ -180,7 +180,7 @@ class RankAllocation(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Restore it: dropout, and with it the plan, must not depend on how often the model is evaluated."""
+        """Restore the random state: dropout, and so the plan, must not depend on how often the model is evaluated."""
         if self._random is not None:
             set_random_state(self._random)
             self._random = None
@@ -218,7 +218,7 @@ class RankAllocation(TrainerCallback):
         self.plan = self.run.finish(self._provenance)
         folder = _checkpoint(args, state)
         best = Path(state.best_model_checkpoint or folder)
-        another = args.load_best_model_at_end and best.name != folder.name  # what the model is now, and the folder not
+        another = args.load_best_model_at_end and best.name != folder.name  # the model holds that one's weights
         if state.is_world_process_zero and (folder / MARKER).is_file() and not another:
             with rewritten(folder) as copy:
                 self._write_end(copy, kwargs["model"])
@@ -226,7 +226,7 @@ class RankAllocation(TrainerCallback):
             write_run(self._folder, self.run, state.log_history)
 
     def _write_end(self, folder: Path, model: nn.Module) -> None:
-        """Bring a checkpoint of the last step to the end of the run."""
+        """Rewrite a checkpoint of the last step as the finished run: plain LoRA at its final ranks."""
         assert self.plan is not None
         numbers = unsealed((folder / MARKER).read_bytes())
         peft_model(model).save_pretrained(str(folder))
@@ -284,7 +284,7 @@ def _read_state(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def _describe(folder: Path, text: str) -> None:
-    """Say on the page of a checkpoint what it holds, in place of what was said before."""
+    """Describe in a checkpoint's README.md what it holds, in place of an earlier description."""
     path = folder / "README.md"
     card = path.read_text(encoding="utf-8") if path.exists() else ""
     write_atomically(path, f"{card.partition(HEADING)[0].rstrip()}\n\n{HEADING}\n\n{text}".lstrip())
@@ -305,7 +305,7 @@ def _go_before_reports(callback: TrainerCallback) -> None:
 
 
 def _sender(kind: type[_Sender]) -> _Sender | None:
-    """The object of a class that sends the event under way, which does not carry it; None for none."""
+    """The object of this class that has sent the current event, found on the call stack; None if there is none."""
     frame = inspect.currentframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
         frame = frame.f_back
@@ -320,7 +320,7 @@ def validation_batches(data: Any, training: Any, args: TrainingArguments) -> Col
     """
     columns = getattr(training.dataset, "column_names", None)  # the Trainer has removed what forward() does not take
     collate = training.collate_fn
-    if getattr(collate, "padding_free", False):  # TRL's, which joins examples: methods look at one a row
+    if getattr(collate, "padding_free", False):  # TRL's, which joins examples: methods need one per row
         collate = replace(collate, padding_free=False)
     batches = CollatedBatches(data, collate, args.per_device_eval_batch_size, args.seed, columns)
     try:
@@ -367,7 +367,7 @@ def _counts_items(model: nn.Module) -> bool:
 
 
 def _refuse_early_best_model(args: TrainingArguments, state: TrainerState, steps: int) -> None:
-    """Refuse to let a checkpoint win that was evaluated before the ranks were final."""
+    """Refuse settings under which the best checkpoint may be from before the ranks were final."""
     if not args.load_best_model_at_end or steps == 0:  # fixed from the start
         return
     steps_per_unit = 1.0 if args.eval_strategy == "steps" else state.max_steps / max(state.num_train_epochs, 1)

@@ -1,8 +1,8 @@
 """Checkpoints of `loralloc train`: safetensors and JSON only, whole or not there.
 
-Each checkpoint folder ends with `manifest.json`, written last; a run resumes from the newest folder whose files are as
-it lists them, so that a process killed in the middle of a save loses that save, a damaged file what came after the
-checkpoint before, and both nothing else.
+`manifest.json` is written last into each checkpoint folder, and a run resumes from the newest folder whose files match
+it. A process that is killed during a save therefore loses only that save, and a damaged file only the steps since the
+checkpoint before it.
 
 | file | holds | written in |
 |---|---|---|
@@ -40,7 +40,7 @@ SCALER = "scaler.json"
 
 
 WRITTEN_LAST = (MANIFEST, "trainer_state.json", "complete.json")
-"""Files of a checkpoint that was whole, or as good as: also of a version whose checkpoints had no manifest."""
+"""Files written at the end of a checkpoint: one of them shows that it was complete, also from before manifests."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def newest_whole(folder: Path) -> Found:
 
 
 def _damage_of_best(checkpoint: Path) -> str | None:
-    """A run that keeps its best state cannot go on without it."""
+    """What is wrong with the checkpoint of the best state, without which a run that keeps one cannot go on."""
     best = read_manifest(checkpoint).best
     if best is None or best == checkpoint.name:
         return None

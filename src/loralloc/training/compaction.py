@@ -1,4 +1,4 @@
-"""Closed ranks leave the tensors: from the final phase on a step costs what plain LoRA of the kept ranks costs.
+"""Removes closed ranks from the tensors: from the final phase on, a step costs as much as plain LoRA at those ranks.
 
 Parameters stay the same objects, so the optimizer keeps them; its state shrinks with them. What is saved keeps the full
 shapes, with zeros for closed ranks: a checkpoint looks the same on both sides of the boundary, and a run resumed from
@@ -64,13 +64,13 @@ _Change = Callable[[_Shrunk, Tensor, torch.Size], Tensor]
 
 
 class Compaction:
-    """The kept ranks of a model whose closed ranks are out of the tensors.
+    """A model from whose tensors the closed ranks have been removed.
 
     Args:
-        model: The model, whose `state_dict` and `load_state_dict` go on to speak of full shapes.
+        model: The model; its `state_dict` and `load_state_dict` continue to use full shapes.
         sites: Its gated layers.
         kept: Boolean [R]: the ranks that stay.
-        optimizer: The optimizer; its state of closed ranks goes too. None where it has none yet.
+        optimizer: The optimizer; its state of closed ranks is removed too. None if it has no state yet.
     """
 
     def __init__(

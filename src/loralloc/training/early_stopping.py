@@ -1,4 +1,4 @@
-"""Early stopping that a resumed run takes up where it was, and that looks at evaluations of the training alone."""
+"""Early stopping whose count a resumed run continues, and which only counts evaluations during training."""
 
 from __future__ import annotations
 

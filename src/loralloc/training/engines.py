@@ -1,8 +1,8 @@
 """What a Trainer may run on: one process, DistributedDataParallel, FSDP2. All else is refused before training.
 
 Under FSDP2 (`accelerate launch --config_file fsdp2.yaml`) accelerate shards the model when it is prepared. The adapter
-is left out of that (`sharding`), and with it everything that is trained: a Trainer then saves and loads what it does on
-one process, and nothing of the base model.
+and everything else that is trained is not sharded (`sharding`): a Trainer then saves and loads the same as on one
+process, and nothing of the base model.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _plugin(trainer: Trainer) -> FullyShardedDataParallelPlugin:
 
 
 def keep_adapter_whole(trainer: Trainer) -> None:
-    """Let accelerate shard the base model alone, and the Trainer save and load as on one process. Before training.
+    """Make accelerate shard only the base model, and the Trainer save and load as on one process. Before training.
 
     Raises:
         UserError: The engine is not supported.
@@ -116,7 +116,7 @@ def keep_adapter_whole(trainer: Trainer) -> None:
     plugin.ignored_modules = [*_ignored_by_the_user(plugin, model), *whole]
     if not plugin.transformer_cls_names_to_wrap:
         plugin.transformer_cls_names_to_wrap = _blocks(model)
-    trainer.is_fsdp_enabled = False  # its ways to save and load are those of sharded adapters
+    trainer.is_fsdp_enabled = False  # the Trainer's FSDP code saves and loads sharded adapters
 
 
 def _ignored_by_the_user(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> list[nn.Module]:
@@ -128,9 +128,9 @@ def _ignored_by_the_user(plugin: FullyShardedDataParallelPlugin, model: nn.Modul
 
 
 def _blocks(model: nn.Module) -> list[str] | None:
-    """Classes of the blocks to shard, by the model's own word; None where it names none.
+    """Classes of the blocks to shard, from the model's `_no_split_modules`; None if it names none.
 
-    Those that hold embeddings are left out: accelerate shards embeddings by themselves, and would shard them twice.
+    Classes that hold the embeddings are left out: accelerate shards embeddings separately, and would shard them twice.
     """
     base: Any = peft_model(model).get_base_model()
     embeddings, named = base.get_input_embeddings(), set(base._no_split_modules or ())
@@ -139,7 +139,7 @@ def _blocks(model: nn.Module) -> list[str] | None:
 
 
 def shard_now(trainer: Trainer) -> None:
-    """Shard the base model before the training does, for an evaluation that comes first."""
+    """Shard the base model now, for an evaluation that comes before training."""
     model = trainer.model
     if under_fsdp2(trainer) and isinstance(model, nn.Module) and not is_sharded(model):
         _plugin(trainer).set_auto_wrap_policy(model)

@@ -1,4 +1,4 @@
-"""A sample or two of the data of a run, which the check of its export computes with."""
+"""Keeps a sample or two of a run's training data, on which the check of its export compares outputs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def keep_example(model: nn.Module) -> Callable[[], None]:
         model: The model, called with keyword arguments.
 
     Returns:
-        Ends the watch for that batch, if it has not come.
+        A function that stops waiting for that batch.
     """
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or args:
             return
-        # Other than tensors are orders of a training loop, such as TRL's to compute no logits.
+        # Arguments other than tensors are options of a training loop, such as TRL's to compute no logits.
         tensors = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
         batch = samples_of(tensors, slice(SAMPLES))
         remember_example(model, {key: value.detach().to("cpu", copy=True) for key, value in batch.items()})

@@ -25,9 +25,9 @@ CHUNK = 1000
 def weights_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Fingerprint the frozen weights of a model: names, shapes, dtypes, and some entries of each.
 
-    Reading all of a large model would take longer than loading it, so that up to `SAMPLES` entries at even distances
-    count of each tensor, among them the scales of quantised ones. Another model, another checkpoint of it, another
-    dtype or weights that were scaled have another fingerprint. A change of single entries can stay unseen.
+    Reading all of a large model would take longer than loading it, so up to `SAMPLES` evenly spaced entries of each
+    tensor are used, including the scales of quantised ones. Another model, another checkpoint of it, another dtype or
+    weights that were scaled have another fingerprint. A change of single entries can go unnoticed.
 
     Args:
         model: The model with its adapter, before it trains.
@@ -50,7 +50,7 @@ def weights_fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def _bare(name: str) -> str:
-    """A weight's name whether its layer has an adapter or not: a plan may leave a layer without."""
+    """A weight's name, the same with or without an adapter on its layer: a plan may leave a layer without one."""
     return name.replace(".base_layer.", ".")
 
 
@@ -73,7 +73,7 @@ def rows_fingerprint(rows: Dataset) -> dict[str, Any]:
 
 
 def _add(digest: Any, array: Any) -> None:
-    """Add a column's content: that of lists without making Python's, since most of it is token ids."""
+    """Add a column's content; lists, mostly of token ids, are not converted to Python objects."""
     kind = array.type
     digest.update(f"{kind} {len(array)}".encode())
     if array.null_count or not (pa.types.is_list(kind) or pa.types.is_primitive(kind)):

@@ -1,4 +1,4 @@
-"""The optimizer's memory of ranks that close or start anew: shapes stay, so moments change in place."""
+"""The optimizer's state of ranks that close or start anew: shapes stay, so moments are changed in place."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class FreshRanks:
     """Ranks that were opened in the middle of a run, and their age in steps.
 
     Adam counts steps once for a whole parameter. After t steps its bias corrections are near 1, and a rank that starts
-    with moments of zero at step t would move √(1 − β₂ᵏ) / (1 − β₁ᵏ) times too fast or slow at its age k: with
-    β = (0.9, 0.999), 3.2 times too far in its first step and 6.5 times in its tenth. After each step the rows of such
-    ranks are therefore set to what the optimizer would have made of them with their own age (`updates`), until that no
-    longer makes a difference in fp32. So are gates that are trained. Optimizers whose update does not depend on a step
-    count are left alone; those of which neither is known are refused (`optimizer.MomentWatch`).
+    with moments of zero at step t would move (1 − β₁ᵏ) / √(1 − β₂ᵏ) times too far at its age k: with β = (0.9, 0.999),
+    3.2 times too far in its first step and 6.5 times in its tenth. After each step, such ranks (and their gates, if
+    these are trained) are therefore set to what the optimizer would have computed at their own age (`updates`), until
+    that no longer makes a difference in fp32. If an optimizer's update does not depend on a step count, nothing is
+    corrected; an optimizer about which neither is known is refused (`optimizer.MomentWatch`).
 
     Args:
         sites: The gated layers.
-        restarts: Whether the method will have the optimizer start anew, for which it has to be shown in every step.
+        restarts: Whether the method will reset the optimizer, which must then be passed in at every step.
     """
 
     def __init__(self, sites: Sequence[Site], restarts: bool = False) -> None:
@@ -60,10 +60,10 @@ class FreshRanks:
         self._warm_up = WarmUp()
 
     def follow(self, decision: Decision, optimizer: torch.optim.Optimizer | None) -> None:
-        """Let the optimizer's memory follow a decision: of ranks that are closed or opened, or of new factors.
+        """Update the optimizer's state after a decision that closes or opens ranks, or rewrites the factors.
 
         Raises:
-            UserError: Its memory of a rank cannot be cleared, or it has to be seen and was not.
+            UserError: Its state of a rank cannot be cleared, or the optimizer is needed and was not passed.
         """
         if decision.warmup is not None:
             forget_adapter(optimizer, self.sites)
@@ -74,7 +74,7 @@ class FreshRanks:
             self.open(decision.opened)
 
     def take(self, kept: Tensor) -> None:
-        """Follow a compaction that is about to happen.
+        """Keep only the ages of ranks that stay in the tensors, before a compaction.
 
         Args:
             kept: Boolean [R]: the ranks that stay in the tensors.
@@ -97,7 +97,7 @@ class FreshRanks:
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Keep the rows of fresh ranks as they are before the step, where the step will move them.
+        """Copy the values of fresh ranks before the step, in parameters that have a gradient.
 
         Args:
             optimizer: The optimizer, or accelerate's wrapper of it; its rate is lowered in a warm-up.
@@ -179,5 +179,5 @@ class FreshRanks:
 
 
 def _parameters(site: Site) -> tuple[tuple[Tensor, int], ...]:
-    """What a rank has in a site's parameters, and the dimension along which ranks lie."""
+    """A site's parameters, each with the dimension along which its ranks lie."""
     return (site.A, 0), (site.B, 1), (site.gate, 0)

@@ -3,8 +3,8 @@
 Stock PEFT knows no gates: it would save the factors as they are and drop the gates at loading, so that an adapter saved
 in the middle of a run would be another function. As long as gates are attached, `model.save_pretrained` therefore
 writes the adapter with the gates folded into B, as if the run ended there, under PEFT's own names; and the factors and
-gates themselves into `FILE` beside it. `model.load_adapter` reads them back from there. A Trainer's checkpoints, its
-`save_model` and its best model go these ways.
+gates themselves into `FILE` beside it. `model.load_adapter` reads them back from there. A Trainer uses both for its
+checkpoints, its `save_model` and its best model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class GatedFiles:
             save_file(gated, self._place(save_directory) / FILE)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's; an adapter that is loaded where the gates are takes its gated factors back.
+        """As PEFT's; if the gated adapter is loaded, its gated factors are restored as well.
 
         Raises:
             UserError: The folder has none: it was not saved while gates were attached.

@@ -1,4 +1,4 @@
-"""What a run remembers of itself, and the folder that it writes of that: a run of one's own, without a recipe.
+"""The record of a run without a recipe (your own loop or Trainer), and the folder that is written from it.
 
 The files are those of `loralloc train`, as far as they are known: `trace.jsonl`, `log.jsonl`, `ranks.json`,
 `metrics.json`, and the page made of them. What is missing is named on the page.
@@ -27,7 +27,7 @@ RECIPE, TRACE, LOG = "recipe.yaml", "trace.jsonl", "log.jsonl"
 
 
 class Recorded(ABC):
-    """The memory of an allocation run, and its report.
+    """Records an allocation run, and writes its report.
 
     Attributes:
         seconds: From the first step to the end; None before the end, and where the beginning is not known because the
@@ -45,13 +45,13 @@ class Recorded(ABC):
         self._begun: float | None = None
 
     def log(self, **values: float) -> None:
-        """Remember figures of the current step for the report, in a loop of one's own.
+        """Record figures of the current step for the report, in a training loop of your own.
 
             run.log(loss=loss.item(), learning_rate=scheduler.get_last_lr()[0])
             run.log(eval_loss=0.61, eval_accuracy=0.8)
 
-        The rank statistics are added to rows with a loss. What was said of a step after the run has finished counts as
-        its last one.
+        The rank statistics are added to rows with a loss. Figures that are logged after the run has finished count for
+        its last step.
 
         Args:
             values: By the names that a Trainer logs them under: `loss`, `learning_rate`, `grad_norm`, and `eval_...`
@@ -66,12 +66,12 @@ class Recorded(ABC):
         """Return the rank statistics for a training log."""
 
     def write_report(self, folder: str | Path) -> Path:
-        """Write what is known of a finished run, and its page, for a loop of one's own.
+        """Write the files and the page of a finished run, for a training loop of your own.
 
-        A run that was resumed knows its ranks only since then: it writes no trace.
+        A resumed run knows its ranks only from the resumption on, so its trace is left empty.
 
         Args:
-            folder: Where to; made where it is not there.
+            folder: Where to write; created if it does not exist.
 
         Returns:
             The path of the page, FOLDER/report.html.

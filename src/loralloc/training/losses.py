@@ -17,7 +17,7 @@ from loralloc.methods.validation import IGNORED
 from loralloc.outputs import has_choices
 
 Kind = Literal["next token", "token", "shifted token", "class", "regression", "several classes", "span"]
-"""What is predicted; a shifted token is a decoder's beside an encoder, which sees the labels one place later."""
+"""What is predicted; a shifted token is that of an encoder-decoder, whose decoder gets the labels shifted by one."""
 
 TOKENS = ("next token", "token", "shifted token")
 
@@ -30,7 +30,7 @@ _KINDS: Mapping[str | None, Kind] = {
 }
 
 POSITIONS = ("start_positions", "end_positions")
-"""The labels of a model of answers in a text: the first and the last token of the answer."""
+"""The labels of an extractive question-answering model: the first and the last token of the answer."""
 
 _CLASSES: Mapping[str | None, Kind] = {
     "regression": "regression",
@@ -82,7 +82,7 @@ class SampleLoss:
         return _KINDS[name]
 
     def split(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-        """Return (what the model is called with, labels); both in the form that `__call__` takes.
+        """Return (inputs of the model, labels in the form that `__call__` takes).
 
         Raises:
             UserError: The batch has no labels.
@@ -140,7 +140,7 @@ class SampleLoss:
 def _ends(positions: Sequence[Tensor], inputs: Mapping[str, Any]) -> Tensor:
     """The first and the last token of each answer, [n, 2], as transformers' loss takes them.
 
-    What lies behind the tokens is ignored; what lies before the first one means the first one.
+    Positions behind the last token are ignored; negative ones mean the first token.
     """
     length = max(value.shape[1] for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 1)
     ends = torch.stack([position.reshape(len(position)) for position in positions], dim=1).clamp(min=0)

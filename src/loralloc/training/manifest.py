@@ -58,7 +58,7 @@ def write_manifest(folder: Path, facts: Manifest) -> None:
 
 
 def begin_writing(folder: Path) -> None:
-    """Say of a checkpoint that its list is still to come: without that, one that has none has lost it.
+    """Mark a checkpoint as unfinished: one that has neither this mark nor a list has lost its list.
 
     Args:
         folder: The checkpoint, of which nothing has been written yet.
@@ -112,7 +112,7 @@ def damage(folder: Path) -> str | None:
 
 
 def sealed(record: Mapping[str, Any]) -> str:
-    """Write a record as JSON that tells by itself whether it was changed.
+    """Write a record as JSON with its own checksum, so that later changes are detected.
 
     Args:
         record: Anything that JSON can hold.
@@ -139,7 +139,7 @@ def unsealed(content: bytes) -> dict[str, Any]:
 
 
 def _secured(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file, once the disk has it."""
+    """Flush a file to disk, and return its size and checksum."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}

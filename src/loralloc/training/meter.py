@@ -84,9 +84,9 @@ class Meter:
 
 
 def processor_time() -> float:
-    """Return seconds of a clock that counts what this process computes: all its threads, but nothing of others.
+    """Return seconds of CPU time of this process, with all its threads.
 
-    Where a GPU computes, it is the clock on the wall: the processor only waits for it.
+    With a GPU it is wall-clock time instead, since the CPU only waits for the GPU.
     """
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 

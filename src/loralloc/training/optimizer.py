@@ -1,4 +1,4 @@
-"""What a run asks of the optimizer: its rate, its kind, whether it holds the gates, and if ranks may come and go."""
+"""What a run needs of the optimizer: rate, class, whether it holds the gates, and whether ranks can close and open."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def accumulates(optimizer: Any) -> bool:
-    """Whether accelerate is only collecting gradients: its optimizer's `step()` will do nothing."""
+    """Whether accelerate is accumulating gradients, so that its optimizer's `step()` will do nothing."""
     state = getattr(optimizer, "gradient_state", None)
     return state is not None and not state.sync_gradients
 
 
 def check_unscaled(optimizer: Any) -> None:
-    """Refuse gradients that still carry the factor of accelerate's fp16 scaler: scores are made of them.
+    """Refuse gradients that are still multiplied by accelerate's fp16 loss scale: scores are computed from them.
 
     Raises:
         UserError: They have not been unscaled before `before_step`.
@@ -82,7 +82,7 @@ def check_holds_gates(optimizer: torch.optim.Optimizer, sites: Sequence[Site]) -
 
 
 class GateWatch:
-    """Notices an optimizer that does not hold the gates where nobody shows it to us: gates with gradients stand still.
+    """Detects an optimizer without the gates if it is never passed to the run: gates have gradients but do not move.
 
     Args:
         sites: The gated layers, before training.
@@ -107,7 +107,7 @@ class GateWatch:
             self.judge()
 
     def judge(self) -> None:
-        """Judge by the steps so far, if they are more than a warm-up of the learning rate could begin with.
+        """Judge by the steps so far, unless there are too few: a learning-rate warm-up may start from zero.
 
         Raises:
             UserError: The gates had gradients and have not moved.
@@ -124,7 +124,7 @@ class GateWatch:
 
 
 def _moved(gate: Tensor, start: Tensor) -> bool:
-    """Whether an optimizer has moved a gate; to zero it is the method that moves it."""
+    """Whether an optimizer has moved a gate; entries of zero do not count, since the method sets them."""
     return gate.shape != start.shape or bool(((gate != start.to(gate.device)) & (gate != 0)).any())
 
 
@@ -152,10 +152,10 @@ def check_clears(optimizer: torch.optim.Optimizer, sites: Sequence[Site]) -> Non
 
 
 class MomentWatch:
-    """Notices an optimizer whose memory of ranks cannot be cleared, or started anew, before that is due.
+    """Detects an optimizer whose state of single ranks cannot be cleared or reset, before that is due.
 
-    What torch's own optimizers do is known. Others show it in their first steps: where all they remember of an adapter
-    are numbers in the shape of its factors, and nothing counts steps, a rank whose numbers are 0 is a new one.
+    What torch's own optimizers do is known. Others are judged by their state after the first steps: if it consists only
+    of tensors in the shapes of the adapter's parameters, and nothing counts steps, then a rank with zeros is a new one.
 
     Args:
         method: Says whether ranks are closed (`compacts`) or opened (`opens_ranks`) while it trains.
@@ -164,7 +164,7 @@ class MomentWatch:
     """
 
     def __init__(self, method: Method, sites: Sequence[Site], compact: bool = False) -> None:
-        # An optimizer that starts anew when ranks are closed has nothing to clear, and then something to shrink.
+        # If the optimizer is reset when ranks are closed, there is nothing to clear; compaction still shrinks state.
         self._closes, self._opens = method.compacts and (compact or not method.restarts), method.opens_ranks
         self._sites, self._looking = sites, self._closes or self._opens
         self._numbers: dict[tuple[int, str], int] | None = None  # those in the groups at the first look

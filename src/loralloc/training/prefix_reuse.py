@@ -1,8 +1,8 @@
 """The blocks of a transformer: what each hands to the next, and how to start in the middle.
 
-A model can be walked when its blocks stand in one `ModuleList`, each is called exactly once and in order, takes the
-hidden state as first argument and returns nothing else, and so is the frozen layer under each adapter called once.
-Nothing about an architecture is assumed: `Watcher` looks.
+A model can be walked if its blocks are in one `ModuleList`, each is called exactly once and in order, takes the hidden
+state as its first argument and returns nothing else, and the frozen layer under each adapter is called exactly once.
+Nothing is assumed about the architecture: `Watcher` observes a pass.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class States:
 
     Attributes:
         hidden: `hidden[l]` is the hidden state that block l returned.
-        in_tuples: Whether blocks return it as the only entry of a tuple that is not None.
-        widths: Number of entries of that tuple; 1 for none.
+        in_tuples: Whether blocks return a tuple whose other entries are None.
+        widths: For each block, the number of entries of that tuple; 1 if it returns no tuple.
         places: For each site, the block it stands in (0 to L − 1); −1 before the first, L behind the last.
         order: For each site, how many others are called before it.
         products: For each site, what its frozen layer returned; None where that was too large to be noted.
@@ -44,11 +44,11 @@ class States:
         return sum(tensor.nbytes for tensor in (*self.hidden, *(self.products or ())))
 
     def block(self, site: int) -> int:
-        """The first block to be computed where this site is the first whose gates differ."""
+        """The first block that must be computed if this site is the first whose gates differ."""
         return max(0, self.places[site])
 
     def unchanged(self, site: int) -> list[int]:
-        """Sites outside of earlier blocks whose frozen layers return the same where this one is the first to differ."""
+        """Sites outside the skipped blocks whose frozen layers return the same if this one is the first to differ."""
         if self.products is None:
             return []
         earlier = range(self.block(site))
@@ -91,7 +91,7 @@ class Watcher:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the pass inside."""
-        with ExitStack() as stack:  # not hooks: `forward` will return what is known, and hooks of others run on that
+        with ExitStack() as stack:  # not hooks: later passes replace `forward` too, before the hooks of others run
             for block in self._blocks:
                 stack.enter_context(computing(block, partial(self._through_block, block, block.forward)))
             for index, site in enumerate(self._sites):
@@ -135,7 +135,7 @@ class Watcher:
         self._outputs.append(output)
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor):
-            self._hidden.append(first.detach().clone())  # the model may go on in place
+            self._hidden.append(first.detach().clone())  # the model may change it in place
         return output
 
     def _through_layer(self, index: int, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -152,7 +152,7 @@ class Watcher:
 
 @contextmanager
 def skipped(blocks: Sequence[nn.Module], hidden: Tensor, like: States) -> Iterator[None]:
-    """Let the last of the first blocks return a known hidden state, and those before it do nothing.
+    """Skip some first blocks inside: the last of them returns a known hidden state, those before it do nothing.
 
     Args:
         blocks: The blocks not to be computed, at least one.
@@ -168,7 +168,7 @@ def skipped(blocks: Sequence[nn.Module], hidden: Tensor, like: States) -> Iterat
 
 @contextmanager
 def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute something else inside."""
+    """Replace a module's forward pass inside."""
     earlier = module.__dict__.get("forward")
     try:
         module.forward = forward
@@ -190,7 +190,7 @@ def _passing_on(passed: Tensor | None, in_tuple: bool, width: int) -> Callable[.
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside: only what is asked for by name is computed."""
+    """Freeze all parameters inside, so that only gradients that are asked for explicitly are computed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:

@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 CHECK_EVERY = 100
 """Steps between two comparisons of the processes' weights; in the first hundred, after steps 1, 2, 4, 8, ..."""
 
-_runs = itertools.count()  # processes count alike, so that what was said in one run may be said in the next
+_runs = itertools.count()  # equal on all processes, so that a message may be repeated in a later run
 LONGEST_WAIT = timedelta(days=1)
 """How long processes wait for the one that exports; the usual half an hour is short for a large merged model."""
 
@@ -50,7 +50,7 @@ def world_size() -> int:
 
 
 def launcher(count: int | None = None) -> str:
-    """What stands before `loralloc` on the command line for so many processes on one machine, with a blank.
+    """The command-line prefix that starts `loralloc` on so many processes of one machine, with a trailing space.
 
     Args:
         count: Processes; None for those that there are now.
@@ -94,9 +94,9 @@ def gather(number: float) -> list[float]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Run a block on every process; where it fails on one, it ends all, and nobody waits for somebody who has left.
+    """Run a block on every process; if it fails on one, all end, so that none waits for a process that has left.
 
-    The block must hold nothing that waits for the other processes.
+    Inside the block, nothing may wait for the other processes.
 
     Raises:
         SystemExit: The block has failed on another process, which says why.
@@ -123,7 +123,7 @@ def on_main(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T |
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Of the processes that fail with the same message, let the first one say it, and the others end without a word.
+    """If several processes fail with the same message, let the first one report it and the others end silently.
 
     Raises:
         SystemExit: Another process has said the same.
@@ -192,7 +192,7 @@ def check_agreement(model: nn.Module, step: int, last: int) -> None:
 
 
 def _checksum(model: nn.Module) -> torch.Tensor:
-    """SHA-256 of the trainable parameters, where the process group can send it."""
+    """SHA-256 of the trainable parameters, on a device from which the process group can send it."""
     digest, device = hashlib.sha256(), torch.device("cpu")
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -1,7 +1,7 @@
-"""The optimizer starts anew with an adapter whose factors have been rewritten in mid-run.
+"""Resets the optimizer for an adapter whose factors have been rewritten in mid-run.
 
-Adam's moments are averages over the directions that the old factors had; in the new ones they mean nothing. So they are
-forgotten, and the count of steps with them, and the learning rate rises to its own again, as at the start of a run.
+Adam's moments are averages along the directions of the old factors and mean nothing for the new ones. So the moments
+and the step count are dropped, and the learning rate warms up again, as at the start of a run.
 """
 
 from __future__ import annotations

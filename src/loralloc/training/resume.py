@@ -1,4 +1,4 @@
-"""Whether a run resumes from its own state: whole, of the same settings, and taken with the weights that it has."""
+"""Checks that a run resumes from its own state: complete, of the same settings, and saved with the loaded weights."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from loralloc.files import sync_folder
 
 NEW, OLD = ".new-", ".old-"
-"""How the name of a checkpoint begins that is not in its place yet, and that of the one that was there before.
+"""Prefixes of folder names: of a rewritten checkpoint that is not in its place yet, and of the one that it replaces.
 
 transformers does not take such folders for checkpoints.
 """
@@ -18,10 +18,10 @@ transformers does not take such folders for checkpoints.
 
 @contextmanager
 def rewritten(checkpoint: Path) -> Iterator[Path]:
-    """Give a copy of a checkpoint to be changed, which takes its place at the end.
+    """Yield a copy of a checkpoint to change; at the end, the copy replaces the checkpoint.
 
     Args:
-        checkpoint: Its folder; as it was where what is done inside fails.
+        checkpoint: Its folder; it stays as it was if the body fails.
     """
     new, old = (checkpoint.with_name(begin + checkpoint.name) for begin in (NEW, OLD))
     try:
@@ -43,9 +43,9 @@ def rewritten(checkpoint: Path) -> Iterator[Path]:
 
 
 def complete_rewriting(folder: Path) -> None:
-    """Put checkpoints into their places where a process has ended while it rewrote them.
+    """Finish the rewriting of checkpoints during which a process has ended.
 
-    A place is empty only where the new checkpoint was whole: it is the one to have, or the old one where there is none.
+    A checkpoint is missing from its place only if its new copy was complete: the copy is used, or else the old one.
 
     Args:
         folder: Where checkpoints are; it may be missing.

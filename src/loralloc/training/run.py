@@ -126,7 +126,7 @@ class AllocationRun(Recorded):
         self.data = ObservedData.of(model, self.sites, method.examples)
         self._ranks = self._start_ranks = open_ranks(self.sites)
         self._peak = sum(self._ranks)
-        self._budget: int | None = None  # what the method last decided under: it may have let the schedule's shrink
+        self._budget: int | None = None  # that of the method's last decision; it may have shrunk below the schedule's
         self._fresh = FreshRanks(self.sites, method.restarts)
         self._shapes = {site.name: [site.rank, site.inputs, site.outputs, site.scaling] for site in self.sites}
         self._kinds = kinds({site.name: site.rank for site in self.sites})
@@ -334,7 +334,7 @@ class AllocationRun(Recorded):
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, numbers) that a resumed run needs beyond the model's and the optimizer's own."""
-        # How phases and budget were spelled is not the point: the schedule says what they came to, but for the cap.
+        # Phases and budget are compared as resolved in the schedule, however they were written; it lacks only the cap.
         phases, cap = ("warmup", "cooldown", "interval"), getattr(self.method.budget, "max_rank", None)
         settings = {key: value for key, value in self.method.settings().items() if key not in phases}
         settings |= {} if cap is None else {"max_rank": cap}

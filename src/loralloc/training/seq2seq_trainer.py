@@ -29,10 +29,10 @@ from loralloc.training.trainer import RunTrainer
 
 
 class RunSeq2SeqTrainer(RunTrainer, Seq2SeqTrainer):
-    """A Seq2SeqTrainer whose evaluations add up the tokens of every target, and answer the first sources.
+    """A Seq2SeqTrainer whose evaluations sum over the tokens of every target, and generate answers to some sources.
 
-    Predictions are sums of every example, [n, 3]; see `sums_of_targets`. Answers, and what they are worth, come from a
-    pass of their own over the sources, each once: `written` has them, and their figures join those of the evaluation.
+    Predictions are sums per example, [n, 3]; see `sums_of_targets`. Answers are generated and scored in a separate pass
+    over the first distinct sources: `written` holds them, and their metrics are added to those of the evaluation.
 
     Args:
         model: The adapted model.
@@ -61,7 +61,7 @@ class RunSeq2SeqTrainer(RunTrainer, Seq2SeqTrainer):
 
     @contextmanager
     def without_answers(self) -> Iterator[None]:
-        """Evaluate by the targets alone inside."""
+        """Evaluate without generating answers inside."""
         generate, self._generate = self._generate, None
         try:
             yield
@@ -90,7 +90,7 @@ class RunSeq2SeqTrainer(RunTrainer, Seq2SeqTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate, and let the model answer where the recipe asks for that."""
-        # Seq2SeqTrainer would keep the examples that fill the last batch where several processes evaluate.
+        # With several processes, Seq2SeqTrainer would keep the repeated examples that fill up the last batch.
         self.gather_function = self.accelerator.gather_for_metrics
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._generate is not None:
@@ -117,7 +117,7 @@ class RunSeq2SeqTrainer(RunTrainer, Seq2SeqTrainer):
 
     @contextmanager
     def _writes(self, settings: GenerateSection) -> Iterator[None]:
-        """Let prediction steps answer inside, and leave the model's own settings, which a Seq2SeqTrainer fills up."""
+        """Let prediction steps generate inside, and restore the model's settings, which a Seq2SeqTrainer changes."""
         model: Any = self.model
         base, tokenizer = model.get_base_model(), self.processing_class
         own = base.generation_config

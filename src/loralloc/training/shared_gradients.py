@@ -1,9 +1,9 @@
 """Gradients of an adapter that every process holds whole, over a base model that is sharded.
 
-FSDP2 averages the gradients of what it has sharded and leaves the rest alone. Here the rest is made to agree: the first
-process's adapter is everybody's before the first forward pass, and at the end of every backward pass the gradients
-become the mean over the processes, as DistributedDataParallel would have it: also where a process has not used a
-parameter. While a loop collects gradients (`set_requires_gradient_sync(False)`) they stay its own until the last pass.
+FSDP2 averages the gradients of what it has sharded and ignores the rest. Here the rest is kept equal: before the first
+forward pass, the first process's adapter is copied to all others; after every backward pass, gradients are averaged
+over the processes as by DistributedDataParallel, even of parameters that a process has not used. While a loop
+accumulates gradients (`set_requires_gradient_sync(False)`), they are not averaged until the last pass.
 
 The adapter of a 70B model is some hundred times smaller than its base, so this is one all-reduce after a backward pass
 that has gathered every block of the base twice. It does not overlap with the backward pass.
@@ -22,13 +22,13 @@ from loralloc.sharding import check_sharding, defers_gradients, is_sharded
 from loralloc.training.processes import world_size
 
 BUCKET = 2**25
-"""Gradients that are sent at once: 128 MB in fp32."""
+"""Most numbers that are sent at once: 128 MB in fp32."""
 
 
 class SharedGradients:
     """Keeps an adapter the same on all processes while the base model is sharded; does nothing where it is not.
 
-    Whether it is shows when the model is first called: it may be sharded after this is made.
+    Whether it is sharded is decided when the model is first called, since it may be sharded after this object is made.
 
     Args:
         model: The model that the training loop calls.
@@ -75,7 +75,7 @@ class SharedGradients:
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace gradients by their means over the processes, at least in fp32.
 
-    Where a process has none, it counts as zeros and receives the mean; where no process has any, there is none after.
+    If a process has no gradient, it counts as zeros and receives the mean; if no process has one, none is created.
 
     Args:
         parameters: The same on every process, in the same order.

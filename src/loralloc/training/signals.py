@@ -43,7 +43,7 @@ class Stopped(SystemExit):
 
 
 class _Watch:
-    """What has been asked of this process."""
+    """The first signal that this process has received."""
 
     def __init__(self) -> None:
         self.owner, self.training = os.getpid(), False
@@ -54,7 +54,7 @@ class _Watch:
         """Note a signal while training, and end at once otherwise."""
         del frame
         if os.getpid() != self.owner:  # a process that was forked
-            if number == signal.SIGTERM:  # by which it is ended, as if nobody had listened
+            if number == signal.SIGTERM:  # end it as if this handler did not exist
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return  # the others come to all processes of a terminal or of a job: the first one says when to end
@@ -85,15 +85,15 @@ def _spared(begin: Any) -> bool:
 
 
 def _begin_worker(begin: Callable[[int], None] | None, worker: int) -> None:
-    # PyTorch's own handler obeys. This one is no SIG_IGN, which a process that the worker starts would inherit.
+    # PyTorch's own handler would end the worker. Not SIG_IGN, which processes that the worker starts would inherit.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     if begin is not None:
         begin(worker)
 
 
 def _end_workers() -> None:
-    """End the processes that load data: the SIGTERM by which Python ends them when it exits would not."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # to PyTorch's handler it would be a failure
+    """Kill the workers of data loaders: they ignore the SIGTERM that Python sends them when it exits."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report a failure
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -118,12 +118,12 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def finishing_steps() -> Iterator[None]:
-    """Let a training end after the step in which a signal comes, where somebody is `listening`."""
+    """Let a signal end the training inside only after the current step, if the process is `listening`."""
     watch = _watch
     if watch is None:
         yield
         return
-    if watch.asked is not None:  # Python ignores what is raised in a destructor, or while a process forks
+    if watch.asked is not None:  # an earlier Stopped was ignored, as Python does in destructors and forks
         raise Stopped(watch.asked)
     watch.training = True
     try:

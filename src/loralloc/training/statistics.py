@@ -1,16 +1,16 @@
-"""What a log says of the ranks: the names are fixed, trackers draw by them.
+"""Rank statistics in the log: their names are fixed, because trackers plot by name.
 
 | name | what it is |
 |---|---|
 | `rank/total` | open ranks of all modules |
 | `rank/min`, `rank/max` | open ranks of the module with the fewest, and of the one with the most |
-| `budget` | what the schedule allows, in ranks or parameters |
+| `budget` | what the schedule allows, in the budget's unit |
 | `params/active` | parameters of the open ranks |
 | `rank/mean/KIND` | mean open rank of the modules of a kind |
 | `rank/closed/KIND` | share of their ranks that is closed, 0 to 1 |
 
-A kind is what a module is called within its layer, numbers aside, by the shortest name that no other kind of the model
-has: `q_proj`, or `attention.output` where `output` alone could be another. The report's figures call them the same.
+A kind is a module's name within its layer, without numbers, shortened as long as no other kind has the same name:
+`q_proj`, or `attention.output` if `output` alone would be ambiguous. The report's figures use the same names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from loralloc.naming import kind_of, places, short_names
 
 Kinds = Mapping[str, Sequence[tuple[int, int]]]
-"""Of every kind of modules, by its short name, the place and the capacity of each."""
+"""For each kind of modules, by its short name: (index, capacity) of each module."""
 
 
 def kinds(capacities: Mapping[str, int]) -> Kinds:

@@ -27,10 +27,10 @@ from loralloc.training.losses import SampleLoss, next_log_probs
 Batch = Mapping[str, Any]
 
 LINEAR = ("loss", "log_probs")
-"""Outputs of a model that a training loss is a weighted sum of: its own loss, or TRL's log-probabilities of labels."""
+"""Model outputs of which a training loss is a weighted sum: the model's loss, or TRL's log-probabilities of labels."""
 
 MOST_WEIGHT = 1024
-"""No training loop multiplies a loss by more than this, except fp16's gradient scaler, which starts at 65,536."""
+"""A larger weight of the loss is taken for that of fp16's gradient scaler, which starts at 65,536."""
 
 
 class CollatedBatches(Sequence[Batch]):
@@ -82,7 +82,7 @@ OWN_LOSS = (
 
 @dataclass
 class _Seen:
-    """A forward pass of training: its inputs, what else decides its outcome, and what became of its loss.
+    """A forward pass of training: its inputs, what else its output depends on, and the gradients of its outputs.
 
     Attributes:
         args: Positional inputs.
@@ -109,7 +109,7 @@ class ObservedData:
     """The `StepData` of a run.
 
     It keeps the inputs of every forward pass of a step (references, no copies) and the gradient that arrives at its
-    loss. A pass whose loss is never differentiated, such as an evaluation, is none of the step's.
+    loss. A pass whose loss is never differentiated, such as an evaluation, does not count for the step.
 
     Args:
         model: The model that is trained.
@@ -164,7 +164,7 @@ class ObservedData:
             yield torch.stack([(getattr(output, key) * weight).sum() for key, weight in pass_.weights.items()]).sum()
 
     def _again(self, seen: _Seen, twice: bool) -> Any:
-        """The output of a forward pass of training; TRL's fused head has no second derivative, so twice without it."""
+        """Recompute a forward pass; if `twice`, without TRL's fused head, which has no second derivative."""
         if not (twice and seen.kwargs.get("fused_lm_head")):
             return self.model(*seen.args, **seen.kwargs)
         plain = {key: value for key, value in seen.kwargs.items() if key not in ("fused_lm_head", "labels")}
@@ -181,7 +181,7 @@ class ObservedData:
         """Loss of the next validation batch, in the mode that the model is in.
 
         Raises:
-            UserError: It is none; the first one is not finite, or its batch has no labels.
+            UserError: The model returns no loss, or the first loss is not finite, or the first batch has no labels.
         """
         first, batch = self._drawn == 0, self.next_batch()
         if first:
@@ -204,7 +204,7 @@ class ObservedData:
 
         Args:
             samples: Validation samples in it; all there are, where there are fewer.
-            draw: Which batch: the first ones, the next ones, and so on.
+            draw: Which batch: 0 for the first samples, 1 for the next ones, and so on.
         """
         count = min(len(self.validation), -(-samples // size_of(self.batch(0))))
         batches: list[Batch] = []
@@ -238,7 +238,7 @@ class ObservedData:
         return not any_process(torch.tensor(not walks, device=self.device))  # or processes would make other passes
 
     def batch(self, index: int) -> Batch:
-        """A validation batch on the model's device; data without an end of their own start over."""
+        """A validation batch on the model's device; finite data start over at their end."""
         endless = isinstance(self.validation, CollatedBatches)
         found = self.validation[index if endless else index % len(self.validation)]
         check_batch(found)
@@ -273,7 +273,7 @@ class ObservedData:
             self._seen.append(_Seen(args, dict(kwargs), random_state(), _autocast(self.device)))
 
     def _follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Wait for the gradient of the loss."""
+        """Record the gradient of the loss when it arrives."""
         if not self._seen or self._looking:
             return
         for key in LINEAR:
@@ -301,7 +301,7 @@ class ObservedData:
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        """The precision that training has; no trace."""
+        """Compute in the precision of training, without side effects."""
         enabled, dtype = self._seen[-1].autocast if self._seen else _autocast(self.device)
         with self._looking_only(), torch.autocast(self.device.type, enabled=enabled, dtype=dtype):
             yield
@@ -316,7 +316,7 @@ class ObservedData:
 
     @contextmanager
     def _looking_only(self) -> Iterator[None]:
-        """Keep the generators, and take no pass inside for one of training."""
+        """Restore the random generators afterwards, and record no pass inside as one of training."""
         before, self._looking = random_state(), True
         try:
             yield
@@ -331,7 +331,7 @@ def size_of(batch: Batch) -> int:
 
 
 def samples_of(batch: Batch, which: slice) -> Batch:
-    """Some samples of a batch, and whatever is not one value a sample as it is."""
+    """Some samples of a batch; entries that do not have one value per sample stay as they are."""
     size = size_of(batch)
     return {
         key: value[which] if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size else value

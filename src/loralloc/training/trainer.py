@@ -51,14 +51,14 @@ else:
 class RunTrainer(Base):
     """What a run adds to any Trainer: checkpoints that are safetensors and JSON, and whole or not there; a log.
 
-    To be named before the Trainer among the bases of a class.
+    A mixin: list it before the Trainer among the bases of a class.
 
     Attributes:
-        begun: When training began, on `time.perf_counter`'s clock; a resumed run counts what went before.
-        guard: Skips bad steps, and counts them; None where an allocation does.
+        begun: When training began, on `time.perf_counter`'s clock; earlier by the time before a run was resumed.
+        guard: Skips bad steps, and counts them; None if an allocation does so.
         evaluated: Predictions, targets and examples of the last evaluation; None before the first.
-        over: Whether the checkpoint that a resumed run goes on from is its last: there is nothing left to train.
-        written: What the model has written in the last evaluation; None where evaluations let it write nothing.
+        over: Whether a resumed run has nothing left to train, because its checkpoint is the last one.
+        written: Texts that the model generated in the last evaluation; None if evaluations generate none.
         depends_on: Says what a run that resumes from a checkpoint must have in common with it.
         meter: Counts what is trained on; rows of the log with a loss say how fast, and how much memory it takes.
         processor_seconds: What the training has cost, see `meter.processor_time`; known once it has ended.
@@ -107,7 +107,7 @@ class RunTrainer(Base):
         """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
         self._examples = self.eval_dataset if eval_dataset is None else eval_dataset
         shard_now(self)
-        random = random_state()  # of which a loader draws a number
+        random = random_state()  # a data loader draws a seed from it
         try:
             with self._left_as_it_is(), self._trackers_wait(), self.meter.paused():
                 return super().evaluate(eval_dataset, *args, **kwargs)
@@ -115,7 +115,7 @@ class RunTrainer(Base):
             set_random_state(random)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The Trainer's, whose workers do not end before the run is saved."""
+        """The Trainer's, with workers that a signal does not end before the run is saved."""
         return spare_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
@@ -123,18 +123,18 @@ class RunTrainer(Base):
         return spare_workers(super().get_eval_dataloader(*args, **kwargs))
 
     def without_answers(self) -> AbstractContextManager[None]:
-        """Let the model write no answers in the evaluations inside, where it would."""
+        """Generate no answers in evaluations inside; here there are none anyway."""
         return nullcontext()
 
     def window(self) -> dict[str, Any]:
-        """What the next row of the log will tell of the steps since the last one, JSON-able; for checkpoints."""
+        """Running figures since the last row of the log, JSON-able, to be saved in checkpoints."""
         return {}
 
     def restore_window(self, state: Mapping[str, Any]) -> None:
-        """Take up what `window` returned."""
+        """Restore what `window` returned."""
 
     def _run_epoch(self, *args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> None:
-        """Train for an epoch; after the last step the Trainer would make one more, since it looks after a step."""
+        """Train for an epoch, unless the run is over: a Trainer notices that only after one more step."""
         if self.over:
             self._load_rng_state(resume_from_checkpoint)
             self.control.should_training_stop = True
@@ -160,13 +160,13 @@ class RunTrainer(Base):
         return output
 
     def _judge(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Compute metrics of what a Trainer tells, and of the examples, which it does not."""
+        """Compute metrics from the predictions, and from the examples, which a Trainer does not pass on."""
         assert self._metrics_of is not None
         return self._metrics_of(Evaluated(prediction.predictions, prediction.label_ids, self._examples))
 
     @contextmanager
     def _trackers_wait(self) -> Iterator[None]:
-        """Tell trackers of the training alone: they open their files with it, and would open others around it."""
+        """Hide evaluations outside training from trackers, which would open further files for them."""
         handler, trackers = self.callback_handler, tuple(get_reporting_integration_callbacks(self.args.report_to))
         callbacks = handler.callbacks
         if not self.is_in_train:
@@ -178,15 +178,15 @@ class RunTrainer(Base):
 
     @contextmanager
     def _left_as_it_is(self) -> Iterator[None]:
-        """Take back what accelerate notes on a model that is evaluated before it is trained.
+        """Undo what accelerate changes in a model that is evaluated before it is trained.
 
-        It wraps `forward` and marks the model as prepared; training then leaves out DistributedDataParallel, and every
-        process trains an adapter of its own.
+        It wraps `forward` and marks the model as prepared. Training would then leave out DistributedDataParallel, and
+        every process would train an adapter of its own.
         """
         model, prepared = self.model, self.accelerator._models
         assert model is not None
         attributes, models, wrapped = dict(vars(model)), list(prepared), self.model_wrapped
-        if is_sharded(model) and not prepared:  # accelerate would move it whole
+        if is_sharded(model) and not prepared:  # else accelerate would move all of it
             prepared.append(model)
         try:
             yield
@@ -197,11 +197,11 @@ class RunTrainer(Base):
             prepared[:], self.model_wrapped = models, wrapped
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """Keep the examples in order, also where those of like length train together: metrics look at them again."""
+        """Keep the examples in order, even if training groups them by length: metrics need them beside predictions."""
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """Draw groups of examples of like length from the seed and the epoch: a resumed run must find the same."""
+        """Make sampling by length depend on the seed and the epoch alone, so that a resumed run draws the same."""
         sampler, seed = super()._get_train_sampler(*args, **kwargs), self.args.data_seed or self.args.seed
         if isinstance(sampler, LengthGroupedSampler):
 
@@ -212,7 +212,7 @@ class RunTrainer(Base):
         return sampler
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint; older ones go once it is whole, and not before."""
+        """Write a checkpoint; older ones are removed only once it is whole."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         if self.args.should_save:
             begin_writing(Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}")
@@ -319,7 +319,7 @@ class SkipBadSteps(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The verdict was about this step."""
+        """Take the verdict back from the optimizer: it was for this step only."""
         forget(kwargs["optimizer"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -338,7 +338,7 @@ class SkipBadSteps(TrainerCallback):
 
 
 class _Completion(TrainerCallback):
-    """Keep the loss of the logging window that a checkpoint cuts, and declare the checkpoint whole."""
+    """Save the running loss of the current logging window, and write the manifest that makes the checkpoint whole."""
 
     FILE = "window.json"
 
@@ -383,7 +383,7 @@ class _Completion(TrainerCallback):
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         manifest = read_manifest(folder)
         self._trainer.over = state.global_step >= state.max_steps or manifest.ended
-        if manifest.best is not None:  # the state has a path, which the folder may have left since
+        if manifest.best is not None:  # the state has a full path, and the folder may have been moved
             state.best_model_checkpoint = str(folder.parent / manifest.best)
         record = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
         self._trainer.begun -= record["seconds"]

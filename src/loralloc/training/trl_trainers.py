@@ -32,7 +32,7 @@ def in_its_own_type(model: Any) -> Iterator[None]:
 
 
 class RunTRLTrainer(RunTrainer):
-    """A trainer of TRL, which adds up figures of its own between two rows of the log, and tells nobody of the run."""
+    """A trainer of TRL whose running figures, which it averages between rows of the log, are saved in checkpoints."""
 
     _metrics: dict[str, dict[str, list[float]]]
     _total_train_tokens: int
@@ -55,10 +55,10 @@ class RunTRLTrainer(RunTrainer):
 
 
 class RunSFTTrainer(RunTRLTrainer, SFTTrainer):
-    """An SFTTrainer that evaluates every example by itself, whatever shares a row with it.
+    """An SFTTrainer that evaluates every example separately, even if several share a row.
 
-    Predictions are sums of every example, [n, 3]: the loss of its learned tokens, their number, and how many of them
-    were the likeliest. Nothing is padded to the vocabulary's size.
+    Predictions are sums per example, [n, 3]: the loss of the tokens with labels, their number, and how many of them had
+    the highest probability. No tensor of the vocabulary's size is gathered.
     """
 
     counts = "tokens"
@@ -104,7 +104,7 @@ class RunDPOTrainer(RunTRLTrainer, DPOTrainer):
     counts = "tokens"
 
     KEPT: Mapping[str, str] = {"rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
-    """What an evaluation tells beside the loss, of TRL's figures."""
+    """TRL's figures that an evaluation reports besides the loss, and our names for them."""
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
         with in_its_own_type(model):

@@ -1,8 +1,8 @@
-"""What torch's optimizers make of moments at a given age: for ranks that are younger than their parameter.
+"""The updates of torch's optimizers at a given age, for ranks that are younger than their parameter.
 
-An optimizer counts steps once for a whole parameter, and corrects by that count what moments that start at 0 are short
-of. Where the count enters the update, the update is written down here as a function of an age for each rank; where it
-does not, nothing has to be corrected. Both holds for exactly these classes: a subclass may do anything else.
+An optimizer counts steps once for a whole parameter, and uses the count to correct the bias of moments that start at 0.
+If the count enters the update, the update is written here as a function of each rank's own age; if it does not, nothing
+has to be corrected. This holds for exactly these classes: a subclass may do anything else.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Rows:
         return self.state[name].index_select(self.dim, self.chosen)
 
     def wide(self, per_rank: Tensor) -> Tensor:
-        """One number for each rank, to go with the values: as precise as they are, fp32 at least."""
+        """One number per rank, shaped to broadcast over the values; in their precision, but fp32 at least."""
         shape = (-1,) if self.old.dim() == 1 else (-1, 1) if self.dim == 0 else (1, -1)
         return per_rank.to(torch.promote_types(self.old.dtype, torch.float32)).view(shape)
 
@@ -57,7 +57,7 @@ class Rows:
         return torch.as_tensor(beta, dtype=torch.float64, device=self.age.device) ** (self.age + more)
 
     def missing(self, beta: Any) -> Tensor:
-        """1 − βᵏ: what moments that started at 0 have of their full size."""
+        """1 − βᵏ at each rank's age: the bias correction of moments that started at 0."""
         return self.wide(1 - self.power(beta))
 
     @property
@@ -127,7 +127,7 @@ def _radam(rows: Rows) -> Tensor:
 
 
 def _forgotten(group: Group, age: int) -> bool:
-    """Whether βᵏ rounds away beside 1, times the age as RAdam has it."""
+    """Whether k · βᵏ (the age k is a factor in RAdam) is negligible beside 1 in fp32."""
     return age * max(group["betas"]) ** age < EPS
 
 
@@ -137,8 +137,8 @@ class Rule:
 
     Attributes:
         update: The values of ranks after a step at their own age; None where the age does not matter.
-        outgrown: Whether the age of a rank has stopped to matter.
-        refused: A setting with which neither holds, and why; None for none.
+        outgrown: Whether a rank is so old that its age no longer matters.
+        refused: Why a setting makes new ranks start wrongly; None if none does.
     """
 
     update: Callable[[Rows], Tensor] | None = None

@@ -1,4 +1,4 @@
-"""ABLoRA: the paper's algorithm is in `method.py`, what it is made of beside it."""
+"""ABLoRA: the paper's algorithm is in `method.py`, its parts are in the files beside it."""
 
 from loralloc.methods.ablora.method import ABLoRA
 

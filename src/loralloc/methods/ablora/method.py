@@ -8,11 +8,11 @@ one validation batch (AB-LoRA, eq. 6),
 the n_A ranks with the lowest scores are pruned, and as many new ones grow in modules that lost none (Algorithm 1). The
 budget is met from the first step to the last.
 
-Where we deviate, and why (`as_published` and the options give the paper's letter):
+Where we deviate, and why (`as_published` and the options reproduce the paper exactly):
 
 * Scores: a naive round costs 2R + 1 forward passes for R ranks. `mode="exact"` computes the same numbers with about
   half of that; `fast` (the default) estimates all scores from two gradients (`scores.two_point_importance`) and ablates
-  only ranks whose estimate could be on the wrong side of the boundary (`allocate.settle`); `taylor` never ablates. The
+  only ranks whose estimate could be on the wrong side of the boundary (`settle.settle`); `taylor` never ablates. The
   time saved buys a larger validation batch: two batches of the paper's 32 samples agree on few of the lowest ranks.
 * Time: K₁ and K₂ are fractions of the run (or steps) instead of epochs.
 * Shapes never change: `LoraConfig.r` is the capacity, and new ranks open in what is spare. A module that is full
@@ -22,8 +22,8 @@ Where we deviate, and why (`as_published` and the options give the paper's lette
 * Scale: lora_alpha / (average starting rank), the same for all ranks and all the time. The paper's equation has none.
 * New ranks start as LoRA's do, B = 0 and A uniform, so that growing changes no output, with optimizer moments of their
   own age. Ranks that close lose theirs.
-* Parameters as a budget: what is freed is shared out as long as it fits; a remainder that buys a rank only elsewhere
-  goes there, be it to a module that lost one.
+* Budget in parameters: what is freed is given out as long as it fits. If the remainder is enough only for a rank of
+  another module, that module gets it, even if it has lost one.
 * Ablations of the paper: `score="gate"` (ALoRA-DNAS) trains gates α' = 2σ(a') together with A and B, on the training
   data rather than by bi-level optimisation; `score="sensitivity"` is AdaLoRA's, averaged over the steps since the
   last round.
@@ -139,7 +139,7 @@ class ABLoRA(Method):
 
     @property
     def opens_ranks(self) -> bool:
-        """In every round: the optimizer must be one whose first steps of a new rank are right."""
+        """In every round, if there are any; not every optimizer supports this (`training.updates`)."""
         return self.rounds > 0
 
     @classmethod
@@ -185,7 +185,7 @@ class ABLoRA(Method):
         return state
 
     def on_gradients(self, state: ABLoRAState, now: StepContext) -> None:
-        """Look whether ablations will be possible; for `gate` and `sensitivity`, see to what these scores need."""
+        """Check in the first step that ablations are possible; for `gate` and `sensitivity`, prepare these scores."""
         if self.score == "ablation" and now.step == 0:
             assert now.data is not None
             now.data.check_scoring()

@@ -65,8 +65,8 @@ def reallocate(
 ) -> Move:
     """One round of ALoRA's Algorithm 1: prune the lowest scores, give their budget to modules that lost none.
 
-    Modules that lost none are served in the order of their average score before pruning; those without a rank have none
-    and come last. If they cannot take all that is pruned, or if there are none, less is pruned.
+    Modules that lost none are served in the order of their average score before pruning; modules without ranks have no
+    average and come last. If they cannot take all that is pruned, or if there is no such module, less is pruned.
 
     Args:
         scores: [R], one for each rank that is open, in the order of modules.
@@ -75,10 +75,10 @@ def reallocate(
         count: Ranks to prune, n_A.
         room: Ranks that each module could grow by.
         costs: Cost of one rank of each module, in the unit of the budget; all 1 where ranks are counted.
-        spare: Budget left over, which is given out as well; where costs differ, something may be left over again, too
-            little for the last of the pruned ranks.
-        keep_budget: Whether less is pruned where every module would lose a rank. Without, none receives, the budget
-            shrinks by what was pruned (footnote 4 of the paper), and one rank always stays.
+        spare: Unspent budget, which is given out as well. If costs differ, some may stay unspent again: less than the
+            last of the pruned ranks costs.
+        keep_budget: Whether less is pruned if every module would lose a rank. If False, no rank grows then, and the
+            budget shrinks by what was pruned (footnote 4 of the paper); one rank always stays.
     """
     by_score = candidates.nonzero()[:, 0][lowest(scores[candidates], count)].tolist()
     everyone = _by_average(scores, module, len(room))

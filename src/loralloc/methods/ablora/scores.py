@@ -155,8 +155,8 @@ def two_point_importance(on: Tensor, off: Tensor, labels: int) -> Tensor:
 def ablation_spread(on: Tensor, off: Tensor, labels: int) -> Tensor:
     """How far off `two_point_importance` may be for each rank, up to a common factor, [R]; positive.
 
-    Errors grow with curvature. Its root, with the mean as a floor, keeps one rank with an odd ratio from making all
-    others look uncertain.
+    Errors grow with curvature. The square root of the curvature is used, plus its mean over ranks: otherwise one rank
+    with an unusual ratio of error to curvature would make all others look uncertain.
     """
     root = (labels * (on.square().sum(0) + off.square().sum(0))).sqrt()
     return root + root.mean().clamp(min=1e-30)

@@ -1,4 +1,4 @@
-"""Which estimated scores have to be measured, so that the lowest ranks are those that measuring all would name."""
+"""Finds the lowest ranks as if all scores were measured, but measures only those that could change the result."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 FEWEST_LOOKS, MOST_LOOKS = 4, 16
-"""Ranks whose score is looked up at first: a 64th of them, within these limits, near the boundary, and as many others.
+"""Limits of the number of ranks near the boundary that are measured at first, a 64th of all; and as many random others.
 
-How far off estimates may be shows in a few errors, however many ranks there are (benchmarks/LOG.md)."""
+A few errors show how far off estimates may be, however many ranks there are (benchmarks/LOG.md)."""
 
 SAFETY = 1.5
-"""How much larger than the largest error seen so far an unseen one may be."""
+"""Factor by which an unseen error may exceed the largest error seen so far."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Settled:
     """Scores of which enough are exact to know which ranks are lowest.
 
     Attributes:
-        scores: [R], exact where looked up, else the estimate, corrected by the mean error.
+        scores: [R], exact if measured, else the estimate, corrected by the mean error.
         ablated: Boolean [R]: which were measured.
         error: Largest error that was allowed for, in units of `spread`.
-        corrected: Mean error, which was taken out.
+        corrected: Mean error of the estimates, by which they were corrected.
     """
 
     scores: Tensor
@@ -41,12 +41,12 @@ def settle(
     exact: Callable[[Tensor], Tensor],
     generator: torch.Generator,
 ) -> Settled:
-    """Find the lowest scores from estimates, looking up exact scores only where they could decide.
+    """Find the lowest scores from estimates, measuring exact scores only if they could change the result.
 
-    At first some ranks near the boundary and some random others (the audit) are looked up. Their errors say how far off
-    the estimates may be; every rank that could then stand on either side of the boundary is looked up as well, nearest
-    first and at most as many at a time as are known, until none is left. The bound is empirical, not proven: it is
-    `SAFETY` times the largest error seen.
+    At first some ranks near the boundary and some random others (the audit) are measured. Their errors say how far off
+    the estimates may be. Every rank that could then be on either side of the boundary is measured too: the nearest
+    first, in each round at most as many as are already known, until none is left. The bound is empirical, not proven:
+    it is `SAFETY` times the largest error seen.
 
     Args:
         estimates: [R], float64 on the CPU.
@@ -57,7 +57,7 @@ def settle(
     """
     ablated = ~estimates.isfinite()
     scores = estimates.clone()
-    if ablated.any():  # nothing to go by
+    if ablated.any():  # some estimates are unusable: measure all
         ablated[:] = True
         return Settled(exact(torch.arange(len(scores))).to(scores), ablated, 0.0, 0.0)
     looks = min(max(FEWEST_LOOKS, len(scores) // 64), MOST_LOOKS)

@@ -61,7 +61,7 @@ class ABLoRAState:
         return torch.Generator().manual_seed(self.seed + number)
 
     def apply(self) -> None:
-        """Let the open ranks, and no others, take part in the model: at lora_alpha over the starting rank."""
+        """Enable the open ranks and no others in the model, with the scale of the average starting rank."""
         for site, part in zip(self.sites, self.open.split([site.rank for site in self.sites]), strict=True):
             site.set_scale(part.to(site.gate.device), factor=site.scaling_at(self.start) / site.scaling)
 
@@ -74,7 +74,7 @@ class ABLoRAState:
         count: int,
         keep_budget: bool,
     ) -> Move:
-        """Choose what leaves and what comes in a round.
+        """Choose which ranks are pruned in a round, and where new ones grow.
 
         Args:
             scores: [R], NaN for closed ranks.
@@ -133,7 +133,7 @@ class ABLoRAState:
         return opened
 
     def to_logits(self) -> None:
-        """∂L/∂a' = ∂L/∂α' · α'(1 − α'/2): what the optimizer does to the gates next is meant for their logits."""
+        """Turn the gates' gradients into ∂L/∂a' = ∂L/∂α' · α'(1 − α'/2), for the optimizer's step of their logits."""
         self.logits = [torch.logit(site.gate / 2, eps=1e-6) for site in self.sites]
         for site in self.sites:
             if site.gate.grad is not None:

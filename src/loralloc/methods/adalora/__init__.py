@@ -1,4 +1,4 @@
-"""AdaLoRA: the paper's algorithm is in `method.py`, what it is made of beside it."""
+"""AdaLoRA: the paper's algorithm is in `method.py`, its parts are in the files beside it."""
 
 from loralloc.methods.adalora.method import AdaLoRA
 

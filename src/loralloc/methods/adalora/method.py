@@ -8,7 +8,7 @@ and under a falling budget b(t) the λ of the least important triplets (P_i, λ_
 importance is the smoothed sensitivity × uncertainty of its entries, so a closed triplet can come back until the final
 phase. A penalty keeps P and Q orthonormal.
 
-Where we deviate, and why (`as_published` and the options give the paper's or the public code's letter):
+Where we deviate, and why (`as_published` and the options reproduce the paper or the public code exactly):
 
 * Budget: the numerator of eq. 14 is t − t_i, as in the public code; as printed the budget jumps above its start.
 * Selection: exactly b(t) triplets stay; the public code compares with a threshold and drops all ties. NaN never stays.
@@ -17,13 +17,13 @@ Where we deviate, and why (`as_published` and the options give the paper's or th
 * Penalty: that of the public code, the mean unsquared norm (γ = 0.1 means that); `penalty="paper"` is eq. 4. Its
   gradient is added in closed form when the step's gradients are complete, after clipping, so that it depends on no
   loss function, wrapper or gradient accumulation and never shows in an evaluation loss.
-* Start: where LoRA starts, so that LoRA's learning rate serves (docs/step-parity.md). Q is orthonormal, P = 0, and the
-  gate ρ·λ is 1/√3, the length of LoRA's rows of A: the first optimizer step is as long as LoRA's and lowers the loss as
-  much. ρ makes a step of λ count as much as one of P. As published, λ = 0, ρ = 1 and P, Q ~ N(0, 0.02²): only λ moves
-  at first, and at LoRA's learning rate the run hardly learns.
-* Ablation |λ|: the values that selection may zero are compared, that is after the step.
+* Start: like LoRA's, so that LoRA's learning rate fits (docs/step-parity.md). Q is orthonormal, P = 0, and the gate ρ·λ
+  is 1/√3, the length of LoRA's rows of A: the first optimizer step is as long as LoRA's and lowers the loss as much. ρ
+  makes a step of λ count as much as one of P. As published, λ = 0, ρ = 1 and P, Q ~ N(0, 0.02²): only λ moves at first,
+  and at LoRA's learning rate the run hardly learns.
+* `importance="magnitude"` (the paper's ablation with |λ|) compares the values of λ after the step.
 * Final phase: closed triplets are masked for good: no gradient, no share in the penalty. The public code only resets
-  their λ after each step, so the rest drifts: `order="reference"` keeps that.
+  their λ after each step, so their P and Q keep moving: `order="reference"` does the same.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class AdaLoRA(Method):
 
     @property
     def compacts(self) -> bool:
-        """In the final phase; not as in the public code, where closed triplets live on."""
+        """In the final phase, unless closed triplets keep moving as in the public code (`order="reference"`)."""
         return self.order == "paper"
 
     @classmethod
@@ -140,7 +140,7 @@ class AdaLoRA(Method):
 
     def on_gradients(self, state: AdaLoRAState, now: StepContext) -> None:
         """Add the penalty's gradient; measure importance (order `paper`)."""
-        # The averages rest from step T − t_f on, as in the public code: two steps before the ranks are final.
+        # The averages stop at step T − t_f, as in the public code: two steps before the ranks are final.
         measure = now.step + 2 < now.schedule.steps_until_final and self.importance != "magnitude"
         for stack in state.stacks:
             penalise = self.gamma > 0 and stack.symbol != "gate"
@@ -216,7 +216,7 @@ class AdaLoRA(Method):
         """Update the importance of a stack's entries from one step's weights and gradients, if the step is sound."""
         # Eq. 10: I(w) = |w · ∂L/∂w|.
         current, beta1, beta2 = sensitivity(weights, gradients), self.beta1, self.beta2
-        if sound is not None:  # not known to the host yet: a bad step leaves the averages, by smoothing of 1
+        if sound is not None:  # not known to the host yet: in a bad step, β = 1 leaves the averages unchanged
             sound = sound.to(current.device)
             current = torch.where(sound, current, 0.0 if self.importance == "smoothed" else stack.mean)
             beta1, beta2 = (torch.where(sound, beta, 1.0).to(current.dtype) for beta in (beta1, beta2))

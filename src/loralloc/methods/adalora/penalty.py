@@ -25,8 +25,8 @@ def penalty_gradient(
         paper      (eq. 4):  Σ ‖E‖²_F over all factors               gradient 4 E Q    or 4 P E
         reference  (code):   mean of ‖E‖_F over all factors          gradient 2 E Q / (‖E‖_F · matrices), likewise for P
 
-    The unsquared norm has a gradient of constant length down to E = 0, where only rounding is left of its direction;
-    an optimizer such as Adam would blow that noise up to full steps. It counts as zero there.
+    The gradient of the unsquared norm keeps its length as E goes to 0, where its direction is only rounding noise. An
+    optimizer such as Adam would turn this noise into full steps, so the gradient is set to zero there.
 
     Args:
         stack: [n, r, in] or [n, out, r].
@@ -50,7 +50,7 @@ def penalty_gradient(
     else:
         norm = torch.linalg.vector_norm(error, dim=(1, 2), keepdim=True)
         eps = torch.finfo(stack.dtype).eps
-        noise = eps * (16 * rank + width**0.5) + (resolution or eps) * rank / 4  # of the sums, of the numbers
+        noise = eps * (16 * rank + width**0.5) + (resolution or eps) * rank / 4  # from sums, from entries
         error.mul_(torch.where(norm > noise, 2 / (norm * matrices), 0.0))
     return torch.bmm(error, factor) if rank_dim == 1 else torch.bmm(factor, error)
 

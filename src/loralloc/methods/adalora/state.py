@@ -60,7 +60,7 @@ class Stack:
         return self._stacked(gradients)
 
     def _stacked(self, tensors: list[Tensor]) -> Tensor:
-        """As `torch.stack`, which makes a view of every tensor first: for many small ones that takes longer than it."""
+        """As `torch.stack`, without its view of every tensor: for many small ones, these take longer than the copy."""
         return torch.cat(tensors).view(self.mean.shape).to(self.mean.dtype)
 
     def resolution(self) -> float:

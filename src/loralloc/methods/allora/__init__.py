@@ -1,4 +1,4 @@
-"""ALLoRA: the paper's algorithm is in `method.py`, what it is made of beside it."""
+"""ALLoRA: the paper's algorithm is in `method.py`, its parts are in the files beside it."""
 
 from loralloc.methods.allora.method import ALLoRA
 

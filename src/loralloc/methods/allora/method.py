@@ -10,23 +10,23 @@ lower layers is not scaled, and s is a constant to autograd.
 
 Where we deviate, and why:
 
-* Row norms come from r×r matrices (`scores.row_norms`); BA is never formed. s depends on the weights alone, so it is
+* Row norms come from r×r matrices (`rows.row_norms`); BA is never formed. s depends on the weights alone, so it is
   computed once per optimizer step for all layers together, not in every forward pass as in the paper's listing.
 * Exactness: A's gradient cannot be made from plain LoRA's, because S stands inside a sum over rows. The scaling is in
   the kernel's backward pass, before accumulation, averaging over processes and clipping.
 * Optimizer: the paper does not name one. Adam's step does not change when a row's gradient is scaled by a constant, so
-  under Adam η hardly matters and a larger η makes training *slower*; `paper` warns once. Two modes that are ours:
+  under Adam η hardly matters and a larger η makes training *slower*; `paper` warns once. We add two modes:
 
-      hybrid   gradients scaled by s/η, and the step of A and B multiplied by η: with SGD the paper's method (weight
-               decay and AdaLoRA's penalty, which are not scaled by s/η, count η-fold), with Adam (decoupled weight
-               decay included, for it is part of the step) LoRA at the learning rate η · lr at first
+      hybrid   gradients scaled by s/η, and the step of A and B multiplied by η. With SGD this is the paper's method,
+               except that weight decay and AdaLoRA's penalty, which are not scaled by s/η, count η-fold. With Adam it
+               is, at first, LoRA at the learning rate η · lr (also for decoupled weight decay, a part of the step)
       post     gradients unscaled; then the step of B's row i is multiplied by s_i, and that of A by the mean
                s̄ = ‖S B‖_F / ‖B‖_F  (η while B = 0)
 
   The fair baseline of all three is plain LoRA at the learning rate η · lr.
-* Budget: the paper has none. `allocate=` takes a method that has; ranks, schedule and state are its own, and the rows
-  are those of the gated product s · B diag(g) A. Its gates are trained with their plain gradient and step; scores made
-  from gradients of A and B (AdaLoRA's) see them scaled by the rows, in `post` unscaled. AutoLoRA's search is refused.
+* Budget: the paper has none. `allocate=` takes a method that has one and that decides ranks and schedule; the rows are
+  then those of the gated product s · B diag(g) A. Gates are trained with their plain gradient and step. Scores from
+  gradients of A and B (AdaLoRA's) use the row-scaled gradients, or in `post` unscaled ones. AutoLoRA is refused.
 """
 
 from __future__ import annotations
@@ -106,22 +106,22 @@ class ALLoRA(Method):
 
     @property
     def compacts(self) -> bool:
-        """Where the allocating method does."""
+        """Whether the allocating method does."""
         return self.allocate is not None and self.allocate.compacts
 
     @property
     def opens_ranks(self) -> bool:
-        """Where the allocating method does."""
+        """Whether the allocating method does."""
         return self.allocate is not None and self.allocate.opens_ranks
 
     @property
     def masks_bad_steps(self) -> bool:
-        """Where the allocating method does: rows are scaled by weights, and a step that was skipped has no length."""
+        """Whether the allocating method does. Row scales depend on weights alone, and a skipped step is zero anyway."""
         return self.allocate is None or self.allocate.masks_bad_steps
 
     @classmethod
     def broken_rules(cls, value: Callable[..., Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-        """There is neither scale nor dropout."""
+        """Check that the recipe sets a scale of 1 and no dropout."""
         allocate = value("method", "allocate")
         r, alpha, dropout = (value("lora", key) for key in ("r", "alpha", "dropout"))
         average = value("method", "budget", "average_rank")
@@ -162,7 +162,7 @@ class ALLoRA(Method):
         return state
 
     def on_gradients(self, state: ALLoRAState, now: StepContext) -> None:
-        """Keep the factors where the step is to be stretched; the kernel has scaled the gradients."""
+        """Copy the factors in the modes that rescale the step; the kernel has scaled the gradients (not in `post`)."""
         self._warn_once(state, now)
         if self.mode != "paper":
             state.before = [factor.detach().clone() for factor in state.factors()]
@@ -170,7 +170,7 @@ class ALLoRA(Method):
             self.allocate.on_gradients(state.inner, now)
 
     def on_step(self, state: ALLoRAState, now: StepContext) -> Decision | None:
-        """Stretch the step (`hybrid`, `post`), let the allocating method decide, scale the rows anew."""
+        """Rescale the step (`hybrid`, `post`), let the allocating method decide, then update the row scales."""
         self._warn_once(state, now)
         if state.before is not None:
             self._stretch(state, state.before)

@@ -49,7 +49,7 @@ def groups_of(sites: Sequence[Site]) -> list[list[Site]]:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """As `torch.stack`, which makes a view of every tensor first: for many small ones that takes longer than it."""
+    """As `torch.stack`, without its view of every tensor: for many small ones, these take longer than the copy."""
     return torch.cat([*tensors]).view(len(tensors), *tensors[0].shape)
 
 
@@ -65,7 +65,7 @@ def check_dropout(sites: Sequence[Site]) -> None:
 
 
 def check_scales(sites: Sequence[Site]) -> None:
-    """The scale is PEFT's times the allocating method's own (`ablora` has one), which a plan keeps."""
+    """Refuse a scale other than 1: PEFT's scaling times the factor of the allocating method (`ablora` has one)."""
     wrong = [site for site in sites if not math.isclose(site.plan_scale, 1.0, rel_tol=1e-5)]
     if not wrong:
         return
@@ -91,5 +91,5 @@ def check_scales(sites: Sequence[Site]) -> None:
 
 def _unscaled_alpha(site: Site) -> float:
     """The lora_alpha with which a site would have the scale 1: its rank, or what the allocating method divides by."""
-    share = site.scaling / site.plan_scale  # of its rank; of the root of it with rsLoRA
+    share = site.scaling / site.plan_scale  # divided by the rank, or by its root with rsLoRA
     return site.rank * (share**2 if site.layer.use_rslora.get(site.adapter, False) else share)

@@ -1,4 +1,4 @@
-"""AutoLoRA: the paper's algorithm is in `method.py`, what it is made of beside it."""
+"""AutoLoRA: the paper's algorithm is in `method.py`, its parts are in the files beside it."""
 
 from loralloc.methods.autolora.method import AutoLoRA
 

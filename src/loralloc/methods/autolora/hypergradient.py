@@ -114,7 +114,7 @@ def train_gradients(data: StepData, with_respect_to: Tensors, check: bool = Fals
 
 
 def repeat_gradient(data: StepData, max_grad_norm: float | None) -> None:
-    """Replace the step's gradient by the one under the new logits, clipped alike; keep it if that is not finite."""
+    """Recompute the step's gradient with the new logits and clip it; keep the old one if the new is not finite."""
     weights = [weight for weight in data.weights() if weight.grad is not None]
     gradients = train_gradients(data, weights)
     average_(gradients)
@@ -131,7 +131,7 @@ def _gradients(loss: Tensor, with_respect_to: Tensors, create_graph: bool = Fals
 
 
 def check_graph(root: Tensor) -> None:
-    """Refuse what autograd would pass over in silence when it is asked for the gradients of some tensors alone.
+    """Refuse models for which `torch.autograd.grad` would silently return wrong gradients.
 
     Raises:
         UserError: A part of the model is hidden in reentrant checkpoints, or has no further derivative.
@@ -174,7 +174,7 @@ def copies(tensors: Tensors) -> list[Tensor]:
 
 @contextmanager
 def restored(weights: Tensors) -> Iterator[list[Tensor]]:
-    """Move the weights inside, and put them back bit for bit; yields where they were."""
+    """Restore weights, which may be changed inside, bit for bit at the end; yields the original values."""
     start = copies(weights)
     try:
         yield start

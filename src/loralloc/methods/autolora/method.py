@@ -9,25 +9,27 @@ Training moves the weights W (factors and heads) on one part of the training dat
     W′ = W − η ∇_W L_tr(W, β)
     β  ← Adam(β, ∇_β L_val(W′, β) − η · ∇²_{β,W} L_tr(W, β) · v),   v = ∇_{W′} L_val(W′, β)
 
-where the second derivative is a difference of gradients along v, R / ‖v‖ apart. At the end a rank stays if αⱼ ≥ 1/k.
+where the second derivative is a difference of gradients at W ± ε v, ε = R / ‖v‖. At the end a rank stays if αⱼ ≥ 1/k.
 Weights and selection variables are then thrown away and plain LoRA is trained at these ranks, on all training data
 (`loralloc train` does both; `lora_config(plan, model)` starts the second part in a script).
 
-Where we deviate, and why (`as_published` and `mode` give the paper's or the public code's letter):
+Where we deviate, and why (`as_published` and `mode` reproduce the paper or the public code exactly):
 
 * Scale: with α = 1/k the update is k times smaller than LoRA's, so it is multiplied by k and the search starts as LoRA
   would, at LoRA's learning rate. `as_published` does without the factor.
-* `mode="fast"` evaluates L_val where the optimizer's step has led, takes the difference from one side against the
-  step's own gradient, and does not repeat the step with the new logits, which differ by their learning rate: it costs 3
-  steps of LoRA instead of 5. `mode="paper"` does all that; `mode="exact"` differentiates twice instead.
+* `mode="fast"` evaluates L_val at the weights after the optimizer's step, takes a one-sided difference against the
+  step's own gradient, and does not repeat the step with the new logits, which differ only by their learning rate. It
+  costs 3 steps of LoRA instead of 5. `mode="paper"` takes a virtual step and a central difference, and repeats the step
+  with the new logits; `mode="exact"` does the same, but differentiates twice instead of taking a difference.
 * `mode="reference"` is the formula of the public code: the difference is taken around W′ instead of W, and without η.
-* All passes of a step share its dropout masks (the public code draws new ones, which the difference blows up).
-* W′ is a step of gradient descent also where the optimizer is another one, as in the paper's formula; in `paper`,
-  `exact` and `reference` with the gradient as the optimizer gets it, that is after clipping.
+* All passes of a step share its dropout masks (the public code draws new ones, which the difference amplifies).
+* W′ counts as a step of gradient descent whatever the optimizer, as in the paper's formula. `paper`, `exact` and
+  `reference` compute it with the gradient that the optimizer gets, that is after clipping.
 * Only what is trained is copied and moved. The threshold applies to α itself (a script of the public code applies it to
   raw logits), with a tolerance, so that equal α keep all ranks.
 
-In half precision a difference along so short a way is mostly rounding; η keeps it small, `first_order` leaves it out.
+In half precision, a difference over such a short distance is mostly rounding error; it is multiplied by η, which keeps
+it small, and `first_order` leaves it out.
 """
 
 from __future__ import annotations
@@ -75,10 +77,10 @@ from loralloc.setting_types import Count, Examples
 Mode = Literal["fast", "paper", "exact", "first_order", "reference"]
 
 EPS = 1e-8
-"""Of Adam on the logits."""
+"""Adam's epsilon for the logits."""
 
 CHECKS = 50
-"""How often a run looks at its plan unless told otherwise."""
+"""Checks of the plan over a run, unless `check_every` is set."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ class AutoLoRA(Method):
     `validation` has examples held out of the training data: batches in your own loop, examples in the form of the
     training set (tokenized) in a Trainer. They must not be among the training data, nor the data on which the result is
     evaluated. All modes except `first_order` compute a step's loss again, and refuse a loop whose loss is not the
-    model's own; see the module's docstring. A budget and patience are not in the paper. Under a budget, ranks stay in
-    the order of their shares, relative to equal ones, as long as they fit. With patience, the logits stop changing once
-    the plan has settled; then `run.settled` is true, and a Trainer stops.
+    model's own; see the module's docstring. A budget and patience are not in the paper. Under a budget, ranks are taken
+    in the order of k · αⱼ, their share relative to an equal one, as long as they fit. With patience, the logits stop
+    changing once the plan has settled; then `run.settled` is true, and a Trainer stops.
 
     Raises:
         UserError: A number is out of its range, or there are no validation data.
@@ -163,7 +165,7 @@ class AutoLoRA(Method):
         return state
 
     def on_gradients(self, state: AutoLoRAState, now: StepContext) -> None:
-        """Learn the logits before the step and repeat its gradient, in the modes that do; note W in the others."""
+        """Update the logits and recompute the gradient (`paper`, `exact`, `reference`), or prepare for `on_step`."""
         step_gradient = state.take_gate_gradients()
         state.sound = True
         if state.settled:
@@ -185,7 +187,7 @@ class AutoLoRA(Method):
             repeat_gradient(data, now.max_grad_norm)  # the step of W is taken with the new α
 
     def on_step(self, state: AutoLoRAState, now: StepContext) -> Decision | None:
-        """Learn the logits after the step, in the modes that do; look at the plan now and then."""
+        """Update the logits after the step (`fast`, `first_order`); check the plan every `check_every` steps."""
         state.take_gate_gradients()  # those of a bad step
         (before, state.before), (sound, state.sound) = (state.before, None), (state.sound, False)
         if not sound:
@@ -250,7 +252,7 @@ class AutoLoRA(Method):
         return direct
 
     def _learn(self, state: AutoLoRAState, gate_gradients: list[Tensor]) -> bool:
-        """One step of Adam on the logits; a gradient that is not finite moves nothing. Returns whether it was."""
+        """One step of Adam on the logits; a gradient that is not finite is skipped. Returns whether they moved."""
         average_(gate_gradients)
         # Through the softmax: ∂/∂β = (diag(α) − ααᵀ) ∂/∂α.
         gradient = softmax_gradient(state.shares(), state.pad(gate_gradients))

@@ -1,9 +1,9 @@
-"""Whether a step that is computed again is the step, asked before anything is learned from it.
+"""Checks that recomputing a step gives the gradient that the training loop had, before anything is learned from it.
 
-What is computed again is the loss that the model returns, as the training loop weighs it. A term that a loop adds to
-that is not in it: it would be lost where the gradient replaces the step's, and taken for a second derivative where the
-difference of both is one. Such a term may be 0 at first (a divergence from the base model, a penalty on B, a weight
-that is warmed up), so that one look is not enough: steps 1, 2, 4, 8, ... of a process are compared.
+Recomputed is the loss that the model returns, weighted as in the training loop. If the loop adds a term to this loss,
+the term is missing. It would be lost in modes that replace the step's gradient, and taken for a second derivative in
+the mode that subtracts the two gradients. Such a term may be 0 at first (a divergence from the base model, a penalty on
+B, a weight that is warmed up), so one check is not enough: steps 1, 2, 4, 8, ... of a process are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from loralloc.methods.autolora.hypergradient import Tensors, global_norm, train_
 from loralloc.methods.base import StepData, any_process, average_
 
 ALLOWED = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
-"""How far a gradient may be off, relative to its length: four roundings of the precision that it was computed in."""
+"""Largest relative error of a recomputed gradient: four times the machine epsilon of its precision."""
 
 ALLOWED_IN_FULL = 1e-3
 """The same in fp32 and wider, where nothing but the order of summation differs."""
@@ -25,7 +25,7 @@ CLIP_EPS = 1e-6
 
 
 def is_due(step: int) -> bool:
-    """Whether a step is compared, counted from 1: each twice as far as the last.
+    """Whether a step, counted from 1, is compared: the powers of 2.
 
     >>> [step for step in range(1, 20) if is_due(step)]
     [1, 2, 4, 8, 16]
@@ -42,9 +42,9 @@ def check_replay(
     Args:
         data: The step's data; the weights have the gradients that the optimizer is about to get.
         gates: The gates.
-        gate_gradients: Their gradients in the step, not clipped, on this process, where these are all that is used of
-            the step; then the length of the other gradients does not matter. None where gradients computed again
-            replace the step's.
+        gate_gradients: The gates' gradients in the step, not clipped, on this process, for a mode that uses nothing
+            else of the step; the length of the other gradients then does not matter. None for modes that replace the
+            step's gradients by recomputed ones.
         mode: The method's mode, for the message.
         max_grad_norm: The norm to which the gradients computed again will be clipped.
 

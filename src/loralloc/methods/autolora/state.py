@@ -29,9 +29,9 @@ class Before:
 
 
 def keep_uniform_share(shares: Tensor, tolerance: float = 1e-5) -> Tensor:
-    """Keep, per row, what has at least the share that all would have if they were equal: αⱼ ≥ 1/k (AutoLoRA).
+    """Keep, in each row, the entries with at least an equal share: αⱼ ≥ 1/k (AutoLoRA).
 
-    In every row at least one stays (the best, whatever rounding does to the sum), and all of them where they are equal.
+    The largest entry of a row always stays, whatever the rounding of the sum; if all are equal, all of them stay.
 
     Args:
         shares: [n, k], rows sum to 1. A row that is shorter than the others is padded with −1.
@@ -66,13 +66,13 @@ class AutoLoRAState:
     Attributes:
         sites: The gated layers.
         logits: β, [n, k].
-        before: What was noted before the optimizer's step, during one.
-        sound: Whether the gradient of the step was finite, during one.
+        before: What `on_gradients` has noted for `on_step` of the same step; None at other times.
+        sound: Whether the current step's gradient was finite; False between steps.
         updates: Steps that the logits have taken.
         skipped: Steps that they have not taken because their gradient was not finite.
-        planned: The plan at the last look, boolean [R].
-        unchanged: Looks in a row at which it was the same as before.
-        settled: Whether the logits stay as they are.
+        planned: The plan at the last check, boolean [R].
+        unchanged: Consecutive checks at which the plan was the same as before.
+        settled: Whether the plan has settled, so that the logits stay as they are.
         steps: Steps of this process in which there was something to compare (`replay`).
     """
 
@@ -116,10 +116,10 @@ class AutoLoRAState:
         torch._foreach_copy_(self.gates(), list(self.split(self.shares()[self.real])))
 
     def watch(self) -> None:
-        """Take the gates' gradients out of `.grad` as they come.
+        """Move the gates' gradients out of `.grad` as they arrive.
 
-        An optimizer leaves a parameter without a gradient alone, weight decay included, and clipping must neither count
-        these gradients nor scale them: the difference against them would blow the factor up.
+        An optimizer skips a parameter without a gradient, weight decay included. Clipping must neither count nor scale
+        these gradients either: the difference between them and recomputed ones would amplify the factor.
         """
 
         def catch(index: int, gate: Tensor) -> None:
@@ -132,7 +132,7 @@ class AutoLoRAState:
             self._hooks.append(gate.register_post_accumulate_grad_hook(lambda gate, i=index: catch(i, gate)))
 
     def unwatch(self) -> None:
-        """Leave the gates alone."""
+        """Remove the hooks of `watch`."""
         for hook in self._hooks:
             hook.remove()
 
