@@ -4,10 +4,10 @@
     python benchmarks/frontier_sweep.py --table                         # print the tables of docs/frontier.md
 
 DATA is a folder with packed JSON lines of e2e_nlg and rnnlg_tv, MODEL stories260K in transformers' format. The sweep
-trains plain LoRA at each of RANKS. The frontier cuts the run of the largest rank. For the first seed, it does so by
-every order without recovery, and by the first order with a recovery at several shares of the learning rate; for the
-other seeds, with the defaults. Losses are on the same validation rows. Each run and each frontier leaves one record in
-benchmarks/results/frontier.jsonl.
+trains plain LoRA at each of RANKS, for the first seed at each of RATES, for the others at the rate that was best there.
+The frontier cuts the run of the largest rank. For the first seed, it does so by every order without recovery, and by
+the first order with a recovery at several shares of the learning rate; for the other seeds, with the defaults. Losses
+are on the same validation rows. Each run and each frontier leaves one record in benchmarks/results/frontier.jsonl.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from loralloc.frontier.run import DEFAULT_RATE
 
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
 TASKS, SEEDS, RANKS = ("e2e", "rnnlg"), (0, 1, 2), (16, 8, 4, 2, 1)
-STEPS, BATCH, RATE = 150, 8, 2e-2
+STEPS, BATCH, RATES = 150, 8, (5e-3, 1e-2, 2e-2)
 ORDERS, SHARES = ("singular_value", "sensitivity", "ablation"), (0.1, 0.3, 1.0)
 
 
-def recipe_of(base: Path, task: str, seed: int, rank: int) -> dict[str, Any]:
+def recipe_of(base: Path, task: str, seed: int, rank: int, rate: float) -> dict[str, Any]:
     """The recipe of a training in the sweep."""
     columns = {"prompt": "{mr}", "completion": "ref", "max_length": 256}
     return {
@@ -46,10 +46,15 @@ def recipe_of(base: Path, task: str, seed: int, rank: int) -> dict[str, Any]:
         "data": {"train": f"{task}-train.jsonl", "validation": f"{task}-test.jsonl", **columns},
         "method": {"name": "lora"},
         "lora": {"r": rank, "alpha": 2 * rank, "target_modules": "all-linear"},
-        "training": {"steps": STEPS, "batch_size": BATCH, "learning_rate": RATE, "warmup": 0.05, "seed": seed},
+        "training": {"steps": STEPS, "batch_size": BATCH, "learning_rate": rate, "warmup": 0.05, "seed": seed},
         "evaluate": {"cuts": 0},
-        "output": f"{task}-{seed}-{rank}",
+        "output": name_of(task, seed, rank, rate),
     }
+
+
+def name_of(task: str, seed: int, rank: int, rate: float) -> str:
+    """The folder of a training."""
+    return f"{task}-{seed}-{rank}-{rate:g}"
 
 
 def loralloc(folder: Path, *words: object) -> None:
@@ -58,9 +63,9 @@ def loralloc(folder: Path, *words: object) -> None:
     subprocess.run(command, check=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def train(base: Path, folder: Path, task: str, seed: int, rank: int) -> dict[str, Any]:
+def train(base: Path, folder: Path, task: str, seed: int, rank: int, rate: float) -> dict[str, Any]:
     """A training of the sweep; returns its record."""
-    recipe = recipe_of(base, task, seed, rank)
+    recipe = recipe_of(base, task, seed, rank, rate)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     loralloc(folder, "train", "recipe.yaml", "--replace")
     run = folder / recipe["output"]
@@ -68,7 +73,6 @@ def train(base: Path, folder: Path, task: str, seed: int, rank: int) -> dict[str
     losses = json.loads((run / "losses.json").read_text(encoding="utf-8"))["losses"]
     return {
         "kind": "training",
-        "rank": rank,
         "losses": [round(x, 5) for x in losses],
         "seconds": metrics["train_seconds"],
     }
@@ -79,7 +83,7 @@ def frontier(folder: Path, task: str, seed: int, order: str, share: float) -> di
     out = f"{task}-{seed}-{order}-{share:g}"
     recovery = ("--recover", 0.2, "--recover_rate", share) if share else ("--recover", 0)
     ranks = ",".join(map(str, RANKS))
-    run = f"{task}-{seed}-{RANKS[0]}"
+    run = name_of(task, seed, RANKS[0], best_rate(task, RANKS[0]))
     loralloc(folder, "frontier", run, "--output", out, "--order", order, "--ranks", ranks, *recovery)
     points = []
     for path in sorted((folder / out / "points").glob("*/point.json")):
@@ -101,7 +105,8 @@ def run(base: Path, data: Path, folder: Path) -> None:
         )
         write_rows(ROWS[task], data, task, folder)
         for rank in RANKS:
-            keep(train, base, folder, task, seed, rank=rank)
+            for rate in RATES if seed == SEEDS[0] else [best_rate(task, rank)]:
+                keep(train, base, folder, task, seed, rank=rank, rate=rate)
         for order, share in curves:
             keep(frontier, folder, task, seed, order=order, share=share)
 
@@ -117,6 +122,12 @@ def keep(make: Callable[..., dict[str, Any]], *where: Any, **named: Any) -> None
         file.write(json.dumps({**named, **made, "loralloc": __version__}) + "\n")
 
 
+def best_rate(task: str, rank: int) -> float:
+    """The learning rate with the lowest loss at a rank, for the first seed."""
+    tried = [one for one in records() if (one["task"], one["seed"], one.get("rank")) == (task, SEEDS[0], rank)]
+    return float(min(tried, key=lambda one: mean(one["losses"]))["rate"])
+
+
 def records() -> list[dict[str, Any]]:
     """What has been found so far."""
     if not RESULTS.exists():
@@ -127,12 +138,14 @@ def records() -> list[dict[str, Any]]:
 def table(found: Iterable[Mapping[str, Any]], task: str) -> str:
     """Losses at every size over the seeds, the rank each curve picks, and its cost as a share of the sweep's."""
     here = [record for record in found if record["task"] == task]
-    trained = [record for record in here if record["kind"] == "training"]
+    rates = {rank: best_rate(task, rank) for rank in RANKS}
+    trained = [one for one in here if one["kind"] == "training" and one["rate"] == rates[one["rank"]]]
     sweep = {seed: {one["rank"]: one for one in trained if one["seed"] == seed} for seed in SEEDS}
     sweep = {seed: runs for seed, runs in sweep.items() if len(runs) == len(RANKS)}
     lines = [f"| {task} | {' | '.join(map(str, RANKS))} | picks | cost |", f"|---{'|---' * (len(RANKS) + 2)}|"]
     losses = {seed: [np.array(runs[rank]["losses"]) for rank in RANKS] for seed, runs in sweep.items()}
     lines.append(row("trained at each rank", losses, dict.fromkeys(sweep, 1.0)))
+    lines.append(f"| at the learning rate | {' | '.join(f'{rate:g}' for rate in rates.values())} | | |")
     for order, share in [*product(ORDERS, (0.0,)), *product(ORDERS[:1], SHARES)]:
         curves = {
             record["seed"]: sorted(record["points"], key=lambda point: -point["ranks"])

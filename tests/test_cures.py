@@ -255,9 +255,13 @@ def two_active() -> PeftModel:
 STATES: dict[str, tuple[Callable[[], PeftModel], str | None, str]] = {
     "inactive": (inactive, "other", 'all 6 adapted layers: adapter "other" is not being trained (inactive, or frozen'),
     "frozen": (lambda: frozen("AB"), None, 'all 6 adapted layers: adapter "default" is not being trained'),
-    "frozen B": (lambda: frozen("B"), None, "all 6 adapted layers: B is frozen, and zero as in every fresh adapter"),
+    "frozen B": (lambda: frozen("B"), None, "all 6 adapted layers: B is frozen at zero, as in every fresh adapter"),
     "merged": (merged, None, "all 6 adapted layers: the adapter is merged into the base weights"),
-    "two active": (two_active, None, "ranks are allocated for one adapter at a time, active are ['default', 'other']"),
+    "two active": (
+        two_active,
+        None,
+        "ranks are allocated for one adapter at a time, but active are ['default', 'other']",
+    ),
 }
 
 

@@ -79,7 +79,7 @@ def test_the_adapter_must_be_one_and_exist() -> None:
     model.base_model.set_adapter(["default", "plain"])
     with pytest.raises(
         UserError,
-        match=r"one adapter at a time, active are \['default', 'plain'\]; choose one, model.set_adapter\(\"default\"\)",
+        match=r"at a time, but active are \['default', 'plain'\]; choose one, model.set_adapter\(\"default\"\)",
     ):
         attach_gates(model)
     with pytest.raises(UserError, match="one adapter at a time"):

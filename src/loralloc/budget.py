@@ -75,7 +75,7 @@ class Budget:
         Number | None, Field(gt=0, le=1, description="parameters of all kept ranks, as a share of the base model's")
     ] = None
     max_rank: Annotated[
-        Count | None, Field(description="most ranks that a layer may keep; beside one of the others, or alone")
+        Count | None, Field(description="most ranks that a layer may keep; together with one of the others, or alone")
     ] = None
 
     def __post_init__(self) -> None:

@@ -69,7 +69,7 @@ NOT_GATED = {
 """Linear layer classes that we know and do not gate, with the reason; plain LoRA on them can be exported."""
 
 PARALLEL = {
-    "DistributedDataParallel": "it has gathered the gradients that processes share, and would not share those of gates",
+    "DistributedDataParallel": "it has already listed the gradients to average, and would not average those of gates",
     "DataParallel": "its replicas do not know of gates; launch with torchrun or accelerate launch (DDP)",
     "FullyShardedDataParallel": "it flattens the factors that scores are made of; use FSDP2 (fully_shard) or DDP",
     "DeepSpeedEngine": "it hides the gradients that scores are made of; use FSDP2 (fully_shard) or DDP",
@@ -175,7 +175,7 @@ def lora_adapter(model: PeftModel, adapter: str | None) -> str:
         active = model.active_adapters
         if len(active) != 1:
             raise UserError(
-                f"ranks are allocated for one adapter at a time, active are {active}; choose one, "
+                f"ranks are allocated for one adapter at a time, but active are {active}; choose one, "
                 f'model.set_adapter("{active[0]}")'
             )
         adapter = active[0]
@@ -326,7 +326,7 @@ def _problem(layer: Any, adapter: str) -> _Problem | None:
         inactive = f'adapter "{adapter}" is not being trained (inactive, or frozen as loaded for inference)'
         return _Problem(inactive, f'call model.set_adapter("{adapter}"), or load it with is_trainable=True')
     if not B.requires_grad and not B.detach().any():
-        frozen = "B is frozen, and zero as in every fresh adapter, so that nothing could ever be learned"
+        frozen = "B is frozen at zero, as in every fresh adapter, so the adapter cannot learn anything"
         return _Problem(frozen, f'call model.set_adapter("{adapter}"), after which A alone can be frozen')
     return None
 

@@ -41,7 +41,7 @@ class PlainLoader(yaml.SafeLoader):
         elif getattr(event, "tag", None) is not None:
             problem = f'tags such as "{event.tag}" are not supported in recipes: write the plain value'
         elif not _is_text(getattr(event, "value", "")):
-            problem = "half of a character (a lone surrogate) is no text"
+            problem = "a string has half a character (a lone surrogate)"
         elif self._nodes > MOST_NODES:
             problem = f"more than {MOST_NODES:,} values"
         else:

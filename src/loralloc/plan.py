@@ -169,7 +169,7 @@ def _module(path: Path, name: str, entry: Any) -> ModuleRank:
             f"got rank={rank!r}, start={start!r}, in={inputs!r}, out={outputs!r}"
         )
     if max(inputs, outputs) > MOST_FEATURES:
-        raise PlanError(f'{path}: module "{name}" has {max(inputs, outputs):,} features, and no layer has so many')
+        raise PlanError(f'{path}: module "{name}" has {max(inputs, outputs):,} features, more than any layer has')
     if not _is_finite(scale) or scale <= 0:
         raise PlanError(f'{path}: the scale of module "{name}" must be a positive finite number, got {scale!r}')
     return ModuleRank(rank, start, inputs, outputs, float(scale))

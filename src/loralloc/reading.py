@@ -131,7 +131,7 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
     except RecursionError:
         raise ValueError(f"brackets are nested more than {DEEPEST} deep") from None
     except UnicodeEncodeError:
-        raise ValueError("half of a character (a lone surrogate) is no text") from None
+        raise ValueError("a string has half a character (a lone surrogate)") from None
     return value
 
 
@@ -173,7 +173,7 @@ def _check(path: Path, found: os.stat_result, limit: int | None) -> None:
 
 
 def _too_large(path: Path, size: int, limit: int) -> UserError:
-    return UserError(f"{path} has {size:,} bytes, and no file of its kind more than {limit:,}")
+    return UserError(f"{path} has {size:,} bytes, and a file of its kind may have at most {limit:,}")
 
 
 def _kind(mode: int) -> str:

@@ -255,7 +255,7 @@ def _sites(names: Sequence[Any]) -> tuple[str, ...]:
 
 def _spans(phases: Sequence[Any]) -> tuple[Span, ...]:
     if len(phases) > MOST_PHASES:
-        raise ValueError(f"{len(phases):,} phases, and no schedule has more than {MOST_PHASES}")
+        raise ValueError(f"{len(phases):,} phases, but at most {MOST_PHASES} are allowed")
     return tuple((_word(name), _whole(first), _whole(last)) for name, first, last in phases)
 
 
@@ -273,7 +273,7 @@ def _whole_numbers(values: Sequence[Any], least: int = 0) -> tuple[int, ...]:
 def _whole(value: Any, least: int = 0) -> int:
     """Return a count; refuse what is none, such as 1e300 or -3."""
     if type(value) is not int or not least <= value <= LARGEST:
-        raise ValueError(f"{_shown(value)} is no whole number from {least} to {LARGEST}")
+        raise ValueError(f"{_shown(value)} is not a whole number from {least} to {LARGEST}")
     return value
 
 

@@ -46,7 +46,7 @@ def only_tensors_unpickled() -> Iterator[None]:
             if not str(error).startswith("Weights only load failed"):
                 raise
             raise UserError(
-                f"{_name(file)} is a pickle of more than tensors, which can run any code, and is not read"
+                f"{_name(file)} is a pickle with more than tensors, which could run any code, and is refused"
             ) from error
 
     with _in_place_of_torchs(restricted):

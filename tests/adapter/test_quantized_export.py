@@ -78,8 +78,9 @@ def test_a_model_whose_weights_were_packed_for_inference_is_exported_too(tmp_pat
 def test_the_config_says_nothing_of_bits(bits: str, tmp_path: Path) -> None:
     export = export_adapter(quantized_peft(bits, trained=True), tmp_path / "adapter")
     text = (export.path / "adapter_config.json").read_text(encoding="utf-8")
-    assert not [word for word in ("quant", "bit", "bnb") if word in text.lower().replace("arbitrary", "")]
     assert json.loads(text)["base_model_name_or_path"] == str(saved_llama())
+    words = text.replace(str(saved_llama()), "").lower().replace("arbitrary", "")  # the folder's name is random
+    assert not [word for word in ("quant", "bit", "bnb") if word in words]
 
 
 @Bits

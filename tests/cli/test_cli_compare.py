@@ -50,7 +50,7 @@ class TestRefusals:
 
     def test_jobs_beside_a_cluster(self, recipe: Path) -> None:
         assert refused("compare", recipe, "--ray", "auto", "--jobs", 2) == (
-            "--jobs is for this machine, and a Ray cluster has as many runs as fit: give one of the two"
+            "--jobs is for this machine, and a Ray cluster schedules its runs itself: give one of them"
         )
 
     def test_a_folder_that_holds_a_run(self, recipe: Path, run: Path) -> None:

@@ -227,7 +227,7 @@ class TestRefusals:
             return refused("frontier", run)
 
         assert without(example_losses=lambda data: None) == (
-            "task sequence-classification has no loss for each example, by which sizes could be compared; "
+            "task sequence-classification has no loss per example, which is needed to compare sizes; "
             "loralloc truncate cuts its adapters"
         )
         assert without(validation=lambda data: data.validation.select([0])) == (

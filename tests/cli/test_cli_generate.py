@@ -79,7 +79,7 @@ def test_generation_that_cannot_be(text: str, write: Write) -> None:
     ("settings", "expected"),
     [
         ("{after: x}", "evaluate.generate.after is for exact_match: add it to evaluate.generate.metrics"),
-        ("{top_p: 0.5}", "evaluate.generate.top_p is for chance, and temperature 0 has none: set"),
+        ("{top_p: 0.5}", "evaluate.generate.top_p is for sampling, and temperature 0 does not sample: set"),
         ("{length_penalty: 2.0}", "evaluate.generate.length_penalty compares beams, and there is one: set"),
         ("{min_new_tokens: 129}", "evaluate.generate.min_new_tokens is 129, above max_new_tokens, which is 128; lower"),
     ],
@@ -111,7 +111,7 @@ def test_a_chat(write: Write, here: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_classifier_does_not_chat(run: Path) -> None:
     said = refused("chat", run)
-    assert "is a run of task sequence-classification, which writes nothing; loralloc evaluate judges it" in said
+    assert "is a run of task sequence-classification, which generates no text; use loralloc evaluate" in said
     assert "nowhere" in refused("chat", "nowhere")
 
 

@@ -147,7 +147,7 @@ class TestDamage:
     def test_without_a_checkpoint_it_says_that_it_starts_anew(self, killed: Killed) -> None:
         whole = killed()
         shutil.rmtree("run/checkpoints")
-        assert "there is no checkpoint in run/checkpoints to go on from: the training starts anew" in resume()
+        assert "there is no checkpoint in run/checkpoints to resume from: the training starts over" in resume()
         assert unlike(Path("run"), whole) == []
 
     @pytest.mark.parametrize("late", [True, False], ids=["before its manifest", "before the state of the trainer"])
@@ -203,10 +203,10 @@ class TestChanges:
         ("change", "said"),
         [
             (lambda rows: rows[:40], "data.train has 40 examples and had 48"),
-            (lambda rows: rows[::-1], "data.train has as many examples as before, but others or in another order"),
+            (lambda rows: rows[::-1], "data.train has as many examples as before, but different ones or another order"),
             (
                 lambda rows: [{**rows[0], "label": "bad"}, *rows[1:]],
-                "data.train has as many examples as before, but others or in another order",
+                "data.train has as many examples as before, but different ones or another order",
             ),
         ],
     )
@@ -215,8 +215,8 @@ class TestChanges:
         before = files(Path("run"))
         message = refused(*words("adalora"), "--data.train", own.name, "--resume")
         assert message == (
-            f"run/checkpoints/checkpoint-8 belongs to a run that differs: {said}. Go on with what it began with, or "
-            "say that they may differ: --allow-changed data, or start over with --replace"
+            f"run/checkpoints/checkpoint-8 belongs to a different run: {said}. Resume with what that run began with, "
+            "or say that they may differ: --allow-changed data, or start over with --replace"
         )
         assert files(Path("run")) == before
         assert f"{said}, as --allow-changed says it may" in resume("--data.train", own.name, "--allow-changed", "data")
@@ -225,7 +225,7 @@ class TestChanges:
     def test_of_where_the_data_lie_are_none(self, own: Path) -> None:
         own.rename("moved.jsonl")
         said = resume("--data.train", "moved.jsonl")
-        assert "the recipe differs where it may: data.train is moved.jsonl and was train.jsonl" in said
+        assert "the recipe differs in keys that may change: data.train is moved.jsonl and was train.jsonl" in said
         assert "train: moved.jsonl" in Path("run/recipe.yaml").read_text(encoding="utf-8")
 
     def test_of_the_base_weights_are_refused(self, killed: Killed, encoder: Path, here: Path) -> None:
@@ -238,8 +238,8 @@ class TestChanges:
         save_file(scaled, base / "model.safetensors", metadata={"format": "pt"})
         message = refused(*words("adalora"), "--model.name", "base", "--resume")
         assert message == (
-            "run/checkpoints/checkpoint-8 belongs to a run that differs: the weights of the base model are others. Go "
-            "on with what it began with, or start over with --replace"
+            "run/checkpoints/checkpoint-8 belongs to a different run: the base model has other weights. "
+            "Resume with what that run began with, or start over with --replace"
         )
         save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
         resume("--model.name", "base")
@@ -252,7 +252,7 @@ class TestChanges:
         monkeypatch.setattr("loralloc.recipe.fingerprints.versions", lambda: newer)
         message = refused(*words("adalora"), "--resume")
         was = fingerprints.versions()["torch"]
-        assert f"belongs to a run that differs: torch is 9.9 and was {was}. Go on" in message
+        assert f"belongs to a different run: torch is 9.9 and was {was}. Resume with" in message
         assert "say that they may differ: --allow-changed versions" in message
         assert f"torch is 9.9 and was {was}, as --allow-changed says" in resume("--allow-changed", "versions")
 
@@ -276,7 +276,7 @@ class TestChanges:
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace("learning_rate: 0.01", "learning_rate: 0.5"), encoding="utf-8")
         message = refused("train", path, "--resume")
-        assert "belongs to a run that differs: training.learning_rate is 0.5 and was 0.01" in message
+        assert "belongs to a different run: training.learning_rate is 0.5 and was 0.01" in message
 
     def test_of_logging_and_evaluation_are_free_and_said(self, killed: Killed) -> None:
         whole = killed()

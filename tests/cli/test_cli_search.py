@@ -258,15 +258,13 @@ def test_what_has_changed_since_the_search_is_refused_unless_it_is_allowed(write
         done("train", recipe)
     known = Path("run/search/depends_on.json")
     unknown = known.rename("elsewhere.json")
-    assert "run/search belongs to a run that differs: it does not say what data it began with" in refused(
-        "train", recipe, "--resume"
-    )
+    assert "run/search belongs to a different run: it has no record of its data" in refused("train", recipe, "--resume")
     unknown.rename(known)
     rows = (data / "train.jsonl").read_text(encoding="utf-8")
     (data / "train.jsonl").write_text(rows + rows.splitlines()[0] + "\n", encoding="utf-8")
     try:
         said = refused("train", recipe, "--resume")
-        assert said.startswith("run/search belongs to a run that differs: data.train has ")
+        assert said.startswith("run/search belongs to a different run: data.train has ")
         assert "--allow-changed data" in said
         assert "as --allow-changed says it may" in done("train", recipe, "--resume", "--allow-changed", "data")
     finally:

@@ -227,5 +227,5 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same(whole: Path) -> None:
 
 def test_there_is_no_cluster(whole: Path) -> None:
     assert refused("compare", "recipe.yaml", "--ray", "127.0.0.1:1", "--jobs", 2) == (
-        "--jobs is for this machine, and a Ray cluster has as many runs as fit: give one of the two"
+        "--jobs is for this machine, and a Ray cluster schedules its runs itself: give one of them"
     )

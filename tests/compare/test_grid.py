@@ -50,7 +50,7 @@ class TestBudgets:
     def test_a_cap_is_refused(self, tmp_path: Path) -> None:
         recipe = recipe_for(tmp_path, "--budgets", "[{max_rank: 2}]")
         assert told(points, recipe, SHAPES) == (
-            "compare.budgets: max_rank is a cap beside which plain LoRA and PEFT's own have no equal; give "
+            "compare.budgets: max_rank is a cap, and plain LoRA and PEFT's variants have nothing like it; give "
             "average_rank, total_rank, parameters, fraction, adapter_bytes or share_of_base without it"
         )
 
@@ -167,7 +167,7 @@ class TestCells:
 
     def test_runs_that_would_share_a_folder_are_refused(self, tmp_path: Path) -> None:
         recipe = recipe_for(tmp_path, "--learning_rates", "[1e-3, 1.0000001e-3]")
-        assert told(cells_of, recipe).endswith("lr0.001-s0: rates or budgets are too much alike; leave one out")
+        assert told(cells_of, recipe).endswith("lr0.001-s0: two rates or budgets are too close; leave one out")
 
     def test_no_run_is_compact_since_most_could_not_be(self, tmp_path: Path) -> None:
         compact = {
@@ -199,12 +199,12 @@ class TestRefusals:
             (["--plan", "ranks.json"], "plan: a comparison gives every method the same budget; take the plan out"),
             (
                 ["--keep_best", "true", "--eval_every", "4", "--save_every", "4"],
-                "training.keep_best: a comparison trains all methods equally long, and truncation has no earlier state "
-                "with its ranks; take it out",
+                "training.keep_best: all methods train for the same number of steps, and truncation has no earlier "
+                "state with its ranks; take it out",
             ),
             (
                 ["--early_stopping", "2", "--eval_every", "4"],
-                "training.early_stopping: a comparison trains all methods equally long, and truncation has no earlier "
+                "training.early_stopping: all methods train for the same number of steps, and truncation has no earlier "
                 "state with its ranks; take it out",
             ),
             (
@@ -248,10 +248,10 @@ class TestRefusals:
             (["--budgets", "[]"], "compare.budgets must name at least one, got []"),
             (["--seeds", "[]"], "compare.seeds must name at least one, got []"),
             (["--seeds", "0"], "compare.seeds must be a number of seeds, or a list of them, got 0"),
-            (["--seeds", "[1, 1]"], "compare.seeds must name each but once, got [1, 1]"),
+            (["--seeds", "[1, 1]"], "compare.seeds must not name anything twice, got [1, 1]"),
             (
                 ["--budgets", "[2, {average_rank: 2}]"],
-                'compare.budgets must name each but once, got [2, {"average_rank": 2}]',
+                'compare.budgets must not name anything twice, got [2, {"average_rank": 2}]',
             ),
             (
                 ["--budgets", "[{average_rank: 2, parameters: 3}]"],
@@ -280,17 +280,20 @@ class TestRefusals:
         [
             (
                 "{lora: {name: adalora}}",
-                "compare.variants.lora: lora has its own meaning; give the variant another name",
+                "compare.variants.lora: lora is the name of another contender; rename the variant",
             ),
-            ("{eva: {name: adalora}}", "compare.variants.eva: eva has its own meaning; give the variant another name"),
+            (
+                "{eva: {name: adalora}}",
+                "compare.variants.eva: eva is the name of another contender; rename the variant",
+            ),
             (
                 "{fast: {warmup: 0.1}}",
-                "compare.variants.fast: say of which method, as in {name: adalora, parity: none}",
+                "compare.variants.fast: name its method, as in {name: adalora, parity: none}",
             ),
             ("{fast: {name: lora}}", "compare.variants.fast: there is no method lora; there are adalora, ablora, "),
             (
                 "{fast: {name: adalora}}",
-                "compare.variants.fast: nobody competes under this name; put fast into compare.methods",
+                "compare.variants.fast: this variant is not compared; add fast to compare.methods",
             ),
         ],
     )

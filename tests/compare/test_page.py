@@ -152,9 +152,9 @@ def test_allora_is_told_to_be_without_dropout(tmp_path: Path) -> None:
 
 def test_one_seed_and_one_rate_are_told_what_they_are_worth(tmp_path: Path) -> None:
     words = words_of(page_of(recipe_for(tmp_path, "--seeds", "1", "--learning_rates", "1e-2"), noisy({"adalora": 0.3})))
-    assert "One seed cannot tell: with it AdaLoRA is ahead of plain LoRA" in words
+    assert "One seed cannot tell: with this one AdaLoRA is ahead of plain LoRA" in words
     assert "One seed: intervals are over the rows alone." in words
-    assert "One learning rate: whoever it happens to suit looks better." in words
+    assert "One learning rate: it may suit one method better than another." in words
     more = words_of(page_of(recipe_for(tmp_path, "--output", str(tmp_path / "more")), noisy({"adalora": 0.3})))
     assert "One seed" not in more
     assert "One learning rate" not in more

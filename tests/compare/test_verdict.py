@@ -133,15 +133,15 @@ def test_not_enough_rows() -> None:
 )
 def test_one_seed_cannot_tell_however_clear_it_looks(shift: float, ahead: str) -> None:
     said = verdict(compared(shift, seeds=1), loss=2.0, margin=0.01)
-    assert said.startswith(f"one seed cannot tell: with it {ahead} by 0.")
-    assert said.endswith("but nothing is known of the next; two more seeds are the least")
+    assert said.startswith(f"one seed cannot tell: with this one {ahead} by 0.")
+    assert said.endswith("another may give another result, so use at least three")
 
 
 def test_controls_do_not_win() -> None:
     controls = compared(-0.5, kind="control")
     assert verdict([*controls, *compared(0.0)], loss=2.0, margin=0.01).startswith("plain LoRA is enough here")
     assert verdict(controls, loss=2.0, margin=0.01) == (
-        "nothing but controls was set beside plain LoRA: name methods in compare.methods"
+        "only controls were compared with plain LoRA: name methods in compare.methods"
     )
 
 

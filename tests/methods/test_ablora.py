@@ -380,7 +380,7 @@ def test_a_trained_adapter_is_refused():
 def test_a_loop_that_does_not_show_the_optimizer_is_refused():
     loop = Loop()
     loop.update()
-    with pytest.raises(UserError, match=r"ABLoRA clears the optimizer's memory .* run.after_step\(optimizer\)"):
+    with pytest.raises(UserError, match=r"ABLoRA clears the optimizer's state .* run.after_step\(optimizer\)"):
         loop.run.after_step()
 
 

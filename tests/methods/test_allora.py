@@ -350,7 +350,7 @@ def test_modules_of_different_rank_need_an_alpha_each():
 
 
 def test_a_search_that_looks_ahead_by_lora_is_refused():
-    with pytest.raises(UserError, match="AutoLoRA's search looks ahead by a step of plain LoRA"):
+    with pytest.raises(UserError, match="AutoLoRA's search looks ahead by one step of plain LoRA"):
         ALLoRA(allocate=AutoLoRA(validation=[labelled_batch("llama")]))
 
 

@@ -157,5 +157,5 @@ def test_a_settled_search_computes_nothing_again() -> None:
 def test_what_another_process_has_found_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process may go on alone."""
     monkeypatch.setattr("loralloc.methods.autolora.replay.any_process", lambda flag: True)
-    with pytest.raises(UserError, match="another process has a step that this does not bring back: see its message"):
+    with pytest.raises(UserError, match="on another process the gradient does not come back: see its message"):
         Loop().walk(1)

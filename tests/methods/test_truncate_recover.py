@@ -138,7 +138,9 @@ def test_heads_keep_their_moments_and_the_adapter_does_not() -> None:
 def test_an_optimizer_that_is_not_shown_is_asked_for() -> None:
     for shown in ((False, False), (False, True), (True, False)):
         run = attach(tiny_peft("llama"), Truncate(Budget(total_rank=5), recover=20), 24)
-        with pytest.raises(UserError, match=r"^the method writes new factors in mid-run, .*\.after_step\(optimizer\)$"):
+        with pytest.raises(
+            UserError, match=r"^the method writes new factors in mid-run and .*\.after_step\(optimizer\)$"
+        ):
             own_loop(run, "llama", adamw(run), 8, shown)
         assert run.step == 0  # not only at the cut, with a part of the training done
 

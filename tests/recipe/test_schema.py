@@ -119,8 +119,8 @@ class TestErrors:
              "recipe.yaml:11: method.budget.share_of_base must be at most 1, got 1.5"),
             ("average_rank: 8", "max_rank: 0", "recipe.yaml:11: method.budget.max_rank must be at least 1, got 0"),
             ("average_rank: 8", "average_rank: 8\n    max_rank: 6",
-             "recipe.yaml:12: method.budget.max_rank is 6, but the layers cannot have average_rank, which is 8, "
-             "without one that has more. Raise the one or lower the other"),
+             "recipe.yaml:12: method.budget.max_rank is 6, so average_rank 8 is impossible; raise the one or lower the "
+             "other"),
             ("average_rank: 8", "fraction: 1.5", "recipe.yaml:11: method.budget.fraction must be at most 1, got 1.5"),
             ("average_rank: 8", "average_rank: 13",
              "recipe.yaml:11: method.budget.average_rank is 13, but no layer can exceed lora.r, which is 12. "
@@ -248,7 +248,7 @@ class TestFiles:
              f"recipe.yaml:1: not valid YAML: more than 10,000 values: 'a: [{'1,' * 98}'"),
             ("- " * 5000, f"recipe.yaml:1: not valid YAML: nested more than 64 deep: '{'- ' * 100}'"),
             ('a: "\\ud800"\n',
-             "recipe.yaml:1: not valid YAML: half of a character (a lone surrogate) is no text: 'a: \"\\\\ud800\"'"),
+             "recipe.yaml:1: not valid YAML: a string has half a character (a lone surrogate): 'a: \"\\\\ud800\"'"),
         ],
     )  # fmt: skip
     def test_what_is_no_recipe(self, write: Write, text: str, expected: str) -> None:

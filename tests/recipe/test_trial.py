@@ -55,7 +55,7 @@ def blamed(folder: Path, *words: str) -> dict[str, str]:
         (["--layers_to_transform", "0"], "lora.peft.layers_to_transform", "cannot be used when `target_modules` is"),
         (["--use_dora", "true"], "lora.peft.use_dora", "use_dora makes the update more, or other, than B·A"),
         (["--init_lora_weights", "pissa"], "lora.peft.init_lora_weights", "changes the base weights at the start"),
-        (["--init_lora_weights", "eva"], "lora.peft.init_lora_weights", "a start that is computed from data"),
+        (["--init_lora_weights", "eva"], "lora.peft.init_lora_weights", "computed from data"),
         (["--peft.bias", "all"], "lora.peft.bias", 'bias="all" trains biases of the base model'),
         (["--layer_replication", "[[0, 1]]"], "lora.peft", ""),
     ],

@@ -90,7 +90,7 @@ NO_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a folder": (_folder, r"([Ii]s a (folder|directory)|is a folder, and what is read must be a regular file)"),
     "terabytes": (
         _sparse,
-        r"has 4,398,046,511,104 bytes, and (no file of its kind more than|this machine has) [\d,]+",
+        r"has 4,398,046,511,104 bytes, and (a file of its kind may have at most|this machine has) [\d,]+",
     ),
 }
 """What may stand in the place of a file, and what is said of it."""

@@ -181,7 +181,8 @@ def test_a_base_model_that_its_user_trusts(base: Path, tmp_path: Path) -> None:
 def test_even_there_no_program_runs(base: Path, trace: Path) -> None:
     _renamed(base, trace)
     with pytest.raises(
-        UserError, match=r"pytorch_model.bin is a pickle of more than tensors, which can run any code, and is not read"
+        UserError,
+        match=r"pytorch_model.bin is a pickle with more than tensors, which could run any code, and is refused",
     ):
         load(base, use_safetensors=False)
     assert not trace.exists()

@@ -38,14 +38,14 @@ def test_a_socket_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_file_of_the_kernel_has_no_size_and_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path("/proc/self/maps")
     assert path.stat().st_size == 0
-    with pytest.raises(UserError, match=r"/proc/self/maps has 101 bytes, and no file of its kind more than 100"):
+    with pytest.raises(UserError, match=r"/proc/self/maps has 101 bytes, and a file of its kind may have at most 100"):
         reading.read_bytes(path, 100)
 
 
 def test_a_file_may_be_as_large_as_its_limit(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 100)
     assert reading.read_bytes(tmp_path / "a", 100) == b"x" * 100
-    with pytest.raises(UserError, match=r"a has 100 bytes, and no file of its kind more than 99$"):
+    with pytest.raises(UserError, match=r"a has 100 bytes, and a file of its kind may have at most 99$"):
         reading.read_bytes(tmp_path / "a", 99)
 
 
@@ -131,7 +131,7 @@ class TestJson:
 
     @pytest.mark.parametrize("text", [r'"\ud800"', r'{"a\udc00b": 1}', r'["\uD83D"]', r'["\uDE00\uD83D"]'])
     def test_half_a_character(self, text: str) -> None:
-        with pytest.raises(ValueError, match=r"^half of a character \(a lone surrogate\) is no text$"):
+        with pytest.raises(ValueError, match=r"^a string has half a character \(a lone surrogate\)$"):
             reading.parse_json(text)
 
     def test_a_whole_one(self) -> None:

@@ -83,21 +83,21 @@ def start(**changes: Any) -> str:
 
 
 TRACES: dict[str, tuple[str, str]] = {
-    "a rank below zero": (start(ranks=[-1, 4, 4, 4]), "-1 is no whole number from 0 to 9007199254740992"),
-    "a rank that is none": (start(ranks=[4, "4", 4, 4]), "'4' is no whole number"),
-    "an infinite rank": (start(ranks=[math.inf, 4, 4, 4]), "inf is no whole number"),
-    "half a rank": (start(ranks=[4.5, 4, 4, 4]), "4.5 is no whole number"),
-    "sizes of nothing": (start(**{"in": [0, 8, 8, 8]}), "0 is no whole number from 1 to"),
+    "a rank below zero": (start(ranks=[-1, 4, 4, 4]), "-1 is not a whole number from 0 to 9007199254740992"),
+    "a rank that is none": (start(ranks=[4, "4", 4, 4]), "'4' is not a whole number"),
+    "an infinite rank": (start(ranks=[math.inf, 4, 4, 4]), "inf is not a whole number"),
+    "half a rank": (start(ranks=[4.5, 4, 4, 4]), "4.5 is not a whole number"),
+    "sizes of nothing": (start(**{"in": [0, 8, 8, 8]}), "0 is not a whole number from 1 to"),
     "sizes of other sites": (start(**{"in": [8], "out": [8]}), "1 sizes and 4 costs of 4 sites"),
     "costs of other sites": (start(costs=[1]), "4 sizes and 1 costs of 4 sites"),
-    "a target of 10³⁰⁰": (start(target_budget=1e300), "1e+300 is no whole number"),
-    "steps without an end": (start(total_steps=10**30), "0 is no whole number from 0 to"),
+    "a target of 10³⁰⁰": (start(target_budget=1e300), "1e+300 is not a whole number"),
+    "steps without an end": (start(total_steps=10**30), "0 is not a whole number from 0 to"),
     "a site twice": (start(sites=["q"] * 4), "sites must be names of modules, each once, got"),
     "a site that is none": (start(sites=["q", 3, "a", "b"]), "each once, got 3"),
     "a site that a terminal would act on": (start(sites=["q\x1b[2J", "a", "b", "c"]), "got 'q\\\\x1b[2J'"),
     "a site with half a character": (start(sites=["q", "a", "b", "\ud800"]), "line 1: not a JSON object with a step"),
     "sites that are a text": (start(sites="qabc"), "each once, got 'qabc'"),
-    "phases without end": (start(phases=[["a", 1, 2]] * 100_000), "100,000 phases, and no schedule has more than 16"),
+    "phases without end": (start(phases=[["a", 1, 2]] * 100_000), "100,000 phases, but at most 16 are allowed"),
     "phases that are none": (start(phases=[3]), "cannot unpack"),
     "a unit of a million letters": (start(unit="x" * 10**6), "is no name"),
     "deep": ("[" * 100_000 + "\n" + start(), "line 1: not a JSON object with a step: '[[["),
@@ -196,7 +196,7 @@ class TestPlans:
         [
             (
                 {"rank": 10**9, "start": 10**9, "in": 10**12, "out": 8},
-                '"q" has 1,000,000,000,000 features, and no layer',
+                '"q" has 1,000,000,000,000 features, more than any layer',
             ),
             ({"rank": 10**9}, '"q" must have whole numbers with 0 <= rank, start <= max(in, out), got rank=1000000000'),
             ({"scale": 10**400}, 'the scale of module "q" must be a positive finite number, got 1000'),

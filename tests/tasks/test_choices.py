@@ -84,7 +84,7 @@ def test_choices_in_columns_of_their_own(read: Read) -> None:
 
 
 def test_columns_that_say_the_same(read: Read) -> None:
-    with pytest.raises(UserError, match=r'train\.jsonl:1: a choice \(data\.choices\) stands twice: \["good", "good"\]'):
+    with pytest.raises(UserError, match=r'train\.jsonl:1: a choice \(data\.choices\) occurs twice: \["good", "good"\]'):
         read({"prompt": "a", "one": "good", "two": "good", "answer": 1}, choices=["one", "two"])
 
 
@@ -107,7 +107,7 @@ def test_a_column_beside_what_is_none(read: Read) -> None:
         (["good"], "a question needs two or more data.choices"),
         ([], "a question needs two or more data.choices"),
         (["good", " "], "choice 2 is empty"),
-        (["good", "good"], "stands twice"),
+        (["good", "good"], "occurs twice"),
         ({"text": ["good", "bad"], "label": ["A"]}, "2 choices, but 1 labels"),
     ],
 )

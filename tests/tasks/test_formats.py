@@ -55,7 +55,7 @@ class TestUnusedColumns:
         assert cured.values("label", "data.label") == ["x"]
 
     def test_only_blank_names(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r'no column "text".*Its columns: none has a name of its own\.'):
+        with pytest.raises(UserError, match=r'no column "text".*Its columns: none with a unique name\.'):
             read_rows(save(tmp_path, "a.csv", ",\n1,2\n")).values("text", "data.text")
 
     @pytest.mark.parametrize("row", ["two,y", "two,y,1,2", 'two,y,"1"2'])

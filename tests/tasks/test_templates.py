@@ -42,9 +42,9 @@ def test_white_space_before_an_empty_last_column_goes_with_it(empty: str | None)
             "{a",
             r"data.text: expected '}' before end of string in '{a'; a brace that is text is written twice: {{ or }}",
         ),
-        ("{a.b}", r"data.text: between braces stands the name of one column; '{a.b}' has {a.b}"),
-        ("{a!r}", r"data.text: between braces stands the name of one column; '{a!r}' has {a}"),
-        ("{}", r"data.text: between braces stands the name of one column; '{}' has {}"),
+        ("{a.b}", r"data.text: braces must hold the name of one column; '{a.b}' has {a.b}"),
+        ("{a!r}", r"data.text: braces must hold the name of one column; '{a!r}' has {a}"),
+        ("{}", r"data.text: braces must hold the name of one column; '{}' has {}"),
     ],
 )
 def test_malformed(template: str, message: str) -> None:

@@ -237,8 +237,8 @@ def test_a_span_inside_a_word_is_widened_and_told(task: Prepare, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         prepared = task(rows * 2, rows, **TEXT)
     assert [message.partition(": ")[2] for message in caplog.messages] == [
-        "2 spans begin or end inside a word; they are widened to whole words, and judged so.",
-        "1 spans begin or end inside a word; they are widened to whole words, and judged so.",
+        "2 spans begin or end inside a word; they are widened to whole words, for training and for metrics.",
+        "1 spans begin or end inside a word; they are widened to whole words, for training and for metrics.",
     ]
     assert prepared.validation[0]["tags"] == ["B-X", "I-X"]
 

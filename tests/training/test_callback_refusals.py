@@ -294,7 +294,7 @@ FSDP2 = {"fsdp_version": 2, "cpu_ram_efficient_loading": False}
         (
             "FSDP",
             {**FSDP2, "cpu_ram_efficient_loading": True},
-            f"{WHOLE}fsdp_cpu_ram_efficient_loading: false (it loads sharded weights alone)",
+            f"{WHOLE}fsdp_cpu_ram_efficient_loading: false (it loads only sharded weights)",
         ),
         (
             "FSDP",

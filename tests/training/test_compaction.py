@@ -175,7 +175,7 @@ def test_a_compact_run_needs_the_optimizer():
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"^compact=True takes ranks out of the tensors, .*; leave it out, or"):
+    with pytest.raises(UserError, match=r"^compact=True removes ranks from the tensors, .*; leave it out, or"):
         attach(tiny_peft("llama"), AdaLoRA(Budget(average_rank=2)), STEPS, compact=True)
 
 

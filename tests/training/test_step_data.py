@@ -175,7 +175,7 @@ class TestRefusals:
         model.forward = forward  # type: ignore[method-assign]
         found = model(**labelled_batch("llama")).log_probs
         (-found * found.exp().detach()).sum().backward()
-        with pytest.raises(UserError, match=r"weighs tokens by what the model thinks of them.*train on model"):
+        with pytest.raises(UserError, match=r"weights tokens by the model's own predictions.*train on model"):
             next(data.train_losses())
         data.forget()
         data._weights_checked = False

@@ -54,7 +54,7 @@ class TestData:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (None, r"(\w+) needs data that it may look at .* pass \1\(validation=...\), examples that are held out"),
+            (None, r"(\w+) needs validation data; pass \1\(validation=...\), examples that are held out"),
             ([], r"the validation data of (\w+) are empty; pass \1\(validation=...\)"),
             (iter([BATCH]), r"draws validation data by index, and list_iterator has none; .*list\(loader\)"),
             (

@@ -25,7 +25,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -175,7 +174,7 @@ def rounded_otherwise(model: nn.Module, batch: Batch, eps: float) -> Tensor:
         signs = 2 * torch.randint(2, output.shape, generator=generator) - 1
         return output + output * (eps * signs).to(output)
 
-    hooks = [part.register_forward_hook(rounded) for part in model.modules() if isinstance(part, LoraLayer)]
+    hooks = [site.layer.register_forward_hook(rounded) for site in plain_sites(model)]
     try:
         return logits(model, batch)
     finally:

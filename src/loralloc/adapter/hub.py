@@ -32,7 +32,7 @@ def check_push(repository: str) -> None:
     if is_offline_mode():
         raise UserError("HF_HUB_OFFLINE is set, so nothing is pushed: unset it")
     if get_token() is None:
-        raise UserError("the Hub takes files from those that it knows: run `hf auth login` first, or set HF_TOKEN")
+        raise UserError("pushing needs a login: run `hf auth login` first, or set HF_TOKEN")
 
 
 def base_of(folder: Path) -> str | None:

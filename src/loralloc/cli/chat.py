@@ -40,7 +40,7 @@ def chat(
     model_folder(recipe.model.name)
     both = TASKS[recipe.task].peft_type == "SEQ_2_SEQ_LM"
     if not both and TASKS[recipe.task].peft_type != "CAUSAL_LM":
-        raise UserError(f"{run} is a run of task {recipe.task}, which writes nothing; loralloc evaluate judges it")
+        raise UserError(f"{run} is a run of task {recipe.task}, which generates no text; use loralloc evaluate")
     from loralloc.cli import terminal
     from loralloc.recipe.from_recipe import load_for_export
 

@@ -31,7 +31,7 @@ def compare(
     if recipe.name.startswith("--"):
         raise UserError(f"name the recipe before the flags: loralloc compare RECIPE {recipe} ...")
     if ray is not None and jobs > 1:
-        raise UserError("--jobs is for this machine, and a Ray cluster has as many runs as fit: give one of the two")
+        raise UserError("--jobs is for this machine, and a Ray cluster schedules its runs itself: give one of them")
     from loralloc.cli.checks import check_inputs
     from loralloc.recipe.schema import load_recipe, peek_recipe
 

@@ -64,7 +64,7 @@ def plan_cells(recipe: Recipe, shapes: Shapes, runs: Path) -> list[Cell]:
     names = [cell.name for cell in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(
-            f"compare: two runs would be called {twice}: rates or budgets are too much alike; leave one out"
+            f"compare: two runs would both be called {twice}: two rates or budgets are too close; leave one out"
         )
     return found
 
@@ -117,7 +117,7 @@ def _unfair(recipe: Recipe) -> Iterator[str]:
     for name, asked in {"keep_best": training.keep_best, "early_stopping": training.early_stopping}.items():
         if asked:
             yield (
-                f"training.{name}: a comparison trains all methods equally long, and truncation has no earlier state "
+                f"training.{name}: all methods train for the same number of steps, and truncation has no earlier state "
                 "with its ranks; take it out"
             )
     if planned := [name for name in recipe.lora.peft if name in PLANNED]:

@@ -78,7 +78,7 @@ def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[E
             "the adapter, and with them every number here; nothing says by how much."
         )
     elif len(section.seeds) == 2:
-        told.append("Two seeds: how much seeds differ is known from two numbers, and the intervals are wide for it.")
+        told.append("Two seeds: the variance between seeds is estimated from two numbers, so the intervals are wide.")
     tuning = len(tuning_seeds(recipe))
     if tuning < min(3, len(section.seeds)):
         told.append(
@@ -89,7 +89,7 @@ def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[E
         told.append(f"Learning rates at which a run has failed were passed over: {listed(passed)}.")
     if len(section.learning_rates or ()) == 1:
         told.append(
-            "One learning rate: whoever it happens to suit looks better. Differences between untuned methods are "
+            "One learning rate: it may suit one method better than another. Differences between untuned methods are "
             "often differences between learning rates."
         )
     elif len(section.learning_rates or ()) == 2:

@@ -207,7 +207,7 @@ def points(recipe: Recipe, shapes: Shapes) -> list[Point]:
 def _point(given: Mapping[str, float], recipe: Recipe, shapes: Shapes) -> Point:
     if "max_rank" in given:
         raise UserError(
-            "compare.budgets: max_rank is a cap beside which plain LoRA and PEFT's own have no equal; give "
+            "compare.budgets: max_rank is a cap, and plain LoRA and PEFT's variants have nothing like it; give "
             f"{', '.join(AMOUNTS[:-1])} or {AMOUNTS[-1]} without it"
         )
     costs, budget = shapes.costs, Budget(**given)  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ def verdict(compared: Sequence[Compared], loss: float, margin: float) -> str:
         margin: The smallest difference that matters, as a share of this loss.
     """
     if not any(one.entry.contender.kind in IN_QUESTION for one in compared):
-        return "nothing but controls was set beside plain LoRA: name methods in compare.methods"
+        return "only controls were compared with plain LoRA: name methods in compare.methods"
     asked = [one for one in compared if one.entry.contender.kind in IN_QUESTION]
     known = [
         (one.entry.contender.label, one.difference)
@@ -88,7 +88,7 @@ def _one_seed(known: Sequence[tuple[str, Difference]], loss: float) -> str:
         if one.mean < 0
         else f"plain LoRA is ahead of all, of {label} by {_amount(one, loss)}"
     )
-    return f"one seed cannot tell: with it {seen}, but nothing is known of the next; two more seeds are the least"
+    return f"one seed cannot tell: with this one {seen}; another may give another result, so use at least three"
 
 
 def _better(better: Sequence[tuple[str, Difference]], loss: float) -> str:

@@ -86,7 +86,7 @@ def make_frontier(source: Source, settings: Settings, screen: Screen, told: Call
     data = task_data(source.recipe)
     if data.example_losses is None:
         raise UserError(
-            f"task {source.recipe.task} has no loss for each example, by which sizes could be compared; "
+            f"task {source.recipe.task} has no loss per example, which is needed to compare sizes; "
             "loralloc truncate cuts its adapters"
         )
     if len(data.validation) < 2:

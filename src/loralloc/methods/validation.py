@@ -32,7 +32,7 @@ def check_validation(method: str, validation: Any) -> None:
     """
     cure = f"pass {method}(validation=...), examples that are held out of the training data"
     if validation is None:
-        raise UserError(f"{method} needs data that it may look at besides the training data; {cure}")
+        raise UserError(f"{method} needs validation data; {cure}")
     if isinstance(validation, Mapping):
         keys = ", ".join(map(str, list(validation)[:3])) or "nothing"
         raise UserError(

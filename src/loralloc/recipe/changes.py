@@ -105,7 +105,7 @@ def check_unchanged(
         flags = " ".join(f"--allow-changed {kind}" for kind in can)
         cure = f", or say that they may differ: {flags}" if len(can) == len(refused) else ""
         raise NotResumableError(
-            f"{place} belongs to a run that differs: {'; '.join(refused.values())}. Go on with what it began with"
+            f"{place} belongs to a different run: {'; '.join(refused.values())}. Resume with what that run began with"
             f"{cure}, or start over with --replace"
         )
     return [words for kind, words in found.items() if kind in allowed]
@@ -116,11 +116,11 @@ def _difference(kind: str, theirs: Any, mine: Any) -> str:
     if theirs == mine:
         return ""
     if theirs is None:
-        return f"it does not say what {kind} it began with"
+        return f"it has no record of its {kind}"
     if kind == "data":
         return "; ".join(_rows(f"data.{name}", *pair) for name, pair in compare(theirs, mine).items())
     if kind == "base":
-        return "the weights of the base model are others"
+        return "the base model has other weights"
     if kind == "plan":
         return "the plan has other ranks or scales"
     return in_words(compare(theirs, mine))
@@ -131,7 +131,7 @@ def _rows(name: str, theirs: Any, mine: Any) -> str:
         return f"{name} has other content"
     if theirs["rows"] != mine["rows"]:
         return f"{name} has {mine['rows']:,} examples and had {theirs['rows']:,}"
-    return f"{name} has as many examples as before, but others or in another order"
+    return f"{name} has as many examples as before, but different ones or another order"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

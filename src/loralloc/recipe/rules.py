@@ -78,8 +78,8 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     if is_number(cap) and is_number(target) and target > cap:
         yield (
             ("method", "budget", "max_rank"),
-            f"method.budget.max_rank is {cap}, but the layers cannot have average_rank, which is {target}, without one "
-            "that has more. Raise the one or lower the other",
+            f"method.budget.max_rank is {cap}, so average_rank {target} is impossible; "
+            "raise the one or lower the other",
         )
 
 
@@ -129,7 +129,7 @@ def _broken_generation(settings: Any) -> Iterator[tuple[Key, str]]:
     if get(settings, "top_p") not in (None, 1, 1.0) and not get(settings, "temperature"):
         yield (
             ("evaluate", "generate", "top_p"),
-            "evaluate.generate.top_p is for chance, and temperature 0 has none: set evaluate.generate.temperature",
+            "evaluate.generate.top_p is for sampling, and temperature 0 does not sample: set the temperature",
         )
     if get(settings, "length_penalty") not in (None, 1, 1.0) and get(settings, "num_beams") in (None, 1):
         yield (
@@ -246,14 +246,14 @@ def _broken_comparison(
         if not (is_text(variant) and re.fullmatch(VARIANT, variant)):
             yield ("compare", "variants"), f"{key}: a variant is named with lower-case letters, digits and _"
         elif variant in (*known, *get_args(Peer)):
-            yield ("compare", "variants"), f"{key}: {variant} has its own meaning; give the variant another name"
+            yield ("compare", "variants"), f"{key}: {variant} is the name of another contender; rename the variant"
         elif not is_text(name):
-            yield ("compare", "variants"), f"{key}: say of which method, as in {{name: adalora, parity: none}}"
+            yield ("compare", "variants"), f"{key}: name its method, as in {{name: adalora, parity: none}}"
         elif name not in methods:
             reason = f"{key}: there is no method {name}; there are {listed(methods)}."
             yield ("compare", "variants"), reason + closest(name, methods)
         elif variant not in (compared if isinstance(compared, list) else [compared]):
-            yield ("compare", "variants"), f"{key}: nobody competes under this name; put {variant} into compare.methods"
+            yield ("compare", "variants"), f"{key}: this variant is not compared; add {variant} to compare.methods"
         elif own := [setting for setting in ("budget", "rank_seed") if setting in settings]:
             yield ("compare", "variants"), f"{key}.{own[0]}: a comparison sets it for every contender; take it out"
     names = [*known, *map(str, variants)]

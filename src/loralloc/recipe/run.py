@@ -201,7 +201,7 @@ def _go_on(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
     """Show how the recipe differs from the run's, which it may, and store it in the folder."""
     _, changes = split_changes(folder.load_recipe(), recipe)
     if changes:
-        screen.note(f"the recipe differs where it may: {in_words(changes)}")
+        screen.note(f"the recipe differs in keys that may change: {in_words(changes)}")
     folder.go_on(recipe)
 
 

@@ -45,7 +45,7 @@ class ModelConfig(Section):
     )
     load_in: Literal["4bit", "8bit"] | None = Field(
         default=None,
-        description="linear layers in few bits, the head aside: less memory; needs bitsandbytes",
+        description="quantise the linear layers except the head: less memory; needs bitsandbytes",
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that the model's repository carries")
     load: dict[str, Any] = Field(
@@ -150,7 +150,7 @@ class GenerateConfig(Section):
         default=[], description="metrics that compare answers with the references"
     )
     after: Text | None = Field(
-        default=None, description="exact_match compares what follows the last one of this marker, such as ####"
+        default=None, description="exact_match compares the text after the last occurrence of this marker, such as ####"
     )
     samples: Count | None = Field(default=100, description="how many prompts to answer, from the first on; null: all")
 
@@ -163,7 +163,7 @@ class EvaluateConfig(Section):
     )
     cuts: Whole = Field(
         default=5,
-        description="smaller sizes at which the finished adapter is evaluated, each half of the last; 0: none",
+        description="at how many smaller sizes the finished adapter is evaluated, each half of the one before; 0: none",
     )
     generate: GenerateConfig | None = Field(default=None, description="answers to held-out prompts; null: none")
 
@@ -177,7 +177,7 @@ def _several(value: Any) -> Any:
     if not found:
         raise ValueError("must name at least one")
     if len({json.dumps(one, sort_keys=True, default=str) for one in found}) < len(found):
-        raise ValueError("must name each but once")
+        raise ValueError("must not name anything twice")
     return found
 
 

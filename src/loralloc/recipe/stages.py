@@ -123,7 +123,7 @@ class Stage:
         for sentence in told:
             self.screen.warning(f"{sentence}; it is passed over")
         if found.checkpoint is None:
-            self.screen.note(f"there is no checkpoint in {folder} to go on from: the training starts anew")
+            self.screen.note(f"there is no checkpoint in {folder} to resume from: the training starts over")
             return -1
         check_processes(found.checkpoint, processes.world_size())
         manifest, mine = read_manifest(found.checkpoint), self.trainer.depends_on()

@@ -95,8 +95,8 @@ def _try_adapter(recipe: Recipe) -> None:
     check_plain_config(config)
     if config.init_lora_weights == "eva":
         raise UserError(
-            'init_lora_weights="eva" is a start that is computed from data, which takes PEFT\'s '
-            "initialize_lora_eva_weights in a script; leave it out"
+            'init_lora_weights="eva" is computed from data, for which a script has to call PEFT\'s '
+            "initialize_lora_eva_weights; leave it out"
         )
 
 

@@ -49,7 +49,7 @@ def read_questions(rows: Rows, data: ChoiceData) -> list[Question]:
         if len(choices) < 2:
             raise UserError(f"{rows.place(i)}: a question needs two or more data.choices, found {quote(choices)}")
         if len(set(choices)) < len(choices):
-            raise UserError(f"{rows.place(i)}: a choice (data.choices) stands twice: {quote(choices)}")
+            raise UserError(f"{rows.place(i)}: a choice (data.choices) occurs twice: {quote(choices)}")
         right = right_choice(answers[i], choices, labels)
         if right is None:
             raise UserError(

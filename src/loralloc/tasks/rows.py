@@ -118,7 +118,7 @@ class Rows:
         if column in self.unreadable:
             raise UserError(f'{self.source}: column "{column}" ({key}) {self.unreadable[column]}.')
         if column not in self.columns:
-            columns = ", ".join(self.columns) or "none has a name of its own"
+            columns = ", ".join(self.columns) or "none with a unique name"
             raise UserError(
                 f'{self.source} has no column "{column}" ({key}). Its columns: {columns}.'
                 f"{closest(column, self.columns)}"

@@ -177,7 +177,7 @@ def _read_spans(rows: Rows, text_column: str, span_column: str) -> Sentences:
         tags.append(from_spans(spans, len(places)))
     if widened:
         logger.warning(
-            "%s: %d spans begin or end inside a word; they are widened to whole words, and judged so.",
+            "%s: %d spans begin or end inside a word; they are widened to whole words, for training and for metrics.",
             rows.source,
             widened,
         )

@@ -41,7 +41,7 @@ def columns_of(template: str, key: str) -> list[str]:
         ) from error
     for _, name, form, conversion in parts:
         if name is not None and (not name or form or conversion or not name.replace(" ", "_").isidentifier()):
-            raise UserError(f"{key}: between braces stands the name of one column; {template!r} has {{{name}}}")
+            raise UserError(f"{key}: braces must hold the name of one column; {template!r} has {{{name}}}")
     return list(dict.fromkeys(name for _, name, _, _ in parts if name))
 
 

@@ -46,7 +46,7 @@ if the run ended here, its ranks not final. To go on, resume the run: the factor
 """
 FINISHED = """\
 The end of a run, written by loralloc: `adapter_model.safetensors` is plain LoRA at its final ranks, which are in
-`ranks.json`. The other files are the state before that.
+`ranks.json`. The other files are the training state before that.
 """
 
 

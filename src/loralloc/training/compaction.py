@@ -30,7 +30,7 @@ def check_compact(method: Method) -> None:
     """
     if world_size() > 1:
         raise UserError(
-            "compact=True takes ranks out of the tensors, which other processes' buckets do not follow; leave it out, "
+            "compact=True removes ranks from the tensors, which DDP's gradient buckets do not follow; leave it out, "
             "or train with one process"
         )
     if not method.compacts:

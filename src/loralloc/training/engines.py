@@ -75,7 +75,7 @@ def _check_plugin(plugin: FullyShardedDataParallelPlugin | None) -> None:
             "config file of accelerate launch"
         )
     for option, wanted in (
-        (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false (it loads sharded weights alone)"),
+        (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false (it loads only sharded weights)"),
         (plugin.activation_checkpointing, "fsdp_activation_checkpointing: false (use the Trainer's own)"),
         (_offloads(plugin), "fsdp_offload_params: false (it has not been verified)"),
     ):

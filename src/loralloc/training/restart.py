@@ -17,7 +17,7 @@ from loralloc.gating import Site
 from loralloc.training.optimizer import unwrapped
 
 SHOW = (
-    "the method writes new factors in mid-run, with which the optimizer starts anew, so it has to see it: pass it to "
+    "the method writes new factors in mid-run and resets the optimizer's state, so it needs the optimizer: pass it to "
     "both run.before_step(optimizer) and run.after_step(optimizer)"
 )
 

@@ -42,7 +42,7 @@ def check_state(
     _check_count("bad_steps", numbers["bad_steps"], numbers["step"])
     _check_count("bad_in_a_row", numbers["bad_in_a_row"], numbers["bad_steps"])
     if not isinstance(ranks, list) or len(ranks) != len(capacities):
-        raise _damaged(f"it has not one rank for each of {len(capacities)} modules")
+        raise _damaged(f"it does not have one rank for each of {len(capacities)} modules")
     for name, rank, capacity in zip(mine["sites"], ranks, capacities, strict=True):
         _check_count(f"the rank of {name}", rank, capacity)
     _check_count("peak", numbers["peak"], sum(capacities), least=sum(ranks))
@@ -58,7 +58,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], recorded: Mapping[str, Any], f
     found = described(tensors)
     for name in (*recorded, *found):
         if name not in found or name not in recorded:
-            raise _damaged(f"the tensor {name} is {'missing' if name in recorded else 'none of its own'}")
+            raise _damaged(f"the tensor {name} is {'missing' if name in recorded else 'unexpected'}")
         if found[name] != list(recorded[name]):
             raise _damaged(f"{name} is {_shape(found[name])}, and was written as {_shape(recorded[name])}")
         if name in fresh and found[name] != fresh[name]:

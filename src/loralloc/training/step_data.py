@@ -74,7 +74,7 @@ class CollatedBatches(Sequence[Batch]):
 
 
 OWN_LOSS = (
-    "that the model returns. This method computes the step's loss again, so train on model(**batch).loss, with labels "
+    "that the model returns. It is computed a second time, so train on model(**batch).loss, with labels "
     'in the batch, and with the model that the allocation is attached to; or use AutoLoRA(mode="first_order"), which '
     "computes no step again"
 )
@@ -296,7 +296,7 @@ class ObservedData:
             used = weight[weight != 0]
             if used.numel() and (used.max() - used.min()).abs() > 1e-3 * used.abs().max():
                 raise UserError(
-                    f"the step's loss weighs tokens by what the model thinks of them; it is not the loss {OWN_LOSS}"
+                    f"the step's loss weights tokens by the model's own predictions; it is not the loss {OWN_LOSS}"
                 )
 
     @contextmanager

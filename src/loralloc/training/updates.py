@@ -148,7 +148,7 @@ class Rule:
 
 def _dampened(group: Group) -> str | None:
     if group["momentum"] and group["dampening"]:
-        return f"dampening={group['dampening']:g} spares the first gradient of a parameter, but not that of a new rank"
+        return f"dampening={group['dampening']:g} holds for no parameter's first gradient, but would for a new rank's"
     return None
 
 

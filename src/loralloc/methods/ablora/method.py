@@ -199,7 +199,7 @@ class ABLoRA(Method):
         """Score, prune and grow when a round is due."""
         if now.learning_rate is None:
             raise UserError(
-                "ABLoRA clears the optimizer's memory of ranks that it replaces, so it has to see the optimizer (one "
+                "ABLoRA clears the optimizer's state of ranks that it replaces, so it needs the optimizer (one "
                 "that holds the adapter): run.after_step(optimizer)"
             )
         if self.score == "gate":

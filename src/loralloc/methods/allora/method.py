@@ -86,7 +86,7 @@ class ALLoRA(Method):
         if self.allocate is not None and self.allocate.search is not None:
             raise UserError(
                 "allocate must be a method that allocates ranks while it trains, such as AdaLoRA: AutoLoRA's search "
-                "looks ahead by a step of plain LoRA, which ALLoRA's is not"
+                "looks ahead by one step of plain LoRA, and ALLoRA's steps are different"
             )
 
     @property

@@ -112,7 +112,11 @@ class AutoLoRA(Method):
         Field(description="null: ranks with at least an equal share stay; or the largest shares under a budget"),
     ] = None
     mode: Annotated[
-        Mode, Field(description="gradient of the selection variables; a step costs 3, 5, 6, 2 or 5 of LoRA")
+        Mode,
+        Field(
+            description="how the gradient of the selection variables is computed; it costs 3 (fast), 5 "
+            "(paper), 6 (exact), 2 (first_order) or 5 (reference) steps of LoRA"
+        ),
     ] = "fast"
     logit_learning_rate: Annotated[
         float, Field(gt=0, description="learning rate of the selection variables, constant")

@@ -78,7 +78,7 @@ def check_replay(
                 if turned
                 else _stretched(factor, expected, max_grad_norm)
                 if stretched
-                else "another process has a step that this does not bring back: see its message"
+                else "on another process the gradient does not come back: see its message"
             )
         )
     return True
