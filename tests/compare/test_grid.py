@@ -204,8 +204,8 @@ class TestRefusals:
             ),
             (
                 ["--early_stopping", "2", "--eval_every", "4"],
-                "training.early_stopping: all methods train for the same number of steps, and truncation has no earlier "
-                "state with its ranks; take it out",
+                "training.early_stopping: all methods train for the same number of steps, and truncation has no "
+                "earlier state with its ranks; take it out",
             ),
             (
                 ["--lora.peft.use_rslora", "true"],
