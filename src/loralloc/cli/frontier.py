@@ -44,8 +44,8 @@ def frontier(
     order: Annotated[
         Order | None,
         typer.Option(
-            help="What is given up first: small singular values, the default, or what the loss on validation data "
-            "needs least."
+            help="Which ranks are dropped first: those of small singular values (default), or those that the loss on "
+            "validation data needs least."
         ),
     ] = None,
     ranks: Annotated[
