@@ -1,4 +1,4 @@
-"""Gates on a PEFT model. What depends on PEFT's LoRA layers is here, in `peft_layers` and in `plain_lora`.
+"""Gates on a PEFT model. Only this file and `peft_layers` import the internals of PEFT (`peft.tuners`).
 
 A gated layer computes `base(x) + ((x Aᵀ) ∘ (scale ∘ gate)) Bᵀ`: `gate` is a parameter that methods train or set,
 `scale` is fixed and holds PEFT's scaling (times a method's own constant); a zero in it shuts a rank off for good.

@@ -199,7 +199,7 @@ class _GatedLoRA(torch.autograd.Function):
         out = _flat(base_out) if W is None else linear(_flat(x), W, b)  # type: ignore[arg-type]
         with _without_autocast(x.device.type):
             h, gate = _activation(x, A, g, s, dtype)
-            # Selective checkpointing may keep this product; it works through a dispatch mode, so never write in place.
+            # Selective checkpointing, a dispatch mode, may keep the layer's product: it is not overwritten then.
             owned = W is not None and not is_in_torch_dispatch_mode()
             y = _plus(out, _gate(h, gate, x.shape), _cast(B, dtype).t(), owned)
         ctx.dtype = dtype

@@ -103,8 +103,8 @@ def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
 
     Raises:
         OSError: It cannot be read.
-        UserError: It is no regular file, or a larger one.
-        ValueError: It is not JSON, or not UTF-8.
+        UserError: It is no regular file, or larger than `RECORD_LIMIT`.
+        ValueError: It is not JSON, nested too deeply, or not UTF-8.
     """
     return parse_json(read_text(path), pairs)
 

@@ -5,7 +5,7 @@
 | `start` | first | `label`, `total_steps`, `sites`, `in`, `out`, `ranks`, and what `schedule_of` returns |
 | `allocate` | ranks have changed | `budget`, `ranks`, `parameters`, and what the method tells |
 | `freeze` | ranks are final | the same |
-| `plan` | a search has looked at what it would keep | `ranks`, `parameters`, `settled`, and what the method tells |
+| `plan` | a search has checked its plan | `ranks`, `parameters`, `settled`, and what the method tells |
 | `bad_step` | a step was skipped | |
 | `finish` | last | `ranks`, `parameters` |
 
@@ -94,7 +94,7 @@ def allocation_event(
 
 
 def plan_event(step: int, ranks: Sequence[int], parameters: int, *, settled: bool, details: Mapping[str, Any]) -> Event:
-    """Return the event of a look at what a search would keep."""
+    """Return the event of a check of a search's plan: what it would keep now."""
     return {"event": "plan", "step": step, "ranks": ranks, "parameters": parameters, "settled": settled, **details}
 
 

@@ -8,7 +8,7 @@ trained model cannot hide itself. Three things have to hold:
 * the keys of the file are those of the adapter that stock PEFT has loaded: none is missing, none is left over;
 * every module's update s · B A is the trained one, up to the rounding of the stored dtype;
 * the logits are the trained model's, up to the rounding of the model's dtype or the stored one, and differ from the
-  base model's where the trained model's do. Some models amplify rounding: how far theirs moves is measured.
+  base model's where the trained model's do. For a model that amplifies rounding, the effect of rounding is measured.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from loralloc.sharding import callable_inside, sharded_parts
 Batch = Mapping[str, Any]
 
 AMPLIFIED = 8
-"""How many times the effect of one other rounding the logits of an export may differ by."""
+"""Largest difference of the logits, over the change of the logits when adapted layers are rounded differently."""
 
 _EXAMPLES: WeakKeyDictionary[nn.Module, Batch] = WeakKeyDictionary()
 
@@ -125,8 +125,8 @@ def check_adapter(model: PeftModel, folder: Path, factors: Mapping[str, Factors]
 def computing_plainly(model: nn.Module) -> Iterator[None]:
     """Inside, the model evaluates in its own dtype: no dropout, no autocast, no wrapper of accelerate's.
 
-    Layers in 4 or 8 bits do not round their inputs either: this could turn a difference in the last bit into one of a
-    percent.
+    Layers in 4 or 8 bits do not round their inputs either: rounding could turn a difference in the last bit into one of
+    a percent.
     """
     wrapped = [m for m in model.modules() if "_original_forward" in vars(m) and "forward" in vars(m)]
     forwards = [module.forward for module in wrapped]

@@ -53,7 +53,8 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         The address of the repository.
 
     Raises:
-        UserError: The folder is no export, or the Hub refused or could not be reached; the message says why.
+        UserError: The folder is no export, the repository is public against `private`, or the Hub refused or could not
+            be reached; the message says why.
     """
     files, api = exported_files(folder), HfApi()
     try:

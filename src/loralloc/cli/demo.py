@@ -9,7 +9,7 @@ import typer
 
 METHODS = ("adalora", "lora")
 SECONDS = 180
-"""Training time of both runs together."""
+"""Seconds that the training of both runs may take together, unless `LEAST` steps take longer."""
 
 LEAST = 40
 """Fewest steps of a run: with fewer, ranks are closed before their scores mean much."""

@@ -30,7 +30,7 @@ def run_cell(recipe: Path, peer: str | None, threads: int) -> int:
 
     Args:
         recipe: The file of its recipe.
-        peer: The name of a variant from PEFT; None for any other contender.
+        peer: The name of a peer, which is a variant of LoRA from PEFT; None for any other contender.
         threads: Processor threads.
 
     Returns:

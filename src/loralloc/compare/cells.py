@@ -45,8 +45,8 @@ def plan_cells(recipe: Recipe, shapes: Shapes, runs: Path) -> list[Cell]:
         runs: The folder of all runs.
 
     Returns:
-        The runs with their recipes, grouped by budget. PEFT's variants are left out at budgets at which plain LoRA does
-        not have the same rank everywhere.
+        The runs with their recipes, grouped by budget. Peers are left out at budgets at which plain LoRA does not have
+        the same rank everywhere.
 
     Raises:
         UserError: A contender cannot have a budget, or a recipe would be refused.

@@ -34,7 +34,7 @@ class Job:
         name: The cell.
         recipe: Its recipe, an absolute path.
         log: Where its output goes, an absolute path.
-        peer: The name of a variant from PEFT; None for any other contender.
+        peer: The name of a peer, which is a variant of LoRA from PEFT; None for any other contender.
         threads: Processor threads.
         folder: The current directory, to which a recipe's paths are relative.
         gpus: CUDA_VISIBLE_DEVICES of its process; None: the value in the process that starts it.
@@ -182,7 +182,7 @@ class _Tracked:
                 process.terminate()
 
     def stop(self) -> None:
-        """End them."""
+        """Terminate the processes that are at work, and any that are added later."""
         with self._lock:
             self._stopped = True
             for process in self._alive:

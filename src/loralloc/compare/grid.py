@@ -95,12 +95,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Contender:
-    """A method, control or variant that takes part in the comparison.
+    """What is compared: plain LoRA, a method or a variant of one, a control, a peer, or a plan.
 
     Attributes:
         id: Its part of the names of runs: the name of a method, a variant or a peer, or `plan-of-` and one of these.
         label: Its name on the page.
-        kind: The baseline, a method to be judged, a control, a peer (from PEFT), or a plan that is trained again.
+        kind: The baseline, a method to be judged, a control, a peer (a variant of LoRA from PEFT), or a plan that is
+            trained again.
     """
 
     id: str
@@ -165,7 +166,7 @@ def _own_budget(recipe: Recipe) -> Any:
 
 
 def contenders(recipe: Recipe) -> list[Contender]:
-    """Return all contenders: plain LoRA, the methods, the controls and PEFT's variants."""
+    """Return all contenders but plans: plain LoRA, the methods, the controls and the peers."""
     section, known = section_of(recipe), methods()
     always = (PLAIN_LORA, UNIFORM, *CONTROLS)
     named = list(dict.fromkeys(section.methods or ()))

@@ -111,7 +111,10 @@ def _start_from_data(stage: Stage) -> dict[str, float]:
 
 
 def _read_tokens(batch: dict[str, Any], config: LoraConfig) -> torch.Tensor | None:
-    """Mask of the tokens that EVA uses, [n, length]: no padding and, as in PEFT, only labelled tokens if any can be."""
+    """Mask of the tokens that EVA uses, [n, length]: no padding and, as in PEFT, only those with a label.
+
+    Labels count only if there is one for each token. None without an attention mask: all tokens are used.
+    """
     mask = batch.get("attention_mask")
     if mask is not None and (labels := batch.get("labels")) is not None and labels.shape == mask.shape:
         mask = mask.bool() & (labels != config.eva_config.label_mask_value)  # type: ignore[union-attr]

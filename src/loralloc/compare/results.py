@@ -209,8 +209,8 @@ class Entry:
     Attributes:
         point: The budget.
         contender: The contender.
-        trials: The learning rates, the smallest first.
-        chosen: The rate at which it is judged.
+        trials: The runs at each learning rate, the smallest rate first.
+        chosen: The runs at the rate at which it is judged.
     """
 
     point: Point

@@ -132,7 +132,7 @@ def variance_parts(table: Floats, seed: int = 0) -> Parts:
 
     Args:
         table: [seeds, rows].
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
     """
     n, m = table.shape
     if n * m == 1:  # the variance of a single number is unknown

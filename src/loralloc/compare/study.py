@@ -137,7 +137,7 @@ def _plan_cells(recipe: Recipe, shapes: Shapes, folder: CompareFolder, point: Po
 def _run(
     folder: CompareFolder, cells: Sequence[Cell], executor: Executor, retry: bool, threads: int, watcher: Watcher
 ) -> None:
-    """Run the cells that have no result yet; a failure is recorded and does not stop the other runs."""
+    """Run the cells that are due; a failure is recorded and does not stop the other runs."""
     by_name = {cell.name: cell for cell in cells}
     due = [cell for cell in cells if _is_due(folder, cell, retry)]
     watcher.planned(cells, [cell for cell in cells if cell not in due])
@@ -178,7 +178,10 @@ def _planned(cell: Cell) -> dict[str, int]:
 
 
 def _is_due(folder: CompareFolder, cell: Cell, retry: bool) -> bool:
-    """Whether a run has to be repeated: it has no result, or one of other settings or another plan."""
+    """Whether a run has to be made: it has no result, or one of other settings or another plan.
+
+    A run that would fail again with the same settings is due only on `retry`, as is one whose losses are not finite.
+    """
     run, recipe = folder.run(cell.name), folder.run_recipe(cell.name)
     if run.metrics.is_file() and run.holds(cell.recipe):
         if cell.recipe.plan is not None and RankPlan.load(run.plan).ranks != _planned(cell):

@@ -100,7 +100,10 @@ def _better(better: Sequence[tuple[str, Difference]], loss: float) -> str:
 
 
 def _ahead(undecided: Sequence[tuple[str, Difference]], loss: float, least: float, count: int) -> str:
-    """Say how many more seeds would confirm the best contender's lead; empty if more seeds would confirm none."""
+    """Say how many more seeds would confirm a lead of `least` or more: the largest that more seeds can confirm.
+
+    Empty if there is no such lead.
+    """
     ahead = [
         (label, one, total)
         for label, one in undecided

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_SPREAD = 4.0
-"""Most height of the figure, over that of the recovered line; the line of cuts is clipped above it."""
+"""Most height of the loss axis, in heights of the recovered line; the line of cuts is clipped above it."""
 
 
 def write_page(frontier: Frontier, folder: Path) -> Path:

@@ -133,7 +133,7 @@ def _recovery_steps(source: Source, settings: Settings, data: TaskData) -> int:
 
 
 def _of(source: Source, settings: Settings, steps: int, data: TaskData) -> dict[str, Any]:
-    """A point depends on this: adapter, order, recovery, recipe, validation data. If one differs, it is not reused."""
+    """What a point depends on: adapter, order, recovery, recipe, validation data. If one differs, it is made again."""
     told = f"{dump_recipe(source.recipe)}{[dict(row) for row in data.validation]}"
     made_by = hashlib.sha256(told.encode()).hexdigest()[:16]
     recovery = {"steps": steps, "rate": settings.rate if steps else None}
@@ -146,7 +146,7 @@ def _adapted(trainer: RunTrainer) -> PeftModel:
 
 
 def _batches(order: Order, trainer: RunTrainer, data: TaskData) -> Sequence[Any]:
-    """Batches of validation examples, as methods score on them."""
+    """Batches of validation examples to score terms on; none if the scores look at no data."""
     if order == "singular_value":
         return ()
     examples = data.validation if data.learned_validation is None else data.learned_validation

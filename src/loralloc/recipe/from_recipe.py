@@ -82,7 +82,7 @@ def _check_smoothing(recipe: Recipe, data: TaskData) -> None:
 
 
 def judged_by(metric: str | None, data: TaskData) -> TaskData:
-    """Make the recipe's metric the first one; the baselines are dropped then, as they are of the task's own metric."""
+    """Make the recipe's metric the first one; then drop the reference values, which are of the task's own metric."""
     return data if metric in (None, data.metric) else replace(data, metric=metric, reference={})
 
 
@@ -92,10 +92,10 @@ def _model_section(recipe: Recipe) -> ModelConfig:
 
 
 def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
-    """Return (the training examples, the held-out examples that the method uses or None).
+    """Return (the training examples, the examples that the method looks at besides them, or None).
 
-    The key `validation` of the method's section says where held-out examples come from: a number is a share cut from
-    the training data by the seed, stratified by class; `validation` means the recipe's validation data.
+    The key `validation` of the method's section says where the latter come from: a number is a share held out of the
+    training data by the seed, stratified by class; `validation` means the recipe's validation data.
     """
     source = getattr(section, "validation", None)
     if source is None:

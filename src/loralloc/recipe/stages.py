@@ -240,9 +240,8 @@ def prepare_recovery(
 ) -> Stage:
     """Load and check everything to continue the training of an adapter for some steps, at the ranks of a plan.
 
-    The peak learning rate is the recipe's times `rate`.
-
-    The adapter is a fresh one: the caller writes the weights into it that training starts from.
+    The highest learning rate is the recipe's times `rate`. The adapter is a fresh one: the caller writes into it the
+    weights from which training starts.
     """
     recovering = shortened(retraining_recipe(recipe, plan), steps)
     alone = {"save_every": None, "compact": False, "warmup": RECOVERY_WARM_UP}

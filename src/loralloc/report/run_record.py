@@ -61,7 +61,7 @@ class RunRecord:
 
     @cached_property
     def last_step(self) -> int:
-        """End of the time axis: the last step of an ended run, else the planned or the reached step, the later one."""
+        """End of the time axis: the last step of an ended run; else the later of the planned and the reached step."""
         if self.finished and self.trace and self.trace.ended:
             return self.reached
         return max(self.reached, self.trace.total_steps if self.trace else 0)

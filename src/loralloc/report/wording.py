@@ -122,7 +122,7 @@ def _labels_argument(run: RunRecord) -> str:
 
 
 def metric_values(run: RunRecord) -> dict[str, float]:
-    """Return the run's metric on test data, validation data and for references, in this order.
+    """Return the run's metric on the test data, on the validation data, and its reference values, in this order.
 
     What was not measured is left out.
     """

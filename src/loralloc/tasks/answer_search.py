@@ -73,7 +73,7 @@ class Scored:
         """The answer, or an empty text for none.
 
         Args:
-            threshold: The margin above which no answer is predicted; None if an answer is always predicted.
+            threshold: The margin above which the prediction is that there is no answer; None: always an answer.
         """
         return "" if threshold is not None and self.margin > threshold else self.answer
 
@@ -87,8 +87,8 @@ def answer_metrics(rows: Sequence[Scored], threshold: float | None) -> dict[str,
 
     Returns:
         `f1` and `exact_match`, from 0 to 1. If some questions have no answer, also both for the answerable and for the
-        unanswerable questions; and, if no answer may be predicted, the best value of each over all thresholds, with
-        the threshold that gives it (SQuAD 2.0).
+        unanswerable questions; and, unless the threshold is None, the best value of each over all thresholds, with the
+        threshold that gives it (SQuAD 2.0).
     """
     figures = np.array([worth(row.predicted(threshold), row.references) for row in rows])
     answerable = np.array([bool(row.references) for row in rows])

@@ -98,7 +98,7 @@ class TaskData:
     packed: Callable[[Dataset], int] = len
     """How many rows the trainer makes of some examples."""
     reference: Mapping[str, float] = field(default_factory=dict)
-    """Baselines: values of `metric` that need no training, on the test split or, without one, the validation split."""
+    """Values of `metric` that need no training, by name: on the test data or, without them, the validation data."""
     classes: Mapping[str, int] = field(default_factory=dict)
     """Training examples of every class, in the order of the model's outputs; empty where there are no classes."""
     again: Callable[[], PreTrainedModel] | None = None

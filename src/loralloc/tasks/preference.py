@@ -136,8 +136,8 @@ def _answers_alone(sides: Mapping[str, list[list[Message]]], rows: Rows) -> dict
     """Remove the prompt from answers that are whole chats, so that they begin with the assistant.
 
     Raises:
-        UserError: An answer begins neither with the prompt nor with the assistant; or there is no prompt, and both
-            answers have no common beginning.
+        UserError: Without the prompt, which is removed if both answers begin with it, an answer does not begin with the
+            assistant; or there is no prompt: no column has it, and both answers have no common beginning.
     """
     prompts, answers = [], {key: [] for key in ("chosen", "rejected")}
     for i, pair in enumerate(zip(sides["chosen"], sides["rejected"], strict=True)):

@@ -230,7 +230,7 @@ class Judge:
 
     Attributes:
         longest: Tokens of an answer, at most.
-        threshold: The margin above which no answer is predicted; None if an answer is always predicted.
+        threshold: The margin above which the prediction is that there is no answer; None: always an answer.
     """
 
     longest: int

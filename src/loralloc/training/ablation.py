@@ -7,8 +7,8 @@ choose their outlier columns from all rows of a pass):
 * Prefix reuse: if a setting equals a *reference* (the gates as trained, or all of them zero) up to some adapted layer,
   its pass starts from the hidden state that the reference had before this layer's block, and the block's frozen layers
   up to this one return what they returned for the reference. On average a rank's two ablations then cost (L + 1) / L
-  passes through the blocks instead of two, and only a part of the first block of each. For models that cannot be walked
-  like that (see `prefix_reuse`; `check_walk` compares), every pass goes through the whole model.
+  passes through the blocks instead of two, or less, as the first block of each is computed only in part. For models
+  that cannot be walked like that (see `prefix_reuse`; `check_walk` compares), every pass goes through the whole model.
 * Adapters whose gates are all zero are skipped: nearly all of them, if only one rank is on.
 * The head only computes positions that have a label, if the model takes `logits_to_keep`.
 """
@@ -41,8 +41,8 @@ LOGITS = 2**28
 """Logits in one forward pass: 1 GB in fp32."""
 
 KEPT_BYTES = 2**30
-"""Most bytes that are kept of what the references have computed. Larger hidden states are computed again in each call;
-without the products of frozen layers, each row starts at the beginning of its block."""
+"""Most bytes that are kept of what the references have computed. If products of frozen layers are too large, each row
+starts at the beginning of its block; if hidden states are too large, each call computes them again."""
 
 
 @dataclass(frozen=True)
@@ -368,5 +368,5 @@ def _check_rows(inputs: Mapping[str, Any]) -> None:
 
 
 def _compute_dtype(model: Any, device: str) -> torch.dtype:
-    """What a model computes in."""
+    """The dtype in which a model computes."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype

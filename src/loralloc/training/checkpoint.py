@@ -40,7 +40,7 @@ SCALER = "scaler.json"
 
 
 WRITTEN_LAST = (MANIFEST, "trainer_state.json", "complete.json")
-"""Files written at the end of a checkpoint: one of them shows that it was complete, also from before manifests."""
+"""Files written at the end of a checkpoint: with one of them it was complete, or nearly so, even without a manifest."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Compaction:
         model: The model; its `state_dict` and `load_state_dict` continue to use full shapes.
         sites: Its gated layers.
         kept: Boolean [R]: the ranks that stay.
-        optimizer: The optimizer; its state of closed ranks is removed too. None if it has no state yet.
+        optimizer: The optimizer; its state of closed ranks is removed too. None if there is no optimizer yet.
     """
 
     def __init__(

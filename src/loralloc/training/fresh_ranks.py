@@ -21,7 +21,7 @@ def clear_moments(optimizer: torch.optim.Optimizer, sites: Sequence[Site], opene
     Args:
         optimizer: Any optimizer whose state holds tensors in the shape of the parameter (Adam's moments, momentum).
         sites: The sites; a scale of zero marks a closed rank.
-        opened: Boolean [R]; ranks that start afresh and are cleared as well.
+        opened: Boolean [R]; ranks that start anew, whose state is zeroed as well.
 
     Raises:
         UserError: The state is quantized: writing 0 into it does not make a moment 0.

@@ -58,7 +58,7 @@ class SampleLoss:
         return cls(inner, "logits_to_keep" in inspect.signature(inner.forward).parameters)
 
     def kind(self, labels: Tensor) -> Kind:
-        """What the labels say.
+        """Return what is predicted for labels of this type and shape.
 
         Raises:
             UserError: The model's loss is not known.

@@ -91,7 +91,8 @@ class Watcher:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the pass inside."""
-        with ExitStack() as stack:  # not hooks: later passes replace `forward` too, before the hooks of others run
+        # Not by hooks: later passes replace `forward`, and hooks of others run on what that returns, then as now.
+        with ExitStack() as stack:
             for block in self._blocks:
                 stack.enter_context(computing(block, partial(self._through_block, block, block.forward)))
             for index, site in enumerate(self._sites):

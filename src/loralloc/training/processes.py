@@ -71,7 +71,7 @@ def is_main() -> bool:
 
 @functools.cache
 def _errands() -> Any:
-    """A group of its own for what is not training: on the CPU, and patient."""
+    """A process group for what is not training: on the CPU, with a long time-out."""
     return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
@@ -150,7 +150,7 @@ def refuse_several(verb: str) -> None:
     """Refuse what one process does alone, where a launcher has started several.
 
     Raises:
-        UserError: It has.
+        UserError: A launcher has started several processes.
     """
     join()
     if world_size() > 1:

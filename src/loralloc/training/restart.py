@@ -23,7 +23,7 @@ SHOW = (
 
 
 def check_shown(optimizer: torch.optim.Optimizer | None) -> None:
-    """Ask for the optimizer in every step of a run in which it will start anew.
+    """Refuse a step without the optimizer, in a run that will reset the optimizer.
 
     Raises:
         UserError: No optimizer was shown.

@@ -43,7 +43,7 @@ class Stopped(SystemExit):
 
 
 class _Watch:
-    """The first signal that this process has received."""
+    """Handles the signals of a process, and remembers the first one."""
 
     def __init__(self) -> None:
         self.owner, self.training = os.getpid(), False
@@ -69,7 +69,7 @@ _watch: _Watch | None = None
 
 
 def spare_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Have processes that load data leave SIGTERM to the first process, where somebody is `listening`.
+    """Make the workers of a data loader ignore SIGTERM, if the process is `listening`.
 
     Schedulers send it to every process of a job. A run whose worker dies of it can fetch no further batch, and ends
     before it is saved.

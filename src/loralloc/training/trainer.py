@@ -58,7 +58,7 @@ class RunTrainer(Base):
         guard: Skips bad steps, and counts them; None if an allocation does so.
         evaluated: Predictions, targets and examples of the last evaluation; None before the first.
         over: Whether a resumed run has nothing left to train, because its checkpoint is the last one.
-        written: Texts that the model generated in the last evaluation; None if evaluations generate none.
+        written: The answers that the last evaluation generated, with their metrics; None if evaluations generate none.
         depends_on: Says what a run that resumes from a checkpoint must have in common with it.
         meter: Counts what is trained on; rows of the log with a loss say how fast, and how much memory it takes.
         processor_seconds: What the training has cost, see `meter.processor_time`; known once it has ended.
@@ -123,7 +123,7 @@ class RunTrainer(Base):
         return spare_workers(super().get_eval_dataloader(*args, **kwargs))
 
     def without_answers(self) -> AbstractContextManager[None]:
-        """Generate no answers in evaluations inside; here there are none anyway."""
+        """A context in which evaluations generate no answers; those of this class never do."""
         return nullcontext()
 
     def window(self) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 FEWEST_LOOKS, MOST_LOOKS = 4, 16
-"""Limits of the number of ranks near the boundary that are measured at first, a 64th of all; and as many random others.
+"""Fewest and most ranks near the boundary that are measured at first: a 64th of all, within these limits.
 
+As many others, drawn at random, are measured with them.
 A few errors show how far off estimates may be, however many ranks there are (benchmarks/LOG.md)."""
 
 SAFETY = 1.5
@@ -45,7 +46,7 @@ def settle(
 
     At first some ranks near the boundary and some random others (the audit) are measured. Their errors say how far off
     the estimates may be. Every rank that could then be on either side of the boundary is measured too: the nearest
-    first, in each round at most as many as are already known, until none is left. The bound is empirical, not proven:
+    first, each time at most as many as are already measured, until none is left. The bound is empirical, not proven:
     it is `SAFETY` times the largest error seen.
 
     Args:

@@ -116,7 +116,10 @@ class ALLoRA(Method):
 
     @property
     def masks_bad_steps(self) -> bool:
-        """Whether the allocating method does. Row scales depend on weights alone, and a skipped step is zero anyway."""
+        """Whether the allocating method does; true without one.
+
+        ALLoRA itself has nothing to protect: row scales depend on weights alone, and a skipped step is zero anyway.
+        """
         return self.allocate is None or self.allocate.masks_bad_steps
 
     @classmethod

@@ -91,5 +91,5 @@ def check_scales(sites: Sequence[Site]) -> None:
 
 def _unscaled_alpha(site: Site) -> float:
     """The lora_alpha with which a site would have the scale 1: its rank, or what the allocating method divides by."""
-    share = site.scaling / site.plan_scale  # divided by the rank, or by its root with rsLoRA
+    share = site.scaling / site.plan_scale  # that divisor over the rank; the roots of both with rsLoRA
     return site.rank * (share**2 if site.layer.use_rslora.get(site.adapter, False) else share)

@@ -247,7 +247,7 @@ class AutoLoRA(Method):
         return direct
 
     def _gradient_after_step(self, state: AutoLoRAState, data: StepData, before: Before) -> list[Tensor]:
-        """Gradient with respect to the gates where the optimizer's step has led."""
+        """Gradient with respect to the gates at the weights after the optimizer's step."""
         weights, gates = data.weights(), state.gates()
         direct, v = validation_gradients(data, gates, weights, check=state.updates == 0)
         if self.mode == "fast":
@@ -274,7 +274,7 @@ class AutoLoRA(Method):
         return True
 
     def _look_at_plan(self, state: AutoLoRAState, target: int) -> Decision:
-        """Compare the plan as it would be now with that of the last look."""
+        """Compare the plan as it would be now with that of the last check."""
         planned = self._select(state, target)
         same = state.planned is not None and torch.equal(planned, state.planned.to(planned.device))
         state.unchanged = state.unchanged + 1 if same else 0
