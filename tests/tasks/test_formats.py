@@ -48,7 +48,7 @@ class TestUnusedColumns:
 
     def test_a_name_that_stands_twice_is_refused_when_it_is_used(self, tmp_path: Path) -> None:
         text = "text,label,label\none,x,y\n"
-        message = r'a.csv: column "label" \(data.label\) stands 2 times in the header: give each a name of its own\.$'
+        message = r'a.csv: column "label" \(data.label\) stands 2 times in the header: give each a unique name\.$'
         with pytest.raises(UserError, match=message):
             read_rows(save(tmp_path, "a.csv", text)).values("label", "data.label")
         cured = read_rows(save(tmp_path, "a.csv", text.replace("label\n", "other\n")))

@@ -70,7 +70,7 @@ UNFIT: dict[str, tuple[Made, str]] = {
     "ASGD": (lambda p: torch.optim.ASGD(p), "its update of a new rank is not known"),
     "Rprop": (lambda p: torch.optim.Rprop(p), "its update of a new rank is not known"),
     "Adafactor": (lambda p: torch.optim.Adafactor(p), "its update of a new rank is not known"),
-    "SGD": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.5), "dampening=0.5 holds for no parameter"),
+    "SGD": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.5), "dampening=0.5 is skipped for a parameter"),
     "Adagrad": (lambda p: torch.optim.Adagrad(p, lr_decay=0.1), "lr_decay=0.1 follows the steps of a whole parameter"),
     "Adagrad, filled": (
         lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.1),

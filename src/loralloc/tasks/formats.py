@@ -233,7 +233,7 @@ def _by_name(header: Sequence[str]) -> tuple[list[int], dict[str, str]]:
     counts = Counter(header)
     kept = [i for i, name in enumerate(header) if name.strip() and counts[name] == 1]
     return kept, {
-        name: f"stands {count} times in the header: give each a name of its own"
+        name: f"stands {count} times in the header: give each a unique name"
         for name, count in counts.items()
         if count > 1 and name.strip()
     }

@@ -74,9 +74,8 @@ class CollatedBatches(Sequence[Batch]):
 
 
 OWN_LOSS = (
-    "that the model returns. It is computed a second time, so train on model(**batch).loss, with labels "
-    'in the batch, and with the model that the allocation is attached to; or use AutoLoRA(mode="first_order"), which '
-    "computes no step again"
+    "that the model returns. This method computes it again, so train on model(**batch).loss, with labels in the batch, "
+    'and with the model that the allocation is attached to; or use AutoLoRA(mode="first_order"), which does not'
 )
 
 

@@ -148,7 +148,7 @@ class Rule:
 
 def _dampened(group: Group) -> str | None:
     if group["momentum"] and group["dampening"]:
-        return f"dampening={group['dampening']:g} holds for no parameter's first gradient, but would for a new rank's"
+        return f"dampening={group['dampening']:g} is skipped for a parameter's first gradient, but not for a new rank's"
     return None
 
 
