@@ -78,12 +78,12 @@ def train(base: Path, folder: Path, task: str, seed: int, rank: int, rate: float
     }
 
 
-def frontier(folder: Path, task: str, seed: int, order: str, share: float) -> dict[str, Any]:
+def frontier(folder: Path, task: str, seed: int, rate: float, order: str, share: float) -> dict[str, Any]:
     """A frontier of the run of the largest rank; returns its record."""
-    out = f"{task}-{seed}-{order}-{share:g}"
+    out = f"{task}-{seed}-{rate:g}-{order}-{share:g}"
     recovery = ("--recover", 0.2, "--recover_rate", share) if share else ("--recover", 0)
     ranks = ",".join(map(str, RANKS))
-    run = name_of(task, seed, RANKS[0], best_rate(task, RANKS[0]))
+    run = name_of(task, seed, RANKS[0], rate)
     loralloc(folder, "frontier", run, "--output", out, "--order", order, "--ranks", ranks, *recovery)
     points = []
     for path in sorted((folder / out / "points").glob("*/point.json")):
@@ -108,7 +108,7 @@ def run(base: Path, data: Path, folder: Path) -> None:
             for rate in RATES if seed == SEEDS[0] else [best_rate(task, rank)]:
                 keep(train, base, folder, task, seed, rank=rank, rate=rate)
         for order, share in curves:
-            keep(frontier, folder, task, seed, order=order, share=share)
+            keep(frontier, folder, task, seed, rate=best_rate(task, RANKS[0]), order=order, share=share)
 
 
 def keep(make: Callable[..., dict[str, Any]], *where: Any, **named: Any) -> None:
@@ -150,7 +150,8 @@ def table(found: Iterable[Mapping[str, Any]], task: str) -> str:
         curves = {
             record["seed"]: sorted(record["points"], key=lambda point: -point["ranks"])
             for record in here
-            if (record.get("order"), record.get("share")) == (order, share) and record["seed"] in sweep
+            if (record.get("order"), record.get("share"), record["rate"]) == (order, share, rates[RANKS[0]])
+            and record["seed"] in sweep
         }
         if curves:
             name = f"{order.replace('_', ' ')}, " + (f"recovered at {share:g}" if share else "cut")

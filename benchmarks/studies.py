@@ -86,9 +86,9 @@ def shuffled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def study(name: str, data: Path, base: Path | None, runs: Path, others: list[str]) -> None:
+def study(name: str, data: Path | None, base: Path | None, runs: Path, others: list[str]) -> None:
     """Run a study, or go on with it, and keep what it has found."""
-    if name in ROWS:
+    if data is not None and name in ROWS:
         write_rows(ROWS[name], data, name, runs)
     recipe = yaml.safe_load((STUDIES / f"{name}.yaml").read_text(encoding="utf-8"))
     if recipe["model"]["name"] == "BASE":
@@ -199,7 +199,7 @@ def main() -> None:
     arguments, others = parser.parse_known_args()
     if arguments.table:
         print(tables())
-    elif arguments.name is None or arguments.data is None:
+    elif arguments.name is None or (arguments.data is None and arguments.name in ROWS):
         parser.error("a study and DATA, or --table")
     else:
         study(arguments.name, arguments.data, arguments.base, arguments.runs, others)

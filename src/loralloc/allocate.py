@@ -145,15 +145,15 @@ def break_ties(scores: Tensor, other: Tensor) -> Tensor:
         other: [R], on any device.
 
     Returns:
-        [R], float64: 0 for the best, −1 for the next, ...
+        [R], float32: 0 for the best, −1 for the next, ...; exact up to 2²⁴ ranks.
 
     >>> break_ties(torch.tensor([0.5, 0.5, 0.7]), torch.tensor([1, 2, 0])).tolist()
     [-2.0, -1.0, -0.0]
     """
-    order = by_score(other.to(scores.device))
+    order = by_score(other).to(scores.device)
     order = order[by_score(scores[order])]
-    places = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
-    places[order] = -torch.arange(len(order), dtype=torch.float64, device=scores.device)
+    places = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+    places[order] = -torch.arange(len(order), dtype=torch.float32, device=scores.device)
     return places
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import types
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
 from loralloc import AdaLoRA, Budget, UserError, attach, export_adapter
 from loralloc.adapter import check as check_module
 from loralloc.adapter import export as export_module
-from loralloc.adapter.check import compare, computing_plainly
+from loralloc.adapter.check import compare, computing_plainly, rounded_otherwise
 from loralloc.peft_layers import bare_base
 from loralloc.plain_lora import plain_sites
 
@@ -307,10 +308,28 @@ def test_a_model_that_amplifies_rounding_is_allowed_what_rounding_does_to_it(
 
 
 def test_numbers_that_are_not_finite_are_refused_whatever_rounding_does() -> None:
+    one = torch.ones(2)
     for broken in (math.nan, math.inf):
         with pytest.raises(RuntimeError, match=f"logits differ by {broken}"):
-            compare(torch.ones(2), torch.tensor([1.0, broken]), lambda eps: torch.full((2,), math.inf))
-    assert compare(torch.ones(2), torch.tensor([1.0, 1.1]), lambda eps: torch.tensor([1.0, 1.02])).difference < 0.11
+            compare(one, torch.tensor([1.0, broken]), lambda: one * 2)
+        with pytest.raises(RuntimeError, match=r"logits differ by 499 \(allowed 1e-05\)"):
+            compare(one, torch.tensor([1.0, 500.0]), partial(torch.mul, one, broken))
+
+
+@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 8), (torch.bfloat16, 2)])
+def test_a_multiple_of_what_rounding_does_is_allowed(dtype: torch.dtype, times: int) -> None:
+    expected, rounded = torch.ones(2, dtype=dtype), torch.tensor([1.0, 1.125])
+    assert compare(expected, expected + 0.1 * times, lambda: rounded).allowed == times * 0.125
+    with pytest.raises(RuntimeError, match="logits differ by"):
+        compare(expected, expected + 0.2 * times, lambda: rounded)
+
+
+def test_what_a_layer_returns_is_rounded_in_its_own_dtype() -> None:
+    """Also where logits come out as fp32."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_peft("llama", trained=True, dtype=dtype).eval()
+        change = (rounded_otherwise(model, token_batch(), torch.float32) - logits(model)).abs().max()
+        assert 0.1 < change / torch.finfo(dtype).eps < 1000
 
 
 @pytest.mark.parametrize(("name", "serves"), [("llama", True), ("bert", False)])

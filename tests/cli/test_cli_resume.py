@@ -127,7 +127,7 @@ class TestDamage:
         whole = killed()
         said = resume()
         assert "whole" not in said
-        assert "starts anew" not in said
+        assert "starts over" not in said
         assert unlike(Path("run"), whole) == []
 
     def test_nothing_is_trained_anew_unasked_where_all_are_damaged(self, killed: Killed) -> None:
@@ -159,7 +159,7 @@ class TestDamage:
                 (saved("adalora", step) / "trainer_state.json").unlink()
         said = resume()
         assert "it has no manifest.json: its writing was cut off; it is passed over" in said
-        assert "the training starts anew" in said
+        assert "the training starts over" in said
         assert unlike(Path("run"), whole) == []
 
     @pytest.mark.parametrize("of_before", [False, True], ids=["the manifest is lost", "of a version without manifests"])
@@ -304,7 +304,7 @@ class TestChanges:
         plan = read_json(here / "plan.json")
         next(iter(plan["modules"].values()))["scale"] = 3.0
         (here / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-        assert "a run that differs: the plan has other ranks or scales" in refused(*planned, "--resume")
+        assert "a different run: the plan has other ranks or scales" in refused(*planned, "--resume")
 
     def test_several_are_told_together(self, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_rows(own, read_rows(own)[1:])
@@ -370,7 +370,7 @@ class TestFinished:
         with killed_in(pipeline, "export_adapter"):
             done("train", recipe, *once)
         monkeypatch.setattr(RunTrainer, "training_step", None)
-        assert "starts anew" not in done("train", recipe, *once, "--resume")
+        assert "starts over" not in done("train", recipe, *once, "--resume")
         assert read_json(Path("run/metrics.json"))["total_steps"] == 6
 
     def test_it_needs_no_checkpoints_for_that(self, recipe: Path, page: list[Path]) -> None:

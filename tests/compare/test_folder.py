@@ -86,6 +86,20 @@ def test_a_plan_is_trained_again_when_it_has_changed(tmp_path: Path) -> None:
     assert study._is_due(folder, again, retry=False)
 
 
+def test_a_failed_plan_is_trained_again_when_it_has_changed(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "--seeds", "1", "--learning_rates", "1e-2")
+    cells = {cell.contender.id: cell for cell in cells_of(recipe)}
+    folder = fabricate(recipe, noisy({"adalora": 0.3}))
+    (again,) = study._retrained(
+        recipe, SHAPES, folder, entries([read_row(folder, cell) for cell in cells.values()], "loss")
+    )
+    folder.fail(again.name, "refused", final=True)
+    folder.run_recipe(again.name).write_text(study._text(again))
+    assert not study._is_due(folder, again, retry=False)
+    uneven((4, 3, 2, 0)).save(folder.run(cells["adalora"].name).plan)  # the same ranks in other modules
+    assert study._is_due(folder, again, retry=False)
+
+
 def test_a_failure_counts_for_the_settings_that_it_was_of(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, "--seeds", "1")
     cell, *_ = cells_of(recipe)

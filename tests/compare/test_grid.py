@@ -309,7 +309,7 @@ class TestRefusals:
             recipe_for(tmp_path, "--methods", methods.format(name), "--variants", f"{{'{name}': {{name: adalora}}}}")
         rule = "a variant is named with lower-case letters, digits and _"
         assert f"--variants: compare.variants.{name}: {rule}" in str(error.value).splitlines()
-        assert "nobody competes" not in str(error.value)
+        assert "is not compared" not in str(error.value)
 
     @pytest.mark.parametrize("setting", ["budget: {average_rank: 1}", "rank_seed: 3"])
     def test_what_a_comparison_sets_itself(self, tmp_path: Path, setting: str) -> None:

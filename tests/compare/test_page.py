@@ -107,7 +107,7 @@ def test_failures_are_rows_with_their_reasons(tmp_path: Path) -> None:
 
 def test_all_may_have_failed(tmp_path: Path) -> None:
     words = words_of(page_of(recipe_for(tmp_path), lambda cell: "killed by SIGKILL"))
-    assert "No run can be compared with plain LoRA: see the failures." in words
+    assert "No method can be judged, because runs of AdaLoRA" in words
 
 
 def test_rates_that_were_passed_over_are_told(tmp_path: Path) -> None:
@@ -119,8 +119,12 @@ def test_rates_that_were_passed_over_are_told(tmp_path: Path) -> None:
 
     words = words_of(page_of(recipe_for(tmp_path), losses))  # type: ignore[arg-type]
     assert "Learning rates at which a run has failed were passed over: 0.01 of plain LoRA." in words
+    several = recipe_for(tmp_path, "--budgets", "[1, 2]", "--output", str(tmp_path / "several"))
+    told = "passed over: 0.01 of plain LoRA at average rank 1 and 0.01 of plain LoRA at average rank 2."
+    assert told in words_of(page_of(several, losses))  # type: ignore[arg-type]
     fine = page_of(recipe_for(tmp_path, "--output", str(tmp_path / "fine")), noisy({}))
-    assert "passed over" not in words_of(fine)
+    nothing = page_of(recipe_for(tmp_path, "--output", str(tmp_path / "nothing")), lambda cell: "killed")
+    assert not any("passed over" in words_of(page) for page in (fine, nothing))
 
 
 def test_runs_without_a_result_are_told_where_their_losses_are(tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_runs_without_a_result_are_told_where_their_losses_are(tmp_path: Path) -
         return "diverged" if (cell.contender.id, cell.seed) == ("adalora", 1) else noisy({"adalora": 0.3})(cell)
 
     words = words_of(page_of(recipe_for(tmp_path, "--learning_rates", "1e-2", "--peers", "[]"), losses))  # type: ignore[arg-type]
-    assert "No run can be compared with plain LoRA" in words
+    assert "No method can be judged, because runs of AdaLoRA or of plain LoRA have no result" in words
     assert "(2 of 3 runs)" in words
 
 
@@ -137,7 +141,7 @@ def test_a_run_that_will_be_repeated_makes_the_verdict_wait(tmp_path: Path) -> N
     folder = fabricate(recipe, noisy({"adalora": 0.3}, rows=0.02))
     shutil.rmtree(folder.run(cells_of(recipe)[-1].name).root)
     write_page(folder, recipe, SHAPES, [read_row(folder, cell) for cell in cells_of(recipe)])
-    assert "1 run is missing, which the same command runs again; so far, AdaLoRA is better" in words_of(
+    assert "The same command repeats 1 run that has no result; so far, AdaLoRA is better" in words_of(
         folder.page.read_text(encoding="utf-8")
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -65,23 +66,6 @@ def test_not_enough_runs_of_one_that_is_ahead() -> None:
     assert 1 <= fewer < more
 
 
-def test_of_one_seed_beside_others_nothing_is_known() -> None:
-    lone = compared(-0.15, seeds=1)
-    others = compared(-0.1, spread=0.1)[0]
-    both = [*lone, Compared(replace(others.entry, contender=Contender("b", "B", "method")), others.difference)]
-    assert "whether B is better than plain LoRA: it is ahead" in verdict(both, loss=2.0, margin=0.01)
-    failed = [*lone, Compared(both[1].entry, replace(compared(0.5)[0].difference, low_all=0.4))]  # type: ignore[type-var]
-    assert verdict(failed, loss=2.0, margin=0.01).endswith("its loss: 2 more seeds would")
-
-
-def test_one_seed_of_one_is_not_enough_for_any() -> None:
-    """B's only run is behind, which says nothing of its next one."""
-    lone = compared(0.02, 0.02, seeds=1)[1]
-    level = compared(0.0)[0]
-    assert verdict([level], loss=2.0, margin=0.01).startswith("plain LoRA is enough")
-    assert "whether B is better" in verdict([level, lone], loss=2.0, margin=0.01)
-
-
 def with_runs(one: Compared, *reasons: str) -> Compared:
     """A contender whose runs at the chosen rate have ended so."""
     rows = tuple(Row(None, reason=reason) for reason in reasons)  # type: ignore[arg-type]
@@ -94,23 +78,25 @@ def test_who_failed_is_not_better_than_anybody() -> None:
     assert verdict([best, second], loss=2.0, margin=0.01).startswith("A is better")
     said = verdict([with_runs(best, "", "diverged", ""), second], loss=2.0, margin=0.01)
     assert said.startswith("B is better")
-    assert said.endswith("; A failed, and cannot be judged")
+    assert said.endswith("; A cannot be judged, because runs have no result")
     assert verdict([with_runs(best, "", "diverged")], loss=2.0, margin=0.01) == (
-        "no run can be compared with plain LoRA: see the failures"
+        "no method can be judged, because runs of A or of plain LoRA have no result"
     )
+    no_rate = replace(best, entry=replace(best.entry, chosen=replace(best.entry.chosen, score=math.nan)))
+    assert verdict([no_rate, second], loss=2.0, margin=0.01).startswith("B is better")
     level = verdict([with_runs(second, "", ""), replace(best, difference=None)], loss=2.0, margin=0.01)
     assert level.startswith("B is better")
-    assert level.endswith("; A failed, and cannot be judged")
+    assert level.endswith("; A cannot be judged, because runs have no result")
 
 
 def test_a_verdict_says_what_it_lacks() -> None:
     plain = compared(0.0)[0]
     assert with_gaps("X", with_runs(plain, "", "").entry, 0) == "X"
     assert with_gaps("X", with_runs(plain, "", "killed").entry, 0) == (
-        "X; plain LoRA failed in 1 of 2 runs, and only the other seeds are compared"
+        "X; 1 of 2 runs of plain LoRA have no result, so only the other seeds count"
     )
-    assert with_gaps("X", plain.entry, 1) == "1 run is missing, which the same command runs again; so far, X"
-    assert with_gaps("X", plain.entry, 3).startswith("3 runs are missing, ")
+    assert with_gaps("X", plain.entry, 1) == "the same command repeats 1 run that has no result; so far, X"
+    assert with_gaps("X", plain.entry, 3).startswith("the same command repeats 3 runs that have no result; so far")
 
 
 def test_one_that_rows_cannot_tell_hides_no_other() -> None:

@@ -57,4 +57,6 @@ def test_a_size_whose_loss_is_not_finite_is_the_worst() -> None:
     broken, mended = (Measured({}, (loss, 1.0, 1.0), 1.0) for loss in (nan, 1.1))
     assert Point(1, 1, 1, 1, broken, mended).gained
     assert not Point(1, 1, 1, 1, mended, broken).gained
-    assert all(map(math.isfinite, _limits([broken, mended], [broken, mended])))
+    assert _limits([broken, mended], [broken, mended]) == _limits([mended], [mended])
+    assert _limits([broken], [mended]) == _limits([mended], [mended]), "all recoveries may have diverged"
+    assert all(map(math.isfinite, _limits([broken], [broken])))

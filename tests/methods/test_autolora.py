@@ -295,6 +295,14 @@ class TestPlan:
         ranks = Loop(method=AutoLoRA(HELD_OUT, budget)).run.finish().ranks
         assert list(ranks.values()) == [RANK // 2, RANK // 2]
 
+    def test_equal_shares_of_different_ranks_take_turns_too(self) -> None:
+        """In fp32 41 shares of 1/41 are not quite equal shares."""
+        logits = torch.zeros(41, dtype=torch.float32)
+        assert (41 * torch.softmax(logits, 0)[0]) != 1
+        model = net(rank_pattern={"first": 41, "second": 4}).float()
+        loop = Loop(model=model, method=AutoLoRA(HELD_OUT, Budget(total_rank=6)))
+        assert list(loop.run.finish().ranks.values()) == [3, 3]
+
     @given(st.lists(st.floats(-4, 4).filter(lambda logit: abs(logit) > 1e-6), min_size=2, max_size=2))
     def test_of_two_ranks_half_the_budget_is_one_in_every_matrix(self, logits: list[float]) -> None:
         """One share of two is at least a half, so that such a search cannot move ranks from matrix to matrix."""

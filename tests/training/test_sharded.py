@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.multiprocessing.spawn import spawn
 from trainers import language_batch, sentences
 
 from loralloc import AdaLoRA, AutoLoRA, Budget, UserError, attach, export_adapter, kept_whole
+from loralloc.adapter import check
 from loralloc.training.shared_gradients import average_gradients
 
 pytestmark = pytest.mark.slow
@@ -80,6 +82,15 @@ def with_a_head(folder: Path) -> list[float]:
     return [exported.difference, exported.allowed]
 
 
+def rounding(folder: Path) -> int:
+    """How often an export computes with other rounding, which on this data no process needs."""
+    model: PeftModel = tiny_peft("llama", trained=True)
+    shard(model)
+    with patch.object(check, "rounded_otherwise", wraps=check.rounded_otherwise) as rounded:
+        export_adapter(model, folder / "rounding")
+    return rounded.call_count
+
+
 def means(rank: int) -> list[Any]:
     """Averages of gradients that each process has, one has, and none has; of a narrow dtype too."""
     parameters = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float32,) * 3 + (torch.bfloat16,)]
@@ -98,6 +109,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
         "saved": loop(method="ablora", save=folder / "half", export=folder / "adapter"),
         "resumed": loop(method="ablora", resume=folder / "half"),
         "head": lambda rank, world: with_a_head(folder),
+        "rounding": lambda rank, world: rounding(folder),
         "means": lambda rank, world: means(rank),
         **{
             f"all sharded, {order}": lambda rank, world, o=order: refusal(lambda: everything_sharded(o))
@@ -198,6 +210,11 @@ def test_a_head_that_is_saved_whole_is_exported(two: Any) -> None:
     difference, allowed = of(two, "head")
     assert difference <= allowed
     assert "base_model.model.lm_head.weight" in load_file(two[0] / "head" / "adapter_model.safetensors")
+
+
+def test_other_rounding_is_computed_by_all_processes(two: Any) -> None:
+    """A forward pass of a sharded model takes all of them, and each process finds its own differences."""
+    assert of(two, "rounding") == 1
 
 
 WHOLE = "ignored_params=loralloc.kept_whole(model)"

@@ -246,7 +246,7 @@ def _write_merged(model: PeftModel, folder: Path, batch: Mapping[str, Any]) -> C
     with computing_plainly(model):
         expected = logits(model, batch)
         merged = copy.deepcopy(model).merge_and_unload().eval()
-        rounded = partial(rounded_otherwise, model, batch)
+        rounded = partial(rounded_otherwise, model, batch, merged.dtype)
         compare(expected, logits(merged, batch), rounded, ulps=64)  # narrow weights are rounded once more by merging
         merged.save_pretrained(folder)
         type(merged.config).from_pretrained(folder)  # the folder is a model that loads by itself

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from loralloc.compare.cells import HELD_OUT
 from loralloc.compare.grid import PEERS, Shapes, section_of, tuning_seeds
-from loralloc.compare.results import Entry, Row, criterion
+from loralloc.compare.results import Entry, Row, Trial, criterion
 from loralloc.compare.verdict import listed
 from loralloc.recipe.schema import Recipe
 from loralloc.report.wording import count
@@ -57,16 +58,20 @@ def _looking(found: Sequence[Entry]) -> list[str]:
 
 def _passed_over(found: Sequence[Entry]) -> list[str]:
     """Rates at which a contender was not judged because tuning runs have failed: a phrase for each contender."""
-    told = []
+    told, several = [], len({entry.point for entry in found}) > 1
     for entry in found:
-        failed = [
+        rates = [
             f"{trial.learning_rate:g}"
             for trial in entry.trials
-            if trial is not entry.chosen and not all(row.finished for row in trial.tuning)
+            if _failed(trial) > _failed(entry.chosen) and math.isfinite(entry.chosen.score)
         ]
-        if failed:
-            told.append(f"{listed(failed)} of {entry.contender.label}")
-    return list(dict.fromkeys(told))
+        if rates:
+            told.append(f"{listed(rates)} of {entry.contender.label}{f' at {entry.point.label}' if several else ''}")
+    return told
+
+
+def _failed(trial: Trial) -> int:
+    return sum(not row.finished for row in trial.tuning)
 
 
 def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[Entry]) -> list[str]:

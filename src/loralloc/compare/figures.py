@@ -32,17 +32,17 @@ def colours(entries: Sequence[Entry]) -> dict[str, str]:
 
 def difference_figure(compared: Sequence[Compared]) -> Figure:
     """Mean difference to plain LoRA, with its 95 % interval (thick) and the simultaneous interval of all (thin)."""
-    known = [(one.entry.contender, one.difference) for one in compared if one.difference is not None]
+    known = [(one.entry, one.difference) for one in compared if one.difference is not None]
     height = 0.62 + ROW * max(1, len(known))
     figure, axes = _axes(height, left=0.36, right=0.97)
     axes.axvline(0, color=LIGHT["ink"], linewidth=1)
-    for place, (contender, one) in enumerate(known):
-        colour = LIGHT["muted" if not one.significant else "good" if one.mean < 0 else "warn"]
+    for place, (entry, one) in enumerate(known):
+        colour = LIGHT["muted" if not (one.significant and entry.complete) else "good" if one.mean < 0 else "warn"]
         axes.plot([one.low_all, one.high_all], [place, place], color=colour, linewidth=0.8)
         axes.plot([one.low, one.high], [place, place], color=colour, linewidth=3.2, alpha=0.55)
         axes.plot([one.mean], [place], "o", color=colour, markersize=4.5)
         axes.text(
-            -0.03, place, clipped(contender.label), transform=axes.get_yaxis_transform(), ha="right", va="center",
+            -0.03, place, clipped(entry.contender.label), transform=axes.get_yaxis_transform(), ha="right", va="center",
             size=8, color=LIGHT["ink"],
         )  # fmt: skip
     axes.set_ylim(len(known) - 0.5, -0.5)

@@ -224,6 +224,11 @@ class Entry:
         return len(self.chosen.rows) - len(self.chosen.finished)
 
     @property
+    def complete(self) -> bool:
+        """Whether there is a chosen rate, with a result for every seed."""
+        return math.isfinite(self.chosen.score) and not self.failures
+
+    @property
     def at_edge(self) -> bool:
         """Whether the chosen rate is the smallest or the largest of three or more: a better one may lie beyond."""
         ends = (self.trials[0], self.trials[-1])

@@ -72,11 +72,11 @@ def compare(recipe: Recipe, executor: Executor, retry: bool, watcher: Watcher) -
     shapes = measure(recipe)
     cells = plan_cells(recipe, shapes, folder.runs)
     with folder.locked():
-        for cell in cells:
-            _check_kept(folder, cell)
         folder.create(recipe)
 
         def run(due: Sequence[Cell]) -> list[Row]:
+            for cell in due:
+                _check_kept(folder, cell)
             if due:
                 _run(folder, due, executor, retry, section_of(recipe).threads, watcher)
             return [read_row(folder, cell) for cell in due]
@@ -106,7 +106,7 @@ def _tuned(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], list[Row]], re
 def _check_kept(folder: CompareFolder, cell: Cell) -> None:
     """Refuse a run that was made with other settings."""
     run = folder.run(cell.name)
-    if run.metrics.is_file() and not run.holds(cell.recipe):
+    if cell.recipe.plan is None and run.metrics.is_file() and not run.holds(cell.recipe):
         raise UserError(
             f"{run.root} was run with other settings than this comparison has; delete the folder to run it again, or "
             "name another one for the comparison with --output"
@@ -167,7 +167,7 @@ def _write_recipe(path: Path, text: str) -> None:
 
 def _text(cell: Cell) -> str:
     """The recipe of a run; for one from a plan also its ranks, in a comment: the recipe only names the plan's file."""
-    ranks = "" if cell.recipe.plan is None else f"# ranks: {list(_planned(cell).values())}\n"
+    ranks = "" if cell.recipe.plan is None else f"# ranks: {_planned(cell)}\n"
     return dump_recipe(cell.recipe) + ranks
 
 

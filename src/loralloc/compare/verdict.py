@@ -40,15 +40,12 @@ def verdict(compared: Sequence[Compared], loss: float, margin: float) -> str:
     if not any(one.entry.contender.kind in IN_QUESTION for one in compared):
         return "only controls were compared with plain LoRA: name methods in compare.methods"
     asked = [one for one in compared if one.entry.contender.kind in IN_QUESTION]
-    known = [
-        (one.entry.contender.label, one.difference)
-        for one in asked
-        if one.difference is not None and not one.entry.failures
-    ]
-    failed = [one.entry.contender.label for one in asked if one.difference is None or one.entry.failures]
-    if not known:
-        return "no run can be compared with plain LoRA: see the failures"
-    unknown = f"; {listed(failed)} failed, and cannot be judged" if failed else ""
+    judged = [one for one in asked if one.difference is not None and one.entry.complete]
+    others = [one.entry.contender.label for one in asked if one not in judged]
+    if not judged:
+        return f"no method can be judged, because runs of {listed(others)} or of plain LoRA have no result"
+    unknown = f"; {listed(others)} cannot be judged, because runs have no result" if others else ""
+    known = [(one.entry.contender.label, one.difference) for one in judged if one.difference is not None]
     return _judged(known, compared, loss, margin) + unknown
 
 
@@ -59,7 +56,7 @@ def _judged(known: Sequence[tuple[str, Difference]], compared: Sequence[Compared
     if better := [(label, one) for label, one in known if one.significant and one.mean < 0]:
         return _better(better, loss)
     least = margin * abs(loss)
-    if undecided := [(label, one) for label, one in known if one.seeds == 1 or one.low_all <= -least]:
+    if undecided := [(label, one) for label, one in known if one.low_all <= -least]:
         return _ahead(undecided, loss, least, count) or _undecided(undecided, least, count, margin)
     return f"plain LoRA is enough here: nothing tried is better by {_percent(margin)} of its loss, or more"
 
@@ -74,10 +71,10 @@ def with_gaps(verdict: str, baseline: Entry, pending: int) -> str:
     """
     runs = len(baseline.chosen.rows)
     if 0 < baseline.failures < runs:
-        verdict += f"; plain LoRA failed in {baseline.failures} of {runs} runs, and only the other seeds are compared"
+        verdict += f"; {baseline.failures} of {runs} runs of plain LoRA have no result, so only the other seeds count"
     if pending:
-        told = f"{pending} run{'s are' if pending > 1 else ' is'} missing, which the same command runs again"
-        verdict = f"{told}; so far, {verdict}"
+        told = f"{pending} run{'s that have' if pending > 1 else ' that has'} no result"
+        verdict = f"the same command repeats {told}; so far, {verdict}"
     return verdict
 
 
@@ -107,7 +104,7 @@ def _ahead(undecided: Sequence[tuple[str, Difference]], loss: float, least: floa
     ahead = [
         (label, one, total)
         for label, one in undecided
-        if one.mean <= -least and one.seeds > 1 and (total := seeds_needed(one, -one.mean, count)) is not None
+        if one.mean <= -least and (total := seeds_needed(one, -one.mean, count)) is not None
     ]
     more = [(label, one, total - one.seeds) for label, one, total in ahead if total > one.seeds]
     if not more:
@@ -120,12 +117,12 @@ def _ahead(undecided: Sequence[tuple[str, Difference]], loss: float, least: floa
 def _undecided(undecided: Sequence[tuple[str, Difference]], least: float, count: int, margin: float) -> str:
     labels = [label for label, _ in undecided]
     who = listed(labels if len(labels) <= NAMED else [*labels[: NAMED - 1], f"{len(labels) - NAMED + 1} others"])
-    needed = [(seeds_needed(one, least, count), one.seeds) for _, one in undecided if one.seeds > 1]
+    needed = [(seeds_needed(one, least, count), one.seeds) for _, one in undecided]
     told = f"not enough runs to tell whether {who} {'is' if len(undecided) == 1 else 'are'} better than plain LoRA by "
     told += f"{_percent(margin)} of its loss"
     if any(total is None for total, _ in needed):
         return f"{told}: {MOST_SEEDS} seeds would not be enough, more test rows are needed"
-    more = max((total - have for total, have in needed if total is not None), default=2)  # one seed: variance unknown
+    more = max(total - have for total, have in needed if total is not None)
     return f"{told}: {_seeds(more)} would"
 
 

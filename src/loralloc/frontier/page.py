@@ -141,12 +141,17 @@ def _line(axes: Axes, averages: Sequence[float], found: Sequence[Measured], colo
 
 def _limits(shown: Sequence[Measured], cuts: Sequence[Measured]) -> tuple[float, float]:
     """Limits of the loss axis: all of `shown` (the lower line), and as much of the cuts as `SHOWN_SPREAD` allows."""
-    ends = [(mean - half, mean + half) for mean, half in map(loss_interval, shown) if math.isfinite(mean + half)]
+    ends = _finite(shown) or _finite(cuts) or [(0.0, 1.0)]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    highest = max(cut.mean for cut in cuts)
+    highest = max((cut.mean for cut in cuts if math.isfinite(cut.mean)), default=high)
     room = (high - low) * SHOWN_SPREAD
     high = max(high, min(highest, low + room))
     return low - 0.05 * (high - low), high + 0.12 * (high - low)
+
+
+def _finite(found: Sequence[Measured]) -> list[tuple[float, float]]:
+    """The intervals of the mean losses, of those that are finite."""
+    return [(mean - half, mean + half) for mean, half in map(loss_interval, found) if math.isfinite(mean + half)]
 
 
 def point_in_words(point: Point) -> str:

@@ -294,8 +294,8 @@ class AutoLoRA(Method):
         # Under a budget the threshold moves. A share says how a rank compares with others of its matrix, not what it is
         # worth beside one of another size: ranks are taken in the order of their shares, not by share per cost.
         scores = (shares * state.real.sum(1, keepdim=True))[state.real]  # relative to 1/k, which differs with k
-        # Matrices take turns at equal shares: a search that has learned nothing leaves plain LoRA.
-        scores = break_ties(scores, uniform_scores([site.rank for site in state.sites]))
+        # Matrices take turns at shares that are equal up to rounding, so that an idle search leaves plain LoRA.
+        scores = break_ties(scores.round(decimals=5), uniform_scores([site.rank for site in state.sites]))
         return agree(select(scores, self.budget, modules_of(state.sites), target, keep_within))
 
 
