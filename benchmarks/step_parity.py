@@ -1,6 +1,7 @@
 """Learning curves of LoRA, AdaLoRA with its defaults, and AdaLoRA as published, at several learning rates.
 
     python benchmarks/step_parity.py --data qnli/dev.jsonl.gz       # JSON lines with question, sentence, label
+    python benchmarks/step_parity.py --table                        # print the table of docs/step-parity.md
     python benchmarks/step_parity.py --plot                         # redraw docs/figures/step-parity.svg
 
 The model is the MiniLM encoder of the extra `demo`. The runs of a seed see the same batches in the same order, start
@@ -19,6 +20,7 @@ import random
 import time
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -126,6 +128,26 @@ def records() -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def curves(name: str, rate: float) -> list[list[float]]:
+    """The held-out accuracies of a method's runs at a learning rate, after every 60 steps: a list for each seed."""
+    found = [r for r in records() if (r["method"], r["learning_rate"]) == (name, rate)]
+    return [[score for _, score in r["accuracy"]] for r in sorted(found, key=lambda r: r["settings"]["seed"])]
+
+
+def table() -> str:
+    """Accuracies after half of the steps and all of them: the mean over seeds, with the lowest and the highest."""
+    lines = [f"| | {' | '.join(f'lr {rate:g}, {steps} steps' for rate in RATES for steps in (STEPS // 2, STEPS))} |"]
+    lines.append("|---" * (1 + 2 * len(RATES)) + "|")
+    for name in METHODS:
+        cells = []
+        for rate in RATES:
+            found = curves(name, rate)
+            for scores in ([scores[len(scores) // 2 - 1] for scores in found], [scores[-1] for scores in found]):
+                cells.append(f"{mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot() -> None:
     """Draw the curves of all records: a panel per learning rate, thin lines for seeds, strong ones for their mean."""
     from matplotlib.figure import Figure
@@ -134,12 +156,10 @@ def plot() -> None:
     panels = figure.subplots(1, len(RATES), sharey=True)
     for panel, rate in zip(panels, RATES, strict=True):
         for name, colour in zip(METHODS, ("#3b6ea8", "#c8553d", "#8a8a8a"), strict=True):
-            curves = [r["accuracy"] for r in records() if (r["method"], r["learning_rate"]) == (name, rate)]
-            steps = [step for step, _ in curves[0]]
-            scores = [[score for _, score in curve] for curve in curves]
+            steps, scores = range(EVERY, STEPS + 1, EVERY), curves(name, rate)
             for curve in scores:
                 panel.plot(steps, curve, color=colour, linewidth=0.7, alpha=0.4)
-            means = [sum(column) / len(column) for column in zip(*scores, strict=True)]
+            means = [mean(column) for column in zip(*scores, strict=True)]
             panel.plot(steps, means, color=colour, marker="o", markersize=3, label=name)
         panel.axhline(0.5, color="grey", linewidth=0.6, linestyle=":")
         panel.set(title=f"learning rate {rate:g}", xlabel="optimizer step")
@@ -155,7 +175,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="QNLI rows as gzip-packed JSON lines")
     parser.add_argument("--plot", action="store_true", help="only redraw the figure")
+    parser.add_argument("--table", action="store_true", help="only print the table")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table())
+        return
     if not arguments.plot:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         done = {(r["method"], r["learning_rate"], r["settings"]["seed"]) for r in records()}
