@@ -98,7 +98,7 @@ def run_job(job: Job, track: Callable[[BaseProcess], None] = lambda process: Non
 def _server() -> ForkServerContext:
     """A fork server that has the imports done: they take longer than a small run."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["loralloc.compare.cell"])
+    context.set_forkserver_preload(["loralloc.compare.preload"])
     return context
 
 
