@@ -253,7 +253,8 @@ def _broken_comparison(
             reason = f"{key}: there is no method {name}; there are {listed(methods)}."
             yield ("compare", "variants"), reason + closest(name, methods)
         elif variant not in (compared if isinstance(compared, list) else [compared]):
-            yield ("compare", "variants"), f"{key}: this variant is not compared; add {variant} to compare.methods"
+            reason = f"{key}: this variant is not compared; add {variant} to compare.methods, or take the variant out"
+            yield ("compare", "variants"), reason
         elif own := [setting for setting in ("budget", "rank_seed") if setting in settings]:
             yield ("compare", "variants"), f"{key}.{own[0]}: a comparison sets it for every contender; take it out"
     names = [*known, *map(str, variants)]
