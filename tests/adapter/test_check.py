@@ -324,6 +324,18 @@ def test_a_multiple_of_what_rounding_does_is_allowed(dtype: torch.dtype, times: 
         compare(expected, expected + 0.2 * times, lambda: rounded)
 
 
+def test_layers_of_compiled_blocks_are_rounded_too() -> None:
+    changes = []
+    for compiled in (False, True):
+        model = tiny_peft("llama", trained=True).eval()
+        for block in model.base_model.model.model.layers if compiled else ():
+            block.compile(backend="eager")
+        logits(model)
+        changes.append(rounded_otherwise(model, token_batch(), torch.float32) - logits(model))
+    assert torch.equal(*changes)
+    assert changes[0].any()
+
+
 def test_what_a_layer_returns_is_rounded_in_its_own_dtype() -> None:
     """Also where logits come out as fp32."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -120,8 +120,9 @@ def check_adapter(model: PeftModel, folder: Path, factors: Mapping[str, Factors]
             with callable_inside(parts, base):
                 loaded = logits(stock, batch)
         if torch.equal(loaded, without) and not torch.equal(trained, without):
-            told = "the reloaded export has no effect: its logits are the base model's; nothing was written"
-            raise RuntimeError(told)
+            raise RuntimeError(
+                "the reloaded export has no effect: its logits are the base model's; nothing was written"
+            )
         rounded = partial(rounded_otherwise, model, batch, stored)
         return compare(trained, loaded, rounded if known is None else lambda: known, stored=stored)
 
@@ -185,7 +186,8 @@ def rounded_otherwise(model: nn.Module, batch: Batch, stored: torch.dtype) -> Te
 
     hooks = [site.layer.register_forward_hook(rounded) for site in plain_sites(model)]
     try:
-        return logits(model, batch)
+        with torch.compiler.set_stance("force_eager"):  # what has been compiled does not see new hooks
+            return logits(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
