@@ -235,7 +235,7 @@ class CompareConfig(Section):
         description="how many of the seeds try every learning rate; the others train at the best one alone; null: all",
     )
     peers: list[Peer] = Field(
-        default=["dora", "rslora", "eva"], description="variants of LoRA from PEFT, trained beside them; []: none"
+        default=["dora", "rslora", "eva"], description="relatives of LoRA from PEFT, trained beside them; []: none"
     )
     capacity: Annotated[Number, Field(ge=1)] | None = Field(
         default=None,
