@@ -25,7 +25,9 @@ from loralloc.recipes import list_recipes
 
 from .command import done, log_rows, refused
 
-SHAPES = Shapes({"q": (16, 16), "k": (16, 32)}, 48, 20, 30, 16, 10_000, "accuracy", greater_is_better=True)
+SHAPES = Shapes(
+    {"q": (16, 16), "k": (16, 32)}, 48, 20, 30, 16, 10_000, "accuracy", greater_is_better=True, depends_on={}
+)
 
 
 class TestRefusals:

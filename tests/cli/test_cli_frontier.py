@@ -105,6 +105,16 @@ class TestOfARun:
         done("frontier", run, "--recover", 0, "--ranks", "2,1")
         assert read_json(run / "frontier" / "frontier.json")["examples"] == 15
 
+    @SLOW
+    def test_a_size_that_has_recovered_is_of_the_same_training_data(self, run: Path, here: Path) -> None:
+        def trained() -> bool:
+            return "step 1/" in done("frontier", run, "--recover", 0.5, "--ranks", "1")
+
+        assert [trained(), trained()] == [True, False]
+        train = here / "data" / "train.jsonl"
+        train.write_text("".join(reversed(train.read_text().splitlines(keepends=True))))
+        assert trained()
+
     def test_what_a_size_is_stored_as_is_as_large_as_it_says(self, run: Path) -> None:
         done("frontier", run, "--recover", 0, "--ranks", "1")
         (point,) = points(run / "frontier")
@@ -212,6 +222,10 @@ class TestRefusals:
             "frontier", run, "--ranks", "few"
         )
         assert "--to is where --export writes" in refused("frontier", run, "--to", "there")
+        for average in ("nan", "inf", "0", "-1"):
+            assert f"--export is an average rank, above 0, got {average}" in refused(
+                "frontier", run, f"--export={average}"
+            )
 
     def test_sizes_that_it_does_not_have(self, run: Path) -> None:
         message = refused("frontier", run, "--recover", 0, "--ranks", "2,99")

@@ -29,13 +29,35 @@ def test_what_is_compared_may_change_and_nothing_else(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, "--seeds", "2")
     folder = CompareFolder.of(recipe)
     folder.check(recipe)
-    folder.create(recipe)
+    folder.create(recipe, {})
     folder.check(recipe_for(tmp_path, "--seeds", "5", "--methods", "[adalora, ablora]", "--budgets", "[1, 2]"))
     folder.check(recipe_for(tmp_path))
     assert refusal(folder, recipe_for(tmp_path, "--seeds", "2", "--batch_size", "4")) == (
         f"output: {folder.root} holds the comparison of another recipe, which says batch_size: 8, not batch_size: 4; "
         "only the section compare may differ. Name another folder with --output"
     )
+
+
+def test_rows_and_weights_may_not_change(tmp_path: Path) -> None:
+    """Losses are compared row by row: runs of other rows would be paired with the wrong ones."""
+    recipe = recipe_for(tmp_path)
+    folder = CompareFolder.of(recipe)
+    known = SHAPES.depends_on
+    folder.check_unchanged(known)
+    folder.create(recipe, known)
+    folder.check_unchanged(known)
+    other_rows = {**known, "data": {"test": {"rows": 15, "sha256": "another"}}}
+    for changed, words in (
+        (other_rows, "data.test has as many examples as before, but different ones or another order"),
+        ({**known, "data": {"test": {"rows": 9, "sha256": "another"}}}, "data.test has 9 examples and had 15"),
+        ({**known, "base": {"tensors": 4, "sha256": "another"}}, "the base model has other weights"),
+    ):
+        with pytest.raises(UserError) as error:
+            folder.check_unchanged(changed)
+        assert str(error.value) == (
+            f"output: {folder.root} was begun with something else: {words}. Its runs cannot be compared with new ones; "
+            "name another folder with --output"
+        )
 
 
 def test_a_folder_that_is_something_else(tmp_path: Path) -> None:

@@ -11,16 +11,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli.command import RECIPE
+from matplotlib.figure import Figure
 
+from loralloc.compare import study
+from loralloc.compare.figures import lines, rate_figure
 from loralloc.compare.grid import Cell
 from loralloc.compare.page import write_page
-from loralloc.compare.results import entries, read_row
-from loralloc.compare.tables import agreement, signed
+from loralloc.compare.results import Moment, entries, read_row
+from loralloc.compare.tables import agreement, equal_time, signed
 from loralloc.recipe.schema import Recipe
 
-from .fabricate import SHAPES, Losses, cells_of, fabricate, noisy, recipe_for
+from .fabricate import ROWS, SHAPES, Losses, cells_of, fabricate, noisy, recipe_for, write_run
 
 
 def page_of(recipe: Recipe, losses: Losses) -> str:
@@ -169,7 +173,81 @@ def test_no_test_data_are_told(tmp_path: Path) -> None:
     folder = fabricate(recipe, noisy({}))
     rows = [read_row(folder, cell) for cell in cells_of(recipe)]
     write_page(folder, recipe, replace(SHAPES, test=None), rows)
-    assert "There are no test data: losses are of the validation data" in words_of(folder.page.read_text())
+    words = words_of(folder.page.read_text())
+    assert "There are no test data: losses are of the validation data" in words
+    assert "learning rate validation loss accuracy" in words
+    assert "learning rate test loss accuracy" in words_of(
+        page_of(recipe_for(tmp_path, "--output", str(tmp_path / "with")), noisy({}))
+    )
+
+
+def test_the_cost_of_finding_a_plan_is_told(tmp_path: Path) -> None:
+    told = "at a method's ranks is that of its own training; the run that found the ranks comes on top"
+    recipe = recipe_for(tmp_path, "--seeds", "1", "--learning_rates", "1e-2")
+    folder = fabricate(recipe, noisy({"adalora": 0.3}))
+    rows = [read_row(folder, cell) for cell in cells_of(recipe)]
+    for again in study._retrained(recipe, SHAPES, folder, entries(rows, "loss")):
+        write_run(folder.run(again.name), again, np.ones(ROWS), processor_seconds=1.0)
+        with_plan = [*rows, read_row(folder, again)]
+    write_page(folder, recipe, SHAPES, with_plan)
+    words = words_of(folder.page.read_text(encoding="utf-8"))
+    assert told in words
+    assert "After 3 s of processor time, when the cheapest had ended" in words
+    write_page(folder, recipe, SHAPES, rows)
+    assert told not in words_of(folder.page.read_text(encoding="utf-8"))
+
+
+def test_at_equal_time_nobody_is_judged_by_the_middle_of_a_run(tmp_path: Path) -> None:
+    """Half way 2, at the end 1: a run that is at 98 % then has a loss of 1.04, not of 2."""
+    recipe = recipe_for(tmp_path, "--seeds", "1", "--learning_rates", "1e-2", "--peers", "[]")
+    folder = fabricate(recipe, noisy({}))
+    courses = {
+        "lora": (Moment(50.0, 2.0, over=False), Moment(100.0, 1.0, over=False)),
+        "adalora": (Moment(51.0, 2.0, over=True), Moment(102.0, 1.0, over=False)),
+        "random": (Moment(101.0, 2.0, over=False), Moment(202.0, 1.0, over=False)),
+    }
+    rows = [
+        replace(read_row(folder, cell), course=course, processor_seconds=course[-1].processor_seconds)
+        for cell in cells_of(recipe)
+        if (course := courses.get(cell.contender.id))
+    ]
+    limit, table = equal_time(entries(rows, "loss"))
+    assert limit == 100
+    assert table is not None
+    assert [row[1:] for row in table.rows] == [
+        ("100%", "1.0000", "1.0000", ""),
+        ("98%", "1.0392", "1.0000", "with more ranks than it may keep"),
+        ("50%", "nothing yet", "1.0000", ""),
+    ]
+
+
+def curves(figure: Figure) -> list[list[float]]:
+    """The heights of the lines, without the dots and the lines to their labels."""
+    return [list(map(float, line.get_ydata())) for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
+
+
+def test_one_that_diverges_does_not_hide_the_learning_rates_of_the_others(tmp_path: Path) -> None:
+    def losses(cell: Cell) -> list[float]:
+        return [90.0] * ROWS if (cell.contender.id, cell.learning_rate) == ("lora", 0.02) else noisy({})(cell)
+
+    recipe = recipe_for(tmp_path)
+    folder = fabricate(recipe, losses)
+    found = entries([read_row(folder, cell) for cell in cells_of(recipe)], "loss")
+    figure = rate_figure(found, "loss", lines(found))
+    low, high = figure.axes[0].get_ylim()
+    assert 0 < low < min(trial.score for entry in found for trial in entry.trials)
+    assert max(entry.chosen.score for entry in found) < high < 5
+    assert len(set(lines(found).values())) == len(found)
+
+
+def test_a_metric_of_which_more_is_better_keeps_its_sign_in_the_figure(tmp_path: Path) -> None:
+    """The accuracy of a made-up run is 1 − loss / 10: below 0 for a loss of 15."""
+    recipe = recipe_for(tmp_path)
+    folder = fabricate(recipe, lambda cell: [15.0] * ROWS if cell.learning_rate == 0.02 else [5.0] * ROWS)
+    found = entries([read_row(folder, cell) for cell in cells_of(recipe)], "accuracy")
+    drawn = curves(rate_figure(found, "accuracy", lines(found)))
+    assert len(drawn) == len(found)
+    assert all(heights == pytest.approx([0.5, 0.5, -0.5]) for heights in drawn)
 
 
 def test_who_looks_at_training_examples_and_who_missed_the_budget_is_told(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from loralloc.compare.statistics import (
     differences,
     freedom,
     holm,
+    rows_suffice,
     seeds_needed,
     t_probability,
     t_quantile,
@@ -125,7 +126,7 @@ class TestStudent:
 class TestPower:
     @staticmethod
     def measured(between: float, rows: float) -> Difference:
-        return Difference(0, 0, 0, 0, 0, 1, 1, Parts(between / 3 + rows, between / 3, rows, 2), seeds=3, rows=600)
+        return Difference(0, 0, 0, 0, 0, 1, 1, Parts(between / 3 + rows, between / 3, rows, 0.0, 2), seeds=3, rows=600)
 
     @staticmethod
     def suffices(n: int, between: float, rows: float, margin: float, comparisons: int) -> bool:
@@ -139,7 +140,22 @@ class TestPower:
         assert found == next(n for n in range(3, 101) if self.suffices(n, between, rows, 0.02, comparisons))
 
     def test_where_the_rows_alone_are_too_noisy_no_number_of_seeds_is_named(self) -> None:
-        assert seeds_needed(self.measured(1e-6, 1e-3), 0.02, 1) is None
+        noisy, varied = self.measured(1e-6, 1e-3), self.measured(1e-1, 1e-6)
+        assert seeds_needed(noisy, 0.02, 1) is None
+        assert not rows_suffice(noisy, 0.02, 1)
+        assert seeds_needed(varied, 0.02, 1) is None
+        assert rows_suffice(varied, 0.02, 1)
+
+    def test_more_seeds_help_where_rows_differ_in_another_way_with_every_seed(self) -> None:
+        """The parts of a table's variance are those it was drawn with, and only the rows' own stays."""
+        drawn = [variance_parts(table(4, 300, 0.02, 0.2, 0.4, seed), seed) for seed in range(40)]
+        for name, truth in (("seeds", 0.02**2 / 4 + 0.4**2 / 1200), ("rows", 0.2**2 / 300), ("mixed", 0.4**2 / 1200)):
+            assert np.mean([getattr(parts, name) for parts in drawn]) == pytest.approx(truth, rel=0.3), name
+        (mixed,) = differences([table(3, 400, 0.0, 0.0, 0.4, 5)])
+        assert rows_suffice(mixed, 0.02, 1)
+        needed = seeds_needed(mixed, 0.02, 1)
+        assert needed is not None
+        assert needed > 3
 
     def test_so_many_seeds_do_find_it_as_often_as_promised(self) -> None:
         between, margin = 0.05, 0.05

@@ -19,11 +19,18 @@ NBSP = "\N{NO-BREAK SPACE}"
 
 
 def compared(
-    *shifts: float, seeds: int = 3, spread: float = 0.0, rows: float = 0.01, kind: str = "method"
+    *shifts: float, seeds: int = 3, spread: float = 0.0, rows: float = 0.0, mixed: float = 0.01, kind: str = "method"
 ) -> list[Compared]:
-    """Contenders A, B, ... whose losses differ from plain LoRA's by so much."""
+    """Contenders A, B, ... whose losses differ from plain LoRA's by so much.
+
+    They vary between the seeds by `spread`, between the rows by `rows`, and between both by `mixed`.
+    """
     draw = np.random.default_rng(0)
-    tables = [shift + draw.normal(0, spread, (seeds, 1)) + draw.normal(0, rows, (seeds, 400)) for shift in shifts]
+    shape = (seeds, 400)
+    tables = [
+        shift + draw.normal(0, spread, (seeds, 1)) + draw.normal(0, rows, (1, 400)) + draw.normal(0, mixed, shape)
+        for shift in shifts
+    ]
     made = []
     for label, one in zip("ABCDE", differences(tables), strict=False):
         trial = Trial(1e-3, (), (), 1.0, 1.0)
@@ -33,8 +40,23 @@ def compared(
 
 def test_one_is_better() -> None:
     said = verdict(compared(-0.1, 0.05), loss=2.0, margin=0.01)
-    assert said.startswith("A is better than plain LoRA by 0.1003 in loss (5.0%), 95 % interval 0.0995 to 0.1011")
-    assert "so " not in said
+    assert said.startswith("A is better than plain LoRA by 0.1000 in loss (5.0%), 95 % interval for all 2 ")
+    assert said.endswith(" comparisons together 0.0985 to 0.1015")
+
+
+def test_one_alone_needs_no_interval_for_all() -> None:
+    (one,) = compared(-0.1)
+    assert one.difference is not None
+    assert (one.difference.low, one.difference.high) == (one.difference.low_all, one.difference.high_all)
+    assert "(5.0%), 95 % interval 0.09" in verdict([one], loss=2.0, margin=0.01)
+
+
+def test_an_interval_of_one_that_is_better_does_not_reach_below_nothing() -> None:
+    """Holm's test may find a difference that the simultaneous interval, which is wider, would leave open."""
+    found, other = compared(-0.1, 0.0)
+    assert found.difference is not None
+    wide = replace(found, difference=replace(found.difference, high_all=0.001))
+    assert "together 0.0000 to 0.1" in verdict([wide, other], loss=2.0, margin=0.01)
 
 
 def test_several_are_better() -> None:
@@ -112,6 +134,21 @@ def test_not_enough_rows() -> None:
     said = verdict(compared(0.0, 0.0, 0.0, 0.0, rows=20.0), loss=2.0, margin=0.01)
     assert "whether A, B and 2 others are better" in said
     assert said.endswith("100 seeds would not be enough, more test rows are needed")
+
+
+def test_more_rows_are_asked_for_only_where_seeds_cannot_help() -> None:
+    """Rows that differ in another way with every seed become fewer with more seeds."""
+    said = verdict(compared(0.0, mixed=0.6, seeds=5), loss=2.0, margin=0.01)
+    assert said.endswith(" more seeds would")
+    assert verdict(compared(0.0, mixed=1.0), loss=2.0, margin=0.01).endswith(": that would take more than 100 seeds")
+
+
+def test_where_there_are_seeds_enough_no_more_are_asked_for() -> None:
+    said = verdict(compared(-0.0045, seeds=20, spread=0.03), loss=2.0, margin=0.01)
+    assert said == (
+        f"not enough runs to tell whether A is better than plain LoRA by 1{NBSP}% of its loss: the difference is so "
+        "close to it that more seeds may not tell either"
+    )
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,16 @@ def test_theme_follows_the_system(
     assert shown == f"timeline-{picture}"
 
 
+def test_the_picture_of_a_large_model_follows_the_system_too(tmp_path: Path) -> None:
+    page = write_report(Fabricated(bert(170)).write(tmp_path / "run"))
+    script = (
+        "[...page.querySelectorAll('#ranks-light, #ranks-dark')]"
+        ".filter(e => getComputedStyle(e).display != 'none').map(e => e.id).join('|')"
+    )
+    assert measured(page, tmp_path, 490, script) == "ranks-light"
+    assert measured(page, tmp_path, 490, script, DARK_THEME) == "ranks-dark"
+
+
 def rgb(colour: str) -> str:
     return f"rgb({', '.join(str(int(colour[at : at + 2], 16)) for at in (1, 3, 5))})"
 

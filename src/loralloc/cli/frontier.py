@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,6 +80,8 @@ def frontier(
         raise UserError("--to is where --export writes: give the average rank to export as well")
     if ranks is not None and export is not None:
         raise UserError("--ranks are the sizes to compare, --export takes one of them: leave one of the two out")
+    if export is not None and not 0 < export < math.inf:
+        raise UserError(f"--export is an average rank, above 0, got {export:g}")
     averages = None if ranks is None else _averages(ranks)
     source = Source.of(run, recipe, output)
     target = (to or source.folder / "adapter").resolve()

@@ -40,6 +40,11 @@ def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str
         told.append("DoRA has plain LoRA's rank; its magnitudes come on top, see the parameters.")
     if any(entry.contender.id == "eva" for entry in found):
         told.append("EVA has plain LoRA's rank in every module: its redistribution of ranks is off.")
+    if any(entry.contender.kind == "plan" for entry in found):
+        told.append(
+            "The time of plain LoRA at a method's ranks is that of its own training; the run that found the ranks "
+            "comes on top."
+        )
     if any(entry.chosen.rows[0].cell.recipe.method.name == "allora" for entry in found):
         told.append(
             "ALLoRA trains without dropout and at scale 1, whatever the recipe says: both are part of the method."

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from loralloc.compare.results import Entry, Moment
+from loralloc.compare.results import Entry, Moment, sign_of
 from loralloc.compare.verdict import Compared
 from loralloc.report.axes import HEIGHT, WIDTH, EndLabel, digits_needed, end_labels, short_number
 from loralloc.report.palette import LIGHT, SERIES
@@ -19,15 +19,39 @@ ROW = 0.23
 """Height of a contender's row in the chart of differences, in inches."""
 LONGEST = 22
 """Characters of a label."""
+SHOWN_SPREAD = 4.0
+"""Most height of the axis of learning rates, in heights of what the chosen ones span: what diverges is cut off."""
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+"""Styles of lines that share a colour, in their order."""
 
 
-def colours(entries: Sequence[Entry]) -> dict[str, str]:
-    """Give every contender a colour of the palette; controls are grey, as are contenders once the colours run out."""
+class Line(NamedTuple):
+    """How a contender's line is drawn.
+
+    Attributes:
+        colour: Name of its colour in the palette.
+        dash: The style, as matplotlib has it.
+    """
+
+    colour: str
+    dash: object
+
+
+def lines(entries: Sequence[Entry]) -> dict[str, Line]:
+    """Give every contender a colour of the palette; controls are grey, as are contenders once the colours run out.
+
+    Contenders of one colour have different dashes.
+    """
     told = [entry.contender.id for entry in entries if entry.contender.kind in ("baseline", "method", "plan")]
     told += [entry.contender.id for entry in entries if entry.contender.kind == "peer"]
     names = list(dict.fromkeys(told))[: SERIES - 1]
     found = {name: f"series-{place + 1}" for place, name in enumerate(names)}
-    return {entry.contender.id: found.get(entry.contender.id, f"series-{SERIES}") for entry in entries}
+    drawn: dict[str, Line] = {}
+    for entry in entries:
+        colour = found.get(entry.contender.id, f"series-{SERIES}")
+        before = sum(line.colour == colour for line in drawn.values())
+        drawn[entry.contender.id] = Line(colour, DASHES[before % len(DASHES)])
+    return drawn
 
 
 def difference_figure(compared: Sequence[Compared]) -> Figure:
@@ -54,19 +78,27 @@ def difference_figure(compared: Sequence[Compared]) -> Figure:
     return figure
 
 
-def rate_figure(entries: Sequence[Entry], unit: str, palette: dict[str, str]) -> Figure:
-    """The validation score at every learning rate; a dot marks the chosen rate."""
-    figure, axes = _axes(HEIGHT, title=unit)
-    labels = []
-    for entry in entries:
-        points = [(trial.learning_rate, abs(trial.score)) for trial in entry.trials if math.isfinite(trial.score)]
-        if not points:
-            continue
-        colour = palette[entry.contender.id]
-        axes.plot(*zip(*points, strict=True), color=LIGHT[colour], linewidth=1.3, marker=".", markersize=3)
-        if math.isfinite(entry.chosen.score):
-            axes.plot([entry.chosen.learning_rate], [abs(entry.chosen.score)], "o", color=LIGHT[colour], markersize=5)
-        labels.append(EndLabel(points[-1][1], clipped(entry.contender.label), colour))
+def rate_figure(entries: Sequence[Entry], metric: str, drawn: Mapping[str, Line]) -> Figure:
+    """The validation score at every learning rate; a dot marks the chosen rate, a ring one with a failed run."""
+    figure, axes = _axes(HEIGHT, title=f"validation {metric.replace('_', ' ')}")
+    sign, labels = sign_of(metric), []
+    known = [entry for entry in entries if any(math.isfinite(trial.score) for trial in entry.trials)]
+    low, high = sorted(sign * end for end in _score_limits(known))
+    for entry in known:
+        trials = [trial for trial in entry.trials if math.isfinite(trial.score)]
+        points = [(trial.learning_rate, sign * trial.score) for trial in trials]
+        line = drawn[entry.contender.id]
+        colour = LIGHT[line.colour]
+        axes.plot(
+            *zip(*points, strict=True), color=colour, linewidth=1.3, linestyle=line.dash, marker=".", markersize=3
+        )
+        for trial, point in zip(trials, points, strict=True):
+            if trial is entry.chosen:
+                axes.plot(*point, "o", color=colour, markersize=5)
+            if any(not row.finished for row in trial.tuning):
+                axes.plot(*point, "o", color=colour, markersize=7, markerfacecolor="none")
+        labels.append(EndLabel(min(max(points[-1][1], low), high), clipped(entry.contender.label), line.colour))
+    axes.set_ylim(low, high)
     rates = [trial.learning_rate for trial in entries[0].trials]
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -77,7 +109,20 @@ def rate_figure(entries: Sequence[Entry], unit: str, palette: dict[str, str]) ->
     return figure
 
 
-def cost_figure(entries: Sequence[Entry], limit: float, palette: dict[str, str]) -> Figure:
+def _score_limits(entries: Sequence[Entry]) -> tuple[float, float]:
+    """The best and the worst score to show, lower is better: the chosen ones, and as much as `SHOWN_SPREAD` allows."""
+    scores = [trial.score for entry in entries for trial in entry.trials if math.isfinite(trial.score)]
+    if not scores:
+        return 0.0, 1.0
+    best = min(scores)
+    worst = max([entry.chosen.score for entry in entries if math.isfinite(entry.chosen.score)] or scores)
+    most = best + SHOWN_SPREAD * (worst - best) if worst > best else max(scores)
+    shown = max(worst, min(max(scores), most))
+    room = 0.1 * (shown - best) or 0.1 * abs(best) or 1.0
+    return best - room, shown + room
+
+
+def cost_figure(entries: Sequence[Entry], limit: float, drawn: Mapping[str, Line]) -> Figure:
     """Validation loss over processor time at the chosen rates; the dashed line is the total time of the cheapest."""
     figure, axes = _axes(HEIGHT, title="validation loss")
     labels = []
@@ -85,9 +130,9 @@ def cost_figure(entries: Sequence[Entry], limit: float, palette: dict[str, str])
         course = mean_course(entry)
         if not course:
             continue
-        colour = palette[entry.contender.id]
+        colour, dash = drawn[entry.contender.id]
         points = [(moment.processor_seconds, moment.loss) for moment in course]
-        axes.plot(*zip(*points, strict=True), color=LIGHT[colour], linewidth=1.3)
+        axes.plot(*zip(*points, strict=True), color=LIGHT[colour], linewidth=1.3, linestyle=dash)
         labels.append(EndLabel(points[-1][1], clipped(entry.contender.label), colour))
     axes.axvline(limit, color=LIGHT["ink"], linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlim(left=0)

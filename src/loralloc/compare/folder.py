@@ -2,20 +2,23 @@
 
 OUT/compare.yaml   the resolved recipe        OUT/compare.html   the page       OUT/runs/NAME/      a run
 OUT/compare.csv    a row for every run        OUT/figures/       PNG files      OUT/recipes/, logs/, failures/
-OUT/compare.json   what the page says
+OUT/compare.json   what the page says             OUT/depends_on.json  fingerprints of the rows and of the base model
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loralloc.errors import UserError
 from loralloc.files import write_atomically
+from loralloc.reading import read_object
+from loralloc.recipe.changes import difference
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe, dump_recipe
 
@@ -56,6 +59,11 @@ class CompareFolder:
     def record(self) -> Path:
         """What the page says, as numbers."""
         return self.root / "compare.json"
+
+    @property
+    def depends_on(self) -> Path:
+        """Fingerprints of what all runs depend on: the rows, and the weights of the base model."""
+        return self.root / "depends_on.json"
 
     @property
     def figures(self) -> Path:
@@ -106,11 +114,33 @@ class CompareFolder:
                 f"{differs[1]}; only the section compare may differ. Name another folder with --output"
             )
 
-    def create(self, recipe: Recipe) -> None:
-        """Make the folder, and write the recipe."""
+    def check_unchanged(self, depends_on: Mapping[str, Any]) -> None:
+        """Refuse to compare with runs that were made with other rows or another base model; this writes nothing.
+
+        Runs of a version that wrote no fingerprints are taken as they are.
+
+        Args:
+            depends_on: Fingerprints, as `Shapes` has them.
+
+        Raises:
+            UserError: Something has changed since the comparison began.
+        """
+        if not self.depends_on.is_file():
+            return
+        theirs = read_object(self.depends_on)
+        found = [words for kind, mine in depends_on.items() if (words := difference(kind, theirs.get(kind), mine))]
+        if found:
+            raise UserError(
+                f"output: {self.root} was begun with something else: {'; '.join(found)}. Its runs cannot be compared "
+                "with new ones; name another folder with --output"
+            )
+
+    def create(self, recipe: Recipe, depends_on: Mapping[str, Any]) -> None:
+        """Make the folder, and write the recipe and the fingerprints of what it depends on."""
         for folder in (self.runs, self.figures, *(self.root / name for name in ("recipes", "logs", "failures"))):
             folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe, self._text(recipe))
+        write_atomically(self.depends_on, json.dumps(depends_on) + "\n")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

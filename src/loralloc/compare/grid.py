@@ -44,6 +44,7 @@ class Shapes:
         base_parameters: Parameters of the base model.
         metric: The metric that the task reports first.
         greater_is_better: Whether a larger value of this metric is better.
+        depends_on: Fingerprints of the rows (`data`) and of the base model's weights (`base`).
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -54,6 +55,7 @@ class Shapes:
     base_parameters: int
     metric: str
     greater_is_better: bool
+    depends_on: Mapping[str, Any]
 
     @property
     def costs(self) -> list[int]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from datasets import Dataset
 
 from loralloc.compare.grid import Shapes
 from loralloc.plain_lora import plain_sites
 from loralloc.quantized import leave_memory, parameter_count
+from loralloc.recipe.fingerprints import learned_from
 from loralloc.recipe.from_recipe import add_adapter, task_data
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.stages import total_steps
-from loralloc.tasks.base import length_of
+from loralloc.tasks.base import TaskData, length_of
+from loralloc.training.fingerprints import rows_fingerprint, weights_fingerprint
 
 
 def measure(recipe: Recipe) -> Shapes:
@@ -32,6 +36,13 @@ def measure(recipe: Recipe) -> Shapes:
         base_parameters=parameter_count(data.model, list(model.peft_config)),
         metric=data.metric,
         greater_is_better=data.greater_is_better,
+        depends_on={"data": _rows(recipe, data), "base": weights_fingerprint(model)},
     )
     leave_memory(data.model)
     return shapes
+
+
+def _rows(recipe: Recipe, data: TaskData) -> dict[str, Any]:
+    """Fingerprint all rows of a comparison; the rows to test on count too, since losses are compared row by row."""
+    tested = {} if data.test is None else {"test": rows_fingerprint(data.test)}
+    return {**learned_from(recipe, data), **tested}

@@ -119,7 +119,7 @@ def _part(point: Point, found: Sequence[Entry], recipe: Recipe, shapes: Shapes, 
         with_gaps(verdict(compared, baseline.chosen.held_out("loss"), section_of(recipe).margin), baseline, pending),
         baseline,
         compared,
-        tables.result_table(compared, baseline, shapes.metric),
+        tables.result_table(compared, baseline, shapes.metric, "validation" if shapes.test is None else "test"),
         tables.cost_table(here),
         limit,
         by_then,
@@ -128,7 +128,7 @@ def _part(point: Point, found: Sequence[Entry], recipe: Recipe, shapes: Shapes, 
 
 
 def _charts(point: Point, here: Sequence[Entry], compared: Sequence[Compared], limit: float, by: str) -> list[Chart]:
-    palette, charts = figures.colours(here), []
+    lines, charts = figures.lines(here), []
     if any(one.difference is not None for one in compared):
         charts.append(
             Chart(
@@ -143,8 +143,9 @@ def _charts(point: Point, here: Sequence[Entry], compared: Sequence[Compared], l
             Chart(
                 f"{point.slug}-learning-rates",
                 "Learning rates",
-                "On the validation data, mean over the seeds that try every rate. The dot is the rate chosen.",
-                figures.rate_figure(here, f"validation {by.replace('_', ' ')}", palette),
+                "On the validation data, mean over the seeds that try every rate. The dot is the rate chosen; in a "
+                "ring, not all runs have a result. What diverges leaves the picture.",
+                figures.rate_figure(here, by, lines),
             )
         )
     if any(len(figures.mean_course(entry)) > 1 for entry in here):
@@ -153,7 +154,7 @@ def _charts(point: Point, here: Sequence[Entry], compared: Sequence[Compared], l
                 f"{point.slug}-cost",
                 "Loss over processor time",
                 "At the chosen rates, mean over the seeds. At the dashed line the cheapest had ended.",
-                figures.cost_figure(here, limit, palette),
+                figures.cost_figure(here, limit, lines),
             )
         )
     return charts

@@ -63,7 +63,7 @@ def _compared(one: Compared, metric: str) -> dict[str, Any]:
 def _difference(found: Difference | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    names = ("mean", "low", "high", "p", "adjusted")
+    names = ("mean", "low", "high", "low_all", "high_all", "p", "adjusted")
     return {**{name: _number(getattr(found, name)) for name in names}, "seeds": found.seeds, "rows": found.rows}
 
 

@@ -262,13 +262,18 @@ def entries(rows: Iterable[Row], metric: str, tuning: Collection[int] | None = N
     for row in rows:
         by_rate = grouped.setdefault((row.cell.point, row.cell.contender), {})
         by_rate.setdefault(row.cell.learning_rate, []).append(row)
-    sign = -1 if GREATER_IS_BETTER.get(metric, metric != "loss") else 1
+    sign = sign_of(metric)
     found = []
     for (point, contender), by_rate in grouped.items():
         trials = tuple(_trial(rate, by_rate[rate], tuning, metric, sign) for rate in sorted(by_rate))
         best = min(trials, key=lambda trial: (*_order(trial.tuning, trial.score), trial.learning_rate))
         found.append(Entry(point, contender, trials, best))
     return found
+
+
+def sign_of(metric: str) -> int:
+    """Return -1 for a metric of which more is better, else 1: times it, lower is better."""
+    return -1 if GREATER_IS_BETTER.get(metric, metric != "loss") else 1
 
 
 def _trial(rate: float, rows: Iterable[Row], tuning: Collection[int] | None, metric: str, sign: int) -> Trial:

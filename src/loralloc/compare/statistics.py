@@ -31,6 +31,8 @@ CHUNK = 2**22
 """Numbers in the largest array of the bootstrap, which is computed in pieces."""
 MOST_SEEDS = 100
 """Most seeds that `seeds_needed` recommends."""
+ANY_NUMBER = 10**9
+"""As many seeds as could be, for `rows_suffice`."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,15 @@ class Parts:
     Attributes:
         total: Variance of the mean, over seeds and rows.
         seeds: The part of the seeds; 0 for one seed, for which it is unknown.
-        rows: The part of the rows.
+        rows: The part of the rows, which more seeds do not reduce.
+        mixed: The part of what differs from row to row in another way with every seed; 0 for one seed.
         freedom: Degrees of freedom.
     """
 
     total: float
     seeds: float
     rows: float
+    mixed: float
     freedom: float
 
 
@@ -136,12 +140,20 @@ def variance_parts(table: Floats, seed: int = 0) -> Parts:
     """
     n, m = table.shape
     if n * m == 1:  # the variance of a single number is unknown
-        return Parts(math.inf, 0.0, 0.0, 1.0)
+        return Parts(math.inf, 0.0, 0.0, 0.0, 1.0)
     generator = np.random.default_rng(seed)
     total = float(bootstrap_means(table, generator, seeds=True, rows=True).var())
     by_seed = float(table.mean(axis=1).var(ddof=1)) / n if n > 1 else 0.0
     by_row = float(table.mean(axis=0).var(ddof=1)) / m if m > 1 else 0.0
-    return Parts(total, by_seed, by_row, freedom(by_seed, n - 1, by_row, m - 1))
+    mixed = _interaction(table) / (n * m)
+    return Parts(total, by_seed, max(0.0, by_row - mixed), mixed, freedom(by_seed, n - 1, by_row, m - 1))
+
+
+def _interaction(table: Floats) -> float:
+    """The variance of a table's entries around the means of their rows and columns; 0 for a single row or column."""
+    n, m = table.shape
+    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    return float((rest**2).sum()) / max(1, (n - 1) * (m - 1))
 
 
 def freedom(first: float, first_freedom: int, second: float, second_freedom: int) -> float:
@@ -180,8 +192,9 @@ def holm(probabilities: Sequence[float]) -> list[float]:
 def seeds_needed(difference: Difference, margin: float, comparisons: int) -> int | None:
     """Return how many seeds it takes to detect a difference as large as the margin.
 
-    The smallest n with margin ≥ (t(1 − α/2) + t(0.8)) · √(s²/n + v). s² is the variance between seeds, v that of the
-    rows, which more seeds do not reduce. α is corrected for all comparisons; t has the degrees of freedom of n seeds.
+    The smallest n with margin ≥ (t(1 − α/2) + t(0.8)) · √(s²/n + v + w/n). s² is the variance between seeds, v that of
+    the rows, which more seeds do not reduce, w/n that of their interaction. α is corrected for all comparisons; t has
+    the degrees of freedom of n seeds.
 
     Args:
         difference: As measured.
@@ -189,15 +202,28 @@ def seeds_needed(difference: Difference, margin: float, comparisons: int) -> int
         comparisons: Number of comparisons that are made together.
 
     Returns:
-        The number of seeds, 3 or more; None where more than `MOST_SEEDS` are needed or seeds alone do not suffice.
+        The number of seeds, 3 or more; None where more than `MOST_SEEDS` are needed.
     """
-    between, rows = difference.parts.seeds * difference.seeds, difference.parts.rows
-
-    def suffices(n: int) -> bool:
-        degrees = freedom(between / n, n - 1, rows, difference.rows - 1)
-        reach = t_quantile(1 - LEVEL / comparisons / 2, degrees) + t_quantile(POWER, degrees)
-        return margin >= reach * math.sqrt(between / n + rows)
-
     tried = range(3, MOST_SEEDS + 1)
-    place = bisect_left(tried, True, key=suffices)
+    place = bisect_left(tried, True, key=lambda n: _suffice(difference, n, margin, comparisons))
     return tried[place] if place < len(tried) else None
+
+
+def rows_suffice(difference: Difference, margin: float, comparisons: int) -> bool:
+    """Whether a difference as large as the margin could be detected on these rows, given any number of seeds.
+
+    Args:
+        difference: As measured.
+        margin: The smallest difference that matters.
+        comparisons: Number of comparisons that are made together.
+    """
+    return _suffice(difference, ANY_NUMBER, margin, comparisons)
+
+
+def _suffice(difference: Difference, n: int, margin: float, comparisons: int) -> bool:
+    """Whether n seeds detect a difference as large as the margin."""
+    parts = difference.parts
+    seeds, rows = parts.seeds * difference.seeds / n, parts.rows + parts.mixed * difference.seeds / n
+    degrees = freedom(seeds, n - 1, rows, difference.rows - 1)
+    reach = t_quantile(1 - LEVEL / comparisons / 2, degrees) + t_quantile(POWER, degrees)
+    return margin >= reach * math.sqrt(seeds + rows)

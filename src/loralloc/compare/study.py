@@ -72,7 +72,8 @@ def compare(recipe: Recipe, executor: Executor, retry: bool, watcher: Watcher) -
     shapes = measure(recipe)
     cells = plan_cells(recipe, shapes, folder.runs)
     with folder.locked():
-        folder.create(recipe)
+        folder.check_unchanged(shapes.depends_on)
+        folder.create(recipe, shapes.depends_on)
 
         def run(due: Sequence[Cell]) -> list[Row]:
             for cell in due:

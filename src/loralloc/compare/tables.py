@@ -12,7 +12,7 @@ from statistics import mean
 import numpy as np
 
 from loralloc.compare.figures import mean_course
-from loralloc.compare.results import Entry, Row, Trial
+from loralloc.compare.results import Entry, Moment, Row, Trial
 from loralloc.compare.verdict import Compared
 from loralloc.report.tables import Table
 from loralloc.report.wording import duration, rounded
@@ -26,9 +26,16 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def result_table(compared: Sequence[Compared], baseline: Entry, metric: str) -> Table:
-    """Return a row for every contender at a budget: losses, the difference to plain LoRA, its interval and p."""
-    head = ("", "learning rate", "test loss", metric.replace("_", " "), "difference", "95 % interval", "p (Holm)")
+def result_table(compared: Sequence[Compared], baseline: Entry, metric: str, split: str) -> Table:
+    """Return a row for every contender at a budget: losses, the difference to plain LoRA, its interval and p.
+
+    Args:
+        compared: The contenders.
+        baseline: Plain LoRA.
+        metric: The metric to give beside the loss.
+        split: The data that the losses are of: test or validation.
+    """
+    head = ("", "learning rate", f"{split} loss", metric.replace("_", " "), "difference", "95 % interval", "p (Holm)")
     rows = [_result(baseline, metric, ("", "", ""))]
     for one in compared:
         found = one.difference
@@ -83,7 +90,7 @@ def agreement(trial: Trial) -> str:
     """Return how far the seeds' plans agree: mean rank correlation and share of ranks in common, over all pairs."""
     names = dict.fromkeys(name for row in trial.finished for name in row.ranks)
     plans = [tuple(row.ranks.get(name, 0) for name in names) for row in trial.finished]
-    if all(len(set(plan)) == 1 for plan in plans):
+    if plans and all(len(set(plan)) == 1 for plan in plans):
         return "even"
     if len(plans) < 2:
         return NOTHING
@@ -96,21 +103,27 @@ def agreement(trial: Trial) -> str:
 
 
 def equal_time(entries: Sequence[Entry]) -> tuple[float, Table | None]:
-    """Return the processor time of the cheapest contender, and the validation loss of all by then."""
-    costs = [entry.chosen.average("processor_seconds") for entry in entries if entry.chosen.finished]
+    """Return the processor time of the cheapest contender, and the validation loss of all by then.
+
+    Between two evaluations the loss is interpolated: a run that is nearly at its end is not to be judged by its middle.
+    Plans do not count as cheapest: the run that has found the ranks is not in their time.
+    """
+    finished = [entry for entry in entries if entry.chosen.finished]
+    costs = [entry.chosen.average("processor_seconds") for entry in finished if entry.contender.kind != "plan"]
     if len(costs) < 2:
         return math.nan, None
-    limit, rows = min(costs), []
-    for entry in entries:
-        course = mean_course(entry)
-        by_then = [moment for moment in course if moment.processor_seconds <= limit * (1 + 1e-9)]
-        if not course:
-            continue
-        share = min(1.0, limit / course[-1].processor_seconds)
-        value = f"{by_then[-1].loss:.4f}" if by_then else "nothing yet"
-        note = "with more ranks than it may keep" if by_then and by_then[-1].over else ""
-        rows.append((entry.contender.label, f"{share:.0%}", value, f"{course[-1].loss:.4f}", note))
+    limit = min(costs)
+    rows = [(entry.contender.label, *_by_then(course, limit)) for entry in finished if (course := mean_course(entry))]
     return limit, Table(("", "of its run", "validation loss by then", "at its end", ""), rows)
+
+
+def _by_then(course: Sequence[Moment], limit: float) -> tuple[str, str, str, str]:
+    """How far a run was at a limit of processor time: share, loss, loss at its end, and a remark on its size."""
+    times, losses = ([getattr(moment, name) for moment in course] for name in ("processor_seconds", "loss"))
+    known = "nothing yet" if limit < times[0] else f"{np.interp(limit, times, losses):.4f}"
+    before = [moment for moment in course if moment.processor_seconds <= limit]
+    note = "with more ranks than it may keep" if before and before[-1].over else ""
+    return f"{min(1.0, limit / times[-1]):.0%}", known, f"{losses[-1]:.4f}", note
 
 
 def failure_table(rows: Sequence[Row]) -> Table | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loralloc.compare.results import Entry
-from loralloc.compare.statistics import MOST_SEEDS, Difference, seeds_needed
+from loralloc.compare.statistics import MOST_SEEDS, Difference, rows_suffice, seeds_needed
 
 IN_QUESTION = ("method", "peer")
 """Kinds of contender that are judged; controls and retrained plans only help to explain the verdict."""
@@ -54,7 +54,7 @@ def _judged(known: Sequence[tuple[str, Difference]], compared: Sequence[Compared
     if all(difference.seeds == 1 for _, difference in known):
         return _one_seed(known, loss)
     if better := [(label, one) for label, one in known if one.significant and one.mean < 0]:
-        return _better(better, loss)
+        return _better(better, loss, count)
     least = margin * abs(loss)
     if undecided := [(label, one) for label, one in known if one.low_all <= -least]:
         return _ahead(undecided, loss, least, count) or _undecided(undecided, least, count, margin)
@@ -88,12 +88,13 @@ def _one_seed(known: Sequence[tuple[str, Difference]], loss: float) -> str:
     return f"one seed cannot tell: with this one {seen}; another may give another result, so use at least three"
 
 
-def _better(better: Sequence[tuple[str, Difference]], loss: float) -> str:
+def _better(better: Sequence[tuple[str, Difference]], loss: float, count: int) -> str:
     ordered = sorted(better, key=lambda item: item[1].mean)
     label, one = ordered[0]
     others = [name for name, _ in ordered[1:]]
     also = f"; so {'is' if len(others) == 1 else 'are'} {listed(others)}" if others else ""
-    return f"{label} is better than plain LoRA by {_amount(one, loss)}, 95 % interval {_interval(one)}{also}"
+    for_all = "95 % interval" if count == 1 else f"95 % interval for all {count} comparisons together"
+    return f"{label} is better than plain LoRA by {_amount(one, loss)}, {for_all} {_interval(one)}{also}"
 
 
 def _ahead(undecided: Sequence[tuple[str, Difference]], loss: float, least: float, count: int) -> str:
@@ -120,14 +121,18 @@ def _undecided(undecided: Sequence[tuple[str, Difference]], least: float, count:
     needed = [(seeds_needed(one, least, count), one.seeds) for _, one in undecided]
     told = f"not enough runs to tell whether {who} {'is' if len(undecided) == 1 else 'are'} better than plain LoRA by "
     told += f"{_percent(margin)} of its loss"
-    if any(total is None for total, _ in needed):
+    if not all(rows_suffice(one, least, count) for _, one in undecided):
         return f"{told}: {MOST_SEEDS} seeds would not be enough, more test rows are needed"
+    if any(total is None for total, _ in needed):
+        return f"{told}: that would take more than {MOST_SEEDS} seeds"
     more = max(total - have for total, have in needed if total is not None)
+    if more <= 0:
+        return f"{told}: the difference is so close to it that more seeds may not tell either"
     return f"{told}: {_seeds(more)} would"
 
 
 def _seeds(more: int) -> str:
-    return f"{max(1, more)} more seed{'s' if more > 1 else ''}"
+    return f"{more} more seed{'s' if more > 1 else ''}"
 
 
 def _amount(one: Difference, loss: float) -> str:
@@ -140,7 +145,8 @@ def _percent(share: float) -> str:
 
 
 def _interval(one: Difference) -> str:
-    return f"{-one.high:.4f} to {-one.low:.4f}"
+    """The simultaneous interval of a gain; it ends at 0, since Holm's test, which finds more, has rejected 0."""
+    return f"{max(0.0, -one.high_all):.4f} to {-one.low_all:.4f}"
 
 
 def listed(names: Sequence[str]) -> str:

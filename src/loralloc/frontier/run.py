@@ -35,6 +35,7 @@ from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
 from loralloc.recipe import stages
+from loralloc.recipe.fingerprints import learned_from
 from loralloc.recipe.from_recipe import load_adapter, task_data
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import dump_recipe
@@ -42,6 +43,7 @@ from loralloc.recipe.screen import Screen
 from loralloc.tasks.base import TaskData
 from loralloc.training import processes
 from loralloc.training.callback import validation_batches
+from loralloc.training.fingerprints import rows_fingerprint
 from loralloc.training.trainer import RunTrainer
 
 DEFAULT_RECOVERY = 0.2
@@ -133,8 +135,12 @@ def _recovery_steps(source: Source, settings: Settings, data: TaskData) -> int:
 
 
 def _of(source: Source, settings: Settings, steps: int, data: TaskData) -> dict[str, Any]:
-    """What a point depends on: adapter, order, recovery, recipe, validation data. If one differs, it is made again."""
-    told = f"{dump_recipe(source.recipe)}{[dict(row) for row in data.validation]}"
+    """What a point depends on: adapter, order, recovery, recipe, data. If one differs, it is made again.
+
+    The training data count only where there is a recovery, which trains on them.
+    """
+    rows = learned_from(source.recipe, data) if steps else {"validation": rows_fingerprint(data.validation)}
+    told = f"{dump_recipe(source.recipe)}{rows}"
     made_by = hashlib.sha256(told.encode()).hexdigest()[:16]
     recovery = {"steps": steps, "rate": settings.rate if steps else None}
     return {"adapter": source.fingerprint(), "order": settings.order, **recovery, "made_by": made_by}

@@ -98,7 +98,7 @@ def check_unchanged(
         NotResumableError: Something differs that is not allowed; the message lists it, and the flags if they can
             allow all of it.
     """
-    found = {kind: words for kind in mine if (words := _difference(kind, theirs.get(kind), mine[kind]))}
+    found = {kind: words for kind in mine if (words := difference(kind, theirs.get(kind), mine[kind]))}
     refused = {kind: words for kind, words in found.items() if kind not in allowed}
     if refused:
         can = [kind for kind in refused if kind in ALLOWED]
@@ -111,8 +111,14 @@ def check_unchanged(
     return [words for kind, words in found.items() if kind in allowed]
 
 
-def _difference(kind: str, theirs: Any, mine: Any) -> str:
-    """Describe a difference; an empty string if there is none."""
+def difference(kind: str, theirs: Any, mine: Any) -> str:
+    """Describe a difference in what a run depends on; an empty string if there is none.
+
+    Args:
+        kind: A key of `fingerprints.depends_on`.
+        theirs: Its value before; None if it is not known.
+        mine: Its value now.
+    """
     if theirs == mine:
         return ""
     if theirs is None:

@@ -38,10 +38,19 @@ def depends_on(recipe: Recipe, data: TaskData, model: PeftModel) -> Callable[[],
         fixed = settings(recipe)
         fixed.pop("plan", None)  # the plan's content counts, not its path
         plan = {} if recipe.plan is None else {"plan": _plan(recipe.plan)}
-        rows = {"train": _training_rows(recipe, data), "validation": rows_fingerprint(data.validation)}
-        return {"recipe": fixed, **plan, "data": rows, "base": base, "versions": versions()}
+        return {"recipe": fixed, **plan, "data": learned_from(recipe, data), "base": base, "versions": versions()}
 
     return found
+
+
+def learned_from(recipe: Recipe, data: TaskData) -> dict[str, Any]:
+    """Fingerprint the rows that a run trains and is validated on.
+
+    Args:
+        recipe: The recipe.
+        data: All data, before a method holds some of them out.
+    """
+    return {"train": _training_rows(recipe, data), "validation": rows_fingerprint(data.validation)}
 
 
 def _training_rows(recipe: Recipe, data: TaskData) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def charts(run: RunRecord, grid: Grid, highest: int) -> list[Chart]:
     drawn = []
     if len(run.plan.modules) > figures.MOST_CELLS:
         ranks = figures.heat_figure(run, grid, highest)
-        drawn.append(Chart("ranks", "Ranks", "A row for each layer, a column for each type.", ranks))
+        told = f"A row for each layer, a column for each type; the strongest colour is rank {highest}."
+        drawn.append(Chart("ranks", "Ranks", told, ranks))
     trace = run.trace
     if trace and not _without_allocation(trace):
         grid = grid if trace.sites == tuple(run.plan.modules) else arrange(trace.sites)
