@@ -84,7 +84,9 @@ def reference(records: Sequence[Record], of: Record) -> dict[int, Record]:
 
 
 def table(runs: Sequence[Record], right: dict[int, Record]) -> str:
-    """One table: a row for each method, from the lowest divergence to the highest.
+    """One table: a row for each method, from the lowest divergence to the highest, as shares of the true ranks'.
+
+    Shares are of the same seed, so that methods with fewer seeds are not placed by the problems they have not seen.
 
     Args:
         runs: Records of one problem, budget and concentration.
@@ -93,7 +95,12 @@ def table(runs: Sequence[Record], right: dict[int, Record]) -> str:
     by_method = {method: at_best_rate(of) for method, of in grouped(runs, lambda r: r["method"]).items()}
     uniform = {seed: r["seconds"] for seed, r in by_method.get("uniform", {}).items()}
     lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
-    for method, by_seed in sorted(by_method.items(), key=lambda item: mean(r["divergence"] for r in item[1].values())):
+
+    def share(item: tuple[str, dict[int, Record]]) -> float:
+        ratios = relative(item[1], right).values()
+        return mean(ratios or (record["divergence"] for record in item[1].values()))
+
+    for method, by_seed in sorted(by_method.items(), key=share):
         chosen = list(by_seed.values())
         cells = (
             method,
