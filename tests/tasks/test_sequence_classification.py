@@ -19,7 +19,7 @@ from loralloc.tasks.base import TaskData, first_output
 from loralloc.tasks.classes import label_names, numbers
 from loralloc.tasks.classification_metrics import classification_metrics, regression_metrics
 from loralloc.tasks.pretrained import load_model, load_tokenizer, locate
-from loralloc.tasks.rows import Rows
+from loralloc.tasks.rows import Rows, mix
 from loralloc.tasks.sequence_classification import prepare
 
 GOOD, BAD = {"text": "the film is good", "label": "yes"}, {"text": "the film is bad a b", "label": "no"}
@@ -74,6 +74,17 @@ def test_names_of_numbered_classes_are_used() -> None:
     table = Dataset.from_dict({"label": [1, 0, -1]}, features=features)
     rows = Rows("hub:x", ("label",), table, range(1, 4), unit="row")
     assert label_names(rows, "label") == ["yes", "no", "-1"]
+
+
+def test_sources_that_number_their_classes_in_another_order_are_mixed_by_name() -> None:
+    def rows_of(names: list[str], labels: list[int]) -> Rows:
+        table = Dataset.from_dict({"label": labels}, features=Features({"label": ClassLabel(names=names)}))
+        return Rows("hub:x", ("label",), table, range(1, len(labels) + 1), unit="row")
+
+    plain = Rows("train.jsonl", ("label",), [{"label": "yes"}, {"label": 0}], [1, 2])
+    mixed = mix([rows_of(["no", "yes"], [1, 0]), rows_of(["yes", "no"], [1, 0]), plain], None, 0)
+    assert label_names(mixed, "label") == ["yes", "no", "no", "yes", "yes", "0"]
+    assert label_names(mixed.select([5, 2, 1]), "label") == ["0", "no", "no"]
 
 
 def test_one_text_and_a_pair(task: Callable[..., TaskData]) -> None:

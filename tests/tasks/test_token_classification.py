@@ -22,7 +22,7 @@ from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
 from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import Evaluated, TaskData
-from loralloc.tasks.rows import Rows
+from loralloc.tasks.rows import Rows, mix
 from loralloc.tasks.sentences import read_sentences
 from loralloc.tasks.spans import span_metrics
 from loralloc.tasks.tags import spans_of
@@ -355,9 +355,15 @@ def test_a_rare_tag_may_be_cut_off_for_validation(task: Prepare) -> None:
         assert names(task(rows)) == ["O", "B-X", "I-X", "B-Y", "I-Y"]
 
 
+def _tags_of(*names: str) -> Features:
+    return Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=list(names)))})
+
+
 def test_tags_that_a_data_set_names(data_section: Section) -> None:
-    features = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=["O", "B-X"]))})
-    table = Dataset.from_dict({"tokens": [["a", "b"]], "tags": [[1, 0]]}, features=features)
+    table = Dataset.from_dict({"tokens": [["a", "b"]], "tags": [[1, 0]]}, features=_tags_of("O", "B-X"))
     rows = Rows("hub:x", ("tokens", "tags"), table, range(1, 2), unit="row")
     data = data_section("hub:x", tokens="tokens", tags="tags")
     assert read_sentences(rows, data).tags == [["B-X", "O"]]
+    other = Dataset.from_dict({"tokens": [["a", "b"]], "tags": [[1, 0]]}, features=_tags_of("B-Y", "O"))
+    mixed = mix([rows, Rows("hub:y", ("tokens", "tags"), other, range(1, 2), unit="row")], None, 0)
+    assert read_sentences(mixed, data).tags == [["B-X", "O"], ["O", "B-Y"]]

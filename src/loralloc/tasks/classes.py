@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import ClassLabel, Dataset
 from transformers import PreTrainedConfig
 
 from loralloc.errors import UserError, closest
@@ -174,9 +173,9 @@ def label_names(rows: Rows, column: str) -> list[str]:
     Raises:
         UserError: No such column, a missing value, or a value of another type.
     """
-    classes = _numbered_classes(rows, column)
     names = []
-    for i, value in enumerate(rows.values(column, "data.label")):
+    values = rows.values(column, "data.label")
+    for i, (value, classes) in enumerate(zip(values, rows.class_names(column), strict=True)):
         name = _name(value, classes)
         if name is None:
             raise UserError(
@@ -193,9 +192,9 @@ def label_sets(rows: Rows, column: str) -> list[list[str]]:
     Raises:
         UserError: No such column, a missing value, or a value that is no list of labels, each once.
     """
-    classes = _numbered_classes(rows, column)
     sets = []
-    for i, value in enumerate(rows.values(column, "data.label")):
+    values = rows.values(column, "data.label")
+    for i, (value, classes) in enumerate(zip(values, rows.class_names(column), strict=True)):
         names = [_name(one, classes) for one in value] if isinstance(value, list) else [None]
         if None in names or len(set(names)) < len(names):
             raise UserError(
@@ -204,13 +203,6 @@ def label_sets(rows: Rows, column: str) -> list[list[str]]:
             )
         sets.append([name for name in names if name is not None])
     return sets
-
-
-def _numbered_classes(rows: Rows, column: str) -> list[str]:
-    """The class names of a column whose classes a Hub data set numbers, also in lists; empty for other columns."""
-    kind = rows.records.features.get(column) if isinstance(rows.records, Dataset) else None
-    kind = getattr(kind, "feature", kind)
-    return kind.names if isinstance(kind, ClassLabel) else []
 
 
 def _name(label: object, classes: Sequence[str] = ()) -> str | None:

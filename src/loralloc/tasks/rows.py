@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from datasets import Dataset, concatenate_datasets, interleave_datasets
+from datasets import ClassLabel, Dataset, concatenate_datasets, interleave_datasets
 
 from loralloc.errors import UserError, closest
 
@@ -62,6 +62,8 @@ class Rows:
     """Columns that are there but cannot be read, each with the reason and the cure."""
     places: Sequence[str] | None = None
     """Where each row stands, if rows come from several sources; None if `source` and `numbers` say it."""
+    classes: Sequence[Mapping[str, Sequence[str]]] | None = None
+    """The classes that each row's source numbers, by column, if rows come from several; None if `records` say it."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -84,7 +86,15 @@ class Rows:
         else:
             records = [self.records[i] for i in indices]
         places = None if self.places is None else [self.places[i] for i in indices]
-        return replace(self, records=records, numbers=[self.numbers[i] for i in indices], places=places)
+        classes = None if self.classes is None else [self.classes[i] for i in indices]
+        numbers = [self.numbers[i] for i in indices]
+        return replace(self, records=records, numbers=numbers, places=places, classes=classes)
+
+    def class_names(self, column: str) -> list[Sequence[str]]:
+        """For each row, the names of the classes that its source numbers in a column, also in lists; or none."""
+        if self.classes is not None:
+            return [classes.get(column, ()) for classes in self.classes]
+        return [_numbered_classes(self.records).get(column, ())] * len(self)
 
     def values(self, column: str, key: str) -> list[Any]:
         """Read a column in which every row must have a value.
@@ -189,7 +199,7 @@ def mix(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Ro
         seed: Seed of the draws.
 
     Returns:
-        The rows, with the columns that any of them has.
+        The rows, with the columns that any of them has. What a source calls the classes that it numbers is kept.
     """
     if len(parts) == 1:
         return parts[0]
@@ -200,6 +210,7 @@ def mix(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Ro
         shares = [weight / sum(weights) for weight in weights]
         order = interleave_datasets(numbered, shares, seed=seed, stopping_strategy="first_exhausted")
     chosen = list(zip(order["part"], order["row"], strict=True))
+    classes = [_numbered_classes(part.records) for part in parts]
     return Rows(
         source=" and ".join(part.source for part in parts),
         columns=tuple(dict.fromkeys(column for part in parts for column in part.columns)),
@@ -207,7 +218,15 @@ def mix(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Ro
         numbers=range(1, len(chosen) + 1),
         unreadable={name: reason for part in parts for name, reason in part.unreadable.items()},
         places=[parts[part].place(row) for part, row in chosen],
+        classes=[classes[part] for part, _ in chosen],  # two sources may number the same classes in another order
     )
+
+
+def _numbered_classes(records: list[dict[str, Any]] | Dataset) -> dict[str, Sequence[str]]:
+    """The columns whose classes a data set numbers, also in lists, each with the names of its classes."""
+    features = records.features if isinstance(records, Dataset) else {}
+    kinds = {column: getattr(kind, "feature", kind) for column, kind in features.items()}
+    return {column: kind.names for column, kind in kinds.items() if isinstance(kind, ClassLabel)}
 
 
 def cut(count: int, fraction: float, seed: int, stratify_by: Sequence[Hashable] | None = None) -> list[int]:

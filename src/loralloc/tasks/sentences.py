@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel, Dataset
-
 from loralloc.errors import UserError
 from loralloc.tasks.rows import Rows, quote, records_of
 from loralloc.tasks.spec import TokenClassificationData
@@ -59,7 +57,7 @@ def read_sentences(rows: Rows, data: TokenClassificationData) -> Sentences:
     if data.text is not None:
         return _read_spans(rows, data.text, str(data.spans))
     words = list(_lists(rows, str(data.tokens), "data.tokens", _word))
-    tags = list(_lists(rows, str(data.tags), "data.tags", _tag_reader(rows, str(data.tags))))
+    tags = list(_lists(rows, str(data.tags), "data.tags", _tag))
     for i, (row_words, row_tags) in enumerate(zip(words, tags, strict=True)):
         if not row_words:
             raise UserError(f'{rows.place(i)}: an empty sentence, column "{data.tokens}" (data.tokens) has no words')
@@ -103,16 +101,16 @@ def in_scheme(sentences: Sentences, scheme: Scheme) -> Sentences:
     return replace(sentences, tags=[to_bio(tags) for tags in sentences.tags]) if scheme == "iob1" else sentences
 
 
-def _lists(rows: Rows, column: str, key: str, read: Callable[[Any], str | None]) -> Iterator[list[str]]:
+def _lists(rows: Rows, column: str, key: str, read: Callable[[Any, Sequence[str]], str | None]) -> Iterator[list[str]]:
     """Read a column of lists of texts, or of texts separated by white space."""
-    for i, value in enumerate(rows.values(column, key)):
+    for i, (value, classes) in enumerate(zip(rows.values(column, key), rows.class_names(column), strict=True)):
         parts = _parted(value) if isinstance(value, str) else value
         if not isinstance(parts, list):
             raise UserError(
                 f'{rows.place(i)}: column "{column}" ({key}) must hold a list of texts (in JSON, where a text '
                 f"holds it), or a text parted by white space, found {type(value).__name__} {quote(value)}"
             )
-        texts = [read(part) for part in parts]
+        texts = [read(part, classes) for part in parts]
         if None in texts:
             place = texts.index(None)
             raise UserError(
@@ -131,22 +129,16 @@ def _parted(text: str) -> list[Any] | None:
     return text.split()
 
 
-def _word(value: Any) -> str | None:
+def _word(value: Any, classes: Sequence[str]) -> str | None:
+    del classes  # words are no classes
     return value if isinstance(value, str) else None
 
 
-def _tag_reader(rows: Rows, column: str) -> Callable[[Any], str | None]:
-    """Return a function that reads a tag: a text, a number, or the number of a class that the data set names."""
-    kind = rows.records.features.get(column) if isinstance(rows.records, Dataset) else None
-    inner = getattr(kind, "feature", None)
-    names = inner.names if isinstance(inner, ClassLabel) else []
-
-    def read(value: Any) -> str | None:
-        if type(value) is int and value >= 0:  # -100 often stands for no tag
-            return names[value] if 0 <= value < len(names) else str(value)
-        return value if isinstance(value, str) and value.strip() else None
-
-    return read
+def _tag(value: Any, classes: Sequence[str]) -> str | None:
+    """Read a tag: a text, a number, or the number of a class that the data set names."""
+    if type(value) is int and value >= 0:  # -100 often stands for no tag
+        return classes[value] if value < len(classes) else str(value)
+    return value if isinstance(value, str) and value.strip() else None
 
 
 class Place(NamedTuple):
