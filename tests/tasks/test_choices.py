@@ -10,6 +10,7 @@ import pytest
 from loralloc.errors import UserError
 from loralloc.tasks.choices import Question, chance, read_questions
 from loralloc.tasks.data import read_rows
+from loralloc.tasks.rows import Rows, split
 
 Read = Callable[..., list[Question]]
 
@@ -20,7 +21,8 @@ ROW: dict[str, Any] = {"prompt": "the film is", "choices": ["good", "bad", "a fi
 def read(write: Callable[..., str], data_section: Callable[..., Any]) -> Read:
     def make(*rows: dict[str, Any], **given: Any) -> list[Question]:
         names = {"prompt": "prompt", "choices": "choices", "answer": "answer", **given}
-        return read_questions(read_rows(write(rows)), data_section("train.jsonl", **names))
+        (questions,) = read_questions([read_rows(write(rows))], data_section("train.jsonl", **names))
+        return questions
 
     return make
 
@@ -75,6 +77,42 @@ def test_an_answer_that_is_no_choice(read: Read, choices: Any, answer: object) -
         UserError, match=r"train\.jsonl:2: column \"answer\" \(data\.answer\) must hold the number of the"
     ):
         read(ROW, {**ROW, "choices": choices, "answer": answer})
+
+
+def test_all_answers_are_read_in_one_way(read: Read) -> None:
+    sums = [{"prompt": "a", "choices": choices, "answer": "1"} for choices in (["0", "4", "2"], ["1", "2", "3"])]
+    assert [question.right for question in read(*sums)] == [1, 1]  # the text "1" is no choice of the first
+    assert [question.right for question in read(sums[1], sums[1])] == [0, 0]
+    letters = [{"prompt": "a", "choices": choices, "answer": "B"} for choices in (["B", "A"], ["good", "bad"])]
+    assert [question.right for question in read(*letters)] == [1, 1]
+
+
+def test_answers_that_name_the_choice_in_several_ways(read: Read) -> None:
+    several = [{**ROW, "answer": answer} for answer in ("0", "B", "1", "a film")]
+    assert [question.right for question in read(*several)] == [0, 1, 1, 2]  # each can mean one choice only
+    message = (
+        r'train\.jsonl:2: column "answer" .* found "B"; the choices: .*\. Some answers could name two choices, so all '
+        r"must be written alike: 3 of 4 rows name its number from 0$"
+    )
+    with pytest.raises(UserError, match=message):
+        read(*several[:3], {**ROW, "choices": ["1", "0"], "answer": "0"})
+
+
+def test_splits_are_read_in_one_way_if_one_fits(data_section: Callable[..., Any]) -> None:
+    def rows_of(source: str, *choices: list[str], answer: str = "1") -> Rows:
+        records = [{"prompt": "a", "choices": one, "answer": answer} for one in choices]
+        return Rows(source, tuple(records[0]), records, range(1, len(records) + 1))
+
+    def right(*sources: Rows) -> list[list[int]]:
+        data = data_section("a.jsonl", prompt="prompt", choices="choices", answer="answer")
+        return [[question.right for question in questions] for questions in read_questions(sources, data)]
+
+    train, held_out = rows_of("a.jsonl", ["0", "4"]), rows_of("b.jsonl", ["1", "2"])
+    assert right(train, held_out) == [[1], [1]]
+    letters = rows_of("c.jsonl", ["B", "A"], ["good", "bad"], answer="B")
+    assert right(train, letters, held_out) == [[1], [1, 1], [0]]  # each file in its own way
+    stays, cut = split(rows_of("a.jsonl", ["0", "4"], ["1", "2"]), 0.5, 0)
+    assert right(stays, cut, letters) == [[1], [1], [1, 1]]
 
 
 def test_choices_in_columns_of_their_own(read: Read) -> None:

@@ -1,10 +1,16 @@
-"""Read multiple-choice questions, with the right choice of each, from the columns of a data set."""
+"""Read multiple-choice questions, with the right choice of each, from the columns of a data set.
+
+An answer may be read in several ways: "1" is the text of one choice and the number of another. All rows of a source are
+read in one way, the first of `READINGS` that fits every row. Rows may differ only where no answer can mean two choices.
+"""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from loralloc.errors import UserError
@@ -12,6 +18,9 @@ from loralloc.tasks.forms import read_texts
 from loralloc.tasks.rows import Rows, quote
 from loralloc.tasks.spec import ChoiceData
 from loralloc.tasks.templates import is_template
+
+READINGS = {"label": "its label", "text": "its text", "number": "its number from 0", "letter": "its letter"}
+"""The ways to name a choice, each in words; the first is preferred."""
 
 
 @dataclass(frozen=True)
@@ -29,39 +38,99 @@ class Question:
     right: int
 
 
-def read_questions(rows: Rows, data: ChoiceData) -> list[Question]:
+@dataclass(frozen=True)
+class _Draft:
+    """A question before it is known how answers are to be read.
+
+    Attributes:
+        prompt: Its text.
+        choices: The choices.
+        right: The index of the right choice by every way to read the answer that fits.
+        fault: What to say if none does.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    right: Mapping[str, int]
+    fault: str
+
+
+def read_questions(sources: Sequence[Rows], data: ChoiceData) -> list[list[Question]]:
     """Read questions, one a row.
 
     Args:
-        rows: The rows.
+        sources: The rows of every split. Their answers are read in the way that fits all; if there is none, those of
+            each source in its own way.
         data: The recipe's data section.
 
+    Returns:
+        The questions of every split.
+
     Raises:
-        UserError: A column is missing, a choice is empty or stands twice, or no choice is the right one.
+        UserError: A column is missing, a choice is empty or stands twice, or an answer names no choice or may name two.
     """
+    drafts = [list(_read_drafts(rows, data)) for rows in sources]
+    by_source: dict[str, list[_Draft]] = {}  # what is cut off for validation is of one source with what stays
+    for rows, found in zip(sources, drafts, strict=True):
+        by_source.setdefault(rows.source, []).extend(found)
+    shared = _fitting(list(chain(*drafts)))
+    readings = {source: shared or _reading_of(found) for source, found in by_source.items()}
+    return [
+        [Question(one.prompt, one.choices, _right(one, readings[rows.source])) for one in found]
+        for rows, found in zip(sources, drafts, strict=True)
+    ]
+
+
+def _read_drafts(rows: Rows, data: ChoiceData) -> Iterator[_Draft]:
     assert data.prompt is not None
     assert data.choices is not None
     assert data.answer is not None
     prompts = read_texts(rows, data.prompt, "data.prompt")
     answers = rows.values(data.answer, "data.answer")
-    questions = []
     for i, (choices, labels) in enumerate(_read_choices(rows, data.choices)):
         if len(choices) < 2:
             raise UserError(f"{rows.place(i)}: a question needs two or more data.choices, found {quote(choices)}")
         if len(set(choices)) < len(choices):
             raise UserError(f"{rows.place(i)}: a choice (data.choices) occurs twice: {quote(choices)}")
-        right = right_choice(answers[i], choices, labels)
-        if right is None:
-            raise UserError(
-                f'{rows.place(i)}: column "{data.answer}" (data.answer) must hold the number of the right choice from '
-                f"0, its letter, its label or its text, found {quote(answers[i])}; the choices: {quote(choices)}"
-            )
-        questions.append(Question(prompts[i], tuple(choices), right))
-    return questions
+        fault = (
+            f'{rows.place(i)}: column "{data.answer}" (data.answer) must hold the number of the right choice from '
+            f"0, its letter, its label or its text, found {quote(answers[i])}; the choices: {quote(choices)}"
+        )
+        yield _Draft(prompts[i], tuple(choices), right_choices(answers[i], choices, labels), fault)
 
 
-def right_choice(answer: object, choices: Sequence[str], labels: Sequence[str]) -> int | None:
-    """Find the choice that an answer names: by its label, or else its text, its number from 0, or its letter.
+def _fitting(drafts: Sequence[_Draft]) -> str | None:
+    """The first way to read answers that fits all of them."""
+    return next((reading for reading in READINGS if all(reading in draft.right for draft in drafts)), None)
+
+
+def _reading_of(drafts: Sequence[_Draft]) -> str | None:
+    """The way to read the answers of one source; None if rows differ in it, and no answer can mean two choices.
+
+    Raises:
+        UserError: There is none; with the first row that names no choice, or that is not read as most are.
+    """
+    if (reading := _fitting(drafts)) is not None:
+        return reading
+    if all(len(set(draft.right.values())) == 1 for draft in drafts):
+        return None
+    if (fault := next((draft.fault for draft in drafts if not draft.right), None)) is not None:
+        raise UserError(fault)
+    counts = Counter(reading for draft in drafts for reading in draft.right)
+    best = max(READINGS, key=lambda reading: counts[reading])
+    fault = next(draft.fault for draft in drafts if best not in draft.right)
+    raise UserError(
+        f"{fault}. Some answers could name two choices, so all must be written alike: {counts[best]} of {len(drafts)} "
+        f"rows name {READINGS[best]}"
+    )
+
+
+def _right(draft: _Draft, reading: str | None) -> int:
+    return next(iter(draft.right.values())) if reading is None else draft.right[reading]
+
+
+def right_choices(answer: object, choices: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
+    """Find the choices that an answer may name.
 
     Args:
         answer: The answer in the data.
@@ -69,24 +138,24 @@ def right_choice(answer: object, choices: Sequence[str], labels: Sequence[str]) 
         labels: Their labels; empty if the data have none.
 
     Returns:
-        The index of the choice, from 0; None if the answer names none.
+        For each of `READINGS` that fits: the index of the choice, from 0.
 
-    >>> right_choice("B", ["no", "yes"], []), right_choice("2", ["no", "yes"], ["1", "2"])
-    (1, 1)
+    >>> right_choices("B", ["no", "yes"], []), right_choices("2", ["0", "1", "2"], ["1", "2", "3"])
+    ({'letter': 1}, {'label': 1, 'text': 2, 'number': 2})
     """
     if isinstance(answer, float) and answer.is_integer():  # pandas writes 1.0 for 1 if values are missing
         answer = int(answer)
     if not isinstance(answer, str | int):
-        return None
+        return {}
     said = answer.strip() if isinstance(answer, str) else str(int(answer))
-    for names in (labels, choices if isinstance(answer, str) else ()):
-        if said in names:
-            return list(names).index(said)
-    if said.isdecimal():
-        return int(said) if int(said) < len(choices) else None
     letter = said.strip(" .()").upper()
-    place = string.ascii_uppercase.find(letter) if len(letter) == 1 else -1
-    return place if 0 <= place < len(choices) else None
+    places = {
+        "label": list(labels).index(said) if said in labels else -1,
+        "text": list(choices).index(said) if isinstance(answer, str) and said in choices else -1,
+        "number": int(said) if said.isdecimal() else -1,
+        "letter": string.ascii_uppercase.find(letter) if len(letter) == 1 else -1,
+    }
+    return {reading: place for reading, place in places.items() if 0 <= place < len(choices)}
 
 
 def _read_choices(rows: Rows, named: str | list[str]) -> list[tuple[list[str], list[str]]]:

@@ -45,7 +45,8 @@ def prepare(model: ModelSection, data: LikelihoodChoiceData, seed: int) -> TaskD
     """
     # All data are read and checked before the model is loaded: a mistake should show in a second.
     splits = load_splits(data, seed)
-    read = [(rows, read_questions(rows, data)) for rows in splits.all()]
+    sources = list(splits.all())
+    read = list(zip(sources, read_questions(sources, data), strict=True))
 
     checkpoint = locate(model)
     config = load_config(checkpoint)
@@ -76,7 +77,8 @@ def prepare_evaluation(
 ) -> TaskData:
     """Make everything a Trainer needs to evaluate a trained model; see `tasks.prepare_evaluation`."""
     rows = read_rows(source)
-    judged = _all_choices(tokenizer, rows, read_questions(rows, data), data, str(model.name_or_path))
+    (questions,) = read_questions([rows], data)
+    judged = _all_choices(tokenizer, rows, questions, data, str(model.name_or_path))
     return evaluation_of(judged, model=model, tokenizer=tokenizer, **_trained_with(tokenizer))
 
 

@@ -37,9 +37,10 @@ def prepare(model: ModelSection, data: ChoiceData, seed: int) -> TaskData:
     """
     # All data are read and checked before the model is loaded: a mistake should show in a second.
     splits = load_splits(data, seed)
-    read = [read_questions(rows, data) for rows in splits.all()]
-    count = len(read[0][0].choices)
-    for rows, questions in zip(splits.all(), read, strict=True):
+    sources = list(splits.all())
+    read = list(zip(sources, read_questions(sources, data), strict=True))
+    count = len(read[0][1][0].choices)
+    for rows, questions in read:
         _check_counts(rows, questions, count)
 
     checkpoint = locate(model)
@@ -50,8 +51,7 @@ def prepare(model: ModelSection, data: ChoiceData, seed: int) -> TaskData:
         return load_model("multiple-choice-head", checkpoint, tokenizer, seed)
 
     chooser = load()
-    sources = zip(splits.all(), read, strict=True)
-    encoded = [_encode(tokenizer, rows, questions, data.max_length, chooser) for rows, questions in sources]
+    encoded = [_encode(tokenizer, rows, questions, data.max_length, chooser) for rows, questions in read]
     return TaskData(
         model=chooser,
         again=load,
@@ -59,7 +59,7 @@ def prepare(model: ModelSection, data: ChoiceData, seed: int) -> TaskData:
         train=encoded[0].remove_columns(SHOWN),
         validation=encoded[1],
         test=encoded[2] if splits.test is not None else None,
-        reference={"chance": chance(read[-1])},
+        reference={"chance": chance(read[-1][1])},
         **_trained_with(tokenizer),
     )
 
@@ -69,7 +69,7 @@ def prepare_evaluation(
 ) -> TaskData:
     """Make everything a Trainer needs to evaluate a trained model; see `tasks.prepare_evaluation`."""
     rows = read_rows(source)
-    questions = read_questions(rows, data)
+    (questions,) = read_questions([rows], data)
     _check_counts(rows, questions, len(questions[0].choices))
     encoded = _encode(tokenizer, rows, questions, data.max_length, model)
     return evaluation_of(encoded, model=model, tokenizer=tokenizer, **_trained_with(tokenizer))
