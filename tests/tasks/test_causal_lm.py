@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiny_models import build_tokenizer, save_decoder
 from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from loralloc.errors import UserError
+from loralloc.tasks import causal_lm, data
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.causal_lm import (
     IGNORED,
@@ -162,6 +164,59 @@ def test_nothing_left_to_learn() -> None:
         list(fit([([1, 2, 3], [False, False, True])], rows_of(1), max_length=2))
     with pytest.raises(UserError, match=r"in none of the 1 rows"):  # the first token is never predicted
         list(fit([([1], [True])], rows_of(1), max_length=2))
+
+
+@pytest.fixture
+def streamed(write: Write, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Iterator[list[int]]]:
+    """The ids of examples of a stream, read two rows at a time, over and over."""
+    monkeypatch.setattr(data, "PIECE", 2)
+    monkeypatch.setattr(causal_lm, "SHUFFLED", 2)
+
+    def make(*sources: list[dict[str, Any]], **given: Any) -> Iterator[list[int]]:
+        train = [write(rows, f"{n}.jsonl") for n, rows in enumerate(sources)]
+        section = LanguageModelData(train=train, validation=train[0], streaming=True, packing="none", **given)
+        return (example["input_ids"] for example in Encoder(PLAIN, section, "tiny").stream(0))
+
+    return make
+
+
+def test_a_piece_of_a_stream_may_have_no_text(streamed: Callable[..., Iterator[list[int]]]) -> None:
+    texts = [{"text": text} for text in ("a", "b", " ", "", "c")]
+    made = islice(streamed(texts), 20)
+    assert {words(PLAIN, ids) for ids in made} == {"a </s>", "b </s>", "c </s>"}
+    with pytest.raises(UserError, match=r"0.jsonl: in none of the streamed rows is anything to learn"):
+        next(streamed(texts[2:4]))
+
+
+def test_a_piece_of_a_stream_may_lack_an_optional_column(streamed: Callable[..., Iterator[list[int]]]) -> None:
+    full, bare = {"instruction": "a", "input": "b", "output": " c"}, {"instruction": "d", "output": " e"}
+    named = {"prompt": "{instruction} {input}", "completion": "output"}
+    for sources in ([[full, bare, bare, bare]], [[bare], [full]], [[full], [bare]]):
+        for columns in (named, {}):
+            made = {words(PLAIN, ids) for ids in islice(streamed(*sources, **columns), 20)}
+            assert made == {"a b c </s>", "d e </s>"}
+
+
+def test_a_mistake_in_a_later_source_shows_at_once(streamed: Callable[..., Iterator[list[int]]]) -> None:
+    with pytest.raises(UserError, match=r'1.jsonl, row 2: no value in column "text" \(data.text\)'):
+        streamed([{"text": "a"}], [{"text": "b"}, {"body": "c"}])
+    with pytest.raises(UserError, match=r"1.jsonl is empty: it has no rows"):
+        streamed([{"text": "a"}], [])
+
+
+def test_streamed_rows_are_told_of_once(
+    streamed: Callable[..., Iterator[list[int]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [("a ", "b"), ("a ", "b c d e"), ("a b c d ", "e"), ("a ", "c"), ("a", "b"), ("a", "c")]
+    stream = streamed([{"prompt": prompt, "completion": completion} for prompt, completion in rows], max_length=4)
+    with caplog.at_level(logging.WARNING, logger="loralloc"):
+        assert len(list(islice(stream, 20))) == 20
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert (
+        "0.jsonl: of 6 rows, 2 are longer than data.max_length = 4 tokens and lose their end; 1 are dropped" in told[0]
+    )
+    assert "in 2 rows the end of the prompt and the start of the completion are one token" in told[1]
 
 
 def test_metrics_count_every_learned_token_once() -> None:

@@ -7,13 +7,13 @@
 
 What is learned is decided here; packing, padding and the loss are TRL's. A row longer than `max_length` loses its end,
 so a cut completion is not taught to stop there. Where nothing to learn is left, the row is dropped and counted in a
-warning.
+warning; of streamed rows, at the end of the first pass.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from datasets import Dataset, IterableDataset, List, Value
@@ -24,7 +24,7 @@ from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
 from loralloc.tasks.base import ModelSection, TaskData, evaluation_of, to_dataset
 from loralloc.tasks.chat import Tokens, check_template, tokenize_chats
-from loralloc.tasks.data import load_splits, read_rows, stream_rows
+from loralloc.tasks.data import first_pieces, load_splits, read_rows, stream_rows
 from loralloc.tasks.forms import Chats, Form, Pairs, Texts, read_form
 from loralloc.tasks.pretrained import (
     check_end,
@@ -42,6 +42,7 @@ from loralloc.tasks.token_sums import example_losses, language_model_metrics, to
 logger = logging.getLogger(__name__)
 
 Example = dict[str, list[int]]
+Tell = Callable[[int], None]
 
 SHUFFLED = 1000
 """Size of the shuffle buffer for streamed examples."""
@@ -116,6 +117,9 @@ class Encoder:
         Raises:
             UserError: The tokenizer does not fit them, or nothing to learn is left.
         """
+        if isinstance(form, Texts) and not any(text.strip() for text in form.texts):
+            column = self._data.text or "text"
+            raise UserError(f'{rows.source} has no text: column "{column}" (data.text) is empty in every row.')
         tokens = self._tokens(rows, form)
         if self._packing(form) == "wrapped":
             return self._blocks(to_dataset(map(_example, tokens), List(Value("int32"))))
@@ -124,28 +128,41 @@ class Encoder:
     def stream(self, seed: int) -> IterableDataset:
         """Tokenize the training rows while they are read, over and over.
 
-        The stream has no end, because a Trainer that resumes can skip batches of one pass only.
+        The stream has no end, because a Trainer that resumes can skip batches of one pass only. The beginning of every
+        source is read at once: a mistake should not show in the middle of a training.
+
+        Raises:
+            UserError: A source cannot be read, is empty, or does not fit the tokenizer, or what to learn is not known.
         """
+        first = first_pieces(self._data)
+        forms = [read_form(rows, self._data) for rows in first]
+        for rows, form in zip(first, forms, strict=True):
+            self._tokens(rows, form)  # what does not fit the tokenizer is refused here
+        columns, wrapped, told = first[0].columns, self._packing(forms[0]) == "wrapped", False
+        source, max_length = " and ".join(rows.source for rows in first), self._data.max_length
 
         def examples() -> Iterator[Example]:
-            any_learned = False
-            for rows in stream_rows(self._data):
-                form = read_form(rows, self._data)
-                wrapped = self._packing(form) == "wrapped"
-                for ids, learn in self._tokens(rows, form):
-                    length = None if wrapped else self._data.max_length
+            nonlocal told
+            count = cut = kept = 0
+            joined: list[int] = []
+            for rows in stream_rows(self._data, columns):
+                count += len(rows)
+                for ids, learn in self._tokens(rows, read_form(rows, self._data), joined.append):
+                    length = None if wrapped else max_length
+                    cut += len(ids) > max_length
                     if any(learn[1:length]):
-                        any_learned = True
+                        kept += 1
                         yield _example((ids[:length], learn[:length]))
-            if not any_learned:
-                raise UserError(f"{self._data.train}: in none of the streamed rows is anything to learn")
+            if not kept:
+                raise UserError(f"{source}: in none of the streamed rows is anything to learn")
+            if not told:
+                told = True
+                if not wrapped:
+                    _tell_losses(source, count, cut, count - kept, max_length)
+                _tell_joined(sum(joined))
 
         stream: Any = IterableDataset.from_generator(examples).repeat(None).shuffle(seed, buffer_size=SHUFFLED)
-        first = next(stream_rows(self._data), None)
-        if first is None:
-            raise UserError(f"{self._data.train} is empty: it has no rows.")
-        packing = self._packing(read_form(first, self._data))
-        return self._blocks(stream) if packing == "wrapped" else stream
+        return self._blocks(stream) if wrapped else stream
 
     def _blocks(self, examples: Any) -> Any:
         """Join examples and cut them into blocks; those in which nothing is learned are left out."""
@@ -175,12 +192,12 @@ class Encoder:
     def _packing(self, form: Form) -> str:
         return self._data.packing or ("wrapped" if isinstance(form, Texts) else "none")
 
-    def _tokens(self, rows: Rows, form: Form) -> Iterator[Tokens]:
+    def _tokens(self, rows: Rows, form: Form, tell: Tell | None = None) -> Iterator[Tokens]:
         tokenizer, data = self._tokenizer, self._data
         if isinstance(form, Chats) and data.chat is False:
             raise UserError(f"data.chat: false is for texts, and the rows of {rows.source} are chats; take it out")
         if isinstance(form, Pairs) and (data.learn == "all" or as_chats(tokenizer, data.chat)):
-            return tokenize_answers(tokenizer, form, rows, data.chat, self._name)
+            return tokenize_answers(tokenizer, form, rows, data.chat, self._name, tell)
         if isinstance(form, Chats):
             check_template(tokenizer, self._name)
             return tokenize_chats(tokenizer, form.chats, rows, data.learn)
@@ -189,15 +206,16 @@ class Encoder:
             raise UserError(f"data.{key} is for chats, and the rows of {rows.source} are texts; take it out")
         assert isinstance(form, Texts)
         check_end(tokenizer, self._name)
-        if not any(text.strip() for text in form.texts):
-            raise UserError(
-                f'{rows.source} has no text: column "{data.text or "text"}" (data.text) is empty in every row.'
-            )
         return tokenize_texts(tokenizer, form.texts)
 
 
 def tokenize_answers(
-    tokenizer: PreTrainedTokenizerBase, pairs: Pairs, rows: Rows, chat: bool | None, name: str
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    rows: Rows,
+    chat: bool | None,
+    name: str,
+    tell: Tell | None = None,
 ) -> Iterator[Tokens]:
     """Tokenize prompts with the answers to learn, as chats of two turns or as plain text.
 
@@ -207,6 +225,7 @@ def tokenize_answers(
         rows: Where they came from, for messages.
         chat: Whether they become turns of a chat; None: if the tokenizer has a template.
         name: Name of the model, for messages.
+        tell: See `tokenize_pairs`.
 
     Raises:
         UserError: The tokenizer renders no chats, or has no end-of-sequence token.
@@ -215,7 +234,7 @@ def tokenize_answers(
         check_template(tokenizer, name)
         return tokenize_chats(tokenizer, pairs.chats(), rows)
     check_end(tokenizer, name)
-    return tokenize_pairs(tokenizer, pairs.prompts, pairs.completions)
+    return tokenize_pairs(tokenizer, pairs.prompts, pairs.completions, tell)
 
 
 def as_chats(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
@@ -233,12 +252,21 @@ def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> 
 
 
 def tokenize_pairs(
-    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], completions: Iterable[str]
+    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], completions: Iterable[str], tell: Tell | None = None
 ) -> Iterator[Tokens]:
     """Tokenize prompts with the completions to learn, as TRL does.
 
     The completion begins at the first token that differs from the tokens of the prompt alone: a token that holds both
     the end of the prompt and the start of the completion is learned.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompts: The prompts.
+        completions: A completion for each.
+        tell: Takes the number of rows with such a token at the end; by default a warning says it.
+
+    Yields:
+        The tokens of each pair.
     """
     end, joined = _end(tokenizer), 0
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -246,11 +274,16 @@ def tokenize_pairs(
         before = common_prefix_length(alone, ids)
         joined += before < len(alone) - (not end)  # the end that the tokenizer adds is no part of the prompt
         yield ids, [False] * before + [True] * (len(ids) - before)
-    if joined:
+    (tell or _tell_joined)(joined)
+
+
+def _tell_joined(count: int) -> None:
+    """Warn of rows in which prompt and completion share a token, if there are any."""
+    if count:
         logger.warning(
             "in %d rows the end of the prompt and the start of the completion are one token, which the model will not "
             'see when it is given the prompt alone: end prompts with a space or a new line (data.prompt: "{column} ")',
-            joined,
+            count,
         )
 
 
@@ -291,12 +324,17 @@ def fit(tokenized: Iterable[Tokens], rows: Rows, max_length: int) -> Iterator[Ex
             f"{rows.source}: in none of the {len(rows)} rows is anything to learn within the first {max_length} "
             "tokens. Raise data.max_length or shorten the prompts."
         )
+    _tell_losses(rows.source, len(rows), cut, dropped, max_length)
+
+
+def _tell_losses(source: str, count: int, cut: int, dropped: int, max_length: int) -> None:
+    """Warn of rows that are cut or dropped, if there are any."""
     if cut or dropped:
         logger.warning(
             "%s: of %d rows, %d are longer than data.max_length = %d tokens and lose their end; "
             "%d are dropped because nothing to learn is left.",
-            rows.source,
-            len(rows),
+            source,
+            count,
             cut,
             max_length,
             dropped,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -94,25 +94,56 @@ def _read_train(sources: Sources, seed: int) -> Rows:
     return mix([read_rows(source) for source in train_sources(sources)], weighted or None, seed)
 
 
-def stream_rows(sources: Sources) -> Iterator[Rows]:
-    """Read training rows a piece at a time.
+def first_pieces(sources: Sources) -> list[Rows]:
+    """Read the beginning of every source of training rows, `PIECE` rows at most.
 
     Args:
         sources: The recipe's data section.
 
+    Returns:
+        One piece a source, with the columns of all.
+
+    Raises:
+        UserError: A source cannot be found or read, or has no rows.
+    """
+    pieces = []
+    for source in train_sources(sources):
+        piece = next(_pieces(source), None)
+        if piece is None:
+            raise UserError(f"{source} is empty: it has no rows.")
+        pieces.append(piece)
+    columns = tuple(dict.fromkeys(column for piece in pieces for column in piece.columns))
+    return [replace(piece, columns=columns) for piece in pieces]
+
+
+def stream_rows(sources: Sources, columns: Iterable[str] = ()) -> Iterator[Rows]:
+    """Read training rows a piece at a time.
+
+    Args:
+        sources: The recipe's data section.
+        columns: Columns that are known before; see `first_pieces`.
+
     Yields:
-        Rows of one source, `PIECE` at most; one source after the other.
+        Rows of one source, `PIECE` at most; one source after the other. Their columns are all that have occurred: rows
+        of a piece may all lack an optional one.
 
     Raises:
         UserError: A source cannot be found or read.
     """
+    known = dict.fromkeys(columns)
     for source in train_sources(sources):
-        rows = iter(_open_stream(source))
-        first = 1
-        while records := list(_explained(source, islice(rows, PIECE))):
-            columns = tuple(dict.fromkeys(key for record in records for key in record))
-            yield Rows(source, columns, records, range(first, first + len(records)), unit="row")
-            first += len(records)
+        for piece in _pieces(source):
+            known |= dict.fromkeys(piece.columns)
+            yield replace(piece, columns=tuple(known))
+
+
+def _pieces(source: str) -> Iterator[Rows]:
+    rows = iter(_open_stream(source))
+    first = 1
+    while records := list(_explained(source, islice(rows, PIECE))):
+        columns = tuple(dict.fromkeys(key for record in records for key in record))
+        yield Rows(source, columns, records, range(first, first + len(records)), unit="row")
+        first += len(records)
 
 
 def _open_stream(source: str) -> Iterable[Any]:
