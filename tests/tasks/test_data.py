@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from loralloc.errors import UserError
 from loralloc.tasks import data, hub
-from loralloc.tasks.data import load_splits, read_rows
+from loralloc.tasks.data import load_splits, read_rows, stream_rows
 
 RECORDS = [{"text": 'a "quoted", text', "label": "x"}, {"text": "two\nlines", "label": "y"}]
 
@@ -131,12 +131,71 @@ def test_malformed_files(tmp_path: Path, name: str, content: str | bytes, messag
         read_rows(source)
 
 
+def streamed(source: str) -> list[Any]:
+    return [record for rows in stream_rows(sources(source)) for record in rows.records]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.tsv"])
+def test_streamed_rows_are_the_same(tmp_path: Path, name: str, packed: str) -> None:
+    source = save(tmp_path, name + packed, "\n\n" + FILES[name])
+    assert streamed(source) == list(read_rows(source).records) == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", content) for content, _ in MALFORMED["a.csv"][:2]]
+    + [("a.jsonl", content) for content, _ in MALFORMED["a.jsonl"][:2]]
+    + [("a.csv", "a;b\n1;2\n"), ("a.csv", 'a,b\n1,"2\n'), ("a.tsv", "a,b\n1,2\n")],
+)
+def test_malformed_files_are_told_alike_when_they_are_streamed(tmp_path: Path, name: str, content: str) -> None:
+    source = save(tmp_path, name, content)
+    with pytest.raises(UserError) as whole:
+        read_rows(source)
+    with pytest.raises(UserError) as stream:
+        streamed(source)
+    assert str(stream.value) == str(whole.value)
+
+
+def test_text_in_another_encoding_is_not_streamed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a.csv: not UTF-8 text \(byte 0xe9\). Save the file as UTF-8"):
+        streamed(save(tmp_path, "a.csv", b"text\ncaf\xe9\n"))
+
+
+def test_a_streamed_column_must_have_a_unique_name(tmp_path: Path) -> None:
+    (rows,) = stream_rows(sources(save(tmp_path, "a.csv", "text,text,other\n1,2,3\n")))
+    with pytest.raises(
+        UserError, match=r'column "text" \(data.text\) stands 2 times in the header: give each a unique'
+    ):
+        rows.values("text", "data.text")
+    assert rows.values("other", "data.text") == ["3"]
+
+
+def test_a_packed_table_of_arrow_is_not_streamed(tmp_path: Path) -> None:
+    Dataset.from_list(RECORDS).to_parquet(str(tmp_path / "a.parquet"))
+    assert streamed(str(tmp_path / "a.parquet")) == RECORDS
+    message = r"cannot be streamed; .jsonl, .csv, .tsv can, each also with .gz, and .parquet, unpacked"
+    with pytest.raises(UserError, match=message):
+        streamed(save(tmp_path, "a.parquet.gz", b""))
+
+
+def test_a_stream_leaves_the_limit_of_fields_as_it_was(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    source = save(tmp_path, "a.csv", f"a\n1\n{'x' * 200_000}\n")
+    first, second = stream_rows(sources(source)), stream_rows(sources(source))
+    assert len(next(first).records) == 2
+    assert csv.field_size_limit() == before
+    first.close()
+    assert len(next(second).records[1]["a"]) == 200_000
+
+
 def test_a_broken_gzip_file(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"a": 1}\n' * 1000)
-    for content in (b'{"a": 1}\n', whole[:20], whole[:-4]):
+    for content in (b'{"a": 1}\n', whole[:20], whole[:-4], whole[:12] + b"\xff" * 20):
         (tmp_path / "a.jsonl.gz").write_bytes(content)
-        with pytest.raises(UserError, match=r"a.jsonl.gz is not a complete gzip file \("):
-            read_rows(str(tmp_path / "a.jsonl.gz"))
+        for read in (read_rows, streamed):
+            with pytest.raises(UserError, match=r"a.jsonl.gz is not a complete gzip file \("):
+                read(str(tmp_path / "a.jsonl.gz"))
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ Hub data set may be OWNER/NAME, so a CONFIG is read only from three parts: `hub:
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,19 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import is_offline_mode
 
 from loralloc.errors import UserError
-from loralloc.tasks.formats import read_file, rows_of_dataset, stream_json_lines, stream_table
+from loralloc.tasks.formats import Stream, read_file, rows_of_dataset, stream_json_lines, stream_table
 from loralloc.tasks.hub import is_reachable, out_of_reach
 from loralloc.tasks.locations import Sources, data_file, demo_split, extension, hub_data, train_sources
 from loralloc.tasks.rows import Rows, mix, shorten, split
 
 PIECE = 1000
 """Streamed rows that are read at a time."""
-STREAMED: Mapping[str, Callable[[str, Path], Iterable[Any]]] = {
+STREAMED: Mapping[str, Callable[[str, Path], Stream]] = {
     ".jsonl": stream_json_lines,
     ".csv": stream_table,
     ".tsv": stream_table,
-    ".parquet": lambda source, path: load_dataset("parquet", data_files=str(path), split="train", streaming=True),
 }
-"""Readers of files that can be streamed. Not `datasets` for text: it takes 2020-01-01 for a date, NA for missing."""
+"""Readers of text that can be streamed. Not those of `datasets`: they take 2020-01-01 for a date, NA for missing."""
 
 
 @dataclass(frozen=True)
@@ -138,27 +138,33 @@ def stream_rows(sources: Sources, columns: Iterable[str] = ()) -> Iterator[Rows]
 
 
 def _pieces(source: str) -> Iterator[Rows]:
-    rows = iter(_open_stream(source))
+    stream = _open_stream(source)
+    rows = iter(stream.records)
     first = 1
     while records := list(_explained(source, islice(rows, PIECE))):
-        columns = tuple(dict.fromkeys(key for record in records for key in record))
-        yield Rows(source, columns, records, range(first, first + len(records)), unit="row")
+        columns = tuple(dict.fromkeys(chain(stream.columns, *records)))
+        numbers = range(first, first + len(records))
+        yield Rows(source, columns, records, numbers, unit="row", unreadable=stream.unreadable)
         first += len(records)
 
 
-def _open_stream(source: str) -> Iterable[Any]:
+def _open_stream(source: str) -> Stream:
     if source.startswith("demo:"):
         raise UserError(f"{source} cannot be streamed; take data.streaming out, its rows are few")
     if source.startswith("hub:"):
         repository, config, part = hub_data(source)
         with _loading(source, config):
-            return load_dataset(repository, config, split=part, streaming=True)
+            return Stream(load_dataset(repository, config, split=part, streaming=True))
     path = data_file(source)
-    if extension(path) not in STREAMED:
-        formats = ", ".join(STREAMED)
-        raise UserError(f"{source}: files of this format cannot be streamed; {formats} can, each also with .gz")
     with _loading(source, None):
-        return STREAMED[extension(path)](source, path)
+        if path.suffix.lower() == ".parquet":
+            return Stream(load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+        if (kind := extension(path)) in STREAMED:
+            return STREAMED[kind](source, path)
+    raise UserError(
+        f"{source}: files of this format cannot be streamed; {', '.join(STREAMED)} can, each also with .gz, and "
+        ".parquet, unpacked"
+    )
 
 
 def _explained(source: str, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -215,7 +221,7 @@ def _loading(source: str, config: str | None) -> Iterator[None]:
         raise UserError(f"{source} is empty: it has no rows.") from error
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, DatasetsError) as error:
         raise UserError(f"{source} cannot be loaded: {_why(error)}.{_cure(source, config, error)}") from error
 
 

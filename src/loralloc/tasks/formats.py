@@ -14,9 +14,9 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
@@ -49,14 +49,21 @@ def read_file(source: str) -> Rows:
     return _READERS[extension(path)](source, path)
 
 
-def _unpack(source: str, path: Path) -> bytes:
+@contextmanager
+def _unpacking(source: str) -> Iterator[None]:
+    """Refuse a file that cannot be read or unpacked with its name and the reason."""
     try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{source} is not a complete gzip file ({error}).") from error
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror}).") from error
+
+
+def _unpack(source: str, path: Path) -> bytes:
+    with _unpacking(source):
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
 
 
 def _read_text(source: str, path: Path) -> str:
@@ -65,9 +72,11 @@ def _read_text(source: str, path: Path) -> str:
         return content.decode("utf-8-sig")  # a byte-order mark, as Excel writes it, is not data
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{source}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x}). Save the file as UTF-8."
-        ) from error
+        raise UserError(f"{source}:{line}: {_not_text(error)}") from error
+
+
+def _not_text(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 text (byte 0x{error.object[error.start]:02x}). Save the file as UTF-8."
 
 
 def _columns(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -142,46 +151,67 @@ def _json_line(source: str, number: int, line: str) -> dict[str, Any]:
     return record
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A file that is read a row at a time."""
+
+    records: Iterable[Mapping[str, Any]]
+    """One mapping from column to value per row."""
+    columns: Sequence[str] = ()
+    """The columns that a header names; none where there is no header."""
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """See `Rows.unreadable`."""
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    """Open a text file, packed with gzip or not."""
-    if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as packed:
-            yield packed
-    else:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+def _opened(source: str, path: Path) -> Iterator[IO[str]]:
+    """Open a text file, packed with gzip or not.
+
+    Raises:
+        UserError: It cannot be read or unpacked, or is not UTF-8; also while it is read.
+    """
+    with _unpacking(source), _open(path) as file:
+        try:
             yield file
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}: {_not_text(error)}") from error
 
 
-def stream_json_lines(source: str, path: Path) -> Iterator[dict[str, Any]]:
+def _open(path: Path) -> IO[str]:
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "newline": ""}
+    return gzip.open(path, "rt", **options) if path.suffix == ".gz" else path.open(**options)
+
+
+def stream_json_lines(source: str, path: Path) -> Stream:
     """Read the objects of a file of JSON lines one at a time, packed or not.
 
     Raises:
-        UserError: A line is no JSON object; with the line.
+        UserError: While it is read: a line is no JSON object; with the line.
     """
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _json_line(source, number, line)
+
+    def records() -> Iterator[dict[str, Any]]:
+        with _opened(source, path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _json_line(source, number, line.rstrip("\r\n"))
+
+    return Stream(records())
 
 
-def stream_table(source: str, path: Path) -> Iterator[dict[str, Any]]:
+def stream_table(source: str, path: Path) -> Stream:
     """Read the records of a table one at a time, packed or not; values are texts, None where there is none.
 
     Raises:
-        UserError: A record has another number of values than the header has names; with the line.
+        UserError: As when the table is read at once; a fault of a record is found when it is read.
     """
-    with _opened(path) as file, _any_field_size():
-        reader = csv.reader(file, delimiter="\t" if extension(path) == ".tsv" else ",", strict=True)
-        header = next(reader, [])
-        for fields in reader:
-            if len(fields) not in (0, len(header)):
-                raise UserError(
-                    f"{source}:{reader.line_num}: {len(fields)} values, but the header names {len(header)} columns: "
-                    f"{quote(fields)}"
-                )
-            if fields:
-                yield {name: value or None for name, value in zip(header, fields, strict=True)}
+
+    def lines() -> Iterator[str]:
+        with _opened(source, path) as file:
+            yield from file
+
+    header, records = _table(source, lines(), "\t" if extension(path) == ".tsv" else ",")
+    kept, unreadable = _by_name(header)
+    return Stream((record for _, record in records), [header[i] for i in kept], unreadable)
 
 
 def _read_csv(source: str, path: Path) -> Rows:
@@ -193,36 +223,74 @@ def _read_tsv(source: str, path: Path) -> Rows:
 
 
 def _read_table(source: str, path: Path, delimiter: str) -> Rows:
-    text = _read_text(source, path)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
+    header, found = _table(source, io.StringIO(_read_text(source, path), newline=""), delimiter)
     kept, unreadable = _by_name(header)
-    records, numbers = [], []
-    start = 1
-    with _any_field_size():
+    numbers, records = [], []
+    for number, record in found:
+        numbers.append(number)
+        records.append(record)
+    return Rows(source, tuple(header[i] for i in kept), records, numbers, unreadable=unreadable)
+
+
+def _table(source: str, lines: Iterable[str], delimiter: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
+    """Read a table.
+
+    Args:
+        source: Its name, for messages.
+        lines: Its lines.
+        delimiter: The character between two columns.
+
+    Returns:
+        The header, and an iterator over the records, each with the line where it begins.
+
+    Raises:
+        UserError: The columns are separated by another character; or, while records are read, one is malformed or has
+            another number of values than the header has names.
+    """
+    rows = _fields(source, lines, delimiter)
+    _, header = next(rows, (0, []))
+    _check_delimiter(source, header, delimiter)
+    kept, _ = _by_name(header)
+
+    def records() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, fields in rows:
+            if len(fields) != len(header):
+                raise UserError(
+                    f"{source}:{number}: {len(fields)} values, "
+                    f"but the header names {len(header)} columns: {quote(fields)}"
+                )
+            # An empty field is how these formats write a missing value.
+            yield number, {header[i]: fields[i] or None for i in kept}
+
+    return header, records()
+
+
+def _fields(source: str, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the fields of every row that is not blank, each with the line where it begins."""
+    begun: list[str] = []  # the first line of the row that is being read
+
+    def noted() -> Iterator[str]:
+        for line in lines:
+            if not begun:
+                begun.append(line.rstrip("\r\n"))
+            yield line
+
+    reader = csv.reader(noted(), delimiter=delimiter, strict=True)
+    while True:
+        begun.clear()
+        start = reader.line_num + 1
         try:
-            for fields in reader:
-                if not header:
-                    header = fields
-                    _check_delimiter(source, header, delimiter)
-                    kept, unreadable = _by_name(header)
-                elif fields:  # the reader gives an empty list for a blank line
-                    if len(fields) != len(header):
-                        raise UserError(
-                            f"{source}:{start}: {len(fields)} values, "
-                            f"but the header names {len(header)} columns: {quote(fields)}"
-                        )
-                    # An empty field is how these formats write a missing value.
-                    records.append({header[i]: fields[i] or None for i in kept})
-                    numbers.append(start)
-                start = reader.line_num + 1
+            with _any_field_size():  # not for longer: whoever reads a stream may do other things between two rows
+                fields = next(reader, None)
         except csv.Error as error:
-            line = re.split("\r\n|\r|\n", text)[start - 1]  # the ends of lines as the reader counts them
             raise UserError(
                 f'{source}:{start}: malformed row ({error}). Quotes within a quoted value are doubled (""): '
-                f"{shorten(line)}"
+                f"{shorten(begun[0])}"
             ) from error
-    return Rows(source, tuple(header[i] for i in kept), records, numbers, unreadable=unreadable)
+        if fields is None:
+            return
+        if fields:  # the reader gives an empty list for a blank line
+            yield start, fields
 
 
 def _by_name(header: Sequence[str]) -> tuple[list[int], dict[str, str]]:
