@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +45,15 @@ def test_a_batch_is_what_the_model_takes_and_each_choice_is_scored_alone(task: C
             torch.testing.assert_close(data.model(**alone).logits[0, 0], logits[i, n], rtol=1e-4, atol=1e-6)
 
 
-def test_questions_and_choices_are_pairs_and_the_longer_is_cut(task: Callable[..., TaskData]) -> None:
-    data = task([{"prompt": "a " * 20, "choices": ["b c", "d"], "answer": 0}] * 8, max_length=10)
+def test_questions_and_choices_are_pairs_and_long_questions_are_cut_and_counted(
+    task: Callable[..., TaskData], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="loralloc"):
+        data = task([{"prompt": "a " * 20, "choices": ["b c", "d"], "answer": 0}] * 8, max_length=10)
+        told = [record.getMessage() for record in caplog.records]
+        task(max_length=10)
+        assert len(caplog.records) == len(told) == 2
+    assert "train.jsonl: of 6 rows, 6 are longer than data.max_length = 10 tokens and lose their end." in told[0]
     ids = data.train[0]["input_ids"]
     assert [len(one) for one in ids] == [10, 10]
     words = [data.tokenizer.decode(one) for one in ids]

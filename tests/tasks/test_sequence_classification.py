@@ -95,9 +95,22 @@ def test_one_text_and_a_pair(task: Callable[..., TaskData]) -> None:
     assert sum(pair["token_type_ids"]) == 3
 
 
-def test_long_texts_are_cut(task: Callable[..., TaskData]) -> None:
-    prepared = task(ROWS, max_length=5)
-    assert {len(ids) for ids in prepared.train["input_ids"]} == {5}
+def test_long_texts_are_cut_and_counted(task: Callable[..., TaskData], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="loralloc"):
+        prepared = task(ROWS, max_length=5)
+        assert {len(ids) for ids in prepared.train["input_ids"]} == {5}
+        assert (
+            "train.jsonl: of 12 rows, 12 are longer than data.max_length = 5 tokens and lose their end." in caplog.text
+        )
+        caplog.clear()
+        pairs = task([{**row, "other": "a"} for row in ROWS], text_pair="other", max_length=9)  # BAD has 8, and 2 more
+        told = [record.getMessage().partition(": ")[2] for record in caplog.records]
+        lengths = [len(ids) for split in (pairs.train, pairs.validation) for ids in split["input_ids"]]
+        assert max(lengths) == 9
+        assert sum(int(one.split(" ")[3]) for one in told) == lengths.count(9) == 6
+        caplog.clear()
+        task(ROWS)
+        assert not caplog.records
 
 
 def test_a_batch_is_padded_to_its_longest(task: Callable[..., TaskData]) -> None:

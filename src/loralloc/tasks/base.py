@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from loralloc.tasks.spec import GREATER_IS_BETTER
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 1000
 """Examples turned into Arrow at a time, so that only so many exist as Python lists."""
@@ -156,3 +159,49 @@ def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value | None
         features = Features({key: types.get(key, List(Value("int8"))) for key in table})
         chunks.append(Dataset.from_dict(table, features=features))
     return concatenate_datasets(chunks)
+
+
+def tokenize_cut(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    pairs: list[str] | None,
+    max_length: int,
+    truncation: bool | str,
+) -> tuple[Mapping[str, list[Any]], list[bool]]:
+    """Tokenize texts, or pairs of texts, and cut those that are too long.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        texts: The texts.
+        pairs: A second text for each; None if there are none.
+        max_length: Longest example, in tokens.
+        truncation: What to cut, as the tokenizer takes it.
+
+    Returns:
+        What the tokenizer gives, and for each text whether it was too long.
+    """
+    # Not verbose: texts longer than the model are expected here, and cut.
+    whole = tokenizer(texts, pairs, verbose=False)
+    longer = [len(ids) > max_length for ids in whole["input_ids"]]
+    return tokenizer(texts, pairs, truncation=truncation, max_length=max_length) if any(longer) else whole, longer
+
+
+def warn_of_cuts(source: str, count: int, max_length: int, cut: int, dropped: int = 0) -> None:
+    """Warn of rows that lose something, if there are any.
+
+    Args:
+        source: Where they come from.
+        count: How many rows there are.
+        max_length: Longest example, in tokens.
+        cut: Rows that are longer.
+        dropped: Rows that are left out because nothing to learn is left.
+    """
+    if cut or dropped:
+        logger.warning(
+            "%s: of %d rows, %d are longer than data.max_length = %d tokens and lose their end%s.",
+            source,
+            count,
+            cut,
+            max_length,
+            f"; {dropped} are dropped because nothing to learn is left" if dropped else "",
+        )

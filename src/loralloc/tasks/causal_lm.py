@@ -22,7 +22,7 @@ from trl.data_utils import common_prefix_length, pack_dataset
 
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
-from loralloc.tasks.base import ModelSection, TaskData, evaluation_of, to_dataset
+from loralloc.tasks.base import ModelSection, TaskData, evaluation_of, to_dataset, warn_of_cuts
 from loralloc.tasks.chat import Tokens, check_template, tokenize_chats
 from loralloc.tasks.data import first_pieces, load_splits, read_rows, stream_rows
 from loralloc.tasks.forms import Chats, Form, Pairs, Texts, read_form
@@ -158,7 +158,7 @@ class Encoder:
             if not told:
                 told = True
                 if not wrapped:
-                    _tell_losses(source, count, cut, count - kept, max_length)
+                    warn_of_cuts(source, count, max_length, cut, count - kept)
                 _tell_joined(sum(joined))
 
         stream: Any = IterableDataset.from_generator(examples).repeat(None).shuffle(seed, buffer_size=SHUFFLED)
@@ -324,21 +324,7 @@ def fit(tokenized: Iterable[Tokens], rows: Rows, max_length: int) -> Iterator[Ex
             f"{rows.source}: in none of the {len(rows)} rows is anything to learn within the first {max_length} "
             "tokens. Raise data.max_length or shorten the prompts."
         )
-    _tell_losses(rows.source, len(rows), cut, dropped, max_length)
-
-
-def _tell_losses(source: str, count: int, cut: int, dropped: int, max_length: int) -> None:
-    """Warn of rows that are cut or dropped, if there are any."""
-    if cut or dropped:
-        logger.warning(
-            "%s: of %d rows, %d are longer than data.max_length = %d tokens and lose their end; "
-            "%d are dropped because nothing to learn is left.",
-            source,
-            count,
-            cut,
-            max_length,
-            dropped,
-        )
+    warn_of_cuts(rows.source, len(rows), max_length, cut, dropped)
 
 
 def _example(tokens: Tokens) -> Example:

@@ -12,7 +12,15 @@ from transformers import DataCollatorForMultipleChoice, PreTrainedModel, PreTrai
 
 from loralloc.errors import UserError
 from loralloc.tasks import metrics
-from loralloc.tasks.base import Evaluated, ModelSection, TaskData, evaluation_of, first_output
+from loralloc.tasks.base import (
+    Evaluated,
+    ModelSection,
+    TaskData,
+    evaluation_of,
+    first_output,
+    tokenize_cut,
+    warn_of_cuts,
+)
 from loralloc.tasks.choices import Question, chance, read_questions
 from loralloc.tasks.classification_metrics import example_losses
 from loralloc.tasks.data import load_splits, read_rows
@@ -113,14 +121,16 @@ def _encode(
     max_length: int,
     model: PreTrainedModel,
 ) -> Dataset:
-    """Tokenize pairs of a question and a choice, keeping what the model's forward takes; long questions lose their end.
+    """Tokenize pairs of a question and a choice, keeping what the model's forward takes.
+
+    Questions that are too long lose their end, and are counted in a warning.
 
     Raises:
         UserError: A choice leaves no room for a question: choices that are cut cannot be compared.
     """
     taken = inspect.signature(model.forward).parameters.keys()
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
-    examples = []
+    examples, cut = [], 0
     for i, question in enumerate(questions):
         choices = list(question.choices)
         longest = max(len(tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices)
@@ -130,9 +140,11 @@ def _encode(
                 f"special tokens leave {room} for it and its question; raise it"
             )
         prompts = [question.prompt] * len(choices)
-        encoded = tokenizer(prompts, choices, truncation="only_first", max_length=max_length)
+        encoded, longer = tokenize_cut(tokenizer, prompts, choices, max_length, "only_first")
+        cut += any(longer)
         kept = {key: value for key, value in encoded.items() if key in taken}
         examples.append({**kept, "labels": question.right, "prompt": question.prompt, "choices": choices})
+    warn_of_cuts(rows.source, len(rows), max_length, cut)
     return Dataset.from_list(examples)
 
 

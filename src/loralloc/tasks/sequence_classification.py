@@ -10,7 +10,16 @@ import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from loralloc.errors import UserError
-from loralloc.tasks.base import CHUNK, ModelSection, TaskData, evaluation_of, first_output, to_dataset
+from loralloc.tasks.base import (
+    CHUNK,
+    ModelSection,
+    TaskData,
+    evaluation_of,
+    first_output,
+    to_dataset,
+    tokenize_cut,
+    warn_of_cuts,
+)
 from loralloc.tasks.classes import REGRESSION, class_weights, read_goal, read_targets
 from loralloc.tasks.classification_metrics import JUDGES, example_losses, predictions
 from loralloc.tasks.data import read_rows
@@ -59,8 +68,8 @@ def prepare(model: ModelSection, data: ClassificationData, seed: int) -> TaskDat
     classifier, label_type = load(), JUDGES[goal.problem].label_type
     keys = inspect.signature(classifier.forward).parameters.keys()
     encoded = [
-        to_dataset(_tokenize(tokenizer, columns, targets, data.max_length, keys), label_type)
-        for columns, targets in zip(texts, goal.targets, strict=True)
+        to_dataset(_tokenize(tokenizer, rows, columns, targets, data.max_length, keys), label_type)
+        for rows, columns, targets in zip(splits.all(), texts, goal.targets, strict=True)
     ]
     return TaskData(
         model=classifier,
@@ -82,9 +91,8 @@ def prepare_evaluation(
     rows = read_rows(source)
     problem = str(model.config.problem_type)
     keys = inspect.signature(model.forward).parameters.keys()
-    examples = _tokenize(
-        tokenizer, _read_texts(rows, data), read_targets(rows, data, model.config), data.max_length, keys
-    )
+    targets = read_targets(rows, data, model.config)
+    examples = _tokenize(tokenizer, rows, _read_texts(rows, data), targets, data.max_length, keys)
     encoded = to_dataset(examples, JUDGES[problem].label_type)
     return evaluation_of(encoded, model=model, tokenizer=tokenizer, **_trained_with(tokenizer, model, problem))
 
@@ -154,15 +162,19 @@ def _read_texts(rows: Rows, data: ClassificationData) -> list[list[str]]:
 
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
     columns: Sequence[Sequence[str]],
     targets: Sequence[Any],
     max_length: int,
     keys: Collection[str],
 ) -> Iterator[dict[str, Any]]:
-    """Tokenize texts or pairs, keeping what the model's forward takes."""
+    """Tokenize texts or pairs, keeping what the model's forward takes; a warning counts those that are cut."""
+    cut = 0
     for start in range(0, len(targets), CHUNK):
         text, *pair = [list(column[start : start + CHUNK]) for column in columns]
-        encoded = tokenizer(text, pair[0] if pair else None, truncation=True, max_length=max_length)
+        encoded, longer = tokenize_cut(tokenizer, text, pair[0] if pair else None, max_length, True)
+        cut += sum(longer)
         kept = [key for key in encoded if key in keys]
         for i in range(len(text)):
             yield {**{key: encoded[key][i] for key in kept}, "labels": targets[start + i]}
+    warn_of_cuts(rows.source, len(rows), max_length, cut)
