@@ -14,6 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build_tokenizer, save_decoder
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from loralloc.errors import UserError
@@ -119,6 +122,29 @@ def test_a_prompt_that_grows_together_with_its_completion_is_worth_a_warning(cap
             list(tokenize_pairs(tokenizer, ["a b", "a "], ["c", "d"]))
         assert "in 1 rows the end of the prompt and the start of the completion are one token" in caplog.text
         caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("splitter", "space", "line"),
+    [(ByteLevel(add_prefix_space=False), "Ġ", "Ċ"), (Metaspace(prepend_scheme="first"), "▁", "\n")],
+    ids=["byte-level", "SentencePiece"],
+)
+def test_what_the_warning_advises_helps(splitter: Any, space: str, line: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A space at the end of a prompt does not: these tokenizers join it to the next word."""
+    vocabulary = {token: n for n, token in enumerate(["</s>", "a", "b", space, line, f"{space}b"])}
+    backend = Tokenizer(BPE(vocabulary, [(space, "b")]))
+    backend.pre_tokenizer = splitter
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    with caplog.at_level(logging.WARNING, logger="loralloc"):
+        [(ids, learn)] = tokenize_pairs(tokenizer, ["a"], [" b"])
+        assert tokenizer.convert_ids_to_tokens(ids[-2:]) == [f"{space}b", "</s>"]
+        assert learn[-2:] == [True, True]
+        assert sum(learn) == 2
+        list(tokenize_pairs(tokenizer, ["a\n"], ["b"]))
+        assert not caplog.records
+        list(tokenize_pairs(tokenizer, ["a "], ["b"]))
+    advice = "end prompts with a new line, or without a space and begin completions with one"
+    assert f'{advice} (data.completion: " {{column}}")' in caplog.text
 
 
 @pytest.mark.parametrize(("chat", "expected"), [(None, "user : a </s>"), (True, "user : a </s>"), (False, "a b </s>")])

@@ -282,7 +282,8 @@ def _tell_joined(count: int) -> None:
     if count:
         logger.warning(
             "in %d rows the end of the prompt and the start of the completion are one token, which the model will not "
-            'see when it is given the prompt alone: end prompts with a space or a new line (data.prompt: "{column} ")',
+            "see when it is given the prompt alone: end prompts with a new line, or without a space and begin "
+            'completions with one (data.completion: " {column}")',
             count,
         )
 

@@ -137,9 +137,24 @@ def _tokens(
     name: str,
 ) -> Iterator[Tokens]:
     """Tokenize pairs of a question and a choice; without a chat template, a space is put between them if need be."""
-    apart = not as_chats(tokenizer, data.chat)
-    answers = [f" {choice}" if apart and not prompt[-1].isspace() else choice for prompt, choice in pairs]
-    return tokenize_answers(tokenizer, Pairs([prompt for prompt, _ in pairs], answers), rows, data.chat, name)
+    if not as_chats(tokenizer, data.chat):
+        pairs = [_apart(*pair) for pair in pairs]
+    prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
+    return tokenize_answers(tokenizer, Pairs(prompts, answers), rows, data.chat, name)
+
+
+def _apart(prompt: str, choice: str) -> tuple[str, str]:
+    """A question and a choice with white space between them.
+
+    A space belongs to the choice: tokenizers join it to the first word of some choices only, and all should be compared
+    from the same place.
+
+    >>> _apart("is it?", "yes"), _apart("is it? ", "yes")
+    (('is it?', ' yes'), ('is it?', ' yes'))
+    """
+    if prompt[-1].isspace() and prompt[-1] != " ":
+        return prompt, choice
+    return prompt.removesuffix(" "), f" {choice}"
 
 
 def _judged(tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, list[int]]]:
