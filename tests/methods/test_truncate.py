@@ -113,6 +113,21 @@ def test_an_adapter_of_zeros_keeps_directions_that_add_nothing():
     assert not B.any()
 
 
+def test_what_processes_send_each_other_is_contiguous(monkeypatch):
+    """NCCL refuses anything else, and factors from a decomposition are transposed."""
+    run, alone = (trained(Budget(total_rank=5)) for _ in range(2))
+    sent: list[Tensor] = []
+    cut = torch.no_grad()(lambda loop: loop.run.method.finish(loop.run.state, 5))
+    with monkeypatch.context() as several:
+        several.setattr(torch.distributed, "is_initialized", lambda: True)
+        several.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor))
+        cut(run)
+    assert len(sent) == 1 + 2 * len(SHAPES)
+    assert all(tensor.is_contiguous() for tensor in sent)
+    cut(alone)
+    assert all(torch.equal(a.A, b.A) and torch.equal(a.B, b.B) for a, b in zip(run.sites, alone.sites, strict=True))
+
+
 def test_shapes_may_differ_and_the_order_stays():
     pairs = [(torch.randn(2, i), torch.randn(o, 2)) for i, o in ((3, 4), (5, 6), (3, 4))]
     for (A, B), (U, sigma, V) in zip(pairs, decompose(pairs), strict=True):

@@ -319,8 +319,9 @@ def open_ranks(sites: Sequence[Site]) -> list[int]:
 
 
 def agree(decision: Tensor) -> Tensor:
-    """Replace a decision by that of the first process, so that rounding does not let processes diverge."""
+    """Return a decision as the first process has made it, so that rounding does not let processes diverge."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        decision = decision.contiguous()  # NCCL sends nothing else
         torch.distributed.broadcast(decision, src=0)
     return decision
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from loralloc.methods.base import agree
 from loralloc.sharding import check_sharding, defers_gradients, is_sharded
 from loralloc.training.processes import world_size
 
@@ -48,7 +49,7 @@ class SharedGradients:
             check_sharding(self._model)
             self._parameters = [p for p in self._model.parameters() if p.requires_grad]
             for parameter in self._parameters:
-                dist.broadcast(parameter.data, src=0)
+                parameter.data.copy_(agree(parameter.data))
             self._forget_hooks()
             self._handles += [p.register_post_accumulate_grad_hook(self._arrived) for p in self._parameters]
         elif torch.is_grad_enabled():  # it is trained as it is
