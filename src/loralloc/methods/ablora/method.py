@@ -280,7 +280,7 @@ class ABLoRA(Method):
         """Scores of all ranks, [R] on the CPU, NaN for closed ones; and what the trace should tell about them."""
         measured: dict[str, Any] = {}
         if self.score == "gate":
-            scores = torch.cat([site.gate.detach() for site in state.sites])
+            scores = torch.cat([site.gate.detach().cpu() for site in state.sites])
         elif self.score == "sensitivity":
             scores = state.sensitivity.clone()
             state.sensitivity.zero_()

@@ -235,7 +235,7 @@ class AdaLoRA(Method):
             # Eq. 13: s(w) = Ī · Ū; eq. 9 averages it over the entries of a triplet's P and Q.
             elements = stack.mean * stack.uncertainty if self.importance == "smoothed" else stack.mean
             positions = stack.positions.flatten().to(scores.device)
-            scores.index_add_(0, positions, per_rank(elements, stack.rank_dim).flatten())
+            scores.index_add_(0, positions, per_rank(elements, stack.rank_dim).flatten().to(scores.device))
         return scores
 
     def _select(self, state: AdaLoRAState, budget: int) -> Tensor:

@@ -186,7 +186,7 @@ class ALLoRA(Method):
         """Keep every rank, or what the allocating method keeps."""
         if self.allocate is not None:
             return self.allocate.finish(state.inner, target)
-        return torch.cat([site.scale != 0 for site in state.sites])
+        return torch.cat([(site.scale != 0).cpu() for site in state.sites])
 
     def state_dict(self, state: ALLoRAState) -> dict[str, Tensor]:
         """The allocating method's; s is a function of the weights."""

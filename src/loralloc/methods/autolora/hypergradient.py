@@ -93,8 +93,7 @@ def mixed_derivative(data: StepData, gates: Tensors, weights: Tensors, v: Tensor
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for loss in data.train_losses(twice=True):
             first = _gradients(loss, weights, create_graph=True)
-            along = sum((f * direction).sum() for f, direction in zip(first, v, strict=True))
-            assert isinstance(along, Tensor)
+            along = inner_product(first, v)
             if check:
                 check_graph(along)
             if along.requires_grad:
@@ -159,6 +158,13 @@ def global_norm(tensors: Tensors) -> Tensor:
     """One norm over all of them."""
     norms = torch._foreach_norm(list(tensors))
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]))
+
+
+def inner_product(left: Tensors, right: Tensors) -> Tensor:
+    """⟨left, right⟩ over all tensors, which may be on several devices, on the device of the first."""
+    device = left[0].device
+    terms = ((one * other).sum().to(device) for one, other in zip(left, right, strict=True))
+    return sum(terms, torch.zeros((), device=device))
 
 
 def _step_along(v: Tensors, radius: float) -> float:
