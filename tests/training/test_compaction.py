@@ -10,6 +10,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from models import labelled_batch, logits, tiny_peft
 from torch import Tensor
 
@@ -31,6 +32,14 @@ def amsgrad(parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 def momentum(parameters: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)
+
+
+def torchs_adafactor(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(parameters, lr=0.01)
+
+
+def adafactor(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return transformers.Adafactor(parameters, lr=0.01, relative_step=False, scale_parameter=False)
 
 
 class Loop:
@@ -132,8 +141,20 @@ def test_closed_ranks_leave_everything_that_is_as_wide_as_the_rank():
     assert set(loop.run.state_dict()[0]) == {"final", "run.final"}
 
 
+@pytest.mark.parametrize("optimizer", [torchs_adafactor, adafactor])
+def test_averages_that_ranks_share_start_anew(optimizer):
+    loop = Loop(compact=True, budget=BUDGETS["few"], optimizer=optimizer).walk(FREEZE + 1)
+    assert max(loop.ranks()) < 4
+    for site in loop.run.sites:
+        assert site.A not in loop.optimizer.state
+        assert site.B not in loop.optimizer.state
+        assert loop.optimizer.state[site.gate]["step"] == FREEZE + 1  # an average for each rank
+    loop.walk()
+    assert all(parameter.isfinite().all() for parameter in loop.trainable.values())
+
+
 @pytest.mark.parametrize("cut", [FREEZE - 3, FREEZE + 1, FREEZE + 4], ids=["before", "at", "after"])
-@pytest.mark.parametrize("optimizer", [adamw, momentum])
+@pytest.mark.parametrize("optimizer", [adamw, momentum, torchs_adafactor, adafactor])
 def test_a_run_resumed_on_either_side_is_the_uninterrupted_one_bit_for_bit(cut, optimizer):
     whole = Loop(compact=True, optimizer=optimizer).walk()
     first = Loop(compact=True, optimizer=optimizer).walk(cut)

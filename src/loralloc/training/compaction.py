@@ -2,7 +2,8 @@
 
 Parameters stay the same objects, so the optimizer keeps them; its state shrinks with them. What is saved keeps the full
 shapes, with zeros for closed ranks: a checkpoint looks the same on both sides of the boundary, and a run resumed from
-it starts full and is compacted again.
+it starts full and is compacted again. Averages that ranks share, as in Adafactor, cannot shrink: the optimizer starts
+them anew, and they are saved as they are.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ class Compaction:
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == before:
                 state[key] = change(value)
+        if self._optimizer is not None and not _fits(state, parameter.shape):
+            del self._optimizer.state[parameter]  # as before its first step
 
     def _fill_model(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for name, parameter in self._names.items():
@@ -161,3 +164,14 @@ class Compaction:
                     for key, value in entries[index].items()
                 }
         return {**state, "state": entries}
+
+
+def _fits(state: Mapping[str, Any], shape: torch.Size) -> bool:
+    """Whether a parameter's state may be of this shape: averages over its rows and columns (Adafactor) tell theirs."""
+    shared = [v.shape for v in state.values() if isinstance(v, Tensor) and v.numel() != 1 and v.shape != shape]
+    return not shared or _sizes(*shared) == _sizes(shape)
+
+
+def _sizes(*shapes: torch.Size) -> list[int]:
+    """All sizes of some shapes, in order; those of 1 left out, which an average may keep or not."""
+    return sorted(size for shape in shapes for size in shape if size != 1)
