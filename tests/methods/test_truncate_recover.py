@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loralloc import Budget, Truncate, UserError, attach
 from loralloc.schedule import CutSchedule
+from loralloc.training.restart import WarmUp
 from loralloc.training.run import AllocationRun
 
 RECOVER, BUDGET = 10, Budget(total_rank=5)
@@ -34,13 +35,23 @@ def open_factors(run: Loop) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def own_loop(run: AllocationRun, name: str, optimizer: torch.optim.Optimizer, steps: int, shown=(True, True)) -> None:
+def own_loop(
+    run: AllocationRun,
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    shown=(True, True),
+    between: Callable = lambda: None,
+    after: Callable = lambda: None,
+) -> None:
     for step in range(steps):
         run.model(**labelled_batch(name, seed=step)).loss.backward()
         run.before_step(optimizer if shown[0] else None)
         optimizer.step()
+        between()
         run.after_step(optimizer if shown[1] else None)
         optimizer.zero_grad()
+        after()
 
 
 def adamw(run: AllocationRun) -> torch.optim.Optimizer:
@@ -78,6 +89,32 @@ def test_the_learning_rate_rises_over_a_tenth_of_the_recovery() -> None:
     optimizer.register_step_pre_hook(lambda own, *_: seen.append(own.param_groups[0]["lr"]))
     own_loop(run, "llama", optimizer, 30)
     assert seen == pytest.approx([1.0] * 20 + [0.2, 0.4, 0.6, 0.8] + [1.0] * 6)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("between", [False, True])
+def test_it_does_wherever_a_scheduler_steps(between: bool, relative: bool) -> None:
+    """`LambdaLR` sets the rate, `ExponentialLR` multiplies what it finds."""
+    run = attach(tiny_peft("llama"), Truncate(Budget(total_rank=5), recover=40), total_steps=60)
+    optimizer, seen = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=1.0), []
+    kinds = torch.optim.lr_scheduler
+    half = kinds.ExponentialLR(optimizer, 0.5) if relative else kinds.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.register_step_pre_hook(lambda own, *_: seen.append(own.param_groups[0]["lr"]))
+    own_loop(run, "llama", optimizer, 26, **{"between" if between else "after": half.step})
+    rising = [1.0] * 20 + [0.2, 0.4, 0.6, 0.8] + [1.0] * 2
+    assert seen == pytest.approx([share * 0.5**step for step, share in enumerate(rising)])
+
+
+def test_a_step_that_is_not_made_leaves_the_rate_as_it_was() -> None:
+    warm_up, optimizer = WarmUp(), torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
+    warm_up.begin(3)
+    warm_up.before_step(optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    warm_up.after_step()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_the_cut_is_the_best_approximation_and_the_recovery_lowers_the_loss() -> None:

@@ -122,6 +122,20 @@ def test_the_count_of_the_whole_parameter_would_give_steps_of_a_wrong_size(kind,
             assert ((new - old).abs() / LR).flatten().tolist() == pytest.approx([length] * old.numel(), rel=2e-2)
 
 
+@pytest.mark.parametrize("name", ["adamw", "tensor rate"])
+def test_the_rate_is_that_of_the_step_whatever_a_scheduler_sets_after_it(name):
+    usual, early = Pair(UPDATES[name]), Pair(UPDATES[name])
+    for pair in (usual, early):
+        pair.step(0)
+        pair.open()
+    usual.step(1)
+    early.step(1, correct=False)
+    for group in early.optimizer.param_groups:
+        group["lr"] = group["lr"].fill_(7 * LR) if isinstance(group["lr"], Tensor) else 7 * LR
+    early.ranks.after_step(early.optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(usual.values(), early.values(), strict=True))
+
+
 def test_gradients_that_are_gone_are_asked_for():
     pair = Pair(UPDATES["nadam"])
     pair.open()

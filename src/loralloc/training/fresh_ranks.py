@@ -11,7 +11,7 @@ from loralloc.gating import Site
 from loralloc.methods.base import Decision
 from loralloc.training.optimizer import check_clears, unwrapped
 from loralloc.training.restart import WarmUp, check_shown, forget_adapter
-from loralloc.training.updates import RULES, Rows
+from loralloc.training.updates import RULES, Group, Rows
 
 
 @torch.no_grad()
@@ -55,6 +55,8 @@ class FreshRanks:
         self.sites, self._restarts = sites, restarts
         self._ages: dict[int, tuple[Tensor, Tensor]] = {}  # site -> (positions of its fresh ranks, their ages)
         self._before: dict[int, list[Tensor | None]] = {}
+        self._optimizer: torch.optim.Optimizer | None = None  # the last one that was shown
+        self._groups: dict[int, Group] = {}  # of each parameter of the optimizer, before the step
         self._youngest = 0
         self._kept: Tensor | None = None
         self._warm_up = WarmUp()
@@ -100,11 +102,14 @@ class FreshRanks:
         """Copy the values of fresh ranks before the step, in parameters that have a gradient.
 
         Args:
-            optimizer: The optimizer, or accelerate's wrapper of it; its rate is lowered in a warm-up.
+            optimizer: The optimizer, or accelerate's wrapper of it; its rate is lowered in a warm-up. None for the last
+                one that was shown.
         """
         if self._restarts:
             check_shown(optimizer)
         self._warm_up.before_step(optimizer)
+        self._optimizer = self._optimizer if optimizer is None else unwrapped(optimizer)
+        self._groups = _groups(self._optimizer) if self._ages and self._optimizer is not None else {}
         for index, (fresh, _) in self._ages.items():
             self._before[index] = [
                 None if parameter.grad is None else parameter.index_select(dim, fresh)
@@ -121,7 +126,8 @@ class FreshRanks:
         if self._restarts:
             check_shown(optimizer)
         before, self._before = self._before, {}
-        inner = unwrapped(optimizer)
+        groups, self._groups = self._groups, {}
+        inner = self._optimizer = unwrapped(optimizer)
         self._warm_up.after_step()
         if not before or inner is None:
             return
@@ -129,7 +135,7 @@ class FreshRanks:
         if rule is None or rule.update is None:
             self._ages = {}
             return
-        groups = {id(p): group for group in inner.param_groups for p in group["params"]}
+        groups = groups or _groups(inner)
         for index, rows in before.items():
             if all(old is None for old in rows):  # the layer took no part
                 continue
@@ -176,6 +182,15 @@ class FreshRanks:
             if len(fresh):
                 self._youngest = min(self._youngest, int(part[fresh].min()))
                 self._ages[index] = fresh.to(site.A.device), part[fresh].to(site.A.device)
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> dict[int, Group]:
+    """The group of each parameter as it is now: a scheduler may set another rate, or other betas, after the step."""
+    groups: dict[int, Group] = {}
+    for group in optimizer.param_groups:
+        now = {name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items()}
+        groups |= {id(parameter): now for parameter in group["params"]}
+    return groups
 
 
 def _parameters(site: Site) -> tuple[tuple[Tensor, int], ...]:

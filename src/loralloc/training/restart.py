@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
@@ -58,7 +59,8 @@ class WarmUp:
 
     def __init__(self) -> None:
         self._done, self._steps = 0, 0
-        self._rates: list[tuple[dict[str, Any], Any, Any]] = []
+        self._rates: list[tuple[dict[str, Any], Any]] = []  # groups with a lowered rate, and their own rates
+        self._hook: RemovableHandle | None = None
 
     def begin(self, steps: int) -> None:
         """Start with the next step.
@@ -74,19 +76,26 @@ class WarmUp:
         Args:
             optimizer: The optimizer, or accelerate's wrapper of it; it has been shown.
         """
+        self.after_step()
         if self._done == self._steps:
             return
         inner = unwrapped(optimizer)
         self._done += 1
         for group in inner.param_groups:
-            rate = group["lr"]
-            group["lr"] = rate * (self._done / (self._steps + 1))
-            self._rates.append((group, rate, group["lr"]))
+            self._rates.append((group, group["lr"]))
+            group["lr"] = group["lr"] * (self._done / (self._steps + 1))
+        self._hook = inner.register_step_post_hook(lambda *_: self._put_back())  # before a scheduler reads the rate
 
     def after_step(self) -> None:
-        """Put the learning rate back, or raise in proportion what a scheduler has made of it meanwhile."""
-        for group, rate, lowered in self._rates:
-            group["lr"] = rate if group["lr"] is lowered else rate * (group["lr"] / lowered)
+        """Forget the step, also one that the optimizer has not made."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for group, rate in self._rates:
+            group["lr"] = rate
         self._rates = []
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class Rows:
         old: Their values before the step.
         parameter: The parameter, with the step's gradient.
         state: The optimizer's state of the parameter, after the step.
-        group: The parameter's group.
+        group: The parameter's group, as in the step.
         chosen: Which ranks, int64.
         age: Steps that each of them has taken, this one included.
         dim: The dimension along which ranks lie.
