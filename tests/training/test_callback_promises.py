@@ -85,12 +85,24 @@ def test_the_plan_does_depend_on_the_data(usual: Outcome, tmp_path: Path) -> Non
 
 
 def test_evaluations_do_not_move_the_dropout_of_the_training(tmp_path: Path) -> None:
-    runs = []
-    for settings in ({}, {"eval_strategy": "steps", "eval_steps": 5}):
-        model = tiny_peft("llama", lora_dropout=0.2)
-        runs.append(outcome(tmp_path, model=model, **settings))
-    assert runs[0].losses == runs[1].losses
-    assert runs[0].plan.to_dict() == runs[1].plan.to_dict()
+    often = {"eval_strategy": "steps", "eval_steps": 5}
+    two_sets = {"extra": {"eval_dataset": {"a": sentences(BATCH, seed=3), "b": sentences(BATCH, seed=4)}}}
+    usual, *others = (
+        outcome(tmp_path, model=tiny_peft("llama", lora_dropout=0.2), **settings)
+        for settings in ({}, often, {**often, "eval_on_start": True}, {**often, **two_sets})
+    )
+    for other in others:
+        assert other.losses == usual.losses
+        assert other.plan.to_dict() == usual.plan.to_dict()
+
+
+def test_an_evaluation_after_the_training_takes_no_random_numbers_back(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, extra={"eval_dataset": sentences(BATCH)}, eval_strategy="steps", eval_steps=STEPS)
+    torch.manual_seed(0)
+    torch.rand(3)
+    before = torch.get_rng_state()
+    trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, {})
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("size", "checkpointing"), [(1, False), pytest.param(2, True, marks=pytest.mark.slow)])

@@ -158,6 +158,15 @@ class RankAllocation(TrainerCallback):
         if self._log is not None:
             self._log.on_train_begin(args, state, control)
 
+        if args.eval_on_start:
+            self._random = random_state()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the random state from before the last evaluation: the training has gone on from it."""
+        self._random = None
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -181,9 +190,8 @@ class RankAllocation(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Restore the random state: dropout, and so the plan, must not depend on how often the model is evaluated."""
-        if self._random is not None:
+        if self._random is not None:  # kept until the next step: several sets are evaluated one after the other
             set_random_state(self._random)
-            self._random = None
 
     def on_log(
         self,
@@ -215,6 +223,7 @@ class RankAllocation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Fold the gates: the model is plain LoRA from here on, and so is a checkpoint of the last step."""
+        self._random = None
         self.plan = self.run.finish(self._provenance)
         folder = _checkpoint(args, state)
         best = Path(state.best_model_checkpoint or folder)
