@@ -196,3 +196,39 @@ def test_a_compact_run_saves_what_the_masked_one_does(tmp_path: Path) -> None:
         functions.append(stock(tmp_path / str(compact)))
         assert (run.sites[0].rank < 4) == compact, "ranks have left the tensors"
     assert same(functions[0], functions[1])
+
+
+class Around(nn.Module):
+    """A model that holds the one that is saved."""
+
+    def __init__(self, inner: PeftModel) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch: Tensor):
+        return self.inner(**batch)
+
+
+def test_a_compact_model_inside_another_is_saved_and_loaded(tmp_path: Path) -> None:
+    outer = Around(tiny_peft("llama").train())
+    run = attach(outer, TWO_RANKS, total_steps=12, compact=True)
+    optimizer = torch.optim.AdamW([p for p in outer.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(10):
+        batch = token_batch()
+        outer(**batch, labels=batch["input_ids"]).loss.backward()
+        run.before_step(optimizer)
+        optimizer.step()
+        run.after_step(optimizer)
+        optimizer.zero_grad()
+    assert run.sites[0].rank < 4, "ranks have left the tensors"
+    function = logits(outer.inner)
+    outer.inner.save_pretrained(str(tmp_path))
+    assert same(stock(tmp_path), function)
+    whole = {name: tensor.clone() for name, tensor in outer.state_dict().items()}
+    assert {tensor.shape[0] for name, tensor in whole.items() if "lora_A" in name} == {4}
+    run.sites[0].A.data.zero_()
+    outer.inner.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert same(logits(outer.inner), function)
+    run.sites[0].A.data.zero_()
+    outer.load_state_dict(whole)
+    assert same(logits(outer.inner), function)

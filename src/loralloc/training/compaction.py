@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.base import Method
+from loralloc.peft_layers import peft_model
 from loralloc.training.optimizer import unwrapped
 from loralloc.training.processes import world_size
 
@@ -68,7 +69,8 @@ class Compaction:
     """A model from whose tensors the closed ranks have been removed.
 
     Args:
-        model: The model; its `state_dict` and `load_state_dict` continue to use full shapes.
+        model: The model, which is a `PeftModel` or holds one; `state_dict` and `load_state_dict` of both continue to
+            use full shapes.
         sites: Its gated layers.
         kept: Boolean [R]: the ranks that stay.
         optimizer: The optimizer; its state of closed ranks is removed too. None if there is no optimizer yet.
@@ -81,12 +83,13 @@ class Compaction:
         self._kept = [part.nonzero().flatten() for part in kept.split([site.rank for site in sites])]
         self._capacity = [site.rank for site in sites]
         self._shrunk = dict(self._parameters())
-        self._names = {name: p for name, p in model.named_parameters() if p in self._shrunk}
+        peft = peft_model(model)  # which may be saved by itself; its hooks serve a model around it as well
+        self._names = {name: p for name, p in peft.named_parameters() if p in self._shrunk}
         self._optimizer: torch.optim.Optimizer | None = unwrapped(optimizer)  # to which hooks belong
         self._shrink()
         self._hooks = [
-            model.register_state_dict_post_hook(partial(self._fill_model)),  # a bound method takes no attributes
-            model.register_load_state_dict_pre_hook(self._cut_model),
+            peft.register_state_dict_post_hook(partial(self._fill_model)),  # a bound method takes no attributes
+            peft.register_load_state_dict_pre_hook(self._cut_model),
         ]
         if self._optimizer is not None:
             self._hooks.append(self._optimizer.register_state_dict_post_hook(self._fill_optimizer))
