@@ -29,6 +29,7 @@ from loralloc.methods.validation import NO_LABELS, check_loss, loss_of
 from loralloc.outputs import logits_of
 from loralloc.peft_layers import evaluating
 from loralloc.training.losses import SampleLoss
+from loralloc.training.precision import prepared_dtype
 from loralloc.training.prefix_reuse import States, Watcher, computing, find_blocks, frozen, skipped
 
 TOKENS = 16_384
@@ -211,7 +212,7 @@ class AblationScorer:
         """
         part, rows = self._parts[0], self._exchanged()
         with torch.no_grad(), self._scoring():
-            dtype = _compute_dtype(self._loss.model, self._open.device.type)
+            dtype = prepared_dtype(self._model) or _compute_dtype(self._loss.model, self._open.device.type)
             whole = torch.stack([self._losses(part, row.expand(part.samples, -1)).sum() for row in rows])
             try:
                 walked = self._sums(0, rows).to(whole)

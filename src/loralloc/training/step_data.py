@@ -23,6 +23,7 @@ from loralloc.methods.validation import IGNORED, check_batch, check_labels, chec
 from loralloc.sharding import compute_dtypes, is_sharded
 from loralloc.training.ablation import AblationScorer
 from loralloc.training.losses import SampleLoss, next_log_probs
+from loralloc.training.precision import prepared_dtype
 
 Batch = Mapping[str, Any]
 
@@ -174,6 +175,8 @@ class ObservedData:
         """The coarsest precision in which anything of the current step was computed: of weights, or of autocast."""
         used = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
         used |= {pass_.autocast[1] for pass_ in self._seen if pass_.autocast[0]} | compute_dtypes(self.model)
+        inside = prepared_dtype(self.model)
+        used |= set() if inside is None else {inside}
         return max(used, key=lambda dtype: torch.finfo(dtype).eps)
 
     def validation_loss(self) -> Tensor:
