@@ -7,12 +7,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from rich.console import Console
 
 from loralloc.cli import progress
+from loralloc.errors import UserError
 from loralloc.recipe import run as pipeline
+from loralloc.recipe import stages
 from loralloc.training import processes
 
 from .command import (
@@ -170,11 +173,24 @@ class TestNothingIsLost:
     """What stood in the output folder before a mistake stands there after it."""
 
     @pytest.mark.parametrize(
-        "words", [["--data.train", "none.jsonl"], ["--target_modules", "[q_proj]"], ["--total_rank", 999]]
+        "words",
+        [
+            ["--data.train", "none.jsonl"],
+            ["--target_modules", "[q_proj]"],
+            ["--total_rank", 999],
+            ["--evaluate.metric", "pearson"],
+        ],
     )
     def test_replace_with_a_mistake_keeps_the_earlier_run(self, words: list[Any], run: Path, recipe: Path) -> None:
         before = files(run)
         refused("train", recipe, "--replace", *words)
+        assert files(run) == before
+
+    @pytest.mark.parametrize("where", ["evaluate", "generation"])
+    def test_nor_does_a_failure_before_the_first_step_cost_it(self, where: str, run: Path, recipe: Path) -> None:
+        before = files(run)
+        with patch.object(stages, where, side_effect=UserError("out of memory")):
+            assert refused("train", recipe, "--replace") == "out of memory"
         assert files(run) == before
 
     @pytest.mark.usefixtures("unreported")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from datasets import Dataset
@@ -121,13 +122,15 @@ def test_the_search_sees_disjoint_parts_of_the_training_data_and_nothing_else(
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
         evaluated.append(kwargs["metric_key_prefix"])
-        return evaluate(self, *args, **kwargs)
+        found = evaluate(self, *args, **kwargs)
+        read.clear()  # the untrained model is evaluated before the search begins
+        return found
 
     monkeypatch.setattr(PlainTrainer, "evaluate", noted)
     with killed_in(pipeline, "_with_fresh_model"):  # when the search is over
         done("train", write(SEARCH), "--data.test", data / "test.jsonl", "--eval_every", 2)
     assert Path("run/search/ranks.json").is_file()
-    assert evaluated == []
+    assert evaluated == ["untrained"]
     texts = {name: {tuple(ids) for ids in part["input_ids"]} for name, part in parts.items()}
     assert read == texts["train"] | texts["held"]
     for name in ("validation", "test"):
@@ -249,6 +252,15 @@ def test_dry_run_shows_both_stages(write: Write, here: Path) -> None:
 )
 def test_mistakes(write: Write, words: list[Any], message: str) -> None:
     assert re.search(message, refused("train", write(SEARCH), *words))
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_metric_that_the_run_lacks_is_refused_before_the_search(write: Write, run: Path) -> None:
+    before = files(run)
+    with patch.object(PlainTrainer, "train", side_effect=AssertionError("searched")):
+        said = refused("train", write(SEARCH), "--replace", "--evaluate.metric", "pearson")
+    assert "evaluate.metric: this run has no metric pearson; it has loss, accuracy, macro_f1, matthews, f1." in said
+    assert files(run) == before
 
 
 @pytest.mark.usefixtures("unreported")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from datasets import Dataset
 from huggingface_hub import HfApi
@@ -62,8 +62,9 @@ def run(
 ) -> Outcome:
     """Train, allocate, export, evaluate and report one recipe.
 
-    Everything is loaded and checked before anything is written or an earlier run is replaced. A method that searches
-    first (AutoLoRA) does so in RUN/search; what is trained afterwards is plain LoRA at the ranks that were found.
+    Everything is loaded and checked, and the untrained model evaluated, before anything is written or an earlier run is
+    replaced. A method that searches first (AutoLoRA) does so in RUN/search; what is trained afterwards is plain LoRA at
+    the ranks that were found.
     Where a launcher has started several processes, all of them train, and the first one writes.
 
     Args:
@@ -115,23 +116,19 @@ def _run(
         data = task_data(recipe)
     if resume:
         processes.on_main(_go_on, folder, recipe, screen)
-    search_plan, continues = None, resume
+    search_plan, continues, start = None, resume, None
     if stages.searches(recipe):
         continues = resume and folder.search.plan.is_file()  # else the training begins in this process
-        search_plan, data = _search(recipe, data, folder, resume, screen, allow_changed)
+        search_plan, data, start = _search(recipe, data, folder, resume, untrained, screen, allow_changed)
     with processes.together():
         trained_recipe = recipe if search_plan is None else stages.retraining_recipe(recipe, folder.search.plan)
         stage = stages.prepare_training(trained_recipe, data, folder, screen, after_search=search_plan is not None)
-    if not resume and search_plan is None:
-        processes.on_main(folder.create, recipe)
     if continues and search_plan is not None:
         processes.on_main(_check_search, folder.search, stage, allow_changed)
     checkpoint = stage.checkpoint(allow_changed) if continues else None
-    if untrained is None:
-        found = stage.evaluate("untrained")
-        stage.check_metric(found)
-        untrained = found[data.metric]
-    before = stage.generate()
+    start = start or _look_at_untrained(stage, data, untrained)
+    if not resume and search_plan is None:
+        processes.on_main(folder.create, recipe)  # nothing but the training itself can fail from here on
     stage.train(checkpoint)
     seconds, plan = stage.trainer.train_seconds, plan_of(stage)
     if search_plan is not None:
@@ -143,9 +140,9 @@ def _run(
         export = _write_adapter(folder, plan, stage)
     else:
         export = processes.on_main(_write_adapter, folder, plan, stage)
-    metrics = final_metrics(stage, plan, untrained, seconds)
-    if (after := stage.generate()) is not None and before is not None:
-        metrics["generation"] = _generation_record(before, after)
+    metrics = final_metrics(stage, plan, start.metric, seconds)
+    if (after := stage.generate()) is not None and start.answers is not None:
+        metrics["generation"] = _generation_record(start.answers, after)
     if export is not None:
         metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
         if search_plan is not None:
@@ -205,15 +202,46 @@ def _go_on(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
     folder.go_on(recipe)
 
 
+class _Untrained(NamedTuple):
+    """What is known of the model before anything is trained: its metric, and its answers if the recipe asks for any."""
+
+    metric: float
+    answers: Generation | None
+
+
+def _look_at_untrained(stage: Stage, data: TaskData, known: float | None) -> _Untrained:
+    """Evaluate the model of a stage on the held-out data of the run, unless its metric is known, and let it answer.
+
+    Raises:
+        UserError: The run does not have the metric of the recipe.
+    """
+    if known is None:
+        found = stage.evaluate("untrained", data.validation if data.test is None else data.test)
+        stage.check_metric(found)
+        known = found[data.metric]
+    return _Untrained(known, stages.generation(stage.recipe, data, stage.trainer, stage.screen))
+
+
 def _search(
-    recipe: Recipe, data: TaskData, folder: RunFolder, resume: bool, screen: Screen, allow_changed: Collection[str]
-) -> tuple[RankPlan, TaskData]:
-    """Search for the ranks, or read the plan of a finished search; return it and the data with a fresh model."""
+    recipe: Recipe,
+    data: TaskData,
+    folder: RunFolder,
+    resume: bool,
+    untrained: float | None,
+    screen: Screen,
+    allow_changed: Collection[str],
+) -> tuple[RankPlan, TaskData, _Untrained | None]:
+    """Search for the ranks, or read the plan of a finished search.
+
+    Returns:
+        The plan, the data with a fresh model, and what was found of the model before the search, if there was one.
+    """
     with processes.together():
         if resume and folder.search.plan.is_file():
-            return RankPlan.load(folder.search.plan), data
+            return RankPlan.load(folder.search.plan), data, None
     with processes.together():
         stage = stages.prepare_search(recipe, data, folder, screen)
+    start = _look_at_untrained(stage, data, untrained)
     if not resume:
         processes.on_main(folder.create, recipe)
     processes.on_main(folder.search.root.mkdir, exist_ok=True)
@@ -226,7 +254,7 @@ def _search(
     record["processor_seconds"] = round(stage.trainer.processor_seconds, 2)
     processes.on_main(_write_search, folder.search, record, stage.trainer.depends_on, plan)
     with processes.together():
-        return plan, _with_fresh_model(data)
+        return plan, _with_fresh_model(data), start
 
 
 def _check_search(search: RunFolder, stage: Stage, allow_changed: Collection[str]) -> None:
