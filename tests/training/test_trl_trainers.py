@@ -170,3 +170,43 @@ def test_the_reference_is_the_base_model(pairs: Dataset, tmp_path: Path) -> None
     assert set(trained) == {"eval_loss", "eval_reward_accuracy", "eval_reward_margin"}
     again = dpo(model, pairs, tmp_path / "again", word_tokenizer())  # a trained adapter is compared with the base too
     assert again.evaluate(pairs) == pytest.approx(trained, rel=1e-5)
+
+
+def uneven(pairs: Dataset, folder: Path) -> RunDPOTrainer:
+    """A trainer of an adapter that is not the base model, and so prefers some answers and not others."""
+    model = tiny_peft("llama")
+    draw = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = torch.randn(weight.shape, generator=draw)
+    return dpo(model, pairs, folder, word_tokenizer())
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_rewards_are_means_over_examples_whatever_the_batches(count: int, pairs: Dataset, tmp_path: Path) -> None:
+    trainer, found = uneven(pairs, tmp_path), []
+    for size in (1, 2, 4, count):
+        trainer.args.per_device_eval_batch_size = size
+        found.append(trainer.evaluate(pairs.select(range(count))))
+        told = trainer.state.log_history[-1]
+        assert told["eval_rewards/accuracies"] == found[-1]["eval_reward_accuracy"], "the log says the same"
+    assert 0 < found[0]["eval_reward_accuracy"] < 1
+    for again in found[1:]:
+        assert again == pytest.approx(found[0], rel=1e-4)
+
+
+def test_what_fills_the_last_batch_of_several_processes_up_counts_for_nothing(
+    pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes with two examples each, and three examples left: one of four is a copy."""
+    trainer = uneven(pairs, tmp_path)
+    state = SimpleNamespace(end_of_dataloader=False, remainder=3)
+    monkeypatch.setattr("loralloc.training.trl_trainers.gather", lambda values: torch.cat([values, 10 * values]))
+    monkeypatch.setattr(trainer.accelerator, "gradient_state", state)
+    rewards = torch.tensor([1.0, 2.0])
+    with trainer._examples_once() as sizes:
+        assert trainer.accelerator.gather(rewards).tolist() == [1, 2, 10, 20]
+        state.end_of_dataloader = True
+        assert trainer.accelerator.gather(rewards).tolist() == [1, 2, 10]
+    assert sizes == [4, 3]
+    assert "gather" not in vars(trainer.accelerator)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
+from accelerate.utils import gather
 from peft import PeftModel
 from torch import Tensor
 from trl import DPOTrainer, SFTTrainer
@@ -99,14 +101,21 @@ def sums_of_examples(output: Any, positions: Tensor | None) -> Tensor:
 
 
 class RunDPOTrainer(RunTRLTrainer, DPOTrainer):
-    """A DPOTrainer whose reference is the base model, and whose evaluation says what can be compared."""
+    """A DPOTrainer whose reference is the base model, and whose evaluation says what can be compared.
+
+    The rewards of an evaluation are means over its examples. TRL's are means of the means of batches, of which the last
+    may be smaller, and with several processes holds some examples twice.
+    """
 
     counts = "tokens"
 
     KEPT: Mapping[str, str] = {"rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}
     """TRL's figures that an evaluation reports besides the loss, and our names for them."""
+    OF_EXAMPLES = ("rewards/", "logps/")
+    """How the names of TRL's figures begin that are means over examples."""
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
+        self._sizes: list[int] = []  # examples in each batch of the evaluation so far
         with in_its_own_type(model):
             super().__init__(model, **kwargs)
         # TRL keeps a copy of the adapter as its reference, and would save it too. Without one it switches the adapter
@@ -116,6 +125,46 @@ class RunDPOTrainer(RunTRLTrainer, DPOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, and keep what can be compared: loss, and how often and by how much the better answer wins."""
         prefix = kwargs.get("metric_key_prefix", "eval")
+        self._sizes.clear()
+        self._metrics["eval"].clear()  # an evaluation that failed may have left some
         metrics = super().evaluate(*args, **kwargs)
         kept = {f"{prefix}_{name}": metrics[f"eval_{key}"] for key, name in self.KEPT.items()}  # whatever the prefix
         return {f"{prefix}_loss": metrics[f"{prefix}_loss"], **kept}
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch, and count its examples."""
+        with self._examples_once() as sizes:
+            found = super().prediction_step(*args, **kwargs)
+        self._sizes.append(sizes[-1])
+        return found
+
+    @contextmanager
+    def _examples_once(self) -> Iterator[list[int]]:
+        """Let TRL gather every example once; yield how many examples it has gathered, by call.
+
+        To give each process as many, accelerate fills the last batch up with examples from the beginning.
+        """
+        accelerator: Any = self.accelerator
+        state, sizes = accelerator.gradient_state, []
+
+        def gather_once(values: Tensor) -> Tensor:
+            found: Any = gather(values)
+            if values.dim() == 0:  # a sum over the batch
+                return found
+            if state.end_of_dataloader and state.remainder > 0:
+                found = found[: state.remainder]
+            sizes.append(len(found))
+            return found
+
+        accelerator.gather = gather_once
+        try:
+            yield sizes
+        finally:
+            del accelerator.gather
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; in an evaluation, weight the mean of each batch by its examples."""
+        figures = self._metrics["eval"]
+        for key in [key for key in figures if key.startswith(self.OF_EXAMPLES)]:
+            figures[key] = [float(np.average(figures[key], weights=self._sizes))]
+        super().log(logs, *args, **kwargs)
