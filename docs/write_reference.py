@@ -172,6 +172,8 @@ def _options(key: Key) -> str:
     rows = [f"| `{name}` | set `{ours}` |" for name, ours in options.ours.items()]
     rows += [f"| `{name}` | not together with `{dotted(instead)}` |" for name, instead in options.instead.items()]
     rows += [f"| `{name}` | {reason} |" for name, reason in options.refused.items()]
+    for task, refused in options.refused_in.items():
+        rows += [f"| `{name}` | with task {task}: {reason} |" for name, reason in refused.items()]
     return "\n".join((f"### `{key[-1]}`", "", _wrapped(text), "| option | |", "|---|---|", *rows, ""))
 
 

@@ -107,7 +107,8 @@ def test_the_page_has_every_option_that_is_not_taken_and_why(writer: ModuleType)
     for options in OPTIONS:
         _, _, section = page.partition(f"### `{options.key[-1]}`\n")
         rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", section.partition("\n## ")[0], re.M))
-        assert list(rows) == [*options.ours, *options.instead, *options.refused]
+        in_a_task = [name for refused in options.refused_in.values() for name in refused]
+        assert list(rows) == [*options.ours, *options.instead, *options.refused, *in_a_task]
         assert {rows[name] for name in options.refused} == set(options.refused.values())
 
 

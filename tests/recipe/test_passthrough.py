@@ -57,6 +57,8 @@ class TestTable:
         assert set(named) <= known
         assert len(named) == len(set(named))
         assert set(options.owners) == set(TASKS)
+        for task, refused in options.refused_in.items():
+            assert set(refused) <= options.known(task).keys() - set(named)
 
     @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: dotted(options.key))
     def test_points_at_keys_that_there_are(self, options: Options) -> None:
@@ -140,6 +142,24 @@ class TestNames:
     def test_that_cannot_be_set_tell_the_reason(self, options: Options) -> None:
         for name, reason in options.refused.items():
             assert found(options.key, {name: None}) == [f"{dotted(options.key)}.{name} cannot be set: {reason}"]
+
+    def test_that_the_trainer_of_a_task_ignores_are_refused_in_it(self) -> None:
+        def told(task: str, **given: Any) -> list[str]:
+            tree = {"task": task, "training": {"trainer": given}}
+            return [message for _, message in broken_options(tree, {**recipe_keys(), **option_keys()})]
+
+        start = "training.trainer."
+        assert told("preference", label_smoothing_factor=0.3, padding_free=True) == [
+            f"{start}label_smoothing_factor cannot be set: the DPOTrainer does not read it; set {start}label_smoothing",
+            f"{start}padding_free cannot be set: the DPOTrainer pads all the same; take it out",
+        ]
+        assert told("preference", label_smoothing=0.3) == told("causal-lm", label_smoothing_factor=0.3) == []
+        assert told("causal-lm", padding_free=True) == []
+        for task in ("causal-lm", "multiple-choice"):
+            assert told(task, eos_token="</s>") == [
+                f"{start}eos_token cannot be set: examples end before the trainer has them; set it in the model's "
+                "tokenizer_config.json"
+            ]
 
     def test_that_take_the_place_of_a_key_stand_without_it(self) -> None:
         given = {"lr_scheduler_type": "polynomial"}

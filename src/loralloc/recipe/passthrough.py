@@ -42,6 +42,7 @@ class Options:
         ours: Options that a recipe sets with another key, and that key.
         instead: Options that replace a key of the recipe, and that key; only one of the two may be set.
         refused: Options that no recipe can set, with the reason.
+        refused_in: Options that recipes of a task cannot set, with the reason, by task.
         types: Types of options that their owner does not declare, or declares too widely.
     """
 
@@ -49,6 +50,7 @@ class Options:
     owners: Mapping[str, str]
     ours: Mapping[str, str]
     refused: Mapping[str, str]
+    refused_in: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     instead: Mapping[str, Key] = field(default_factory=dict)
     types: Types = field(default_factory=dict)
 
@@ -66,6 +68,7 @@ Device = Annotated[int | str, BeforeValidator(_number_of_a_device)]
 SCORES = "scores of ranks are made of whole gradients and factors"
 SHARDED = "accelerate launch --config_file with fsdp_version: 2"
 ONCE = "a run computes its metrics once, from the predictions for all examples"
+REFERENCE = "the reference is the base model, the adapter switched off"
 STARTS = "it belongs to an initialisation that changes the base weights or needs data: no plain adapter can be exported"
 
 PLANNED = ("alpha_pattern", "layers_pattern", "layers_to_transform", "rank_pattern", "use_rslora")
@@ -145,7 +148,16 @@ OPTIONS = (
             "dataset_kwargs": "examples are prepared before the trainer has them",
             "dataset_num_proc": "examples are prepared before the trainer has them",
             "chat_template_path": "the template is the model's: put a chat_template.jinja into its folder",
-            "sync_ref_model": "the reference is the base model, the adapter switched off",
+            "sync_ref_model": REFERENCE,
+            "ref_model_mixup_alpha": REFERENCE,
+            "ref_model_sync_steps": REFERENCE,
+            "eos_token": "examples end before the trainer has them; set it in the model's tokenizer_config.json",
+        },
+        refused_in={
+            "preference": {
+                "label_smoothing_factor": "the DPOTrainer does not read it; set training.trainer.label_smoothing",
+                "padding_free": "the DPOTrainer pads all the same; take it out",
+            }
         },
         types={"accelerator_config": dict[str, Any] | None},
     ),
@@ -340,8 +352,9 @@ def _problem(
     key = (*options.key, name)
     if name in options.ours:
         return f"{dotted(key)} is {options.ours[name]} in a recipe: set that"
-    if name in options.refused:
-        return f"{dotted(key)} cannot be set: {options.refused[name]}"
+    refused = {**options.refused, **options.refused_in.get(task, {})}
+    if name in refused:
+        return f"{dotted(key)} cannot be set: {refused[name]}"
     types = options.known(task)
     if name not in types:
         owner = options.owners[task]
