@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
-from loralloc.recipe import stages
+from loralloc.recipe import from_recipe, stages
 
 from .command import LANGUAGE, RECIPE, done, read_json, read_rows, refused
 from .test_cli_language import write_data
@@ -61,8 +62,9 @@ def test_predictions_of_a_language_model_and_of_preferences(write: Write, here: 
     rows = read_rows(here / "predictions.jsonl")
     assert [row["loss"] for row in rows] == pytest.approx(read_json(here / "run" / "losses.json")["losses"])
     done("train", write_data("preference", write, here), "--steps", 4, "--replace")
-    said = refused("evaluate", "run", "--predictions", "predictions.jsonl")
-    assert "--predictions: this task compares answers and predicts none; evaluate without it" in said
+    with patch.object(from_recipe, "load_adapted", side_effect=AssertionError("loaded")):
+        said = refused("evaluate", "run", "--predictions", "more.jsonl")
+    assert said == "--predictions: this task compares answers and predicts none; evaluate without it"
 
 
 @pytest.mark.parametrize("text", [RECIPE, LANGUAGE])

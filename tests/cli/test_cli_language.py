@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from .command import LANGUAGE, RECIPE, done, ranks, read_json, refused
+from .command import LANGUAGE, RECIPE, done, loralloc, ranks, read_json, refused
 from .deaths import differences, killed_at
 
 Write = Callable[[str], Path]
@@ -282,3 +284,23 @@ def test_streamed_values_are_what_they_are_when_read_at_once(write: Write, here:
 def test_predictions_need_a_folder(run: Path) -> None:
     said = refused("evaluate", run, "--predictions", "nowhere/x.jsonl")
     assert "--predictions: there is no folder nowhere; make it first" in said
+
+
+def test_predictions_replace_nothing(run: Path, data: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the data that are evaluated; and nothing is loaded before that is clear."""
+    monkeypatch.setattr("loralloc.recipe.from_recipe.load_with_data", lambda *args: pytest.fail("loaded"))
+    kept = Path(shutil.copy(data / "test.jsonl", here / "kept.jsonl"))
+    for source in (kept, data / "test.jsonl"):
+        said = refused("evaluate", run, "--data", source, "--predictions", "kept.jsonl")
+        assert said == ("--predictions: kept.jsonl exists; nothing was overwritten: choose another file, or remove it")
+    assert kept.read_bytes() == (data / "test.jsonl").read_bytes()
+    assert refused("evaluate", run, "--data", kept, "--predictions", here) == (
+        f"--predictions: {here} is a folder; name a file in it"
+    )
+
+
+def test_metrics_are_shown_even_if_predictions_cannot_be_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loralloc.recipe.predictions.write_atomically", Mock(side_effect=OSError("no space")))
+    result = loralloc("evaluate", run, "--predictions", "out.jsonl")
+    assert (result.code, result.err) == (2, "error: no space\n")
+    assert f"{read_json(run / 'metrics.json')['test']['accuracy']:.4f}" in result.out

@@ -23,7 +23,7 @@ def evaluate(
     ] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(help="Write what is predicted for each example to this file, one JSON object a line."),
+        typer.Option(help="Write what is predicted for each example to this new file, one JSON object a line."),
     ] = None,
 ) -> None:
     """Load the exported adapter with stock PEFT and evaluate it on the validation and test data, or on other data."""
@@ -31,10 +31,10 @@ def evaluate(
     from loralloc.recipe.run_folder import RunFolder
     from loralloc.tasks.locations import check_load_in, check_source, model_folder
 
-    if predictions is not None and not predictions.absolute().parent.is_dir():
-        raise UserError(f"--predictions: there is no folder {predictions.parent}; make it first")
     folder = RunFolder.finished(run)
     recipe = folder.peek_recipe()
+    if predictions is not None:
+        _check_target(predictions, recipe.task)
     if data is None:
         check_inputs(recipe)
     else:
@@ -60,8 +60,30 @@ def evaluate(
         if loaded.test is not None:
             results["test" if data is None else data] = stages.evaluate(trainer, loaded, "test", screen, loaded.test)
         answered = stages.generation(recipe, loaded, trainer, screen)
-        if predictions is not None:
-            write_predictions(predictions, loaded, trainer, answered)
     terminal.show_metrics(results)
     if answered is not None:
         terminal.show_metrics({"generated": answered.metrics})
+    if predictions is not None:  # last: whatever happens to the file, the metrics have been shown
+        write_predictions(predictions, loaded, trainer, answered)
+
+
+def _check_target(path: Path, task: str) -> None:
+    """Refuse a file that predictions cannot be written to, before anything is loaded.
+
+    Args:
+        path: The file.
+        task: The task of the run.
+
+    Raises:
+        UserError: The task predicts nothing, or the file cannot be made without losing something.
+    """
+    from loralloc.tasks.spec import TASKS
+
+    if not TASKS[task].predicts:
+        raise UserError("--predictions: this task compares answers and predicts none; evaluate without it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--predictions: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise UserError(f"--predictions: {path} is a folder; name a file in it")
+    if path.exists():
+        raise UserError(f"--predictions: {path} exists; nothing was overwritten: choose another file, or remove it")

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loralloc.errors import UserError
 from loralloc.files import finite, write_atomically
 from loralloc.tasks.base import TaskData
 from loralloc.tasks.generation import Generation
@@ -19,19 +18,16 @@ def write_predictions(path: Path, data: TaskData, trainer: RunTrainer, answered:
 
     Args:
         path: The file; it is replaced.
-        data: The data that were evaluated.
+        data: The data that were evaluated, of a task that predicts something for each example.
         trainer: The trainer that evaluated them.
         answered: Generated answers, if there are any; they are then written instead of `data.predictions`.
-
-    Raises:
-        UserError: The task has no predictions for single examples.
     """
     rows: Iterable[Mapping[str, Any]]
     if answered is not None:
         pairs = zip(answered.prompts, answered.answers, strict=True)
         rows = [{"prompt": one.text, "references": one.references, "prediction": answer} for one, answer in pairs]
-    elif data.predictions is not None and trainer.evaluated is not None:
-        rows = data.predictions(trainer.evaluated)
     else:
-        raise UserError("--predictions: this task compares answers and predicts none; evaluate without it")
+        assert data.predictions is not None
+        assert trainer.evaluated is not None
+        rows = data.predictions(trainer.evaluated)
     write_atomically(path, "".join(json.dumps(finite(dict(row)), ensure_ascii=False) + "\n" for row in rows))

@@ -252,6 +252,7 @@ class Task:
         heads: Endings of the names of its heads, which are trained in full and get no adapter.
         generates: Whether its model generates texts, so that `evaluate.generate` applies.
         recognised: Whether columns with common names are recognised and need not be named.
+        predicts: Whether there is a prediction for every example.
         trainer: The class of transformers or TRL that trains it.
         own_loss: Whether its loss is the one that the model returns for a batch with labels; methods that look at data
             need this loss.
@@ -270,6 +271,7 @@ class Task:
     heads: tuple[str, ...] = ()
     generates: bool = False
     recognised: bool = False
+    predicts: bool = True
     trainer: Literal["Trainer", "Seq2SeqTrainer", "SFTTrainer", "DPOTrainer"] = "Trainer"
     own_loss: bool = True
     arguments: str = "transformers.TrainingArguments"
@@ -349,6 +351,7 @@ TASKS: Mapping[str, Task] = {
         metrics={"loss": False, "reward_accuracy": True, "reward_margin": True},
         shortest=(2, "a single token has no next one to predict"),
         recognised=True,
+        predicts=False,
         trainer="DPOTrainer",
         arguments="trl.DPOConfig",
         own_loss=False,
