@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 
+from loralloc.cli import main
 from loralloc.cli.streams import Lasting, lasting_streams
 
 from .command import files
@@ -51,6 +52,18 @@ def test_they_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(sys.stdout, Lasting)
         assert isinstance(sys.stderr, Lasting)
     assert (sys.stdout, sys.stderr) == before
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize(("errors", "shown"), [("strict", b"4 ? 2"), ("backslashreplace", b"4 \\u2192 2")])
+def test_a_character_that_the_stream_lacks(
+    name: str, errors: str, shown: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = BytesIO()
+    monkeypatch.setattr(sys, name, TextIOWrapper(inner, encoding="latin-1", errors=errors))
+    monkeypatch.setattr(main, "app", lambda: print("4 → 2", file=getattr(sys, name), flush=True))
+    main.main()
+    assert inner.getvalue().strip() == shown
 
 
 @pytest.mark.slow

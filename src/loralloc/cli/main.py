@@ -24,6 +24,7 @@ from loralloc.cli import (
     train,
     truncate,
 )
+from loralloc.cli.streams import replace_what_cannot_be_shown
 from loralloc.errors import UserError
 
 app = typer.Typer(
@@ -72,6 +73,7 @@ def main() -> None:
     """Run the command line: a mistake in the input ends with one message and exit code 2."""
     # On a CPU, bitsandbytes logs missing kernels when it is imported, and a message at every product of an 8-bit layer.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    replace_what_cannot_be_shown()
     try:
         app()
     except (UserError, FloatingPointError, OSError) as error:

@@ -1,7 +1,11 @@
-"""Standard output and error that cannot end a run: if their reader has gone, only the rest of the output is lost."""
+"""Standard output and error that cannot end a run: if their reader has gone, only the rest of the output is lost.
+
+A character that their encoding lacks is a question mark there.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -43,6 +47,13 @@ class Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def replace_what_cannot_be_shown() -> None:
+    """Let standard output and error show a question mark for what their encoding lacks, unless told otherwise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager
