@@ -363,6 +363,26 @@ class TestOverrides:
         ]
 
 
+class TestMarker:
+    """What YAML makes of `after: ####`."""
+
+    WRITTEN = LANGUAGE_MODEL + "evaluate:\n  generate:\n    metrics: [exact_match]\n    after: "
+
+    @pytest.mark.parametrize("value", ["####", "", "null"])
+    def test_that_is_a_comment_is_refused(self, value: str, write: Write) -> None:
+        assert problems(write(self.WRITTEN + value)) == [
+            'recipe.yaml:12: evaluate.generate.after has no value: # begins a comment; quote the marker, as in "####", '
+            "or take the key out"
+        ]
+
+    def test_that_is_quoted_is_taken_and_a_flag_takes_it_back(self, write: Write) -> None:
+        path = write(self.WRITTEN + '"####"')
+        for words, marker in (((), "####"), (("--evaluate.generate.after", "null"), None)):
+            settings = load_recipe(path, words).evaluate.generate
+            assert settings is not None
+            assert settings.after == marker
+
+
 class TestModels:
     def test_rules_hold_without_a_file(self, write: Write) -> None:
         tree = load_recipe(write(CLASSIFICATION)).model_dump()

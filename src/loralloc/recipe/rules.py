@@ -145,6 +145,21 @@ def _broken_generation(settings: Any) -> Iterator[tuple[Key, str]]:
         )
 
 
+def lost_marker(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """A marker that is there without a value: YAML takes #### for a comment, and whole answers would be compared.
+
+    Args:
+        tree: The recipe as it is in its file; a complete recipe has null where nothing is set.
+    """
+    settings = get(tree, "evaluate", "generate")
+    if isinstance(settings, Mapping) and "after" in settings and settings["after"] is None:
+        yield (
+            ("evaluate", "generate", "after"),
+            'evaluate.generate.after has no value: # begins a comment; quote the marker, as in "####", or take the key '
+            "out",
+        )
+
+
 def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     """Columns that a task needs and the recipe does not name, and keys that belong to other tasks."""
     name, data = tree.get("task"), tree.get("data")

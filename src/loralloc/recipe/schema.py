@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from loralloc.errors import closest
 from loralloc.recipe.passthrough import MAPPINGS, broken_options, exclusive_keys, option_keys
-from loralloc.recipe.rules import EXCLUSIVE, broken_by_method, broken_rules, get, listed
+from loralloc.recipe.rules import EXCLUSIVE, broken_by_method, broken_rules, get, listed, lost_marker
 from loralloc.recipe.sections import (
     CompareConfig,
     DataConfig,
@@ -188,6 +188,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), check: Check | None =
         loralloc.errors.UserError: With every mistake, one a line, each with its line or flag.
     """
     source = read_recipe_file(path)
+    source.report(lost_marker(source.tree))
     apply_overrides(source, overrides, _keys_and_options(), _exclusive(), MAPPINGS)
     source.report(broken_rules(source.tree))
     source.report(_broken_by_libraries(source.tree))

@@ -150,7 +150,8 @@ class GenerateConfig(Section):
         default=[], description="metrics that compare answers with the references"
     )
     after: Text | None = Field(
-        default=None, description="exact_match compares the text after the last occurrence of this marker, such as ####"
+        default=None,
+        description='exact_match compares the text after the last occurrence of this marker, such as "####", quoted',
     )
     samples: Count | None = Field(default=100, description="how many prompts to answer, from the first on; null: all")
 
