@@ -33,6 +33,15 @@ def test_what_a_stream_cannot_do(write: Write, new: str, expected: str) -> None:
     assert f"data.streaming reads the training data while training, {expected}" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_more_data_have_names_of_their_own(write: Write, name: str) -> None:
+    path = write(edit("text: text", f"text: text\n  also:\n    maths: a.jsonl\n    {name}: b.jsonl", LANGUAGE_MODEL))
+    assert problems(path) == [
+        f"recipe.yaml:8: data.also.{name}: the results have data.{name} by this name; choose another"
+    ]
+    assert load_recipe(path, ["--data.also", "{maths: a.jsonl}"]).data.also == {"maths": "a.jsonl"}
+
+
 @pytest.mark.parametrize("method", ["ablora", "autolora"])
 def test_methods_that_look_at_data_do_not_learn_preferences(write: Write, method: str) -> None:
     text = edit("task: causal-lm", "task: preference", edit("text: text", "prompt: text", LANGUAGE_MODEL))

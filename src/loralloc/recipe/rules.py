@@ -25,6 +25,10 @@ ALONE: dict[Key, str] = {("method", "budget"): "max_rank"}
 """A key of such a section that suffices without any of them."""
 
 
+SPLITS = ("validation", "test")
+"""Names by which results tell the recipe's own data to evaluate on."""
+
+
 def get(tree: Any, *key: str) -> Any:
     """Look a key up in a recipe whose values may be of any type; None where it is not set."""
     for part in key:
@@ -54,6 +58,7 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 key = (*section, chosen[-1]) if chosen else section
                 needs = f"exactly one of {', '.join(members)}" + ("" if alone is None else f", or {alone} alone")
                 yield key, f"{dotted(section)} needs {needs}; got {listed_keys}"
+    yield from _broken_names(tree)
     yield from _broken_columns(tree)
     yield from _broken_metric(tree)
     yield from _broken_judging(tree)
@@ -81,6 +86,14 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
             f"method.budget.max_rank is {cap}, so average_rank {target} is impossible; "
             "raise the one or lower the other",
         )
+
+
+def _broken_names(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
+    """Names of more data that are those of other rows wherever metrics are shown."""
+    also = get(tree, "data", "also")
+    for name in SPLITS:
+        if isinstance(also, Mapping) and name in also:
+            yield ("data", "also", name), f"data.also.{name}: the results have data.{name} by this name; choose another"
 
 
 def _broken_metric(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:

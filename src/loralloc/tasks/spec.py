@@ -85,7 +85,9 @@ class DataSection(Section):
     ] = Field(default=0.1, description="a fraction cut from the training data (by training.seed), or data as in train")
     test: Text | None = Field(default=None, description="data as in train, evaluated once at the end")
     also: dict[str, Text] | None = Field(
-        default=None, description="more data to evaluate on at the end, by a name of yours: data as in train"
+        default=None,
+        description="more data to evaluate on at the end, by a name of yours, which is not validation or test: data as "
+        "in train",
     )
     max_length: Count = Field(default=128, description="tokens kept of each example")
 
