@@ -93,9 +93,9 @@ def test_what_a_trained_run_writes(write: Write, here: Path, encoder_decoder: Pa
     with torch.no_grad():
         ids = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=4, num_beams=2)
     assert rows[0]["prediction"] == tokenizer.decode(ids[0], skip_special_tokens=True)
-    said = done("evaluate", "run", "--data", data / "test.jsonl", "--predictions", "out.jsonl")
+    said = done("evaluate", "run", "--data", data / "test.jsonl", "--predictions", "more.jsonl")
     assert "rouge1" in said
-    assert len(read_rows(here / "out.jsonl")) == 6
+    assert len(read_rows(here / "more.jsonl")) == 6
     greedy = done("chat", "run", "--prompt", text, "--max-new-tokens", 4).strip()
     assert greedy in ("yes one", "no two")
     assert done("chat", "run", "--prompt", text, "--max-new-tokens", 4, "--base").strip() != greedy
