@@ -195,6 +195,14 @@ def test_rewards_are_means_over_examples_whatever_the_batches(count: int, pairs:
         assert again == pytest.approx(found[0], rel=1e-4)
 
 
+def test_every_example_is_evaluated_where_training_drops_the_last_batch(pairs: Dataset, tmp_path: Path) -> None:
+    trainer = uneven(pairs, tmp_path)
+    found = trainer.evaluate(pairs.select(range(5)))
+    trainer.args.dataloader_drop_last = True
+    assert trainer.evaluate(pairs.select(range(5))) == found
+    assert trainer.args.dataloader_drop_last
+
+
 def test_what_fills_the_last_batch_of_several_processes_up_counts_for_nothing(
     pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,8 +119,12 @@ class RunTrainer(Base):
         return spare_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        """The Trainer's, likewise."""
-        return spare_workers(super().get_eval_dataloader(*args, **kwargs))
+        """The Trainer's, likewise; `dataloader_drop_last` is for training, and every example is evaluated."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return spare_workers(super().get_eval_dataloader(*args, **kwargs))
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def without_answers(self) -> AbstractContextManager[None]:
         """A context in which evaluations generate no answers; those of this class never do."""
