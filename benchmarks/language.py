@@ -126,6 +126,7 @@ def judge(folder: Path, name: str) -> dict[str, Any]:
     header = recipe.read_text(encoding="utf-8").partition("\n")[0]
     recipe.write_text(f"{header}\n{yaml.safe_dump(tree)}", encoding="utf-8")
     answers = folder / "answers.jsonl"
+    answers.unlink(missing_ok=True)  # of an earlier judgement
     command = [str(Path(sys.executable).parent / "loralloc"), "evaluate", str(folder), "--predictions", str(answers)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
