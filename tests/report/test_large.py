@@ -17,7 +17,7 @@ def test_modules_that_are_too_many_to_read_are_a_picture(tmp_path: Path) -> None
     check_page(read_page(path))
     page = path.read_text(encoding="utf-8")
     assert '<table class="heat"' not in page
-    assert "A row for each layer, a column for each type." in page
+    assert "A row for each layer, a column for each type; the strongest colour is rank " in page
     assert "40 more, in ranks.json" in page
     assert "All modules" in page
     assert "1,040" in page

@@ -232,6 +232,7 @@ class Arguments(SimpleNamespace):
             "world_size": 1,
             "average_tokens_across_devices": True,
             "output_dir": "unused",
+            "eval_on_start": False,
         }
         super().__init__(**{**usual, **settings})
 

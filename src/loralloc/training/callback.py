@@ -157,7 +157,6 @@ class RankAllocation(TrainerCallback):
             self._trace.write_text("", encoding="utf-8")
         if self._log is not None:
             self._log.on_train_begin(args, state, control)
-
         if args.eval_on_start:
             self._random = random_state()
 
