@@ -44,7 +44,9 @@ def test_rows_and_weights_may_not_change(tmp_path: Path) -> None:
     folder = CompareFolder.of(recipe)
     known = SHAPES.depends_on
     folder.check_unchanged(known)
-    folder.create(recipe, known)
+    folder.create(recipe, {})
+    folder.check_unchanged(known)
+    fabricate(recipe, noisy({}), cells_of(recipe)[:1])
     folder.check_unchanged(known)
     other_rows = {**known, "data": {"test": {"rows": 15, "sha256": "another"}}}
     for changed, words in (
@@ -55,8 +57,8 @@ def test_rows_and_weights_may_not_change(tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             folder.check_unchanged(changed)
         assert str(error.value) == (
-            f"output: {folder.root} was begun with something else: {words}. Its runs cannot be compared with new ones; "
-            "name another folder with --output"
+            f"output: {folder.root} has runs that were made with something else: {words}. They cannot be compared with "
+            "new ones; name another folder with --output"
         )
 
 

@@ -212,13 +212,28 @@ def test_at_equal_time_nobody_is_judged_by_the_middle_of_a_run(tmp_path: Path) -
         if (course := courses.get(cell.contender.id))
     ]
     limit, table = equal_time(entries(rows, "loss"))
-    assert limit == 100
+    assert limit == pytest.approx(100)
     assert table is not None
     assert [row[1:] for row in table.rows] == [
         ("100%", "1.0000", "1.0000", ""),
         ("98%", "1.0392", "1.0000", "with more ranks than it may keep"),
         ("50%", "nothing yet", "1.0000", ""),
     ]
+
+
+def test_the_cheapest_is_at_its_end_whatever_rounding_says(tmp_path: Path) -> None:
+    """The sum of these three, divided by 3, is larger than their exact mean."""
+    recipe = recipe_for(tmp_path, "--seeds", "3", "--learning_rates", "1e-2", "--peers", "[]")
+    folder = fabricate(recipe, noisy({}))
+    costs = (92.48, 5.75, 63.0)
+    rows = [
+        replace(row, course=(Moment(cost, 1.0, over=False),), processor_seconds=cost)
+        for cell in cells_of(recipe)
+        if (row := read_row(folder, cell)) and (cost := costs[cell.seed] * (2 if cell.contender.id == "random" else 1))
+    ]
+    _, table = equal_time(entries(rows, "loss"))
+    assert table is not None
+    assert [row[1:3] for row in table.rows[:2]] == [("100%", "1.0000")] * 2
 
 
 def curves(figure: Figure) -> list[list[float]]:

@@ -117,22 +117,22 @@ class CompareFolder:
     def check_unchanged(self, depends_on: Mapping[str, Any]) -> None:
         """Refuse to compare with runs that were made with other rows or another base model; this writes nothing.
 
-        Runs of a version that wrote no fingerprints are taken as they are.
+        Runs of a version that wrote no fingerprints are taken as they are. If none has finished, anything may change.
 
         Args:
             depends_on: Fingerprints, as `Shapes` has them.
 
         Raises:
-            UserError: Something has changed since the comparison began.
+            UserError: Something has changed since a run has finished.
         """
-        if not self.depends_on.is_file():
+        if not self.depends_on.is_file() or not any(self.runs.glob("*/metrics.json")):
             return
         theirs = read_object(self.depends_on)
         found = [words for kind, mine in depends_on.items() if (words := difference(kind, theirs.get(kind), mine))]
         if found:
             raise UserError(
-                f"output: {self.root} was begun with something else: {'; '.join(found)}. Its runs cannot be compared "
-                "with new ones; name another folder with --output"
+                f"output: {self.root} has runs that were made with something else: {'; '.join(found)}. They cannot be "
+                "compared with new ones; name another folder with --output"
             )
 
     def create(self, recipe: Recipe, depends_on: Mapping[str, Any]) -> None:

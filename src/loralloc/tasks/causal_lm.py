@@ -13,6 +13,7 @@ warning; of streamed rows, at the end of the first pass.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -137,7 +138,7 @@ class Encoder:
         first = first_pieces(self._data)
         forms = [read_form(rows, self._data) for rows in first]
         for rows, form in zip(first, forms, strict=True):
-            self._tokens(rows, form)  # what does not fit the tokenizer is refused here
+            deque(self._tokens(rows, form, lambda _: None), maxlen=0)  # what does not fit the tokenizer is refused here
         columns, wrapped, told = first[0].columns, self._packing(forms[0]) == "wrapped", False
         source, max_length = " and ".join(rows.source for rows in first), self._data.max_length
 
