@@ -106,14 +106,18 @@ class TestOfARun:
         assert read_json(run / "frontier" / "frontier.json")["examples"] == 15
 
     @SLOW
-    def test_a_size_that_has_recovered_is_of_the_same_training_data(self, run: Path, here: Path) -> None:
+    def test_a_size_that_has_recovered_is_of_the_same_training_data(self, run: Path, data: Path) -> None:
         def trained() -> bool:
             return "step 1/" in done("frontier", run, "--recover", 0.5, "--ranks", "1")
 
         assert [trained(), trained()] == [True, False]
-        train = here / "data" / "train.jsonl"
-        train.write_text("".join(reversed(train.read_text().splitlines(keepends=True))))
-        assert trained()
+        train = data / "train.jsonl"
+        text = train.read_text()
+        try:
+            train.write_text("".join(reversed(text.splitlines(keepends=True))))
+            assert trained()
+        finally:
+            train.write_text(text)
 
     def test_what_a_size_is_stored_as_is_as_large_as_it_says(self, run: Path) -> None:
         done("frontier", run, "--recover", 0, "--ranks", "1")
