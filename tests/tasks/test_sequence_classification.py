@@ -15,7 +15,7 @@ from tiny_models import build_tokenizer, save_decoder
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from loralloc.errors import UserError
-from loralloc.tasks.base import TaskData, first_output
+from loralloc.tasks.base import TaskData, first_output, tokenize_cut
 from loralloc.tasks.classes import label_names, numbers
 from loralloc.tasks.classification_metrics import classification_metrics, regression_metrics
 from loralloc.tasks.pretrained import load_model, load_tokenizer, locate
@@ -111,6 +111,23 @@ def test_long_texts_are_cut_and_counted(task: Callable[..., TaskData], caplog: p
         caplog.clear()
         task(ROWS)
         assert not caplog.records
+
+
+@pytest.mark.parametrize("pairs", [None, ["a b", "good", "a"]])
+def test_only_what_is_too_long_is_tokenized_again(pairs: list[str] | None) -> None:
+    """The naive twin tokenizes and cuts all texts at once."""
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    tokenizer, seen = build_tokenizer("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", **special), []
+
+    def counted(texts: list[str], *others: Any, **options: Any) -> Any:
+        seen.append(len(texts))
+        return tokenizer(texts, *others, **options)
+
+    texts = ["the film", "the film is bad a b", "good"]
+    found, longer = tokenize_cut(counted, texts, pairs, 7, True)  # type: ignore[arg-type]
+    whole = tokenizer(texts, pairs, truncation=True, max_length=7)
+    assert {key: list(found[key]) for key in whole} == dict(whole)
+    assert (longer, seen) == ([False, True, False], [3, 1])
 
 
 def test_a_batch_is_padded_to_its_longest(task: Callable[..., TaskData]) -> None:

@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback
 from loralloc import AdaLoRA, ALLoRA, Budget, RankPlan, Truncate, UserError, attach
 from loralloc.methods.base import Method
 from loralloc.training.gated_files import FILE
+from loralloc.training.run import AllocationRun
 
 TWO_RANKS = AdaLoRA(Budget(average_rank=2))
 METHODS: dict[str, Method] = {
@@ -177,20 +178,25 @@ def test_after_finish_saving_and_loading_are_pefts_own(tmp_path: Path) -> None:
     assert not (tmp_path / FILE).exists()
 
 
+def ten_steps(run: AllocationRun) -> None:
+    """Ten of twelve steps: the ranks are final by then."""
+    optimizer = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(10):
+        batch = token_batch()
+        run.model(**batch, labels=batch["input_ids"]).loss.backward()
+        run.before_step(optimizer)
+        optimizer.step()
+        run.after_step(optimizer)
+        optimizer.zero_grad()
+
+
 def test_a_compact_run_saves_what_the_masked_one_does(tmp_path: Path) -> None:
     functions = []
     for compact in (False, True):
         torch.manual_seed(0)  # starts are drawn
         model = tiny_peft("llama").train()
         run = attach(model, TWO_RANKS, total_steps=12, compact=compact)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-        for _ in range(10):
-            batch = token_batch()
-            model(**batch, labels=batch["input_ids"]).loss.backward()
-            run.before_step(optimizer)
-            optimizer.step()
-            run.after_step(optimizer)
-            optimizer.zero_grad()
+        ten_steps(run)
         model.save_pretrained(str(tmp_path / str(compact)))
         assert same(stock(tmp_path / str(compact)), logits(model))
         functions.append(stock(tmp_path / str(compact)))
@@ -212,14 +218,7 @@ class Around(nn.Module):
 def test_a_compact_model_inside_another_is_saved_and_loaded(tmp_path: Path) -> None:
     outer = Around(tiny_peft("llama").train())
     run = attach(outer, TWO_RANKS, total_steps=12, compact=True)
-    optimizer = torch.optim.AdamW([p for p in outer.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(10):
-        batch = token_batch()
-        outer(**batch, labels=batch["input_ids"]).loss.backward()
-        run.before_step(optimizer)
-        optimizer.step()
-        run.after_step(optimizer)
-        optimizer.zero_grad()
+    ten_steps(run)
     assert run.sites[0].rank < 4, "ranks have left the tensors"
     function = logits(outer.inner)
     outer.inner.save_pretrained(str(tmp_path))

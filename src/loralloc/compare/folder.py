@@ -2,7 +2,7 @@
 
 OUT/compare.yaml   the resolved recipe        OUT/compare.html   the page       OUT/runs/NAME/      a run
 OUT/compare.csv    a row for every run        OUT/figures/       PNG files      OUT/recipes/, logs/, failures/
-OUT/compare.json   what the page says             OUT/depends_on.json  fingerprints of the rows and of the base model
+OUT/compare.json   what the page says         OUT/depends_on.json   fingerprints of the rows and of the base model
 """
 
 from __future__ import annotations

@@ -181,9 +181,15 @@ def tokenize_cut(
         What the tokenizer gives, and for each text whether it was too long.
     """
     # Not verbose: texts longer than the model are expected here, and cut.
-    whole = tokenizer(texts, pairs, verbose=False)
-    longer = [len(ids) > max_length for ids in whole["input_ids"]]
-    return tokenizer(texts, pairs, truncation=truncation, max_length=max_length) if any(longer) else whole, longer
+    found = tokenizer(texts, pairs, verbose=False)
+    longer = [len(ids) > max_length for ids in found["input_ids"]]
+    if at := [i for i, too_long in enumerate(longer) if too_long]:
+        others = None if pairs is None else [pairs[i] for i in at]
+        again = tokenizer([texts[i] for i in at], others, truncation=truncation, max_length=max_length)
+        for key, rows in again.items():
+            for i, row in zip(at, rows, strict=True):
+                found[key][i] = row
+    return found, longer
 
 
 def warn_of_cuts(source: str, count: int, max_length: int, cut: int, dropped: int = 0) -> None:
