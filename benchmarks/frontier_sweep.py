@@ -17,7 +17,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -135,30 +135,50 @@ def records() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
-def table(found: Iterable[Mapping[str, Any]], task: str) -> str:
+def tables() -> str:
+    """For each task the defaults over all seeds, then every order and every share of the rate for the first seed."""
+    found, defaults = records(), [(ORDERS[0], DEFAULT_RATE)]
+    every = [*product(ORDERS, (0.0,)), *product(ORDERS[:1], SHARES)]
+    return "\n\n".join(
+        table([one for one in found if one["task"] == task], task, seeds, curves)
+        for task in TASKS
+        for seeds, curves in ((SEEDS, defaults), (SEEDS[:1], every))
+    )
+
+
+def table(here: list[dict[str, Any]], task: str, seeds: Sequence[int], curves: Iterable[tuple[str, float]]) -> str:
     """Losses at every size over the seeds, the rank each curve picks, and its cost as a share of the sweep's."""
-    here = [record for record in found if record["task"] == task]
     rates = {rank: best_rate(task, rank) for rank in RANKS}
     trained = [one for one in here if one["kind"] == "training" and one["rate"] == rates[one["rank"]]]
-    sweep = {seed: {one["rank"]: one for one in trained if one["seed"] == seed} for seed in SEEDS}
-    sweep = {seed: runs for seed, runs in sweep.items() if len(runs) == len(RANKS)}
-    lines = [f"| {task} | {' | '.join(map(str, RANKS))} | picks | cost |", f"|---{'|---' * (len(RANKS) + 2)}|"]
+    sweep = {seed: {one["rank"]: one for one in trained if one["seed"] == seed} for seed in seeds}
+    title = f"{task}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    lines = [f"| {title} | {' | '.join(map(str, RANKS))} | picks | cost |", f"|---{'|---' * (len(RANKS) + 2)}|"]
     losses = {seed: [np.array(runs[rank]["losses"]) for rank in RANKS] for seed, runs in sweep.items()}
     lines.append(row("trained at each rank", losses, dict.fromkeys(sweep, 1.0)))
     lines.append(f"| at the learning rate | {' | '.join(f'{rate:g}' for rate in rates.values())} | | |")
-    for order, share in [*product(ORDERS, (0.0,)), *product(ORDERS[:1], SHARES)]:
-        curves = {
+    for order, share in curves:
+        points = {
             record["seed"]: sorted(record["points"], key=lambda point: -point["ranks"])
             for record in here
             if (record.get("order"), record.get("share"), record["rate"]) == (order, share, rates[RANKS[0]])
             and record["seed"] in sweep
         }
-        if curves:
-            name = f"{order.replace('_', ' ')}, " + (f"recovered at {share:g}" if share else "cut")
-            values = {seed: [best_of(point) for point in points] for seed, points in curves.items()}
-            cost = {seed: cost_of(points, sweep[seed]) for seed, points in curves.items()}
-            lines.append(row(name, values, cost))
+        name = f"{order.replace('_', ' ')}, " + (f"recovered at {share:g}" if share else "cut")
+        values = {seed: [best_of(point) for point in of] for seed, of in points.items()}
+        lines.append(row(name, values, {seed: cost_of(of, sweep[seed]) for seed, of in points.items()}))
+        if len(seeds) > 1:
+            lines.append(f"| above the training, seed by seed | {' | '.join(differences(values, losses))} | | |")
     return "\n".join(lines)
+
+
+def differences(curves: Mapping[int, list[np.ndarray]], trained: Mapping[int, list[np.ndarray]]) -> Iterator[str]:
+    """By how much a frontier is above the trainings at each size: in each seed, with * where p < .05 over the rows."""
+    for place in range(len(RANKS)):
+        pairs = [(curves[seed][place], trained[seed][place]) for seed in curves]
+        yield ", ".join(
+            f"{(ours - theirs).mean():+.3f}{'*' * any(one.significant for one in compare_points([ours, theirs]))}"
+            for ours, theirs in pairs
+        )
 
 
 def best_of(point: Mapping[str, Any]) -> np.ndarray:
@@ -190,7 +210,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        print("\n\n".join(table(records(), task) for task in TASKS))
+        print(tables())
     elif arguments.data is None or arguments.base is None:
         parser.error("DATA and --base, or --table")
     else:
