@@ -180,6 +180,14 @@ def test_a_model_of_token_ids_needs_no_batch(tmp_path: Path, build: Callable[[],
     assert export_adapter(build(), tmp_path / "adapter").difference < 1e-5
 
 
+def test_an_adapter_with_trained_tokens_is_not_offered_to_a_server(tmp_path: Path) -> None:
+    """vLLM reads factors alone. Merged, the embeddings are the model's."""
+    for profile in ("ragged", "merged"):
+        assert bool(export_adapter(trained_tokens(), tmp_path / profile, profile).serving) == (profile == "merged")
+    text = (tmp_path / "ragged" / "README.md").read_text(encoding="utf-8")
+    assert "vllm serve" not in text
+
+
 OTHER = "{} makes the update more, or other, than B·A; leave it out of LoraConfig"
 UNSUPPORTED: dict[str, tuple[Callable[[], PeftModel], str]] = {
     "Embedding": (

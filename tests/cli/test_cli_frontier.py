@@ -200,6 +200,9 @@ def test_of_any_adapter_with_its_recipe(run: Path, recipe: Path) -> None:
     record = read_json(Path("curve/frontier.json"))
     assert [point["average_rank"] for point in record["points"]] == [2, 1]
     assert record["recovery"]["steps"] > 1
+    # A folder called as that of a run beside the adapter does not make it a run.
+    said = done("frontier", "alone", "--recipe", recipe, "--output", "frontier", "--recover", 0, "--ranks", "1")
+    assert f"loralloc frontier alone --recipe {recipe} --output frontier --export 1" in said
 
 
 class TestRefusals:

@@ -111,6 +111,27 @@ def test_a_chat(write: Write, here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert answer in done("chat", "run", "--max-new-tokens", 4)
 
 
+@pytest.mark.usefixtures("unreported")
+def test_texts_are_continued_and_chats_answered_whichever_columns_were_recognised(write: Write, here: Path) -> None:
+    recipe = write_data("chat", write, here)
+    chats = (here / "train.jsonl").read_text(encoding="utf-8")
+    texts = '{"text": "the film was fine and warm"}\n' * 48
+    for name in ("train", "held-out"):
+        (here / f"{name}.jsonl").write_text(texts, encoding="utf-8")
+    done("train", recipe, "--steps", 3)
+
+    def templated() -> bool:
+        with patch("loralloc.cli.chat.write", return_value="") as written:
+            done("chat", "run", "--prompt", "the film was")
+        return written.call_args.kwargs["templated"]
+
+    assert not templated()
+    (here / "train.jsonl").write_text(chats, encoding="utf-8")
+    assert templated()
+    (here / "train.jsonl").unlink()
+    assert templated()
+
+
 def test_a_classifier_does_not_chat(run: Path) -> None:
     said = refused("chat", run)
     assert "is a run of task sequence-classification, which generates no text; use loralloc evaluate" in said

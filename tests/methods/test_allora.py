@@ -18,10 +18,12 @@ from models import labelled_batch, logits, tiny_peft
 from reference import allora as twin
 from torch import Tensor
 
-from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget, DepthLinear, UserError, attach
+from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget, DepthLinear, Truncate, UserError, attach
 from loralloc.methods.allora import method as allora
 from loralloc.methods.allora.method import ADAPTIVE
 from loralloc.methods.allora.rows import row_norms
+from loralloc.methods.base import Method
+from loralloc.training.restart import SHOW
 
 pytestmark = pytest.mark.filterwarnings("ignore:ALLoRA.*Adam")
 
@@ -358,3 +360,21 @@ def test_optimizers_that_undo_the_scaling_are_known_by_name():
     for name in ("Adadelta", "Rprop", "Muon", "Lion", "AdamW8bit"):
         assert any(part in name.lower() for part in ADAPTIVE)
     assert not any(part in "sgd" for part in ADAPTIVE)
+
+
+def test_what_a_method_says_of_itself_the_composition_says_too() -> None:
+    """Each property of the interface is the allocating method's, such as Truncate's restart of the optimizer."""
+    asked = {name for name, value in vars(Method).items() if isinstance(value, property)}
+    assert "restarts" in asked
+    assert asked <= set(vars(ALLoRA))
+    for kind in (Truncate, AdaLoRA, DepthLinear):
+        allocate = kind(Budget(average_rank=2))
+        composed = ALLoRA(allocate=allocate)
+        for name in asked - {"allocator"}:
+            assert getattr(composed, name) == getattr(allocate, name), name
+
+
+def test_a_composition_that_resets_the_optimizer_asks_for_it_at_the_first_step() -> None:
+    run = attach(tiny_peft("llama", lora_alpha=4), ALLoRA(allocate=Truncate(Budget(average_rank=2))), 10)
+    with pytest.raises(UserError, match="^" + re.escape(SHOW)):
+        run.before_step()

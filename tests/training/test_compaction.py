@@ -14,7 +14,7 @@ import transformers
 from models import labelled_batch, logits, tiny_peft
 from torch import Tensor
 
-from loralloc import ABLoRA, AdaLoRA, ALLoRA, Budget, UserError, attach
+from loralloc import ABLoRA, AdaLoRA, ALLoRA, Budget, Truncate, Uniform, UserError, attach
 from loralloc.training.run import AllocationRun
 
 STEPS, WARMUP, COOLDOWN = 18, 2, 8
@@ -201,7 +201,15 @@ def test_several_processes_are_refused(monkeypatch):
 
 
 def test_a_method_that_closes_nothing_for_good_is_refused():
-    words = r"^compact=True needs ranks that are closed for good before the run ends, and adalora with these settings"
-    with pytest.raises(UserError, match=words):
-        attach(tiny_peft("llama"), AdaLoRA(Budget(average_rank=2), order="reference"), STEPS, compact=True)
-    attach(tiny_peft("llama"), AdaLoRA(Budget(average_rank=2)), STEPS, compact=True)
+    two, held = Budget(average_rank=2), [{"input_ids": [1, 2]}]
+    words = "^compact=True needs a decision, before the run ends, on which ranks are closed for good, and {} with these"
+    for method in (
+        AdaLoRA(two, order="reference"),
+        Uniform(two),
+        ABLoRA(two, held, rounds=0),
+        Truncate(two, recover=0),
+    ):
+        with pytest.raises(UserError, match=words.format(method.id)):
+            attach(tiny_peft("llama"), method, STEPS, compact=True)
+    for method in (AdaLoRA(two), ABLoRA(two, held, rounds=1), Truncate(two)):
+        attach(tiny_peft("llama"), method, STEPS, compact=True)

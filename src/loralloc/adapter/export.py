@@ -162,7 +162,7 @@ def _export(
         allowed=checked.allowed,
         base=config.base_model_name_or_path or getattr(base, "name_or_path", "") or "BASE_MODEL",
         revision=config.revision,
-        has_head=bool(getattr(config, "modules_to_save", None)),
+        has_head=any(getattr(config, key, None) for key in ("modules_to_save", "trainable_token_indices")),
         generates=_is_served(base),
     )
 

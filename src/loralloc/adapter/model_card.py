@@ -38,7 +38,8 @@ class Export:
         allowed: The largest difference that rounding explains, see `check.compare`.
         base: Folder or name of the base model, if it is known.
         revision: Revision of the base model, if one was named.
-        has_head: Whether modules are saved in full besides the adapter, such as the head of a classifier.
+        has_head: Whether more is saved than the factors: whole modules, such as the head of a classifier, or trained
+            embeddings of tokens.
         generates: Whether the model is a decoder that generates text, so that servers of language models take it.
     """
 
@@ -59,7 +60,7 @@ class Export:
 
     @property
     def serving(self) -> list[str]:
-        """Shell commands that serve the export; none if servers would refuse it because a head is saved in full."""
+        """Shell commands that serve the export; none if servers would refuse it because it is more than factors."""
         return self.serving_from(str(self.path))
 
     def serving_from(self, path: str) -> list[str]:

@@ -14,6 +14,8 @@ from loralloc.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from loralloc.recipe.sections import DataConfig
+
 HELP = "/reset forgets what was said, /exit or Ctrl-D ends"
 
 
@@ -55,7 +57,7 @@ def chat(
         with model.disable_adapter() if base else nullcontext():
             return write(model, tokenizer, messages, settings, templated=templated)
 
-    chats = not both and recipe.data.chat is not False and recipe.data.text is None
+    chats = not both and recipe.data.chat is not False and not _learned_texts(recipe.data)
     templated = tokenizer.chat_template is not None and chats
     fill = _prompt_of(recipe.data.source if both else recipe.data.prompt)
     if prompt is not None:
@@ -63,6 +65,19 @@ def chat(
     else:
         typer.echo(HELP)
         converse(answer, fill, remembers=templated)
+
+
+def _learned_texts(data: DataConfig) -> bool:
+    """Return whether a model has learned plain texts: its recipe names their column, or its data have no other form."""
+    from loralloc.tasks.data import first_pieces
+    from loralloc.tasks.forms import Texts, read_form
+
+    if data.text or data.prompt or data.messages:
+        return data.text is not None
+    try:
+        return all(isinstance(read_form(rows, data), Texts) for rows in first_pieces(data))
+    except UserError:  # the data have gone since
+        return False
 
 
 def _prompt_of(words: str | None) -> Callable[[str], str]:

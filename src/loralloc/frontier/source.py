@@ -86,7 +86,7 @@ class Source:
     def named(self) -> str:
         """The arguments that name it on the command line."""
         run = self.adapter.parent
-        if self.folder == run / "frontier":
+        if self.modules is not None and self.folder == run / "frontier":
             return str(run)
         named = run if self.modules is not None else f"{self.adapter} --recipe {self.recipe_file}"
         return f"{named} --output {self.folder}"

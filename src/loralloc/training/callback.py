@@ -63,7 +63,7 @@ class RankAllocation(TrainerCallback):
     Args:
         method: For example `AdaLoRA(Budget(average_rank=8))`. If it uses validation data, its `validation` has examples
             in the form of the training set (tokenized); the Trainer's collator makes batches of them.
-        trace: File to append allocation events to, one JSON object a line; None for none.
+        trace: File of allocation events, one JSON object a line, written anew unless the run is resumed; None for none.
         provenance: What to record in the plan beyond versions, settings and steps.
         compact: Take closed ranks out of the tensors once the ranks are final (see `attach`). One process only.
         folder: Folder to keep the run in, as `loralloc train` would: `trace.jsonl` and `log.jsonl` while it trains,

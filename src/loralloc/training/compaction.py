@@ -28,7 +28,7 @@ def check_compact(method: Method) -> None:
     """Refuse to compact a run in which no rank could leave.
 
     Raises:
-        UserError: There are several processes, or the method closes no ranks before the run ends.
+        UserError: There are several processes, or the method decides nothing before the run ends.
     """
     if world_size() > 1:
         raise UserError(
@@ -37,8 +37,8 @@ def check_compact(method: Method) -> None:
         )
     if not method.compacts:
         raise UserError(
-            f"compact=True needs ranks that are closed for good before the run ends, and {method.id} with these "
-            "settings closes none; leave it out"
+            f"compact=True needs a decision, before the run ends, on which ranks are closed for good, and {method.id} "
+            "with these settings makes none; leave it out"
         )
 
 

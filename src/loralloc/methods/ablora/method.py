@@ -134,8 +134,8 @@ class ABLoRA(Method):
 
     @property
     def compacts(self) -> bool:
-        """After the last round."""
-        return True
+        """After the last round, if there are any."""
+        return self.rounds > 0
 
     @property
     def opens_ranks(self) -> bool:

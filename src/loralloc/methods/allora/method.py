@@ -115,6 +115,11 @@ class ALLoRA(Method):
         return self.allocate is not None and self.allocate.opens_ranks
 
     @property
+    def restarts(self) -> bool:
+        """Whether the allocating method does."""
+        return self.allocate is not None and self.allocate.restarts
+
+    @property
     def masks_bad_steps(self) -> bool:
         """Whether the allocating method does; true without one.
 
