@@ -11,8 +11,11 @@ from loralloc import Budget
 from loralloc.compare.cells import check_comparable
 from loralloc.compare.grid import capacity, contenders, points, uniform_ranks
 from loralloc.errors import UserError
+from loralloc.recipe.passthrough import OPTIONS, TO_THE_HUB, TRAINER
 
 from .fabricate import MODULES, SHAPES, cells_of, recipe_for
+
+(TRAINER_OPTIONS,) = (options for options in OPTIONS if options.key == TRAINER)
 
 
 def told(call: object, *arguments: object) -> str:
@@ -175,6 +178,15 @@ class TestCells:
             for cell in cells_of(recipe_for(tmp_path, "--compact", "true"))
         }
         assert set(compact.values()) == {False}
+
+    def test_no_run_is_pushed_to_the_hub(self, tmp_path: Path) -> None:
+        given = {"push_to_hub": True, "hub_model_id": "a/b", "hub_private_repo": True, "hub_token": "t"}
+        words = [word for name, value in given.items() for word in (f"--{name}", str(value).lower())]
+        recipe = recipe_for(tmp_path, *words, "--hub_revision", "main", "--report_to", "tensorboard")
+        trainers = [cell.recipe.training.trainer for cell in cells_of(recipe)]
+        assert trainers == [{"report_to": "tensorboard"}] * len(trainers)
+        allowed = TRAINER_OPTIONS.known(recipe.task).keys() - TRAINER_OPTIONS.refused.keys()
+        assert {name for name in allowed if "hub" in name} == {*TO_THE_HUB}, "transformers has another one"
 
 
 class TestRefusals:

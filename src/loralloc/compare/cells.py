@@ -25,7 +25,7 @@ from loralloc.compare.grid import points as budget_points
 from loralloc.errors import UserError
 from loralloc.methods.registry import PLAIN_LORA, methods, sections
 from loralloc.methods.settings import settings
-from loralloc.recipe.passthrough import PLANNED
+from loralloc.recipe.passthrough import PLANNED, TO_THE_HUB, without
 from loralloc.recipe.schema import Recipe, as_tree, complete_recipe, explain
 from loralloc.recipe.source import read_recipe_file
 from loralloc.recipes import list_recipes
@@ -86,6 +86,8 @@ def make_cell(
     tree["training"] = tree["training"] | {"learning_rate": float(rate), "seed": seed}
     tree["training"].setdefault("eval_every", max(1, round(shapes.steps / EVALUATIONS)))
     tree["training"]["compact"] = False  # most contenders have no closed ranks to remove, and results are the same
+    # Adapters that nobody has chosen, of which each would take the place of the one before.
+    tree["training"]["trainer"] = without(tree["training"]["trainer"], TO_THE_HUB)
     tree["evaluate"] = tree["evaluate"] | {"cuts": 0}
     tree["output"] = str(runs / cell_name(point, contender, rate, seed))
     try:

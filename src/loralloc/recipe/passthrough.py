@@ -246,7 +246,10 @@ MAPPINGS = tuple(dotted(options.key) for options in OPTIONS)
 OF_THE_EXPORTED_ALONE = ("eval_strategy", "load_best_model_at_end", "push_to_hub")
 """Options of `training.trainer` that concern only the exported adapter; a search is trained without them."""
 
-TOLD_TO_OTHERS = ("push_to_hub", "report_to")
+TO_THE_HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token")
+"""Options of `training.trainer` that push the exported adapter to the Hub; the runs of a comparison drop them."""
+
+TOLD_TO_OTHERS = (*TO_THE_HUB, "report_to")
 """Options of `training.trainer` that report to other services; rehearsals and evaluations drop them."""
 
 
