@@ -179,6 +179,16 @@ class TestCells:
         }
         assert set(compact.values()) == {False}
 
+    def test_epochs_are_the_steps_of_plain_lora_for_all(self, tmp_path: Path) -> None:
+        text = RECIPE.replace("steps: 16", "epochs: 3")
+        words = ("--methods", "[adalora, ablora, autolora]", "--budgets", "[1, 2]")
+        cells = cells_of(recipe_for(tmp_path, *words, text=text))
+        assert {cell.contender.id for cell in cells if getattr(cell.recipe.method, "validation", None)} == {
+            "ablora",
+            "autolora",
+        }, "they train on fewer examples"
+        assert {(cell.recipe.training.steps, cell.recipe.training.epochs) for cell in cells} == {(SHAPES.steps, None)}
+
     def test_no_run_is_pushed_to_the_hub(self, tmp_path: Path) -> None:
         given = {"push_to_hub": True, "hub_model_id": "a/b", "hub_private_repo": True, "hub_token": "t"}
         words = [word for name, value in given.items() for word in (f"--{name}", str(value).lower())]

@@ -83,11 +83,7 @@ def make_cell(
     tree = {name: value for name, value in as_tree(recipe).items() if name != "compare"} | dict(changes)
     if tree["method"]["name"] == "random":
         tree["method"] = tree["method"] | {"rank_seed": seed}
-    tree["training"] = tree["training"] | {"learning_rate": float(rate), "seed": seed}
-    tree["training"].setdefault("eval_every", max(1, round(shapes.steps / EVALUATIONS)))
-    tree["training"]["compact"] = False  # most contenders have no closed ranks to remove, and results are the same
-    # Adapters that nobody has chosen, of which each would take the place of the one before.
-    tree["training"]["trainer"] = without(tree["training"]["trainer"], TO_THE_HUB)
+    tree["training"] = _training(recipe, shapes, rate, seed)
     tree["evaluate"] = tree["evaluate"] | {"cuts": 0}
     tree["output"] = str(runs / cell_name(point, contender, rate, seed))
     try:
@@ -95,6 +91,18 @@ def make_cell(
     except ValidationError as error:
         reasons = dict.fromkeys(_reason(detail, tree) for detail in error.errors())
         raise UserError(f"{contender.label} at {point.label}: {'; '.join(reasons)}") from error
+
+
+def _training(recipe: Recipe, shapes: Shapes, rate: float, seed: int) -> dict[str, Any]:
+    """The section `training` of a run: of all runs the same, but for the rate and the seed."""
+    # Epochs would be fewer steps for a method that holds examples out.
+    own = without(as_tree(recipe.training), ["epochs"]) | {"steps": shapes.steps}
+    own |= {"learning_rate": float(rate), "seed": seed}
+    own.setdefault("eval_every", max(1, round(shapes.steps / EVALUATIONS)))
+    own["compact"] = False  # most contenders have no closed ranks to remove, and results are the same
+    # Adapters that nobody has chosen, of which each would take the place of the one before.
+    own["trainer"] = without(own["trainer"], TO_THE_HUB)
+    return own
 
 
 def _reason(error: ErrorDetails, tree: Mapping[str, Any]) -> str:

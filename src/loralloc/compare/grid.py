@@ -40,7 +40,7 @@ class Shapes:
         train: Training examples; None where they are streamed.
         validation: Validation examples.
         test: Test examples; None where there are none.
-        steps: Optimizer steps of a run.
+        steps: Optimizer steps of plain LoRA, and so of every run.
         base_parameters: Parameters of the base model.
         metric: The metric that the task reports first.
         greater_is_better: Whether a larger value of this metric is better.
