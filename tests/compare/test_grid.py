@@ -230,6 +230,11 @@ class TestRefusals:
                 "earlier state with its ranks; take it out",
             ),
             (
+                ["--load_best_model_at_end", "true", "--eval_every", "4", "--save_every", "4"],
+                "training.trainer.load_best_model_at_end: all methods train for the same number of steps, and "
+                "truncation has no earlier state with its ranks; take it out",
+            ),
+            (
                 ["--lora.peft.use_rslora", "true"],
                 "lora.peft.use_rslora: a comparison sets ranks and scale of every run itself; take it out",
             ),

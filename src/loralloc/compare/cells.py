@@ -124,7 +124,12 @@ def _unfair(recipe: Recipe) -> Iterator[str]:
     data, training = recipe.data, recipe.training
     if recipe.plan is not None:
         yield "plan: a comparison gives every method the same budget; take the plan out"
-    for name, asked in {"keep_best": training.keep_best, "early_stopping": training.early_stopping}.items():
+    choosing = {
+        "keep_best": training.keep_best,
+        "early_stopping": training.early_stopping,
+        "trainer.load_best_model_at_end": training.trainer.get("load_best_model_at_end"),
+    }
+    for name, asked in choosing.items():
         if asked:
             yield (
                 f"training.{name}: all methods train for the same number of steps, and truncation has no earlier state "
