@@ -168,6 +168,12 @@ class TestCells:
     def test_evaluations_of_the_recipe_are_kept(self, tmp_path: Path) -> None:
         assert {cell.recipe.training.eval_every for cell in cells_of(recipe_for(tmp_path, "--eval_every", "5"))} == {5}
 
+    def test_evaluations_at_steps_of_another_kind_are_at_the_same_steps_for_all(self, tmp_path: Path) -> None:
+        for strategy in ("epoch", "steps", "no"):
+            cells = cells_of(recipe_for(tmp_path, "--eval_strategy", strategy))
+            assert {cell.recipe.training.eval_every for cell in cells} == {2}, "ten times in 16 steps"
+            assert not any(cell.recipe.training.trainer for cell in cells)
+
     def test_runs_that_would_share_a_folder_are_refused(self, tmp_path: Path) -> None:
         recipe = recipe_for(tmp_path, "--learning_rates", "[1e-3, 1.0000001e-3]")
         assert told(cells_of, recipe).endswith("lr0.001-s0: two rates or budgets are too close; leave one out")

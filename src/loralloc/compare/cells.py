@@ -33,7 +33,10 @@ from loralloc.recipes import list_recipes
 HELD_OUT = 0.1
 """Share of the training data that a method looks at in place of the validation data, if that is its default."""
 EVALUATIONS = 10
-"""Evaluations during a run if the recipe sets no `eval_every`: the table at equal processor time is made from them."""
+"""Evaluations during a run if the recipe sets no `eval_every`, whatever `training.trainer.eval_strategy` says.
+
+The table at equal processor time is made from them.
+"""
 
 
 def plan_cells(recipe: Recipe, shapes: Shapes, runs: Path) -> list[Cell]:
@@ -100,8 +103,9 @@ def _training(recipe: Recipe, shapes: Shapes, rate: float, seed: int) -> dict[st
     own |= {"learning_rate": float(rate), "seed": seed}
     own.setdefault("eval_every", max(1, round(shapes.steps / EVALUATIONS)))
     own["compact"] = False  # most contenders have no closed ranks to remove, and results are the same
-    # Adapters that nobody has chosen, of which each would take the place of the one before.
-    own["trainer"] = without(own["trainer"], TO_THE_HUB)
+    # Adapters that nobody has chosen, of which each would take the place of the one before; and evaluations that may be
+    # at other steps (epochs are longer for who holds no examples out).
+    own["trainer"] = without(own["trainer"], (*TO_THE_HUB, "eval_strategy"))
     return own
 
 
