@@ -119,6 +119,36 @@ class TestCells:
             divisor = cell.point.average if cell.contender.id == "ablora" else cell.recipe.lora.r
             assert cell.recipe.lora.alpha / divisor == 2
 
+    @pytest.mark.parametrize(
+        ("method", "budget", "alpha", "scale"),
+        [
+            ("ablora\n  validation: 0.1", "average_rank: 2", 8, 4),
+            ("ablora\n  validation: 0.1", "total_rank: 10", 5, 2),
+            ("ablora\n  validation: 0.1", "max_rank: 2", 8, 4),
+            ("allora\n  allocate: ablora\n  validation: 0.1", "average_rank: 2", 2, 1),
+            ("allora\n  allocate: adalora", "average_rank: 2", 4, 1),
+        ],
+    )
+    def test_the_recipes_scale_is_what_its_method_makes_of_alpha(
+        self, tmp_path: Path, method: str, budget: str, alpha: int, scale: float
+    ) -> None:
+        text = RECIPE.replace("name: adalora", f"name: {method}").replace("average_rank: 2", budget)
+        text = text.replace("alpha: 8", f"alpha: {alpha}").replace("lora:\n", "lora:\n  dropout: 0\n")
+        for cell in cells_of(recipe_for(tmp_path, "--budgets", "[1, 2]", text=text)):
+            lora, averaged = cell.recipe.lora, "ablora" in cell.recipe.method.model_dump().values()
+            assert lora.alpha / (cell.point.average if averaged else lora.r) == scale, cell.name
+
+    def test_allora_has_no_scale_and_no_dropout_whoever_allocates(self, tmp_path: Path) -> None:
+        variants = "{mix: {name: allora, allocate: adalora}, shift: {name: allora, allocate: ablora, validation: 0.1}}"
+        words = ("--methods", "[allora, mix, shift]", "--variants", variants, "--dropout", "0.1")
+        found = {cell.contender.id: cell.recipe.lora for cell in cells_of(recipe_for(tmp_path, *words))}
+        assert {name: lora.alpha for name, lora in found.items() if lora.dropout == 0} == {
+            "allora": 2,
+            "mix": 4,
+            "shift": 2,
+        }
+        assert found["lora"].dropout == found["truncate"].dropout == 0.1
+
     def test_ranks_at_random_are_drawn_by_the_seed(self, tmp_path: Path) -> None:
         drawn = {
             cell.seed: cell.recipe.method.rank_seed

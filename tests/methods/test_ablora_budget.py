@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import event as note
 from hypothesis import given
@@ -13,7 +14,8 @@ from test_ablora import Loop
 from torch import nn
 
 from loralloc import ABLoRA, Budget, UserError, attach
-from loralloc.methods.base import StepContext, open_ranks, ranks_by_site
+from loralloc.methods.base import StepContext, modules_of, open_ranks, ranks_by_site
+from loralloc.methods.scaling import average_start
 
 
 def test_as_published_the_budget_shrinks_when_every_module_lost_a_rank_and_says_so(caplog):
@@ -81,6 +83,10 @@ def test_the_budget_holds_from_the_first_step_to_the_last_whatever_the_shapes(ne
     in_ranks, start, moves = method.budget.unit == "ranks", run.start, 0
     cap = network["budget"].max_rank or network["capacity"]
     most = [min(site.rank, site.inputs, site.outputs, cap) for site in run.sites]
+    average = average_start(
+        method.budget, modules_of(run.sites), [min(site.inputs, site.outputs) for site in run.sites]
+    )
+    assert [site.plan_scale for site in run.sites] == pytest.approx([8 / average] * len(run.sites)), "PEFT's alpha is 8"
     for step in range(3):
         run.state.sensitivity.copy_(torch.randint(3, run.state.open.shape))
         decision = method.on_step(run.state, StepContext(step, run.schedule, learning_rate=1.0))

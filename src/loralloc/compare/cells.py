@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from loralloc.budget import Budget
 from loralloc.compare.grid import (
     BASELINE,
     UNIFORM,
@@ -24,6 +25,7 @@ from loralloc.compare.grid import (
 from loralloc.compare.grid import points as budget_points
 from loralloc.errors import UserError
 from loralloc.methods.registry import PLAIN_LORA, methods, sections
+from loralloc.methods.scaling import average_start, averages
 from loralloc.methods.settings import settings
 from loralloc.recipe.passthrough import PLANNED, TO_THE_HUB, without
 from loralloc.recipe.schema import Recipe, as_tree, complete_recipe, explain
@@ -59,7 +61,7 @@ def plan_cells(recipe: Recipe, shapes: Shapes, runs: Path) -> list[Cell]:
         for contender in contenders(recipe):
             if contender.kind == "peer" and point.whole is None:
                 continue
-            changes = _changes(recipe, contender, point)
+            changes = _changes(recipe, shapes, contender, point)
             for rate in section.learning_rates or ():
                 found += [
                     make_cell(recipe, shapes, point, contender, rate, seed, changes, runs) for seed in section.seeds
@@ -162,10 +164,10 @@ def _unfair(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, Any]:
+def _changes(recipe: Recipe, shapes: Shapes, contender: Contender, point: Point) -> dict[str, Any]:
     """The parts of the recipe that are a contender's own at a budget: `method` and `lora`."""
-    lora = as_tree(recipe.lora)
-    scale = recipe.lora.alpha / recipe.lora.r
+    lora, own = as_tree(recipe.lora), as_tree(recipe.method)
+    scale = recipe.lora.alpha / _divisor(own, recipe.lora.r, shapes)
 
     def adapter(rank: int, alpha: float) -> dict[str, Any]:
         return lora | {"r": rank, "alpha": int(alpha) if alpha == int(alpha) else alpha}
@@ -178,17 +180,27 @@ def _changes(recipe: Recipe, contender: Contender, point: Point) -> dict[str, An
         return {"method": {"name": PLAIN_LORA}, "lora": made}
     method = _settings(recipe, contender)
     name = method["name"]
-    if not _allocates(name, method):
-        if point.whole is None:
-            raise UserError(
-                f"{name} keeps every rank of lora.r, and no whole rank costs the {point.parameters:,} parameters of "
-                f"{point.label}; give an average rank that is whole, or take {name} out of compare.methods"
-            )
-        made = adapter(point.whole, point.whole if name == "allora" else scale * point.whole)
-        return {"method": method, "lora": made | ({"dropout": 0.0} if name == "allora" else {})}
-    most = capacity(point, recipe)
-    scaled_by = point.average if name == "ablora" else most  # its scale is alpha over the average rank
-    return {"method": method | {"budget": {"parameters": point.parameters}}, "lora": adapter(most, scale * scaled_by)}
+    if _allocates(name, method):
+        most, method = capacity(point, recipe), method | {"budget": {"parameters": point.parameters}}
+    elif point.whole is None:
+        raise UserError(
+            f"{name} keeps every rank of lora.r, and no whole rank costs the {point.parameters:,} parameters of "
+            f"{point.label}; give an average rank that is whole, or take {name} out of compare.methods"
+        )
+    else:
+        most = point.whole
+    unit = _divisor(method, most, shapes)
+    if name == "allora":  # it has no scaling factor, and no dropout
+        return {"method": method, "lora": adapter(most, unit) | {"dropout": 0.0}}
+    return {"method": method, "lora": adapter(most, scale * unit)}
+
+
+def _divisor(method: Mapping[str, Any], rank: int, shapes: Shapes) -> float:
+    """What lora.alpha is divided by under a method's settings, with `rank` as lora.r."""
+    if not averages(method["name"], method.get("allocate")):
+        return rank
+    sizes = [min(pair) for pair in shapes.modules.values()]
+    return average_start(Budget(**method["budget"]), shapes.at(rank), sizes)
 
 
 def _settings(recipe: Recipe, contender: Contender) -> dict[str, Any]:

@@ -70,7 +70,9 @@ class LoraSection(Section):
     """The adapter that ranks are allocated in; names as in PEFT's LoraConfig."""
 
     r: Count = Field(default=12, description="rank of every layer at the start; no layer can exceed it")
-    alpha: Positive = Field(default=24, description="scale of the update: alpha / r, fixed for the whole run")
+    alpha: Positive = Field(
+        default=24, description="scale of the update: alpha / r; with ablora, alpha over the average rank"
+    )
     dropout: Share = Field(default=0.0, description="dropout before the adapter")
     target_modules: Names = Field(default="all-linear", description="all-linear, a list of names, or a pattern")
     exclude_modules: Names | None = Field(

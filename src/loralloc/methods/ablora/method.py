@@ -44,7 +44,7 @@ from loralloc.budget import Budget
 from loralloc.errors import UserError
 from loralloc.files import finite
 from loralloc.gating import Site
-from loralloc.methods.ablora.moves import deal
+from loralloc.methods.ablora.moves import starting_ranks
 from loralloc.methods.ablora.scores import Mode, score_ranks
 from loralloc.methods.ablora.state import ABLoRAState, check_groups, check_room, rank_sensitivity
 from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of, ranks_by_site
@@ -169,11 +169,11 @@ class ABLoRA(Method):
         """
         check_groups(sites, self._groups(sites))
         modules = modules_of(sites)
-        costs, limit = modules.costs(self.budget.unit), self.budget.resolve(modules)
+        limit = self.budget.resolve(modules)
         most = modules.capped(self.budget.max_rank)
         room = [min(rank, site.inputs, site.outputs) for rank, site in zip(most, sites, strict=True)]
         # The budget is met from the start, by R_target / N_mod ranks in every module.
-        start = deal(range(len(sites)), room, costs, limit)
+        start = starting_ranks(self.budget, modules, room)
         check_fresh(sites, "ABLoRA would close a part of it", FROM_THE_START)
         check_room(sites, start, room, self.budget.max_rank)
         counts = torch.tensor(start).repeat_interleave(torch.tensor([site.rank for site in sites]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loralloc.allocate import by_score
+from loralloc.budget import Budget, Modules
 from loralloc.methods.ablora.settle import lowest
 
 
@@ -36,6 +37,20 @@ def deal(order: Sequence[int], room: Sequence[int], costs: Sequence[int], limit:
                 limit -= costs[module]
                 open_handed = True
     return dealt
+
+
+def starting_ranks(budget: Budget, modules: Modules, room: Sequence[int]) -> list[int]:
+    """Return the ranks that each module starts with: as even as the budget allows, which is met from the start.
+
+    Args:
+        budget: The budget.
+        modules: The adapted modules, with their capacity as ranks.
+        room: Most ranks that each module can take.
+
+    Raises:
+        UserError: The modules cannot have the budget.
+    """
+    return deal(range(len(room)), room, modules.costs(budget.unit), budget.resolve(modules))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from loralloc.gating import Site
 from loralloc.methods.allora.rows import row_norms, row_scales
 from loralloc.methods.allora.state import ALLoRAState, check_dropout, check_scales, groups_of, stacked
 from loralloc.methods.base import Decision, Method, StepContext
+from loralloc.methods.scaling import averages
 from loralloc.schedule import ConstantSchedule, Schedule
 from loralloc.setting_types import is_number
 
@@ -133,7 +134,7 @@ class ALLoRA(Method):
         allocate = value("method", "allocate")
         r, alpha, dropout = (value("lora", key) for key in ("r", "alpha", "dropout"))
         average = value("method", "budget", "average_rank")
-        unit, name = (average, "the average rank") if allocate == "ablora" else (r, "lora.r")
+        unit, name = (average, "the average rank") if averages(cls.id, allocate) else (r, "lora.r")
         if isinstance(unit, int) and is_number(alpha) and unit != alpha:  # fractions of a rank are rounded: known later
             told = f"lora.alpha is {alpha}, but ALLoRA has no scaling factor: set lora.alpha to {name}, which is {unit}"
             yield ("lora", "alpha"), told
