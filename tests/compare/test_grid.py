@@ -302,6 +302,7 @@ class TestRefusals:
             "other method does; set it to a share of the training data, such as 0.1"
         )
         check_comparable(recipe_for(tmp_path, "--method.validation", "0.1", text=text))
+        check_comparable(recipe_for(tmp_path, "--score", "gate", text=text))
 
     @pytest.mark.parametrize(
         ("words", "reason"),

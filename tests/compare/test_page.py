@@ -266,14 +266,15 @@ def test_a_metric_of_which_more_is_better_keeps_its_sign_in_the_figure(tmp_path:
 
 
 def test_who_looks_at_training_examples_and_who_missed_the_budget_is_told(tmp_path: Path) -> None:
-    recipe = recipe_for(tmp_path, "--methods", "[adalora, ablora]")
+    variants = "{gated: {name: ablora, score: gate}}"
+    recipe = recipe_for(tmp_path, "--methods", "[adalora, ablora, gated]", "--variants", variants)
     folder = fabricate(recipe, noisy({}))
     over = next(cell for cell in cells_of(recipe) if cell.contender.id == "adalora")
     run = folder.run(over.name)
     run.metrics.write_text(run.metrics.read_text().replace('"final_parameters": 320', '"final_parameters": 321'))
     write_page(folder, recipe, SHAPES, [read_row(folder, cell) for cell in cells_of(recipe)])
     words = words_of(folder.page.read_text(encoding="utf-8"))
-    assert "AB-LoRA looks at held-out examples, which are cut from the training data" in words
+    assert "AB-LoRA looks at held-out examples, which are cut from the training data" in words, "gates need none"
     assert "AdaLoRA did not keep to the budget" in words
 
 

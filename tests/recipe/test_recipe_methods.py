@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar
 
 import pytest
+from datasets import Dataset
 from pydantic import Field
 
 from loralloc import Uniform
 from loralloc.errors import UserError
 from loralloc.methods import registry
+from loralloc.recipe.from_recipe import method_data
 from loralloc.recipe.schema import load_recipe
 from loralloc.setting_types import Examples
 
@@ -109,3 +112,11 @@ def test_composing_is_for_methods_of_others_too(
     told = [text for _, text in registry.broken_rules("allora", lambda section, key, *_: method.get(key))]
     assert len(told) == len(broken)
     assert all(text.startswith(start) for text, start in zip(told, broken, strict=True))
+
+
+@pytest.mark.parametrize(("score", "held_out"), [("ablation", 2), ("gate", 0), ("sensitivity", 0)])
+def test_no_examples_are_held_out_for_a_score_that_looks_at_none(score: str, held_out: int) -> None:
+    section = registry.sections()["ablora"](name="ablora", budget={"total_rank": 4}, validation=0.1, score=score)  # type: ignore[call-arg]
+    data: Any = SimpleNamespace(train=Dataset.from_dict({"n": range(20)}), classes={})
+    train, looked_at = method_data(section, data, seed=0)
+    assert (len(train), len(looked_at or ())) == (20 - held_out, held_out)  # type: ignore[arg-type]

@@ -50,6 +50,27 @@ def test_methods_that_look_at_data_do_not_learn_preferences(write: Write, method
         load_recipe(write(text), ["--method", f"{{name: {method}, budget: {{average_rank: 8}}}}"])
 
 
+@pytest.mark.parametrize("score", ["gate", "sensitivity"])
+def test_scores_that_look_at_no_data_learn_preferences_and_streams(write: Write, score: str) -> None:
+    method = f"{{name: ablora, score: {score}, validation: 0.1, budget: {{average_rank: 8}}}}"
+    for text in (
+        edit("task: causal-lm", "task: preference", edit("text: text", "prompt: text", LANGUAGE_MODEL)),
+        edit("text: text", "text: text\n  validation: b.jsonl\n  streaming: true", LANGUAGE_MODEL),
+    ):
+        assert load_recipe(write(text), ["--method", method]).method.score == score
+
+
+def test_who_allocates_for_allora_is_told_to_need_the_loss_of_a_batch(write: Write) -> None:
+    text = edit("task: causal-lm", "task: preference", edit("text: text", "prompt: text", LANGUAGE_MODEL))
+    method = "{name: allora, allocate: ablora, validation: 0.1, budget: {average_rank: 8}}"
+    with pytest.raises(UserError) as error:
+        load_recipe(write(text), ["--method", method, "--lora.alpha", "8"])
+    assert str(error.value) == (
+        "--method: ablora learns ranks from the loss of a batch, which task preference does not have: its loss "
+        "compares two answers; use adalora or allora"
+    )
+
+
 @pytest.mark.parametrize("method", ["ablora", "autolora"])
 def test_nothing_is_cut_off_a_stream_for_a_method(write: Write, method: str) -> None:
     text = edit("text: text", "text: text\n  validation: b.jsonl\n  streaming: true", LANGUAGE_MODEL)

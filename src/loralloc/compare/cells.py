@@ -24,7 +24,7 @@ from loralloc.compare.grid import (
 )
 from loralloc.compare.grid import points as budget_points
 from loralloc.errors import UserError
-from loralloc.methods.registry import PLAIN_LORA, methods, sections
+from loralloc.methods.registry import PLAIN_LORA, methods, sections, source_of_examples
 from loralloc.methods.scaling import average_start, averages
 from loralloc.methods.settings import settings
 from loralloc.recipe.passthrough import PLANNED, TO_THE_HUB, without
@@ -155,13 +155,17 @@ def _unfair(recipe: Recipe) -> Iterator[str]:
         )
     variants = section_of(recipe).variants
     for contender in contenders(recipe):
-        if contender.kind != "method" or _settings(recipe, contender).get("validation") != "validation":
+        if contender.kind != "method" or _looks_at(_settings(recipe, contender)) != "validation":
             continue
         section = f"compare.variants.{contender.id}" if contender.id in variants else "method"
         yield (
             f"{section}.validation: {contender.id} would look at the validation data, on which learning rates are "
             f"chosen, and no other method does; set it to a share of the training data, such as {HELD_OUT}"
         )
+
+
+def _looks_at(method: Mapping[str, Any]) -> Any:
+    return source_of_examples(method["name"], lambda *key: method.get(key[-1]))
 
 
 def _changes(recipe: Recipe, shapes: Shapes, contender: Contender, point: Point) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from loralloc.compare.cells import HELD_OUT
 from loralloc.compare.grid import PEERS, Shapes, section_of, tuning_seeds
 from loralloc.compare.results import Entry, Row, Trial, criterion
 from loralloc.compare.verdict import listed
+from loralloc.methods.registry import held_out_for
 from loralloc.recipe.schema import Recipe
 from loralloc.report.wording import count
 
@@ -55,8 +56,7 @@ def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str
 def _looking(found: Sequence[Entry]) -> list[str]:
     labels = {}
     for entry in found:
-        method = entry.chosen.rows[0].cell.recipe.method
-        if getattr(method, "validation", None) is not None:
+        if held_out_for(entry.chosen.rows[0].cell.recipe.method) is not None:
             labels[entry.contender.label] = None
     return list(labels)
 

@@ -241,6 +241,16 @@ class Method(ABC):
         inner = self.allocator
         return recorded(self) | ({} if inner is None else {"allocate": {"name": inner.id, **inner.settings()}})
 
+    @classmethod
+    def looks_at_examples(cls, value: Callable[..., Any]) -> bool:
+        """Whether a recipe's settings make it look at the examples that it takes, if it takes any.
+
+        Args:
+            value: Looks a key up, see `broken_rules`.
+        """
+        del value
+        return True
+
     @abstractmethod
     def schedule(self, total_steps: int, start: int, target: int) -> Schedule:
         """Lay the budget over the run; raises UserError where it does not fit."""

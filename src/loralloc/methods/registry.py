@@ -125,6 +125,22 @@ def _broken_composition(key: str, value: Callable[..., Any]) -> Iterator[tuple[t
         yield ("method", "validation"), f"method.validation has no effect without method.{key}: {' or '.join(looking)}"
 
 
+def source_of_examples(name: str, value: Callable[..., Any]) -> Any:
+    """Return where a recipe's method takes the examples from that it looks at; None where it looks at none.
+
+    Args:
+        name: The method's id; plain LoRA and unknown ones look at none.
+        value: Looks a key up, see `Method.broken_rules`.
+    """
+    kind = methods().get(name)
+    return value("method", "validation") if kind is not None and kind.looks_at_examples(value) else None
+
+
+def held_out_for(section: MethodSection) -> Any:
+    """Return the same for the section `method` of a checked recipe: `validation`, a share of the data, or None."""
+    return source_of_examples(section.name, lambda *key: getattr(section, key[-1], None))
+
+
 def make_method(section: MethodSection, examples: Any = None) -> Method | None:
     """Return the method of a recipe; None for plain LoRA.
 

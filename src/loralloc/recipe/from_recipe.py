@@ -23,6 +23,7 @@ from transformers import (
 from loralloc.adapter.from_plan import lora_config
 from loralloc.adapter.stored import check_fits
 from loralloc.errors import UserError
+from loralloc.methods.registry import held_out_for
 from loralloc.naming import named, sort_names
 from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import RankPlan
@@ -95,9 +96,10 @@ def method_data(section: MethodSection, data: TaskData, seed: int) -> tuple[Data
     """Return (the training examples, the examples that the method looks at besides them, or None).
 
     The key `validation` of the method's section says where the latter come from: a number is a share held out of the
-    training data by the seed, stratified by class; `validation` means the recipe's validation data.
+    training data by the seed, stratified by class; `validation` means the recipe's validation data. A method whose
+    settings need no examples has all training data.
     """
-    source = getattr(section, "validation", None)
+    source = held_out_for(section)
     if source is None:
         return data.train, None
     if source == "validation":

@@ -247,12 +247,13 @@ def broken_by_method(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         return
     value = _value_of(tree, registry.sections()[name].model_fields)
     yield from registry.broken_rules(name, value)
-    looks_at = value("method", "validation")
+    looks_at = registry.source_of_examples(name, value)
     task = TASKS.get(str(tree.get("task")))
     if looks_at is not None and task is not None and not task.own_loss:
+        learner = value("method", "allocate") or name
         yield (
             ("method", "name"),
-            f"{name} learns ranks from the loss of a batch, which task {tree.get('task')} does not have: its loss "
+            f"{learner} learns ranks from the loss of a batch, which task {tree.get('task')} does not have: its loss "
             "compares two answers; use adalora or allora",
         )
     if looks_at not in (None, "validation") and get(tree, "data", "streaming") is True:

@@ -57,6 +57,9 @@ from loralloc.setting_types import Count, Examples, Phase, Whole, is_number
 Score = Literal["ablation", "gate", "sensitivity"]
 Scope = Literal["global", "block"]
 
+ABLATION: Score = "ablation"
+"""The score that is made of losses on validation data; the others are made of the training's gradients."""
+
 PUBLISHED_SAMPLES, DEFAULT_SAMPLES = 32, 256
 
 logger = logging.getLogger("loralloc.methods.ablora")
@@ -83,7 +86,7 @@ class ABLoRA(Method):
     budget: Budget
     validation: Annotated[
         Any,
-        Examples("data that ranks are scored on: validation, or a fraction cut from train", default="validation"),
+        Examples("data that ablations are scored on: validation, or a fraction cut from train", default="validation"),
     ] = field(default=None, repr=False, compare=False)
     warmup: Annotated[Phase, Field(description="before the first round: fraction of the run, or steps")] = 0.2
     interval: Annotated[Phase, Field(description="between rounds: fraction of the run, or steps")] = 0.05
@@ -95,9 +98,10 @@ class ABLoRA(Method):
     mode: Annotated[
         Mode, Field(description="ablate ranks near the threshold (fast), all ranks (exact, the paper) or none (taylor)")
     ] = "fast"
-    score: Annotated[Score, Field(description="score of a rank; gate and sensitivity are the paper's comparisons")] = (
-        "ablation"
-    )
+    score: Annotated[
+        Score,
+        Field(description="score of a rank; gate and sensitivity, the paper's comparisons, look at no validation"),
+    ] = ABLATION
     samples: Annotated[
         Count | None,
         Field(description="examples that ranks are scored on; null: 256, with mode exact the paper's 32"),
@@ -114,7 +118,7 @@ class ABLoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score == "ablation":
+        if self.score == ABLATION:
             check_validation("ABLoRA", self.validation)
 
     @classmethod
@@ -129,8 +133,8 @@ class ABLoRA(Method):
 
     @property
     def examples(self) -> Any:
-        """What ranks are scored on."""
-        return self.validation
+        """What ranks are scored on; None for a score that needs no validation data."""
+        return self.validation if self.score == ABLATION else None
 
     @property
     def compacts(self) -> bool:
@@ -153,6 +157,11 @@ class ABLoRA(Method):
                 f"move. Set lora.r to {2 * capacity} (and lora.alpha as before: the scale is lora.alpha / "
                 "average_rank)",
             )
+
+    @classmethod
+    def looks_at_examples(cls, value: Callable[..., Any]) -> bool:
+        """For ablations only."""
+        return value("method", "score") in (None, ABLATION)
 
     def schedule(self, total_steps: int, start: int, target: int) -> RoundSchedule:
         """Return the rounds; the budget is the target from the start."""
@@ -186,7 +195,7 @@ class ABLoRA(Method):
 
     def on_gradients(self, state: ABLoRAState, now: StepContext) -> None:
         """Check in the first step that ablations are possible; for `gate` and `sensitivity`, prepare these scores."""
-        if self.score == "ablation" and now.step == 0:
+        if self.score == ABLATION and now.step == 0:
             assert now.data is not None
             now.data.check_scoring()
         elif self.score == "gate":  # eq. 5, ALoRA-DNAS: the optimizer trains a', the model computes with 2σ(a')
