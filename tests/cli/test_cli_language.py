@@ -71,6 +71,15 @@ def test_a_run_killed_and_resumed_is_the_same_run(kind: str, write: Write, here:
 
 
 @pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("score", ["gate", "sensitivity"])
+def test_scores_that_look_at_no_data_learn_preferences(score: str, write: Write, here: Path) -> None:
+    recipe = write_data("preference", write, here)
+    method = f"{{name: ablora, score: {score}, rounds: 2, budget: {{average_rank: 2}}}}"
+    done("train", recipe, "--steps", 8, "--method", method)
+    assert sum(ranks(here / "run").values()) == 2 * 14
+
+
+@pytest.mark.usefixtures("unreported")
 @pytest.mark.parametrize("method", ["ablora", "autolora"])
 def test_methods_that_look_at_data_look_at_examples_one_by_one(method: str, write: Write, here: Path) -> None:
     recipe = write_data("packed", write, here)

@@ -101,8 +101,8 @@ def make_cell(
 def _training(recipe: Recipe, shapes: Shapes, rate: float, seed: int) -> dict[str, Any]:
     """The section `training` of a run: of all runs the same, but for the rate and the seed."""
     # Epochs would be fewer steps for a method that holds examples out.
-    own = without(as_tree(recipe.training), ["epochs"]) | {"steps": shapes.steps}
-    own |= {"learning_rate": float(rate), "seed": seed}
+    own: dict[str, Any] = without(as_tree(recipe.training), ["epochs"])
+    own |= {"steps": shapes.steps, "learning_rate": float(rate), "seed": seed}
     own.setdefault("eval_every", max(1, round(shapes.steps / EVALUATIONS)))
     own["compact"] = False  # most contenders have no closed ranks to remove, and results are the same
     # Adapters that nobody has chosen, of which each would take the place of the one before; and evaluations that may be
