@@ -38,6 +38,7 @@ from loralloc.training.run import AllocationRun
 FOLDER = Path(__file__).resolve().parent / "figures"
 STEPS, BATCH, LENGTH, RATE = 120, 8, 32, 1e-3
 EIGHT = Budget(average_rank=8)
+SAMPLES = 64  # that ABLoRA ablates on
 
 Batch = dict[str, Tensor]
 Watch = Callable[[AllocationRun], None]
@@ -144,7 +145,7 @@ def adalora(task: Task) -> Figure:
 
 def ablora(task: Task) -> Figure:
     """The ranks of all modules at the end, and those of every kind of module over the rounds."""
-    course = train(task, ABLoRA(EIGHT, task.held_out, samples=64), capacity=16)
+    course = train(task, ABLoRA(EIGHT, task.held_out, samples=SAMPLES), capacity=16)
     rounds = [event for event in course.events if "pruned" in event]
     figure, (upper, lower) = panels()
     steps = [0, *(event["step"] for event in rounds)]

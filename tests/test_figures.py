@@ -19,6 +19,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(DOCS)
     module = importlib.import_module("figures")
     monkeypatch.setattr(module, "STEPS", 24)
+    monkeypatch.setattr(module, "SAMPLES", 4)
     yield module
     plt.close("all")
 
