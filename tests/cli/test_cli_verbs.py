@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import chdir
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from loralloc import __version__
 from loralloc.cli.main import app
-from loralloc.recipe.schema import load_recipe
+from loralloc.recipe.schema import dump_recipe, load_recipe
 from loralloc.recipes import list_recipes, recipe_text
 
 from .command import done, examples, files, loralloc, ranks, read_json, refused, write_rows
@@ -88,12 +89,24 @@ class TestEvaluate:
             assert _row(done("evaluate", "run", "--data", "one.jsonl"), "one.jsonl")["accuracy"] in ("0.0000", "1.0000")
             assert "gone/train.jsonl: no such file" in refused("evaluate", "run"), "without, they are needed"
 
-    def test_settings_of_the_training_do_not_matter(self, run: Path) -> None:
-        before = done("evaluate", run)
-        recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
-        assert "compact: false" in recipe
-        (run / "recipe.yaml").write_text(recipe.replace("compact: false", "compact: true"), encoding="utf-8")
-        assert done("evaluate", run) == before
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"compact": True},
+            {"eval_every": 4, "save_every": 4, "keep_best": True, "early_stopping": 2},
+            {"trainer": {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}},
+            {"trainer": {"tf32": True}},  # of a GPU, and this may be another machine
+        ],
+    )
+    def test_settings_of_the_training_do_not_matter(self, settings: dict[str, Any], run: Path, data: Path) -> None:
+        recipe = load_recipe(run / "recipe.yaml")
+        changed = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
+        (run / "recipe.yaml").write_text(dump_recipe(changed), encoding="utf-8")
+        metrics = read_json(run / "metrics.json")
+        shutil.copy(data / "test.jsonl", "new.jsonl")
+        assert _row(done("evaluate", run), "test") == _shown(metrics["test"])
+        assert _row(done("evaluate", run, "--data", "new.jsonl"), "new.jsonl") == _shown(metrics["test"])
+        assert "is the only size" in done("frontier", run, "--recover", 0, "--ranks", 1)
 
     def test_writes_nothing(self, run: Path) -> None:
         done("evaluate", run)

@@ -17,6 +17,7 @@ from recipe_texts import CLASSIFICATION, Write, problems
 from loralloc.adapter.from_plan import DECIDED
 from loralloc.recipe.passthrough import (
     LOAD,
+    OF_EVALUATIONS,
     OPTIONS,
     PEFT,
     PLANNED,
@@ -75,6 +76,14 @@ class TestTable:
     def test_a_plan_decides_what_it_decides(self) -> None:
         (options,) = (options for options in OPTIONS if options.key == PEFT)
         assert {*PLANNED} == {*DECIDED} - {*options.ours}
+
+    def test_an_evaluation_takes_every_option_of_a_trl_trainer_that_decides_its_loss(self) -> None:
+        known = {name for task in TASKS for name in OPTIONS[0].known(task)} - set(OPTIONS[0].ours)
+        assert set(OF_EVALUATIONS) <= known - set(OPTIONS[0].refused)
+        own = known - OPTIONS[0].known(TASK).keys() - set(OPTIONS[0].refused)
+        of_training = {"activation_offloading", "disable_dropout", "padding_free"}
+        same_numbers = {"precompute_ref_log_probs", "precompute_ref_batch_size"}
+        assert own - set(OF_EVALUATIONS) == of_training | same_numbers
 
     @pytest.mark.parametrize(("key", "owner"), [(TRAINER, transformers.TrainingArguments), (PEFT, peft.LoraConfig)])
     def test_every_other_option_can_be_set_to_its_default(self, key: tuple[str, ...], owner: Any) -> None:

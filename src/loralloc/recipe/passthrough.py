@@ -250,7 +250,23 @@ TO_THE_HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
 """Options of `training.trainer` that push the exported adapter to the Hub; the runs of a comparison drop them."""
 
 TOLD_TO_OTHERS = (*TO_THE_HUB, "report_to")
-"""Options of `training.trainer` that report to other services; rehearsals and evaluations drop them."""
+"""Options of `training.trainer` that report to other services; rehearsals drop them."""
+
+OF_EVALUATIONS = (
+    *("fp16", "full_determinism", "label_smoothing_factor", "use_cpu"),
+    *("per_device_eval_batch_size", "eval_accumulation_steps", "eval_use_gather_object"),
+    *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_in_order"),
+    *("dataloader_pin_memory", "dataloader_multiprocessing_context"),
+    *("accelerator_config", "ddp_backend", "ddp_timeout"),
+    *("loss_type", "loss_weights", "router_aux_loss_coef", "pad_token", "pad_to_multiple_of"),
+    *("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "discopop_tau"),
+    "use_weighting",
+)
+"""Options of `training.trainer` that decide what an evaluation computes, or how it reads its examples.
+
+A trainer that only evaluates takes no others. So what a run was trained with, or what made it fast on its device
+(`tf32`, kernels, compilation), stops no evaluation elsewhere.
+"""
 
 
 def imported(path: str) -> Any:
@@ -397,6 +413,11 @@ def values(key: Key, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def without(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return a mapping without some of its options."""
     return {name: value for name, value in given.items() if name not in names}
+
+
+def only(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return a mapping with no other options than these."""
+    return {name: value for name, value in given.items() if name in names}
 
 
 def with_options(recipe: _Recipe, key: Key, given: Mapping[str, Any]) -> _Recipe:

@@ -25,11 +25,12 @@ from loralloc.recipe.changes import NotResumableError, check_unchanged
 from loralloc.recipe.fingerprints import depends_on
 from loralloc.recipe.from_recipe import add_adapter, check_precision, method_data, trainer_class, training_arguments
 from loralloc.recipe.passthrough import (
+    OF_EVALUATIONS,
     OF_THE_EXPORTED_ALONE,
     PEFT,
     PLANNED,
     TOLD_TO_OTHERS,
-    TRAINER,
+    only,
     with_options,
     without,
 )
@@ -340,7 +341,9 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
         scratch: A folder for the files that a trainer writes when it is built.
         screen: Shows what happens.
     """
-    recipe = with_options(recipe, TRAINER, without(recipe.training.trainer, TOLD_TO_OTHERS))
+    settings = {"eval_every": None, "save_every": None, "keep_best": False, "early_stopping": None}
+    settings["trainer"] = only(recipe.training.trainer, OF_EVALUATIONS)
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
     shown = data.test if data.test is not None else data.validation  # TRL looks at the first example
     return _trainer(recipe, data, model, RunFolder(scratch), train_dataset=shown, callbacks=[screen.progress(None)])
 
