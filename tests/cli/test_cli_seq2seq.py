@@ -14,9 +14,11 @@ from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration
 
 from loralloc.cli.progress import Progress
+from loralloc.cli.terminal import show_generation
+from loralloc.compare.cell import train
 from loralloc.recipe.schema import load_recipe
 
-from .command import SEQ2SEQ, done, log_rows, ranks, read_json, read_rows, refused
+from .command import LANGUAGE, SEQ2SEQ, done, log_rows, ranks, read_json, read_rows, refused
 from .deaths import differences, killed_at
 
 Write = Callable[[str], Path]
@@ -37,6 +39,7 @@ METHODS = {
     "truncate": f"{{name: truncate, {HALF}}}",
 }
 FAST = ("ablora", "autolora")
+PROMPTED = LANGUAGE.replace("  text: text\n", "  prompt: text\n  completion: completion\n")
 
 pytestmark = pytest.mark.usefixtures("unreported")
 
@@ -65,6 +68,18 @@ def test_answers_come_from_evaluations_and_nothing_is_written_twice(write: Write
     assert [row["step"] for row in within] == [25, 40, 40]
     assert "perplexity" in said
     assert "vllm" not in said  # it serves decoders
+
+
+@pytest.mark.parametrize("text", [SEQ2SEQ, PROMPTED], ids=["seq2seq", "causal-lm"])
+def test_a_run_of_a_comparison_answers_once_it_is_trained(text: str, write: Write, here: Path) -> None:
+    """The untrained model is the same in all runs, and is not looked at in any."""
+    recipe = write(text + "evaluate:\n  generate:\n    max_new_tokens: 4\n    samples: 6\n")
+    train(recipe, None)
+    record = read_json(here / "run" / "metrics.json")["generation"]
+    assert record.keys() == {"prompts", "trained", "samples"}
+    assert len(record["samples"]) == 5
+    assert record["samples"][0].keys() == {"prompt", "reference", "after"}
+    show_generation(record)
 
 
 def test_the_best_state_by_what_is_written(write: Write, here: Path) -> None:

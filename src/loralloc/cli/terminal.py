@@ -232,9 +232,10 @@ def show_generation(record: Mapping[str, Any]) -> None:
     for sample in record["samples"]:
         console.print("[bold]prompt[/]    ", Text(_middle_out(sample["prompt"])), soft_wrap=True)
         for name in ("reference", "before", "after"):
-            console.print(f"  [bold]{name:9}[/]", Text(_middle_out(sample[name])), soft_wrap=True)
+            if name in sample:
+                console.print(f"  [bold]{name:9}[/]", Text(_middle_out(sample[name])), soft_wrap=True)
     if record["trained"]:
-        show_metrics({"untrained": record["untrained"], "trained": record["trained"]})
+        show_metrics({name: record[name] for name in ("untrained", "trained") if name in record})
 
 
 def _rank_table(plan: RankPlan) -> Table:

@@ -71,7 +71,8 @@ def run(
         recipe: The recipe.
         resume: Continue from the newest whole checkpoint; for a finished run, write the report if it is missing.
         start_over: Replace an earlier run.
-        untrained: The value of the metric before training, if it is known; None measures it.
+        untrained: The value of the metric before training, if it is known; None measures it, and lets the untrained
+            model answer where the recipe asks for answers.
         screen: Shows what happens; None shows nothing.
         report: Whether to write the report page now; it can be written later.
         allow_changed: What may differ from the run that is resumed, of `changes.ALLOWED`.
@@ -141,7 +142,7 @@ def _run(
     else:
         export = processes.on_main(_write_adapter, folder, plan, stage)
     metrics = final_metrics(stage, plan, start.metric, seconds)
-    if (after := stage.generate()) is not None and start.answers is not None:
+    if (after := stage.generate()) is not None:
         metrics["generation"] = _generation_record(start.answers, after)
     if export is not None:
         metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
@@ -203,23 +204,23 @@ def _go_on(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
 
 
 class _Untrained(NamedTuple):
-    """What is known of the model before anything is trained: its metric, and its answers if the recipe asks for any."""
+    """What is known of the model before anything is trained: its metric, and its answers if it has given any."""
 
     metric: float
     answers: Generation | None
 
 
 def _look_at_untrained(stage: Stage, data: TaskData, known: float | None) -> _Untrained:
-    """Evaluate the model of a stage on the held-out data of the run, unless its metric is known, and let it answer.
+    """Evaluate the model of a stage on the held-out data of the run, and let it answer, unless its metric is known.
 
     Raises:
         UserError: The run does not have the metric of the recipe.
     """
-    if known is None:
-        found = stage.evaluate("untrained", data.validation if data.test is None else data.test)
-        stage.check_metric(found)
-        known = found[data.metric]
-    return _Untrained(known, stages.generation(stage.recipe, data, stage.trainer, stage.screen))
+    if known is not None:
+        return _Untrained(known, None)
+    found = stage.evaluate("untrained", data.validation if data.test is None else data.test)
+    stage.check_metric(found)
+    return _Untrained(found[data.metric], stages.generation(stage.recipe, data, stage.trainer, stage.screen))
 
 
 def _search(
@@ -377,14 +378,18 @@ def _stopped(stage: Stage) -> dict[str, int]:
     return kept
 
 
-def _generation_record(before: Generation, after: Generation) -> dict[str, Any]:
-    """The entry of metrics.json on answers before and after training: their metrics, and the first few of them."""
-    rows = zip(after.prompts, before.answers, after.answers, strict=True)
-    samples = [
-        {"prompt": prompt.text, "reference": prompt.references[0], "before": untrained, "after": trained}
-        for prompt, untrained, trained in islice(rows, SAMPLES)
+def _generation_record(before: Generation | None, after: Generation) -> dict[str, Any]:
+    """The entry of metrics.json on answers after training and, if there are any, before: metrics, and the first few."""
+    samples: list[dict[str, str]] = [
+        {"prompt": prompt.text, "reference": prompt.references[0], "after": answer}
+        for prompt, answer in islice(zip(after.prompts, after.answers, strict=True), SAMPLES)
     ]
-    return {"prompts": len(after.prompts), "untrained": before.metrics, "trained": after.metrics, "samples": samples}
+    record = {"prompts": len(after.prompts), "trained": after.metrics, "samples": samples}
+    if before is not None:
+        record["untrained"] = before.metrics
+        for sample, answer in zip(samples, before.answers, strict=False):
+            sample["before"] = answer
+    return record
 
 
 def _write_losses(stage: Stage) -> None:
