@@ -141,3 +141,9 @@ def test_a_model_with_two_stacks(prepared: Callable[[str], Path], tmp_path: Path
 def test_choices_of_an_odd_kind(prepared: Callable[[str], Path]) -> None:
     said = refused("train", prepared("multiple-choice"), "--data.choices", "[one]")
     assert "data.choices must be a column, or a list of at least two columns or texts" in said
+
+
+def test_an_adapter_on_the_output_layer_is_refused(prepared: Callable[[str], Path]) -> None:
+    words = ("--lora.target_modules", "[q_proj, lm_head]", "--dry-run")
+    expected = "lm_head has an adapter, and TRL, which trains task multiple-choice, computes the logits from the weight"
+    assert expected in refused("train", prepared("multiple-choice"), *words)

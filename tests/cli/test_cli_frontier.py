@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from loralloc.adapter.truncation import truncate_adapter
 from loralloc.budget import Budget
 from loralloc.plan import RankPlan
 from loralloc.recipe.from_recipe import task_data
 
-from .command import done, read_json, refused
+from .command import LANGUAGE, done, read_json, refused
+
+Write = Callable[[str], Path]
 
 SLOW = pytest.mark.slow
 
@@ -265,6 +270,16 @@ class TestRefusals:
         Path("alone/adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
         message = refused("frontier", "alone", "--recipe", recipe, "--output", "curve")
         assert "changes the base weights at the start" in message
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own: it saves the base weight along
+    def test_an_adapter_on_the_output_layer(self, decoder: Path, write: Write) -> None:
+        config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+        get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), config).save_pretrained("alone")
+        assert refused("frontier", "alone", "--recipe", write(LANGUAGE), "--output", "curve") == (
+            "the adapter: lm_head has an adapter, and TRL, which trains task causal-lm, computes the logits from the "
+            "weight of lm_head without it; loralloc truncate cuts it all the same"
+        )
+        done("truncate", "alone", "--total_rank", 2, "--output", "small")
 
     @SLOW
     def test_a_recovery_that_would_lose_what_was_trained(self, run: Path, recipe: Path, here: Path) -> None:

@@ -12,6 +12,8 @@ from unittest.mock import Mock
 
 import pytest
 
+from loralloc.plan import ModuleRank, RankPlan
+
 from .command import LANGUAGE, RECIPE, done, loralloc, ranks, read_json, refused
 from .deaths import differences, killed_at
 
@@ -68,6 +70,32 @@ def test_a_run_killed_and_resumed_is_the_same_run(kind: str, write: Write, here:
     assert differences(here / "run", here / "whole") == []
     evaluated = done("evaluate", here / "run")
     assert f"{metrics['validation'][name]:.4f}" in evaluated
+
+
+OUTPUT_LAYER = (
+    "lm_head has an adapter, and TRL, which trains task {task}, computes the logits from the weight of lm_head without "
+    "it; leave it out, or train it in full with lora.modules_to_save"
+)
+
+
+@pytest.mark.parametrize("kind", ["chat", "preference"])
+def test_an_adapter_on_the_output_layer_is_refused(kind: str, write: Write, here: Path) -> None:
+    recipe, task = write_data(kind, write, here), {"chat": "causal-lm"}.get(kind, kind)
+    told = refused("train", recipe, "--lora.target_modules", "[q_proj, lm_head]", "--dry-run")
+    assert told == f"lora.target_modules: {OUTPUT_LAYER.format(task=task)}"
+    assert refused("train", recipe, "--lora.target_modules", "[q_proj, lm_head]") == told
+    options = ("--training.trainer.optim", "sgd")  # which are not to blame
+    assert refused("train", recipe, "--lora.target_modules", ".*(q_proj|head)", *options, "--dry-run") == told
+    done("train", recipe, "--lora.target_modules", "[q_proj]", "--lora.modules_to_save", "[lm_head]", "--dry-run")
+    done("train", recipe, "--lora.target_modules", "all-linear", "--dry-run")
+
+
+def test_a_plan_with_the_output_layer_is_refused(write: Write, here: Path) -> None:
+    modules = {"lm_head": ModuleRank(2, 2, 16, 21, 1.0)}
+    RankPlan("own", modules, provenance={}).save(here / "plan.json")
+    words = ("--method", "{name: lora}", "--plan", "plan.json", "--dry-run")
+    told = refused("train", write_data("chat", write, here), *words)
+    assert told == f"plan: {OUTPUT_LAYER.format(task='causal-lm')}"
 
 
 @pytest.mark.usefixtures("unreported")

@@ -150,6 +150,12 @@ def test_every_method_trains_and_exports(case: str, write: Write, here: Path) ->
     assert "reloaded by stock PEFT" in said
 
 
+def test_an_adapter_on_the_output_layer_is_trained(write: Write, here: Path) -> None:
+    words = ("--method", "{name: lora}", "--lora.target_modules", "[q, lm_head]", "--steps", 4)
+    done("train", write(SEQ2SEQ), *words)
+    assert ranks(here / "run")["lm_head"] > 0
+
+
 def test_closed_ranks_leave_memory(write: Write, here: Path) -> None:
     done("train", write(SEQ2SEQ), "--output", "masked")
     done("train", write(SEQ2SEQ), "--compact", "true")

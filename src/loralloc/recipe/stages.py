@@ -37,6 +37,7 @@ from loralloc.recipe.passthrough import (
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
+from loralloc.recipe.targets import check_output_layer
 from loralloc.tasks.base import TaskData, length_of
 from loralloc.tasks.generation import Generation, Prompt, check_metrics, generate, read_prompts, score
 from loralloc.tasks.preview import parts_of
@@ -307,6 +308,8 @@ def _prepare(
     """Build adapter and trainer; ranks are allocated by a callback, and without a method a guard skips bad steps."""
     check_precision(recipe, data.model)
     model = adapt(data.model, recipe)
+    key = "lora.target_modules" if recipe.plan is None else "plan"
+    check_output_layer(recipe.task, model, key, "leave it out, or train it in full with lora.modules_to_save")
     allocation, compact = None, recipe.training.compact
     if method is not None:
         provenance = {"base_model": data.model.name_or_path, "seed": recipe.training.seed}
@@ -341,6 +344,7 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
         scratch: A folder for the files that a trainer writes when it is built.
         screen: Shows what happens.
     """
+    check_output_layer(recipe.task, model, "the adapter", "loralloc truncate cuts it all the same")
     settings = {"eval_every": None, "save_every": None, "keep_best": False, "early_stopping": None}
     settings["trainer"] = only(recipe.training.trainer, OF_EVALUATIONS)
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from loralloc.errors import UserError, closest
@@ -15,6 +16,7 @@ from loralloc.patterns import AT_LAYERS, ENDING, PatternError, check, fitting
 from loralloc.quantized import quantized_layers
 from loralloc.recipe.rules import listed
 from loralloc.recipe.sections import LoraSection
+from loralloc.tasks.spec import TASKS
 
 _NOT_TAKEN_APART = re.compile(r"\(\?(?!:)|\\[1-9]")
 """What makes parts of a pattern depend on each other: flags, assertions, references."""
@@ -142,6 +144,29 @@ def check_new(model: nn.Module, adapted: nn.Module) -> None:
             f"lora.modules_to_save: the checkpoint has no weights of {', '.join(left)}; drawn at random, they would "
             f"neither be trained nor exported. Add them to lora.modules_to_save: [{', '.join(left)}]"
         )
+
+
+def check_output_layer(task: str, model: PeftModel, key: str, cure: str) -> None:
+    """Refuse an adapter on the layer that gives the logits, where TRL trains: it takes that layer's weight alone.
+
+    Args:
+        task: The recipe's task.
+        model: The adapted model.
+        key: What names the adapted modules, for the message.
+        cure: What to do, for the message.
+
+    Raises:
+        UserError: With the layer's name.
+    """
+    base: Any = model.get_base_model()
+    head = base.get_output_embeddings()
+    if not TASKS[task].arguments.startswith("trl.") or not isinstance(head, BaseTunerLayer):
+        return
+    name = next(name for name, module in base.named_modules() if module is head)
+    raise UserError(
+        f"{key}: {name} has an adapter, and TRL, which trains task {task}, computes the logits from the weight of "
+        f"{name} without it; {cure}"
+    )
 
 
 def linear_modules(model: nn.Module) -> str:
