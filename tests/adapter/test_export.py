@@ -113,6 +113,15 @@ def test_one_open_module_is_enough(tmp_path: Path, name: str, profile: Profile) 
         assert check_round_trip(name, model, tmp_path / "adapter", profile).ranks == ranks
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own about output layers
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("profile", ADAPTER_PROFILES)
+def test_an_output_layer_may_keep_no_rank(tmp_path: Path, profile: Profile, rank: int) -> None:
+    model = tiny_peft("llama", trained=True, target_modules=["q_proj", "lm_head"])
+    set_ranks(model, {name: rank if name == "lm_head" else 3 for name in lora_layers(model)})
+    assert export_adapter(model, tmp_path / "adapter", profile).ranks["lm_head"] == rank
+
+
 @pytest.mark.parametrize("profile", ADAPTER_PROFILES)
 def test_names_that_end_alike_keep_their_own_ranks(tmp_path: Path, profile: Profile) -> None:
     model = adapted("bert", target_modules=["output.dense"])

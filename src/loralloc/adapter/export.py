@@ -211,6 +211,8 @@ def _write_adapter(
         if name in stored:
             values = (stored[name].A, stored[name].B)
             tensors |= {k: v.to(dtype) for k, v, dtype in zip(keys, values, dtypes, strict=True)}
+        else:  # of an output layer with an adapter, PEFT saves the weight of the base model too
+            tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
     config.save_pretrained(str(folder))
     save_file(stored_apart(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
