@@ -100,6 +100,16 @@ def test_after_training_it_names_what_was_saved_before(recipe: Path) -> None:
     done("train", "run/recipe.yaml", "--resume")
 
 
+def test_without_checkpoints_it_names_what_was_trained(recipe: Path) -> None:
+    with signalled(signal.SIGTERM, pipeline, "export_adapter"):
+        result = loralloc("train", recipe, *WORDS)
+    assert (result.code, result.err) == (143, "stopped by SIGTERM; what it trained is kept: loralloc export run\n")
+    with signalled(signal.SIGTERM, pipeline, "final_metrics"):
+        result = loralloc("train", recipe, *WORDS, "--replace")
+    commands = "loralloc evaluate run and loralloc report run look at it"
+    assert (result.code, result.err) == (143, f"stopped by SIGTERM; its adapter is exported: {commands}\n")
+
+
 def test_in_the_last_step_it_is_saved_like_any_other(recipe: Path) -> None:
     with at_step(signal.SIGUSR1, 12):
         result = loralloc("train", recipe, *WORDS, *SAVING)

@@ -101,6 +101,20 @@ def test_resume_names_the_command_too(recipe: Path) -> None:
     done("export", "run")
 
 
+def test_an_adapter_that_is_exported_is_named_where_the_run_cannot_go_on(recipe: Path, here: Path) -> None:
+    done("train", recipe, "--output", "whole")
+    with killed_in(pipeline, "final_metrics"):
+        done("train", recipe)
+    kept = "; its adapter is exported: loralloc evaluate run and loralloc report run look at it"
+    assert refused("train", recipe, "--resume").endswith(f"start over with --replace{kept}")
+    assert refused("train", recipe, "--resume", "--batch_size", 4).endswith(f"another --output{kept}")
+    accuracy = read_json(here / "whole" / "metrics.json")["validation"]["accuracy"]
+    assert f"{accuracy:.4f}" in done("evaluate", "run")
+    done("report", "run")
+    assert "kept" not in refused("train", recipe, "--output", "whole", "--resume", "--batch_size", 4)
+    assert "its adapter" not in refused("train", recipe, "--output", "whole", "--resume", "--batch_size", 4)
+
+
 def test_a_loss_that_diverged_is_not_worth_another_export(recipe: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         trained = stages.Stage.train

@@ -41,7 +41,7 @@ def speaking_of_a_full_disk(recipe: Recipe) -> Iterator[None]:
         kept = sorted(path.parent.name for path in folder.checkpoints.glob(f"checkpoint-*/{MANIFEST}"))
         verb = "is" if len(kept) == 1 else "are"
         whole = f"; {' and '.join(kept)} in {folder.checkpoints} {verb} not touched" if kept else ""
-        again = f"start over with --replace{folder.export_hint()}" if folder.is_run() else "start again"
+        again = f"start over with --replace{folder.kept_hint()}" if folder.is_run() else "start again"
         cure = f"go on with {_command(folder)}" if _goes_on(folder, recipe) else again
         raise UserError(f"the disk with {folder.root} is full{whole}. Make room, then {cure}") from error
 
@@ -58,7 +58,8 @@ def farewell(stopped: Stopped, recipe: Recipe) -> str:
         return f"stopped by {name} after step {stopped.step:,}, which is saved; go on with {_command(folder)}"
     if _goes_on(folder, recipe):
         return f"stopped by {name}; go on from what was saved before with {_command(folder)}"
-    return f"stopped by {name} before there was anything to save"
+    kept = folder.kept_hint() if folder.is_run() else ""
+    return f"stopped by {name}{kept or ' before there was anything to save'}"
 
 
 def _goes_on(folder: RunFolder, recipe: Recipe) -> bool:

@@ -245,14 +245,14 @@ class RunFolder:
         if changes:
             raise NotResumableError(
                 f"{folder.recipe} differs from the recipe given: {in_words(changes)}; resume with the same settings, "
-                f"or choose another --output{folder.export_hint()}"
+                f"or choose another --output{folder.kept_hint()}"
             )
         if folder.metrics.is_file() and folder.report.is_file():
             raise UserError(f"{folder.root} has finished; there is nothing to resume")
         if not recipe.training.keeps_checkpoints and not folder.can_go_on:
             raise UserError(
                 f"{folder.root} kept no checkpoints (training.save_every is not set); start over with --replace"
-                f"{folder.export_hint()}"
+                f"{folder.kept_hint()}"
             )
         return folder
 
@@ -262,8 +262,14 @@ class RunFolder:
         begun = any(path for one in (self, self.search) for path in one.checkpoints.glob("checkpoint-*"))
         return begun or self.search.plan.is_file() or self.metrics.is_file()
 
-    def export_hint(self) -> str:
-        """For messages: the command that exports a run whose export failed; empty for other runs."""
+    def kept_hint(self) -> str:
+        """For messages: the commands for what a run that has not finished has trained; empty if it kept nothing."""
+        if self.metrics.is_file():
+            return ""
+        if _is_adapter(self.adapter):
+            return (
+                f"; its adapter is exported: loralloc evaluate {self.root} and loralloc report {self.root} look at it"
+            )
         return f"; what it trained is kept: loralloc export {self.root}" if _is_adapter(self.trained) else ""
 
     def peek_recipe(self) -> Recipe:
