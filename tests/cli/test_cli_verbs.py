@@ -75,6 +75,13 @@ class TestEvaluate:
         moved = run.rename(run.with_name("moved"))
         assert _row(done("evaluate", moved), "test") == _shown(read_json(moved / "metrics.json")["test"])
 
+    def test_the_plan_that_a_run_was_trained_at_may_be_gone(self, run: Path) -> None:
+        recipe = load_recipe(run / "recipe.yaml").model_copy(update={"plan": "gone/ranks.json"})
+        (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        assert _row(done("evaluate", run), "test") == _shown(read_json(run / "metrics.json")["test"])
+        assert "is the only size" in done("frontier", run, "--recover", 0.2, "--ranks", 1)
+        assert "gone/ranks.json" in refused("train", run / "recipe.yaml", "--replace"), "a training needs it"
+
     def test_other_data_alone_are_read(self, run: Path, here: Path, data: Path) -> None:
         """The run has been moved, and its own data are gone; even one class is enough."""
         (moved := here / "elsewhere").mkdir()

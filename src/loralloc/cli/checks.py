@@ -12,11 +12,12 @@ from loralloc.recipe.schema import Recipe
 from loralloc.tasks.locations import check_load_in, check_source, model_folder, named_sources
 
 
-def check_inputs(recipe: Recipe) -> None:
+def check_inputs(recipe: Recipe, trained: bool = False) -> None:
     """Refuse a recipe whose data, model or plan is missing, or that needs a package that is not installed.
 
     Args:
         recipe: The recipe.
+        trained: Whether its adapter is there: then the plan has done its work, and may be gone.
 
     Raises:
         UserError: With every mistake, one a line.
@@ -26,7 +27,7 @@ def check_inputs(recipe: Recipe) -> None:
         lambda: check_load_in(recipe.model.load_in),
     ]
     checks += [lambda source=source: check_source(source) for source in named_sources(recipe.data)]
-    if (plan := recipe.plan) is not None:
+    if (plan := recipe.plan) is not None and not trained:
         checks.append(lambda: RankPlan.load(plan))
     problems = dict.fromkeys(filter(None, map(_problem, checks)))
     if problems:

@@ -36,7 +36,7 @@ def evaluate(
     if predictions is not None:
         _check_target(predictions, recipe.task)
     if data is None:
-        check_inputs(recipe)
+        check_inputs(recipe, trained=True)
     else:
         check_source(data)
         model_folder(recipe.model.name)

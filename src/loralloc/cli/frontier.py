@@ -87,7 +87,7 @@ def frontier(
     target = (to or source.folder / "adapter").resolve()
     if export is not None:
         check_target(target)
-    check_inputs(source.recipe)
+    check_inputs(source.recipe, trained=True)
     from loralloc.cli import terminal
     from loralloc.frontier.export import as_measured
     from loralloc.frontier.run import Settings
