@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from loralloc import UserError
+from loralloc.compare import cell
 from loralloc.recipe import run as pipeline
 from loralloc.recipe import stages
 from loralloc.recipe.schema import load_recipe
@@ -26,6 +27,21 @@ REFUSALS: dict[str, tuple[str, list[Any], str]] = {
     "ranks that never leave": (PLAIN, ["--compact", "true"], "training.compact: plain LoRA closes no ranks"),
     "a budget": (RECIPE, ["--total_rank", 53], "asks for 53 ranks"),
     "a short run": (RECIPE, ["--steps", 1], "at least 3 optimizer steps"),
+    "a metric": (
+        RECIPE,
+        ["--evaluate.metric", "pearson"],
+        "evaluate.metric: this run has no metric pearson; it has loss",
+    ),
+    "a metric after a search": (
+        SEARCH,
+        ["--evaluate.metric", "pearson"],
+        "this run has no metric pearson; it has loss",
+    ),
+    "a metric for the best": (
+        RECIPE,
+        ["--metric_for_best_model", "acuracy", "--eval_every", 4],
+        "training.trainer.metric_for_best_model: a run has no metric acuracy; it has loss, accuracy",
+    ),
     "an engine": (RECIPE, [], "no such engine"),
     "an engine of the search": (SEARCH, [], "no such engine"),
     "a folder": (RECIPE, ["--output", "own"], "own exists and is not a run"),
@@ -55,6 +71,13 @@ def test_the_run_and_its_rehearsal_refuse_alike(
     assert files(here) == before
     assert not (here / "run").exists()
     assert refused("train", recipe, *words) == told
+
+
+def test_a_run_of_a_comparison_refuses_a_metric_that_it_will_not_have(write: Write, here: Path) -> None:
+    recipe = write(RECIPE + "evaluate:\n  metric: pearson\n")
+    with pytest.raises(UserError, match=r"^evaluate.metric: this run has no metric pearson; it has loss, accuracy"):
+        cell.train(recipe, None)
+    assert not (here / "run" / "recipe.yaml").exists()
 
 
 def test_a_rehearsal_makes_no_step(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -58,8 +58,7 @@ def task_data(recipe: Recipe) -> TaskData:
     if (settings := recipe.evaluate.generate) is not None:
         check_metrics(settings.metrics)
         if TASKS[recipe.task].trainer != "Seq2SeqTrainer":  # every seq2seq row has a prompt
-            held_out: Any = data.validation if data.test is None else data.test
-            read_prompts(held_out, data.tokenizer, settings.samples, recipe.data.max_length)
+            read_prompts(cast(Any, data.held_out), data.tokenizer, settings.samples, recipe.data.max_length)
     _check_smoothing(recipe, data)
     return judged_by(recipe.evaluate.metric, replace(data, also=also))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -71,8 +72,8 @@ def run(
         recipe: The recipe.
         resume: Continue from the newest whole checkpoint; for a finished run, write the report if it is missing.
         start_over: Replace an earlier run.
-        untrained: The value of the metric before training, if it is known; None measures it, and lets the untrained
-            model answer where the recipe asks for answers.
+        untrained: The metric before training, if it is known, or NaN if it is not to be; None measures it, and lets
+            the untrained model answer where the recipe asks for answers.
         screen: Shows what happens; None shows nothing.
         report: Whether to write the report page now; it can be written later.
         allow_changed: What may differ from the run that is resumed, of `changes.ALLOWED`.
@@ -146,8 +147,7 @@ def _run(
         metrics["generation"] = _generation_record(start.answers, after)
     if export is not None:
         metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
-        if search_plan is not None:
-            metrics["search"] = json.loads(folder.search.metrics.read_text(encoding="utf-8"))
+        metrics |= {} if search_plan is None else {"search": json.loads(folder.search.metrics.read_text("utf-8"))}
         write_card(stage.model, export, folder.adapter, card_facts(recipe, data, plan, metrics))
         folder.write_json(folder.metrics, metrics)
         if report:
@@ -183,12 +183,15 @@ def rehearse(recipe: Recipe, resume: bool = False, start_over: bool = False, scr
         _open_folder(recipe, resume, start_over)
         recipe = with_options(recipe, TRAINER, without(recipe.training.trainer, TOLD_TO_OTHERS))
         folder, data = RunFolder(Path(scratch)), task_data(recipe)
-        if stages.searches(recipe):
-            stages.prepare_search(recipe, data, folder, screen).rehearse()
+        if searches := stages.searches(recipe):
+            stage = stages.prepare_search(recipe, data, folder, screen)
+        else:
+            stage = stages.prepare_training(recipe, data, folder, screen, after_search=False)
+        _check_metric(stage, data)
+        stage.rehearse()
+        if searches:
             assert isinstance(data.train, Dataset)
             screen.retraining(stages.total_steps(recipe, data.packed(data.train)), len(data.train))
-        else:
-            stages.prepare_training(recipe, data, folder, screen, after_search=False).rehearse()
 
 
 def _open_folder(recipe: Recipe, resume: bool, start_over: bool) -> RunFolder:
@@ -197,8 +200,7 @@ def _open_folder(recipe: Recipe, resume: bool, start_over: bool) -> RunFolder:
 
 def _go_on(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
     """Show how the recipe differs from the run's, which it may, and store it in the folder."""
-    _, changes = split_changes(folder.load_recipe(), recipe)
-    if changes:
+    if changes := split_changes(folder.load_recipe(), recipe)[1]:
         screen.note(f"the recipe differs in keys that may change: {in_words(changes)}")
     folder.go_on(recipe)
 
@@ -216,11 +218,23 @@ def _look_at_untrained(stage: Stage, data: TaskData, known: float | None) -> _Un
     Raises:
         UserError: The run does not have the metric of the recipe.
     """
+    if known is not None and math.isnan(known):
+        _check_metric(stage, data)
     if known is not None:
         return _Untrained(known, None)
-    found = stage.evaluate("untrained", data.validation if data.test is None else data.test)
+    found = stage.evaluate("untrained", data.held_out)
     stage.check_metric(found)
     return _Untrained(found[data.metric], stages.generation(stage.recipe, data, stage.trainer, stage.screen))
+
+
+def _check_metric(stage: Stage, data: TaskData) -> None:
+    """Evaluate a batch of the held-out data, to learn which metrics the run will have.
+
+    Raises:
+        UserError: It will not have the metric of the recipe.
+    """
+    rows = range(min(len(data.held_out), 2 * stage.recipe.training.batch_size))
+    stage.check_metric(stage.evaluate("batch", data.held_out.select(rows)))
 
 
 def _search(

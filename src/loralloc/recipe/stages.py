@@ -54,6 +54,7 @@ from loralloc.training.trainer import Agreement, RunTrainer, SkipBadSteps
 
 EVALUATED = {
     "untrained": "the untrained model",
+    "batch": "a batch of held-out data",
     "cut": "a smaller adapter",
     "eval": "validation data",
     "test": "test data",
@@ -348,8 +349,8 @@ def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Pa
     settings = {"eval_every": None, "save_every": None, "keep_best": False, "early_stopping": None}
     settings["trainer"] = only(recipe.training.trainer, OF_EVALUATIONS)
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
-    shown = data.test if data.test is not None else data.validation  # TRL looks at the first example
-    return _trainer(recipe, data, model, RunFolder(scratch), train_dataset=shown, callbacks=[screen.progress(None)])
+    shown = {"train_dataset": data.held_out, "callbacks": [screen.progress(None)]}  # TRL looks at the first example
+    return _trainer(recipe, data, model, RunFolder(scratch), **shown)
 
 
 def _trainer(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, **options: Any) -> RunTrainer:
@@ -385,7 +386,7 @@ def evaluate(
         The metrics, by their names without the prefix.
     """
     if split is None:
-        split = data.validation if data.test is None else data.test
+        split = data.held_out
     with screen.evaluating(trainer, EVALUATED[prefix]):
         metrics = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
     found = without_times(metrics, prefix)
@@ -411,8 +412,7 @@ def generation(recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Scre
     if trainer.written is not None:
         return trainer.written
     check_metrics(settings.metrics)
-    held_out: Any = data.validation if data.test is None else data.test
-    prompts = read_prompts(held_out, data.tokenizer, settings.samples, recipe.data.max_length)
+    prompts = read_prompts(cast(Any, data.held_out), data.tokenizer, settings.samples, recipe.data.max_length)
     answers = processes.on_main(_answer, recipe, data, trainer, screen, prompts)
     if answers is None:
         return None

@@ -108,6 +108,11 @@ class TaskData:
     """Loads the pretrained model once more; None if it was not loaded here."""
 
     @property
+    def held_out(self) -> Dataset:
+        """The examples that a run is judged by: the test data or, without them, the validation data."""
+        return self.validation if self.test is None else self.test
+
+    @property
     def greater_is_better(self) -> bool:
         """Whether a greater value of `metric` is a better one."""
         return GREATER_IS_BETTER[self.metric]
