@@ -84,7 +84,8 @@ class TestJson:
 
     def test_a_rehearsal_and_a_resumed_run(self, recipe: Path) -> None:
         words = ["train", recipe, "--save_every", 2]
-        assert [event["event"] for event in events(done(*words, "--json", "--dry-run"))] == ["start", "training"]
+        rehearsed = [event["event"] for event in events(done(*words, "--json", "--dry-run"))]
+        assert rehearsed == ["start", "evaluation", "training"]
         with killed_at(9):
             done(*words)
         (training,) = [event for event in events(done(*words, "--resume", "--json")) if event["event"] == "training"]

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from loralloc.errors import UserError, closest
 from loralloc.patterns import AT_LAYERS, ENDING, PatternError, check, fitting
+from loralloc.peft_layers import is_adapted
 from loralloc.quantized import quantized_layers
 from loralloc.recipe.rules import listed
 from loralloc.recipe.sections import LoraSection
@@ -160,7 +160,7 @@ def check_output_layer(task: str, model: PeftModel, key: str, cure: str) -> None
     """
     base: Any = model.get_base_model()
     head = base.get_output_embeddings()
-    if not TASKS[task].arguments.startswith("trl.") or not isinstance(head, BaseTunerLayer):
+    if not TASKS[task].arguments.startswith("trl.") or head is None or not is_adapted(head):
         return
     name = next(name for name, module in base.named_modules() if module is head)
     raise UserError(
