@@ -12,7 +12,7 @@ from torch import nn
 
 from loralloc.errors import UserError, closest
 from loralloc.patterns import AT_LAYERS, ENDING, PatternError, check, fitting
-from loralloc.peft_layers import is_adapted
+from loralloc.peft_layers import lora_adapter, lora_layers
 from loralloc.quantized import quantized_layers
 from loralloc.recipe.rules import listed
 from loralloc.recipe.sections import LoraSection
@@ -158,15 +158,16 @@ def check_output_layer(task: str, model: PeftModel, key: str, cure: str) -> None
     Raises:
         UserError: With the layer's name.
     """
+    if not TASKS[task].arguments.startswith("trl."):
+        return
     base: Any = model.get_base_model()
     head = base.get_output_embeddings()
-    if not TASKS[task].arguments.startswith("trl.") or head is None or not is_adapted(head):
-        return
-    name = next(name for name, module in base.named_modules() if module is head)
-    raise UserError(
-        f"{key}: {name} has an adapter, and TRL, which trains task {task}, computes the logits from the weight of "
-        f"{name} without it; {cure}"
-    )
+    for name, layer in lora_layers(model, lora_adapter(model, None)):
+        if layer is head:
+            raise UserError(
+                f"{key}: {name} has an adapter, and TRL, which trains task {task}, computes the logits from the weight "
+                f"of {name} without it; {cure}"
+            )
 
 
 def linear_modules(model: nn.Module) -> str:
