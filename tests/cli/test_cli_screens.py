@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import transformers
 
@@ -25,9 +26,11 @@ pytestmark = pytest.mark.usefixtures("unreported")
 @pytest.fixture(autouse=True)
 def verbosity() -> Iterator[None]:
     """What the libraries say afterwards is what they said before."""
-    before = transformers.logging.get_verbosity()
+    libraries = (transformers.logging, datasets.logging)
+    before = [library.get_verbosity() for library in libraries]
     yield
-    transformers.logging.set_verbosity(before)
+    for library, level in zip(libraries, before, strict=True):
+        library.set_verbosity(level)
 
 
 def events(text: str) -> list[dict[str, Any]]:
