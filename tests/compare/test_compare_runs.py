@@ -196,6 +196,34 @@ def test_a_killed_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert (resumed / "losses.json").read_bytes() == (whole / "losses.json").read_bytes()
 
 
+def test_a_signal_ends_the_runs_too(tmp_path: Path) -> None:
+    words = [str(write_recipe(tmp_path)), "--seeds", "1", "--peers", "[]", "--steps", "100000"]
+    process = subprocess.Popen(
+        [*COMMAND, "compare", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("out/runs/*/log.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 143
+    assert said.endswith("stopped by SIGTERM; the same command goes on with the runs that are left\n")
+    while lives(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def lives(group: int) -> bool:
+    """Whether any process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 CLUSTER = """
 import sys
 import ray

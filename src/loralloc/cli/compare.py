@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -43,13 +44,19 @@ def compare(
     from loralloc.compare.study import compare as run
     from loralloc.recipe.trial import refused_values
     from loralloc.training import processes
+    from loralloc.training.signals import Stopped, listening
 
     processes.refuse_several("loralloc compare")
     terminal.quiet_libraries()
     settings = load_recipe(recipe, context.args, refused_values)
     executor = LocalExecutor(jobs) if ray is None else RayExecutor(ray)
-    with watching() as watcher:
-        outcome = run(settings, executor, retry, watcher)
+    try:
+        with listening(), watching() as watcher:
+            outcome = run(settings, executor, retry, watcher)
+    except Stopped as stopped:  # the executor has ended the runs that were at work
+        name = stopped.signal.name
+        print(f"stopped by {name}; the same command goes on with the runs that are left", file=sys.stderr)
+        raise
     terminal.console.print(outcome.verdict, soft_wrap=True, markup=False)
     for name, path in {"page": outcome.page, "table": outcome.table}.items():
         terminal.console.print(f"  {name:10}{path}", soft_wrap=True, markup=False)

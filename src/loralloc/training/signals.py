@@ -103,7 +103,7 @@ def _end_workers() -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Answer the signals of `EXIT_CODES` inside, in the main thread of a process that runs one recipe."""
+    """Answer the signals of `EXIT_CODES` inside, in the main thread of a process that runs a recipe or a comparison."""
     global _watch
     watch = _watch = _Watch()
     before = {number: signal.signal(number, watch.handle) for number in EXIT_CODES}
