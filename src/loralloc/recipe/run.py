@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
@@ -47,9 +46,6 @@ from loralloc.tasks.quantization import stored_config
 from loralloc.training import processes
 from loralloc.training.engines import under_fsdp2
 from loralloc.training.trainer import RunTrainer
-
-SAMPLES = 5
-"""Answers that metrics.json keeps."""
 
 
 def run(
@@ -144,10 +140,11 @@ def _run(
         export = processes.on_main(_write_adapter, folder, plan, stage)
     metrics = final_metrics(stage, plan, start.metric, seconds)
     if (after := stage.generate()) is not None:
-        metrics["generation"] = _generation_record(start.answers, after)
+        metrics["generation"] = after.record(start.answers)
     if export is not None:
         metrics |= {"adapter_check": export.difference, "adapter_check_allowed": export.allowed}
-        metrics |= {} if search_plan is None else {"search": json.loads(folder.search.metrics.read_text("utf-8"))}
+        if search_plan is not None:
+            metrics["search"] = json.loads(folder.search.metrics.read_text(encoding="utf-8"))
         write_card(stage.model, export, folder.adapter, card_facts(recipe, data, plan, metrics))
         folder.write_json(folder.metrics, metrics)
         if report:
@@ -200,7 +197,8 @@ def _open_folder(recipe: Recipe, resume: bool, start_over: bool) -> RunFolder:
 
 def _go_on(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
     """Show how the recipe differs from the run's, which it may, and store it in the folder."""
-    if changes := split_changes(folder.load_recipe(), recipe)[1]:
+    _, changes = split_changes(folder.load_recipe(), recipe)
+    if changes:
         screen.note(f"the recipe differs in keys that may change: {in_words(changes)}")
     folder.go_on(recipe)
 
@@ -390,20 +388,6 @@ def _stopped(stage: Stage) -> dict[str, int]:
         kept["best_step"] = state.best_global_step
         stage.screen.note(f"the best evaluation was that of step {state.best_global_step:,}: this state is exported")
     return kept
-
-
-def _generation_record(before: Generation | None, after: Generation) -> dict[str, Any]:
-    """The entry of metrics.json on answers after training and, if there are any, before: metrics, and the first few."""
-    samples: list[dict[str, str]] = [
-        {"prompt": prompt.text, "reference": prompt.references[0], "after": answer}
-        for prompt, answer in islice(zip(after.prompts, after.answers, strict=True), SAMPLES)
-    ]
-    record = {"prompts": len(after.prompts), "trained": after.metrics, "samples": samples}
-    if before is not None:
-        record["untrained"] = before.metrics
-        for sample, answer in zip(samples, before.answers, strict=False):
-            sample["before"] = answer
-    return record
 
 
 def _write_losses(stage: Stage) -> None:

@@ -24,6 +24,9 @@ from loralloc.tasks.spec import WRITTEN
 LIBRARIES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "rouge": "rouge_score"}
 """The libraries that compute a metric; they come with the extra `generation`."""
 
+SHOWN = 5
+"""Answers that metrics.json keeps."""
+
 
 class GenerateSection(Protocol):
     """The part of a recipe that says how to generate, and what to compute."""
@@ -78,6 +81,23 @@ class Generation:
     prompts: list[Prompt]
     answers: list[str]
     metrics: dict[str, float]
+
+    def record(self, before: Generation | None) -> dict[str, Any]:
+        """Return the entry of metrics.json: the metrics, and the first few answers.
+
+        Args:
+            before: What the untrained model has written, if it was asked.
+        """
+        records = [
+            {"prompt": prompt.text, "reference": prompt.references[0], "after": answer}
+            for prompt, answer in zip(self.prompts[:SHOWN], self.answers, strict=False)
+        ]
+        found: dict[str, Any] = {"prompts": len(self.prompts), "trained": self.metrics, "samples": records}
+        if before is not None:
+            found["untrained"] = before.metrics
+            for one, answer in zip(records, before.answers, strict=False):
+                one["before"] = answer
+        return found
 
 
 def read_prompts(
