@@ -7,11 +7,14 @@ import logging
 import os
 import random
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 # The libraries read these when they are imported, so they come before the imports; subprocesses inherit them.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="loralloc-tests-")  # no cached data outlives the test run
 os.environ.update(
     HF_HOME=_HF_HOME.name,
+    XDG_CACHE_HOME=_HF_HOME.name,  # nor a kernel that somebody has built
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
@@ -29,6 +32,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from variants import mark_slow  # noqa: E402
+
+from loralloc import native  # noqa: E402
 
 # A line for every product of a layer in 8 bits.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -75,8 +80,23 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loralloc.kernel._composes", lambda *_: False)
 
 
-@pytest.fixture(params=["as chosen", "by hand"])
+@pytest.fixture(params=["as chosen", "by hand", pytest.param("in C++", marks=pytest.mark.slow)])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel as it chooses its way, and as a function of its own."""
+    """The kernel as it chooses its way, as a function of its own, and as one in C++."""
     if request.param == "by hand":
         monkeypatch.setattr("loralloc.kernel._composes", lambda *_: False)
+    elif request.param == "in C++":
+        built = request.getfixturevalue("built_kernel")
+        monkeypatch.setattr("loralloc.native.loaded", lambda: built)
+
+
+@pytest.fixture(scope="session")
+def built_kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """The kernel in C++, built for this run of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        native.build()
+        built = native.loaded()
+    native.loaded.cache_clear()
+    assert built is not None
+    return built

@@ -50,7 +50,7 @@ def test_value_and_gradients_are_those_behind_the_layer(layout: str, biased: boo
     inputs, (W, b) = draw(layout), layer(biased=biased)
     scale = None if row_scale is None else row_scale.double()
     fast, slow = (f(inputs, W, b, SCALE, scale) for f in (in_one_step, behind_the_layer))
-    assert torch.equal(fast, slow)
+    assert_all_close({"y": fast}, {"y": slow})
     dy = torch.randn_like(fast)
     assert_all_close(gradients(fast, inputs, dy), gradients(slow, inputs, dy))
 
@@ -92,7 +92,7 @@ def test_dtypes_and_precision_are_those_behind_the_layer(
     dy = torch.randn_like(fast)
     found, expected = gradients(fast, inputs, dy), gradients(slow, inputs, dy)
     for name in ("A", "g", "B"):
-        assert torch.equal(found[name], expected[name]), name
+        assert relative(found[name], expected[name]) < 1e-6, name
     assert found["x"].dtype == x
     assert relative(found["x"], expected["x"]) < (1e-5 if x == F32 and not cast else 2e-2)
 
@@ -126,7 +126,7 @@ def test_weight_and_bias_stay_frozen() -> None:
     assert y.grad_fn is not None
     y.grad_fn.register_hook(lambda gradients, _: returned.extend(gradients))
     y.sum().backward()
-    assert [g is not None for g in returned] == [True, False, False, True, True, True]  # of the tensors: x W b A g B
+    assert sum(gradient is not None for gradient in returned) == 4  # those of x, A, g and B
 
 
 @pytest.mark.parametrize("trained", [NAMES, ("A", "g", "B"), ("A",), ("x",)])
@@ -165,14 +165,15 @@ def _graph(y: Tensor) -> int:
 
 @pytest.mark.usefixtures("by_hand")
 def test_it_is_one_node_of_the_graph_and_keeps_no_more() -> None:
+    s = torch.full((RANK,), SCALE, dtype=torch.float64)
     kept: dict[Callable[..., Tensor], int] = {}
     nodes: dict[Callable[..., Tensor], int] = {}
     for function in (in_one_step, behind_the_layer):
         inputs, (W, b) = draw(), layer()
         tensors: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=tensors: kept.append(t) or t, lambda t: t):
-            nodes[function] = _graph(function(inputs, W, b, SCALE))
-        of_others = {t.data_ptr() for t in (*inputs, W)}
+            nodes[function] = _graph(function(inputs, W, b, s))
+        of_others = {t.data_ptr() for t in (*inputs, W, s)}
         kept[function] = sum(t.numel() for t in tensors if t.data_ptr() not in of_others)
     assert nodes[in_one_step] == 1 < nodes[behind_the_layer]
     assert kept[in_one_step] == kept[behind_the_layer] == 2 * 3 * RANK + RANK

@@ -6,7 +6,8 @@
 There are two implementations, and `_composes` says which is used. In the plain case (one dtype of 32 bits or more, one
 gate for all samples, no `row_scale`, no autocast) the update consists of ordinary operations, with less Python overhead
 per layer than PEFT's own LoRA. Every other case uses the autograd function `_GatedLoRA`, whose backward pass is written
-by hand. Its notable choices:
+by hand. Where it has been built (`native/`), `gated_linear` with one gate for all samples is that function in C++. Its
+notable choices:
 
 * The add is part of the matrix product (`addmm`), and the scale is folded into the gate. Besides parameters, only the
   input, the r-wide activation and its factor s · g are saved for the backward pass: with a base model in half
@@ -33,6 +34,7 @@ and gate are multiplied in fp32 or wider and rounded once, to the dtype of the p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,6 +42,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from loralloc import native
 
 
 def gated_lora(
@@ -96,12 +100,21 @@ def gated_linear(
     Returns:
         [..., out], in the dtype that `torch.nn.functional.linear(x, W, b)` has.
     """
+    if g.dim() == 1 and (compiled := _compiled()) is not None:
+        return compiled(x, W, b, A, g, B, s if isinstance(s, Tensor) else g.new_tensor(s), row_scale)
     if _composes(x, W, A, g, row_scale):
         flat = _flat(x)
         out = linear(flat, W, b)
         add = out.addmm if is_in_torch_dispatch_mode() else out.addmm_
         return _unflat(add(linear(flat, A) * (g * s), B.t()), x)
     return _GatedLoRA.apply(x, None, W, b, A, g, B, s, row_scale)  # type: ignore[no-any-return]
+
+
+def _compiled() -> Callable[..., Tensor] | None:
+    """`gated_linear` in C++, if it has been built, and nothing is to look into it or to keep what it overwrites."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        return None
+    return native.loaded()
 
 
 def _composes(x: Tensor, frozen: Tensor, A: Tensor, g: Tensor, row_scale: Tensor | None) -> bool:

@@ -16,6 +16,8 @@ def env() -> None:
     """Show versions and devices, for bug reports."""
     import torch
 
+    from loralloc import native
+
     rows = {"loralloc": __version__, "python": platform.python_version(), "platform": platform.platform()}
     rows |= {package: _version(package) for package in PACKAGES}
     rows["cpu threads"] = str(torch.get_num_threads())
@@ -23,6 +25,7 @@ def env() -> None:
     rows["gpu"] = ", ".join(gpus) or "none"
     if gpus:
         rows["bf16"] = "yes" if torch.cuda.is_bf16_supported() else "no"
+    rows["kernel"] = "in Python (loralloc build-kernel compiles it)" if native.loaded() is None else "in C++"
     for name, value in rows.items():
         typer.echo(f"{name:14} {value}")
 

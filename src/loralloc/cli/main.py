@@ -10,6 +10,7 @@ import typer
 
 from loralloc._version import __version__
 from loralloc.cli import (
+    build_kernel,
     chat,
     compare,
     demo,
@@ -48,6 +49,7 @@ app.command("truncate")(truncate.truncate)
 app.command("frontier")(frontier.frontier)
 app.command("report")(report.report)
 app.command("schema")(schema.schema)
+app.command("build-kernel")(build_kernel.build_kernel)
 app.command("env")(env.env)
 
 

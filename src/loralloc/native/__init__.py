@@ -1,0 +1,77 @@
+"""The kernel in C++, for whoever has a compiler: built once by `loralloc build-kernel`, used from then on.
+
+It makes small layers faster, and every layer where a GPU waits for the host (benchmarks/README.md has the figures). The
+package itself stays pure Python: what is built fits one release of PyTorch and of Python alone, so it lies in the user's
+cache and is not found after an upgrade. Then the kernel in Python is used, until somebody builds anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loralloc.errors import UserError
+
+SOURCE = Path(__file__).with_name("kernel.cpp")
+NAME = "loralloc_kernel"
+
+logger = logging.getLogger(__name__)
+
+
+def folder() -> Path:
+    """Where the kernel lies once it is built: below `$XDG_CACHE_HOME` or `~/.cache`, named by all that it depends on."""
+    cached = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    return Path(cached) / "loralloc" / f"kernel-{source}-torch-{torch.__version__}-{sys.implementation.cache_tag}"
+
+
+def build() -> Path:
+    """Compile the kernel, which takes a minute; processes that start from now on use it, and so does this one.
+
+    Returns:
+        The folder that it lies in.
+
+    Raises:
+        UserError: There is no ninja, or no compiler that accepts the source.
+    """
+    from torch.utils import cpp_extension
+
+    try:
+        cpp_extension.verify_ninja_availability()
+    except RuntimeError as error:
+        raise UserError("building the kernel takes ninja: pip install ninja") from error
+    built = folder()
+    built.mkdir(parents=True, exist_ok=True)
+    try:
+        cpp_extension.load(NAME, str(SOURCE), extra_cflags=["-O3"], build_directory=str(built), with_cuda=False)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"no C++ compiler that PyTorch can use has built the kernel:\n{error}") from error
+    loaded.cache_clear()
+    return built
+
+
+@cache
+def loaded() -> Callable[..., Tensor] | None:
+    """Return the kernel's `gated_linear` in C++, with the arguments that it has in kernel.py; None if it is not built."""
+    files = [path for path in map((folder() / NAME).with_suffix, EXTENSION_SUFFIXES) if path.is_file()]
+    if not files:
+        return None
+    spec = spec_from_file_location(NAME, files[0])
+    assert spec is not None and spec.loader is not None
+    try:
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        logger.warning("the kernel in %s cannot be loaded, the one in Python is used: %s", folder(), error)
+        return None
+    return module.gated_linear  # type: ignore[no-any-return]
