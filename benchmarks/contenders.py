@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from shapes import Shape
 from torch import Tensor, nn
+
+from loralloc import native
 
 STEPS = 100_000
 """Length of the run that the steps belong to: every timed step lies in the phase in which the budget falls."""
@@ -186,10 +189,32 @@ class PeftAdaLoRA(Step):
             raise AssertionError("update_and_allocate has not seen every factor of every layer")
 
 
+@contextmanager
+def kernel_in_cpp(wanted: bool) -> Iterator[None]:
+    """Compute with the kernel in C++, or with the one in Python also where that in C++ has been built.
+
+    Raises:
+        RuntimeError: It has not been built.
+    """
+    built = native.loaded() if wanted else None
+    if wanted and built is None:
+        raise RuntimeError("the kernel in C++ has not been built: loralloc build-kernel")
+    before, native.loaded = native.loaded, lambda: built
+    try:
+        yield
+    finally:
+        native.loaded = before
+
+
 class Attached(Step, ABC):
     """A method of loralloc on the same LoRA, in the documented loop."""
 
     compact = False
+    in_cpp = False
+
+    def step(self) -> Tensor:
+        with kernel_in_cpp(self.in_cpp):
+            return super().step()
 
     @abstractmethod
     def method(self, loralloc: Any) -> Any:
@@ -288,6 +313,11 @@ class AutoLoRAPaper(AutoLoRA):
     mode = "paper"
 
 
+def in_cpp(contender: type[Attached]) -> type[Attached]:
+    """The same contender with the kernel in C++."""
+    return type(f"{contender.__name__}InCpp", (contender,), {"in_cpp": True})
+
+
 CONTENDERS: dict[str, Callable[[Setting], Step]] = {
     "frozen": Frozen,
     "full": FullFineTuning,
@@ -299,10 +329,14 @@ CONTENDERS: dict[str, Callable[[Setting], Step]] = {
     "ablora": ABLoRA,
     "autolora-fast": AutoLoRA,
     "autolora-paper": AutoLoRAPaper,
+    "adalora-cpp": in_cpp(AdaLoRA),
+    "allora-cpp": in_cpp(ALLoRA),
+    "ablora-cpp": in_cpp(ABLoRA),
+    "autolora-fast-cpp": in_cpp(AutoLoRA),
 }
 REFERENCE = "peft-lora"
-TRAINING = ("frozen", "full", "peft-lora", "peft-adalora", "adalora", "allora")
-SEARCH = ("peft-lora", "autolora-fast", "autolora-paper")
+TRAINING = ("frozen", "full", "peft-lora", "peft-adalora", "adalora", "allora", "adalora-cpp", "allora-cpp")
+SEARCH = ("peft-lora", "autolora-fast", "autolora-fast-cpp", "autolora-paper")
 
 
 def build(name: str, setting: Setting) -> Step | str:

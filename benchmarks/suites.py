@@ -81,7 +81,8 @@ def modules(plan: Plan) -> Iterator[Record]:
     sizes: list[Shape] = [small.with_(layers=6, targets=("q_proj", "v_proj"))]
     sizes += [small.with_(layers=layers) for layers in ((16,) if plan.quick else (4, 16, 32, 64))]
     for shape in sizes:
-        names = (REFERENCE, "peft-adalora", "adalora", "allora", "ablora")
+        ours = ("adalora", "allora", "ablora")
+        names = (REFERENCE, "peft-adalora", *ours, *(f"{name}-cpp" for name in ours))
         yield timed("modules", Setting(shape, plan.rank, plan.device), names, plan)
 
 

@@ -24,7 +24,11 @@ NAMES = {
     "adalora-compact": "AdaLoRA, compact, in its last phase",
     "allora": "ALLoRA",
     "ablora": "AB-LoRA between rounds",
+    "adalora-cpp": "AdaLoRA, kernel in C++",
+    "allora-cpp": "ALLoRA, kernel in C++",
+    "ablora-cpp": "AB-LoRA between rounds, kernel in C++",
     "autolora-fast": "AutoLoRA `fast`",
+    "autolora-fast-cpp": "AutoLoRA `fast`, kernel in C++",
     "autolora-paper": "AutoLoRA `paper`",
     "betty": "betty-ml, published formulation",
 }
@@ -34,6 +38,9 @@ GROWING = {
     "adalora": "AdaLoRA",
     "allora": "ALLoRA",
     "ablora": "AB-LoRA between rounds",
+    "adalora-cpp": "AdaLoRA, kernel in C++",
+    "allora-cpp": "ALLoRA, kernel in C++",
+    "ablora-cpp": "AB-LoRA, kernel in C++",
 }
 """What is shown against rank, modules and tokens."""
 
@@ -112,6 +119,7 @@ def targets(found: Sequence[Record]) -> str:
         ("AB-LoRA round `exact` ÷ naive, time", "≤ 0.55", _round(found, "exact", "processor")),
         ("AB-LoRA round `fast` on SmolLM2-135M ÷ the paper's, forward passes", "≤ 1/60", _language_rounds(found)),
         ("AutoLoRA search step ÷ PEFT LoRA step, `fast`", "≤ 2.5", _ratios(found, "search", "autolora-fast")),
+        ("the same, kernel in C++", "≤ 2.5", _ratios(found, "search", "autolora-fast-cpp")),
         ("AutoLoRA search step ÷ PEFT LoRA step, `paper`", "≤ 5.0", _ratios(found, "search", "autolora-paper")),
         ("`loralloc --help` ÷ importing typer and rich", "≤ 3", _start(found)),
         (
@@ -123,6 +131,9 @@ def targets(found: Sequence[Record]) -> str:
         ("the same, PEFT AdaLoRA", "peer", _grown(cpu, "modules", "peft-adalora")),
         ("the same, ALLoRA", "≤ 1.00", _grown(cpu, "modules", "allora")),
         ("the same, AB-LoRA between rounds", "≤ 1.00", _grown(cpu, "modules", "ablora")),
+        ("the same, AdaLoRA, kernel in C++", "≤ 1.00", _grown(cpu, "modules", "adalora-cpp")),
+        ("the same, ALLoRA, kernel in C++", "≤ 1.00", _grown(cpu, "modules", "allora-cpp")),
+        ("the same, AB-LoRA, kernel in C++", "≤ 1.00", _grown(cpu, "modules", "ablora-cpp")),
         ("AdaLoRA step ÷ PEFT LoRA step, both compiled", "≤ 1.00", _ratios(cpu, "compiled", "adalora")),
         ("AdaLoRA step ÷ PEFT LoRA step, high ranks", "≤ 1.00 at 64, 1.05 at 256", _grown(cpu, "rank", "adalora")),
     ]

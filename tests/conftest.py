@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
 from variants import mark_slow  # noqa: E402
 
 from loralloc import native  # noqa: E402
@@ -93,6 +95,8 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(scope="session")
 def built_kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """The kernel in C++, built for this run of the tests."""
+    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
+        pytest.skip("there is no C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         native.build()

@@ -38,7 +38,8 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("plain_lora", "sharding"),
     ("peft_layers",),
     ("trace",),
-    ("unpickling", "kernel", "budget", "schedule", "knapsack", "allocate", "quantized", "outputs"),
+    ("kernel",),
+    ("unpickling", "native", "budget", "schedule", "knapsack", "allocate", "quantized", "outputs"),
     ("setting_types",),
     ("plan", "recipes"),
     ("naming", "patterns", "plain_yaml"),
@@ -47,7 +48,7 @@ LAYERS = (  # top to bottom; the units of one layer are siblings
     ("errors", "_version"),
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
-MAY_IMPORT_FROM_SAME_LAYER = {"kernel", "budget", "knapsack", "allocate"}  # pure functions share pieces
+MAY_IMPORT_FROM_SAME_LAYER = {"budget", "knapsack", "allocate"}  # pure functions share pieces
 
 FOREIGN: dict[
     str, set[str]
@@ -62,6 +63,7 @@ FOREIGN: dict[
     "plan": set(),
     "trace": set(),
     "kernel": {"torch"},
+    "native": {"torch"},
     "budget": {"pydantic"},
     "schedule": set(),
     "knapsack": {"numpy"},

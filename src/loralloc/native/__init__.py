@@ -1,8 +1,8 @@
 """The kernel in C++, for whoever has a compiler: built once by `loralloc build-kernel`, used from then on.
 
 It makes small layers faster, and every layer where a GPU waits for the host (benchmarks/README.md has the figures). The
-package itself stays pure Python: what is built fits one release of PyTorch and of Python alone, so it lies in the user's
-cache and is not found after an upgrade. Then the kernel in Python is used, until somebody builds anew.
+package itself stays pure Python: what is built fits one release of PyTorch and of Python alone, so it lies in the
+user's cache and is not found after an upgrade. Then the kernel in Python is used, until somebody builds anew.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where the kernel lies once it is built: below `$XDG_CACHE_HOME` or `~/.cache`, named by all that it depends on."""
+    """Where the kernel lies once built: below `$XDG_CACHE_HOME` or `~/.cache`, named by all that it depends on."""
     cached = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
     return Path(cached) / "loralloc" / f"kernel-{source}-torch-{torch.__version__}-{sys.implementation.cache_tag}"
@@ -62,12 +62,13 @@ def build() -> Path:
 
 @cache
 def loaded() -> Callable[..., Tensor] | None:
-    """Return the kernel's `gated_linear` in C++, with the arguments that it has in kernel.py; None if it is not built."""
+    """Return `gated_linear` in C++, with the arguments that it has in kernel.py; None if it has not been built."""
     files = [path for path in map((folder() / NAME).with_suffix, EXTENSION_SUFFIXES) if path.is_file()]
     if not files:
         return None
     spec = spec_from_file_location(NAME, files[0])
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     try:
         module = module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -1,0 +1,128 @@
+"""The kernel in C++: where it is found, how it is built, when it is used. Its arithmetic is held by `either_way`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli.command import done
+from kernels import OUT, SCALE, draw
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from loralloc import native
+from loralloc.errors import UserError
+from loralloc.kernel import gated_linear
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "loaded", native.loaded.__wrapped__)
+
+
+def test_it_is_looked_for_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.folder().parent == tmp_path / "cache/loralloc"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert native.folder().parent == Path.home() / ".cache/loralloc"
+
+
+def test_another_pytorch_or_another_source_finds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = native.folder()
+    assert native.folder() == first
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    other = native.folder()
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "kernel.cpp")
+    native.SOURCE.write_text("// another", encoding="utf-8")
+    assert len({first.name, other.name, native.folder().name}) == 3
+
+
+def test_until_it_is_built_there_is_none() -> None:
+    assert native.loaded() is None
+    assert "kernel         in Python (loralloc build-kernel compiles it)" in done("env")
+
+
+def test_what_cannot_be_loaded_is_not_used_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    native.folder().mkdir(parents=True)
+    (native.folder() / f"{native.NAME}.so").write_bytes(b"no library")
+    with caplog.at_level(logging.WARNING):
+        assert native.loaded() is None
+    assert f"the kernel in {native.folder()} cannot be loaded, the one in Python is used: " in caplog.text
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def function(*_: object, **__: object) -> None:
+        raise error
+
+    return function
+
+
+class TestBuilding:
+    def test_without_ninja(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.utils.cpp_extension.verify_ninja_availability", raises(RuntimeError("none")))
+        with pytest.raises(UserError, match=r"^building the kernel takes ninja: pip install ninja$"):
+            native.build()
+
+    def test_without_a_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.utils.cpp_extension.verify_ninja_availability", lambda: None)
+        monkeypatch.setattr("torch.utils.cpp_extension.load", raises(RuntimeError("c++: not found")))
+        with pytest.raises(
+            UserError, match=r"^no C\+\+ compiler that PyTorch can use has built the kernel:\nc\+\+: not found$"
+        ):
+            native.build()
+
+    def test_the_command_says_where_it_lies(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "build", lambda: Path("somewhere"))
+        assert done("build-kernel").strip() == "the kernel lies in somewhere; from now on it is used"
+
+
+def vmapped(inputs: tuple[Any, ...]) -> Tensor:
+    x, *others = inputs
+    return torch.vmap(lambda row: gated_linear(row, *others))(x)
+
+
+def compiled(inputs: tuple[Any, ...]) -> Tensor:
+    return torch.compile(gated_linear, backend="eager")(*inputs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
+@pytest.mark.parametrize(
+    ("layout", "context", "call", "used"),
+    [
+        ("3-D, shared gate", nullcontext, lambda inputs: gated_linear(*inputs), True),
+        ("3-D, gate per sample", nullcontext, lambda inputs: gated_linear(*inputs), False),
+        ("3-D, shared gate", lambda: FlopCounterMode(display=False), lambda inputs: gated_linear(*inputs), False),
+        ("3-D, shared gate", nullcontext, vmapped, False),
+        ("3-D, shared gate", nullcontext, compiled, False),
+    ],
+    ids=["plain", "a gate per sample", "in a dispatch mode", "in a transform", "in a compiled model"],
+)
+def test_when_it_is_used(
+    layout: str,
+    context: Callable[[], Any],
+    call: Callable[[tuple[Any, ...]], Tensor],
+    used: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[object] = []
+
+    def stand_in(x: Tensor, W: Tensor, *_: object) -> Tensor:
+        seen.append(x)
+        return x @ W.T
+
+    inputs = draw(layout)
+    W = torch.randn(OUT, inputs.x.shape[-1], dtype=inputs.x.dtype)
+    arguments = (inputs.x, W, None, inputs.A, inputs.g, inputs.B, SCALE)
+    expected = call(arguments)
+    monkeypatch.setattr(native, "loaded", lambda: stand_in)
+    with context():
+        found = call(arguments)
+    assert bool(seen) == used
+    if not used:
+        torch.testing.assert_close(found, expected)
