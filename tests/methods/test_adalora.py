@@ -273,12 +273,25 @@ def test_the_simpler_importances_select_what_they_say(importance):
     ]
     loop.run.before_step()
     loop.optimizer.step()
-    scores = of_step if importance == "sensitivity" else [site.gate.detach().abs() for site in loop.sites]
+    gates = [math.sqrt(site.outputs / 3) * site.gate.detach().abs() for site in loop.sites]
+    scores = of_step if importance == "sensitivity" else gates
     best = torch.cat(scores).topk(loop.run.schedule.budget(8)).indices
     loop.run.after_step()
     living = [alive for row in loop.living() for alive in row]
     assert set(best.tolist()) == {i for i, alive in enumerate(living) if alive}
     assert len(best) < ALL
+
+
+@pytest.mark.parametrize("parity", ["adam", "sgd"])
+def test_magnitudes_are_of_gates_which_start_equal_in_layers_of_all_widths(parity):
+    """Not of λ, whose unit is that of its layer: there the widest layer begins with the smallest."""
+    loop = Loop(method_of(importance="magnitude", parity=parity), model_of([(6, 8), (8, 300), (5, 9)]))
+    close_to(loop.run.method._scores(loop.run.state), torch.full((ALL,), 1 / math.sqrt(3), dtype=F64))
+    gates = torch.cat([site.gate.detach() for site in loop.sites])
+    assert gates.max() > 2 * gates.min()
+    with torch.no_grad():
+        loop.sites[1].gate.mul_(-2)
+    assert sorted(loop.run.method._scores(loop.run.state).topk(RANK).indices.tolist()) == [4, 5, 6, 7]
 
 
 # ---- What is refused ----

@@ -21,7 +21,7 @@ Where we deviate, and why (`as_published` and the options reproduce the paper or
   is 1/√3, the length of LoRA's rows of A: the first optimizer step is as long as LoRA's and lowers the loss as much. ρ
   makes a step of λ count as much as one of P. As published, λ = 0, ρ = 1 and P, Q ~ N(0, 0.02²): only λ moves at first,
   and at LoRA's learning rate the run hardly learns.
-* `importance="magnitude"` (the paper's ablation with |λ|) compares the values of λ after the step.
+* `importance="magnitude"` (the paper's ablation with |λ|) compares the gates |ρ·λ| after the step; as published ρ is 1.
 * Final phase: closed triplets are masked for good: no gradient, no share in the penalty. The public code only resets
   their λ after each step, so their P and Q keep moving: `order="reference"` does the same.
 """
@@ -228,9 +228,12 @@ class AdaLoRA(Method):
 
     def _scores(self, state: AdaLoRAState) -> Tensor:
         """S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij) for every triplet, [R] (eq. 9)."""
-        scores = torch.zeros_like(state.flat_gates())
-        if self.importance == "magnitude":
-            return state.flat_gates().abs()
+        gates = state.flat_gates()
+        if self.importance == "magnitude":  # |Λ|: λ alone is in a unit of its layer's width
+            gains = [gate_gain(site.outputs, self.parity) for site in state.sites]
+            ranks = torch.tensor([site.rank for site in state.sites])
+            return gates.abs() * torch.tensor(gains, dtype=gates.dtype).repeat_interleave(ranks).to(gates.device)
+        scores = torch.zeros_like(gates)
         for stack in state.stacks:
             # Eq. 13: s(w) = Ī · Ū; eq. 9 averages it over the entries of a triplet's P and Q.
             elements = stack.mean * stack.uncertainty if self.importance == "smoothed" else stack.mean
