@@ -262,6 +262,48 @@ def test_20_the_orders_differ_in_the_sensitivity_of_a_zero_lambda(order):
     assert zeros > ALL + 20
 
 
+GONE = (
+    r'^AdaLoRA\(order="reference"\) measures ranks by the gradients of the step just made, which are gone: call '
+    r"run\.after_step\(optimizer\) before optimizer\.zero_grad\(\)$"
+)
+
+
+def test_the_reference_order_asks_for_gradients_that_are_gone():
+    """Zeros in their place would keep all ranks of the first modules."""
+    loop = Loop(method_of(order="reference"))
+    loop.backward()
+    loop.run.before_step()
+    loop.optimizer.step()
+    loop.optimizer.zero_grad()
+    with pytest.raises(UserError, match=GONE):
+        loop.run.after_step()
+
+
+@pytest.mark.parametrize(("order", "importance"), [("paper", "smoothed"), ("reference", "magnitude")])
+def test_gradients_may_be_gone_where_nothing_is_measured_after_the_step(order, importance):
+    usual, early = (Loop(method_of(order=order, importance=importance)) for _ in range(2))
+    usual.walk()
+    early.run.after_step = lambda optimizer, after=early.run.after_step: (optimizer.zero_grad(), after(optimizer))
+    early.walk()
+    assert early.living() == usual.living()
+
+
+@pytest.mark.parametrize("value", [math.nan, None])
+def test_a_step_without_gradients_is_none_whose_gradients_are_gone(value):
+    """Skipped for one that is not finite, all are cleared on purpose; or the adapter took no part."""
+    loop = Loop(method_of(order="reference", gamma=0.0)).walk(2)
+    loop.backward()
+    for site in loop.sites:
+        for parameter in (site.A, site.B, site.gate):
+            parameter.grad = None if value is None else torch.full_like(parameter, value)
+    before = loop.run.state_dict()[0]["0.mean"].clone()
+    loop.run.before_step(loop.optimizer)
+    loop.optimizer.step()
+    loop.run.after_step(loop.optimizer)
+    close_to(loop.run.state_dict()[0]["0.mean"], 0.85 * before if value is None else before)
+    assert count(loop.walk().living()) == TARGET
+
+
 @pytest.mark.parametrize("importance", ["sensitivity", "magnitude"])
 def test_the_simpler_importances_select_what_they_say(importance):
     method = method_of(importance=importance, interval=8, gamma=0.0)

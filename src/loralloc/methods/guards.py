@@ -1,4 +1,4 @@
-"""What several methods ask of an adapter before they begin. A refusal names all modules that it is about."""
+"""What several methods ask of an adapter before they begin, and of a loop. Refusals of modules name all of them."""
 
 from __future__ import annotations
 
@@ -67,3 +67,12 @@ def check_capacity(sites: Sequence[Site], reason: str) -> None:
     rank = max(site.rank for site in sites if site.name in found)
     where = named(list(found), others)
     raise UserError(f"{where}: rank {rank} is above the smaller dimension ({dimensions}), and {reason}; {cure}")
+
+
+def gradients_gone(use: str) -> UserError:
+    """The refusal of a loop that clears gradients which are used after the optimizer's step.
+
+    Args:
+        use: What they are used for: a clause that ends with them.
+    """
+    return UserError(f"{use}, which are gone: call run.after_step(optimizer) before optimizer.zero_grad()")

@@ -254,7 +254,8 @@ class AllocationRun(Recorded):
             optimizer: When given, the moments of ranks that are closed for good are cleared.
 
         Raises:
-            UserError: Several processes train apart: their weights differ after the same step.
+            UserError: Several processes train apart: their weights differ after the same step. Or gradients that the
+                method still needs have been cleared.
         """
         if accumulates(optimizer):
             return

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralloc.errors import UserError
+from loralloc.methods.guards import gradients_gone
 
 Group = Mapping[str, Any]
 
@@ -77,10 +77,7 @@ class Rows:
             UserError: It has been cleared already.
         """
         if self.parameter.grad is None:
-            raise UserError(
-                "the step of new ranks is computed again from its gradients, which are gone: call "
-                "run.after_step(optimizer) before optimizer.zero_grad()"
-            )
+            raise gradients_gone("the step of new ranks is computed again from its gradients")
         found = self.parameter.grad.index_select(self.dim, self.chosen)
         found = -found if self.group["maximize"] else found
         coupled = not self.group.get("decoupled_weight_decay", False)

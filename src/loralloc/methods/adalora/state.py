@@ -85,6 +85,7 @@ class AdaLoRAState:
         modules: What the budget must know of them, at the start.
         final: The final selection, boolean [R]; None until it is made.
         measure_after_step: Whether the current step's sensitivities are still to be measured (order `reference`).
+        had_gradients: Whether anything had a gradient before the current step.
         compact: Whether closed triplets are out of the tensors; their scores have gone with them.
     """
 
@@ -93,6 +94,7 @@ class AdaLoRAState:
     modules: Modules
     final: Tensor | None = None
     measure_after_step: bool = False
+    had_gradients: bool = False
     compact: bool = False
 
     @torch.no_grad()
@@ -100,6 +102,10 @@ class AdaLoRAState:
         """All λ, [R], on the device of the first site."""
         device = self.sites[0].gate.device
         return torch.cat([site.gate.to(device) for site in self.sites])
+
+    def has_gradients(self) -> bool:
+        """Whether any parameter of any stack has a gradient."""
+        return any(parameter.grad is not None for stack in self.stacks for parameter in stack.parameters)
 
     def split(self, flat: Tensor) -> Sequence[Tensor]:
         """[R] to one [r] per site, each on the site's device."""
