@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from cli.command import RECIPE
 from matplotlib.figure import Figure
 
 from loralloc.compare import study
+from loralloc.compare.fairness import fairness
 from loralloc.compare.figures import lines, rate_figure
+from loralloc.compare.folder import CompareFolder
 from loralloc.compare.grid import Cell
 from loralloc.compare.page import write_page
-from loralloc.compare.results import Moment, entries, read_row
-from loralloc.compare.tables import agreement, equal_time, signed
+from loralloc.compare.results import Entry, Moment, Row, entries, read_row
+from loralloc.compare.tables import agreement, equal_time, result_table, signed
+from loralloc.compare.verdict import Compared
 from loralloc.recipe.schema import Recipe
 
 from .fabricate import ROWS, SHAPES, Losses, cells_of, fabricate, noisy, recipe_for, write_run
@@ -90,10 +94,84 @@ def test_what_the_page_says_stands_in_a_file_of_numbers(tmp_path: Path) -> None:
         assert signed(adalora["difference"]["mean"]) in words
 
 
+def another_task_loss(folder: CompareFolder, recipe: Recipe, factor: float) -> list[Row]:
+    """Make the task's loss another quantity than the mean loss of a row, as it is in multiple choice."""
+    for cell in cells_of(recipe):
+        run = folder.run(cell.name)
+        metrics = json.loads(run.metrics.read_text(encoding="utf-8"))
+        metrics["test"]["loss"] *= factor
+        run.write_json(run.metrics, metrics)
+    return [read_row(folder, cell) for cell in cells_of(recipe)]
+
+
+def test_percentages_are_of_the_losses_that_differ(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    folder = fabricate(recipe, noisy({"adalora": 0.3}, rows=0.02))
+    write_page(folder, recipe, SHAPES, another_task_loss(folder, recipe, 6.0))
+    (part,) = json.loads(folder.record.read_text(encoding="utf-8"))["budgets"]
+    plain, adalora = part["contenders"][:2]
+    assert plain["loss"] == pytest.approx(6 * plain["loss_per_example"])
+    gain = -adalora["difference"]["mean"]
+    assert gain == pytest.approx(plain["loss_per_example"] - adalora["loss_per_example"])
+    assert f"by {gain:.4f} in loss ({gain / plain['loss_per_example']:.1%})" in part["verdict"]
+    words = words_of(folder.page.read_text(encoding="utf-8"))
+    assert "learning rate test loss accuracy loss of a row difference" in words
+    assert re.search(rf"plain LoRA 0.01 {plain['loss']:.4f} \S+ {plain['loss_per_example']:.4f} AdaLoRA", words)
+    with folder.table.open(encoding="utf-8") as file:
+        row = next(csv.DictReader(file))
+    assert float(row["held_out_loss"]) == pytest.approx(6 * float(row["held_out_loss_per_example"]))
+
+
+def test_the_smallest_difference_that_matters_is_a_share_of_the_losses_that_differ(tmp_path: Path) -> None:
+    """Of a row's loss of 1, not of a task's loss of 60, of which 1 % is more than these runs leave open."""
+    recipe = recipe_for(tmp_path)
+    folder = fabricate(recipe, noisy({}))
+    told = write_page(folder, recipe, SHAPES, another_task_loss(folder, recipe, 60.0))
+    assert told.startswith("Not enough runs to tell whether AdaLoRA, ")
+
+
+def test_two_losses_are_told_apart_where_they_are_two(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    folder = fabricate(recipe, noisy({}))
+    one = entries([read_row(folder, cell) for cell in cells_of(recipe)], "loss")
+    two = entries(another_task_loss(folder, recipe, 1.1), "loss")
+    told = "The test loss is that of the task. Differences are of the loss of a row, and percentages of its mean: "
+    for task, said in {
+        "causal-lm": "every row counts the same, however long it is.",
+        "multiple-choice": "minus the logarithm of the right choice's share of the likelihood of all choices, where "
+        "the loss of the task is that of the right answers' tokens alone.",
+    }.items():
+        of_task = recipe.model_copy(update={"task": task})
+        assert f"{told}{said}" in fairness(of_task, SHAPES, two)
+        assert not any("the loss of a row" in sentence for sentence in fairness(of_task, SHAPES, one))
+    assert "loss of a row" not in _result_head(one)
+    assert "loss of a row" in _result_head(two)
+
+
+def _result_head(found: Sequence[Entry]) -> tuple[str, ...]:
+    return result_table([Compared(entry, None) for entry in found[1:]], found[0], "accuracy", "test").head
+
+
+def test_a_column_of_its_own_has_a_cell_for_who_has_failed(tmp_path: Path) -> None:
+    def losses(cell: Cell) -> object:
+        return "killed" if cell.contender.id == "adalora" else noisy({})(cell)
+
+    recipe = recipe_for(tmp_path)
+    folder = fabricate(recipe, losses)  # type: ignore[arg-type]
+    rows = [
+        row if row.reason else replace(row, held_out={"loss": 6.0, "accuracy": 0.9})
+        for row in (read_row(folder, cell) for cell in cells_of(recipe))
+    ]
+    found = entries(rows, "loss")
+    table = result_table([Compared(entry, None) for entry in found[1:]], found[0], "accuracy", "test")
+    assert {len(row) for row in table.rows} == {len(table.head)} == {8}
+    assert table.rows[1] == ("AdaLoRA", *["\N{EN DASH}"] * 7)
+
+
 def test_what_nobody_has_found_is_null_there(tmp_path: Path) -> None:
     page_of(recipe_for(tmp_path), lambda cell: "killed by SIGKILL")
     (part,) = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))["budgets"]
-    assert all(one["loss"] is None for one in part["contenders"])
+    assert all(one["loss"] is None and one["loss_per_example"] is None for one in part["contenders"])
     assert all(one["difference"] is None for one in part["contenders"][1:])
 
 

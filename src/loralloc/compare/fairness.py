@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from loralloc.compare.cells import HELD_OUT
 from loralloc.compare.grid import PEERS, Shapes, section_of, tuning_seeds
-from loralloc.compare.results import Entry, Row, Trial, criterion
+from loralloc.compare.results import Entry, Row, Trial, criterion, differs_by_row
 from loralloc.compare.verdict import listed
 from loralloc.methods.registry import held_out_for
 from loralloc.recipe.schema import Recipe
 from loralloc.report.wording import count
+from loralloc.tasks.spec import TASKS
 
 
 def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str]:
@@ -30,6 +31,12 @@ def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str
         f"judged on {judged}.{' The other seeds train at the chosen rate alone.' if some else ''}",
         "Runs with the same seed start from the same head and see the same examples in the same order.",
     ]
+    if differs_by_row(found):
+        split = "validation" if shapes.test is None else "test"
+        told.append(
+            f"The {split} loss is that of the task. Differences are of the loss of a row, and percentages of its mean: "
+            f"{TASKS[recipe.task].row_loss}."
+        )
     if looking := _looking(found):
         look, train = ("looks", "it trains") if len(looking) == 1 else ("look", "they train")
         told.append(

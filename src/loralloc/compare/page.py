@@ -116,7 +116,7 @@ def _part(point: Point, found: Sequence[Entry], recipe: Recipe, shapes: Shapes, 
     limit, by_then = tables.equal_time(here)
     return Part(
         point,
-        with_gaps(verdict(compared, baseline.chosen.held_out("loss"), section_of(recipe).margin), baseline, pending),
+        with_gaps(verdict(compared, baseline.chosen.row_loss, section_of(recipe).margin), baseline, pending),
         baseline,
         compared,
         tables.result_table(compared, baseline, shapes.metric, "validation" if shapes.test is None else "test"),

@@ -47,6 +47,7 @@ def _contender(entry: Entry, metric: str) -> dict[str, Any]:
         "at_edge": entry.at_edge,
         "seeds": len(chosen.finished),
         "loss": _number(chosen.held_out("loss")),
+        "loss_per_example": _number(chosen.row_loss),
         metric: _number(chosen.held_out(metric)),
         "parameters": _number(chosen.average("parameters")),
         "processor_seconds": _number(chosen.average("processor_seconds")),

@@ -24,6 +24,8 @@ from loralloc.tasks.spec import GREATER_IS_BETTER
 from loralloc.trace import read_trace
 
 DIVERGED = "the validation loss is not finite: the training has diverged"
+ROUNDING = 1e-4
+"""Relative difference of two means of the same losses, at most: they are summed in another order and precision."""
 UNFINITE = "the losses of {} of {:,} held-out examples are not finite: they cannot be compared"
 
 
@@ -80,6 +82,11 @@ class Row:
     def finished(self) -> bool:
         """Whether there is something to compare."""
         return not self.reason
+
+    @property
+    def row_loss(self) -> float:
+        """The mean loss of a held-out row; NaN where there are none."""
+        return math.nan if self.losses is None else float(self.losses.mean())
 
 
 def read_row(folder: CompareFolder, cell: Cell) -> Row:
@@ -193,9 +200,23 @@ class Trial:
         """The mean over the seeds of a metric on the held-out data."""
         return _held_out(self.rows, name)
 
+    @property
+    def row_loss(self) -> float:
+        """The mean over the seeds of the loss of a held-out row: what differences are differences of."""
+        return mean([row.row_loss for row in self.finished if row.losses is not None] or [math.nan])
+
     def tried(self, name: str) -> float:
         """The mean over the tuning seeds of a metric on the held-out data."""
         return _held_out(self.tuning, name)
+
+
+def differs_by_row(entries: Iterable[Entry]) -> bool:
+    """Whether the mean loss of a row is another number than the loss of the task.
+
+    It is where the task's loss counts tokens, so that long rows weigh more, or is the loss of something else.
+    """
+    pairs = [(entry.chosen.held_out("loss"), entry.chosen.row_loss) for entry in entries]
+    return any(not math.isclose(*pair, rel_tol=ROUNDING) for pair in pairs if all(map(math.isfinite, pair)))
 
 
 def _held_out(rows: Iterable[Row], name: str) -> float:

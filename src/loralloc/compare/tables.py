@@ -12,7 +12,7 @@ from statistics import mean
 import numpy as np
 
 from loralloc.compare.figures import mean_course
-from loralloc.compare.results import Entry, Moment, Row, Trial
+from loralloc.compare.results import Entry, Moment, Row, Trial, differs_by_row
 from loralloc.compare.verdict import Compared
 from loralloc.report.tables import Table
 from loralloc.report.wording import duration, rounded
@@ -21,13 +21,15 @@ from loralloc.tasks.metrics import spearman
 NOTHING = "\N{EN DASH}"
 COLUMNS = (
     "budget", "parameters_allowed", "contender", "kind", "learning_rate", "seed", "chosen", "state", "reason",
-    "validation_loss", "held_out_loss", "metric", "held_out_metric", "parameters", "adapter_bytes", "seconds",
-    "processor_seconds", "memory_mib",
+    "validation_loss", "held_out_loss", "held_out_loss_per_example", "metric", "held_out_metric", "parameters",
+    "adapter_bytes", "seconds", "processor_seconds", "memory_mib",
 )  # fmt: skip
 
 
 def result_table(compared: Sequence[Compared], baseline: Entry, metric: str, split: str) -> Table:
     """Return a row for every contender at a budget: losses, the difference to plain LoRA, its interval and p.
+
+    The mean loss of a row has a column where it is another number than the task's loss.
 
     Args:
         compared: The contenders.
@@ -35,8 +37,10 @@ def result_table(compared: Sequence[Compared], baseline: Entry, metric: str, spl
         metric: The metric to give beside the loss.
         split: The data that the losses are of: test or validation.
     """
-    head = ("", "learning rate", f"{split} loss", metric.replace("_", " "), "difference", "95 % interval", "p (Holm)")
-    rows = [_result(baseline, metric, ("", "", ""))]
+    by_row = differs_by_row([baseline, *(one.entry for one in compared)])
+    differences = (*(["loss of a row"] if by_row else []), "difference", "95 % interval", "p (Holm)")
+    head = ("", "learning rate", f"{split} loss", metric.replace("_", " "), *differences)
+    rows = [_result(baseline, metric, by_row, ("", "", ""))]
     for one in compared:
         found = one.difference
         if found is None:
@@ -44,14 +48,14 @@ def result_table(compared: Sequence[Compared], baseline: Entry, metric: str, spl
         else:
             interval = f"{signed(found.low)} to {signed(found.high)}" if math.isfinite(found.low) else NOTHING
             cells = (signed(found.mean), interval, "< 0.001" if found.adjusted < 0.001 else f"{found.adjusted:.3f}")
-        rows.append(_result(one.entry, metric, cells))
+        rows.append(_result(one.entry, metric, by_row, cells))
     return Table(head, rows)
 
 
-def _result(entry: Entry, metric: str, cells: tuple[str, ...]) -> tuple[str, ...]:
+def _result(entry: Entry, metric: str, by_row: bool, cells: tuple[str, ...]) -> tuple[str, ...]:
     chosen = entry.chosen
     if not chosen.finished:
-        return (entry.contender.label, NOTHING, NOTHING, NOTHING, *cells)
+        return (entry.contender.label, *[NOTHING] * (4 if by_row else 3), *cells)
     edge = " (edge)" if entry.at_edge else ""
     some = f" ({len(chosen.finished)} of {len(chosen.rows)} runs)" if entry.failures else ""
     return (
@@ -59,6 +63,7 @@ def _result(entry: Entry, metric: str, cells: tuple[str, ...]) -> tuple[str, ...
         f"{chosen.learning_rate:g}{edge}",
         f"{chosen.held_out('loss'):.4f}{some}",
         rounded(chosen.held_out(metric)),
+        *([f"{chosen.row_loss:.4f}"] if by_row else []),
         *cells,
     )
 
@@ -141,7 +146,7 @@ def csv_text(rows: Sequence[Row], chosen: Sequence[Entry], metric: str) -> str:
     for row in rows:
         cell = row.cell
         values = (
-            row.validation.get("loss"), row.held_out.get("loss"), metric, row.held_out.get(metric),
+            row.validation.get("loss"), row.held_out.get("loss"), row.row_loss, metric, row.held_out.get(metric),
             row.parameters or None, row.adapter_bytes or None, row.seconds, row.processor_seconds, row.memory_mib,
         )  # fmt: skip
         writer.writerow(

@@ -34,7 +34,7 @@ def verdict(compared: Sequence[Compared], loss: float, margin: float) -> str:
 
     Args:
         compared: All contenders but plain LoRA.
-        loss: Plain LoRA's loss on the held-out data.
+        loss: Plain LoRA's mean loss of a held-out row, of which the differences are; percentages are of it.
         margin: The smallest difference that matters, as a share of this loss.
     """
     if not any(one.entry.contender.kind in IN_QUESTION for one in compared):

@@ -246,7 +246,7 @@ class CompareConfig(Section):
         "1.5",
     )
     margin: Between0And1 = Field(
-        default=0.01, description="the smallest difference that matters, as a share of plain LoRA's test loss"
+        default=0.01, description="the smallest difference that matters, as a share of plain LoRA's mean loss of a row"
     )
     threads: Count = Field(
         default=1, description="processor threads of a run; losses depend on it in their last digits"

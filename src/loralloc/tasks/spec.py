@@ -259,6 +259,7 @@ class Task:
         own_loss: Whether its loss is the one that the model returns for a batch with labels; methods that look at data
             need this loss.
         arguments: Dotted path of the class of its training arguments.
+        row_loss: How the loss of a row differs from the loss of the task, in words, where it does.
     """
 
     label: str
@@ -277,6 +278,7 @@ class Task:
     trainer: Literal["Trainer", "Seq2SeqTrainer", "SFTTrainer", "DPOTrainer"] = "Trainer"
     own_loss: bool = True
     arguments: str = "transformers.TrainingArguments"
+    row_loss: str = "every row counts the same, however long it is"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -369,6 +371,8 @@ TASKS: Mapping[str, Task] = {
         shortest=(2, "a single token has no next one to predict"),
         trainer="SFTTrainer",
         arguments="trl.SFTConfig",
+        row_loss="minus the logarithm of the right choice's share of the likelihood of all choices, where the loss of "
+        "the task is that of the right answers' tokens alone",
     ),
     "multiple-choice-head": Task(
         label="multiple choice",
