@@ -6,16 +6,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loralloc.compare.statistics import (
-    DRAWS,
     LEVEL,
     POWER,
     Difference,
     Parts,
-    bootstrap_means,
     differences,
     freedom,
     holm,
@@ -34,61 +32,71 @@ def table(seeds: int, rows: int, between: float, row: float, noise: float, seed:
     return shift + effects + draw.normal(0, noise, (seeds, rows))
 
 
-class TestBootstrap:
-    @pytest.mark.parametrize(("seeds", "rows"), [(True, True), (True, False), (False, True)])
-    def test_draws_are_those_of_the_naive_twin_in_distribution(self, seeds: bool, rows: bool) -> None:
+class TestVariance:
+    def test_its_parts_are_those_of_the_naive_twin(self) -> None:
         data = table(4, 30, 0.3, 0.5, 0.2, seed=1)
         n, m = data.shape
-        draw, naive = np.random.default_rng(2), []
-        for _ in range(DRAWS):
-            chosen = draw.integers(0, n, n - 1) if seeds else np.arange(n)
-            columns = draw.integers(0, m, m) if rows else np.arange(m)
-            total = 0.0
-            for i in chosen:
-                for j in columns:
-                    total += data[i, j]
-            naive.append(total / len(chosen) / len(columns))
-        fast = bootstrap_means(data, np.random.default_rng(3), seeds, rows)
-        assert fast.shape == (DRAWS,)
-        assert fast.mean() == pytest.approx(np.mean(naive), abs=4 * np.std(naive) / math.sqrt(DRAWS / 2))
-        assert fast.std() == pytest.approx(np.std(naive), rel=0.08)
+        mean = sum(data[i, j] for i in range(n) for j in range(m)) / (n * m)
+        seeds = [sum(data[i]) / m for i in range(n)]
+        rows = [sum(data[:, j]) / n for j in range(m)]
+        by_seed = sum((one - mean) ** 2 for one in seeds) / (n - 1) / n
+        by_row = sum((one - mean) ** 2 for one in rows) / (m - 1) / m
+        rest = sum((data[i, j] - seeds[i] - rows[j] + mean) ** 2 for i in range(n) for j in range(m))
+        mixed = rest / ((n - 1) * (m - 1)) / (n * m)
+        total = by_seed + by_row - mixed
+        degrees = total**2 / (by_seed**2 / (n - 1) + by_row**2 / (m - 1) + mixed**2 / ((n - 1) * (m - 1)))
+        found = variance_parts(data)
+        for name, truth in (("total", total), ("seeds", by_seed), ("mixed", mixed), ("freedom", degrees)):
+            assert getattr(found, name) == pytest.approx(truth), name
+        assert found.rows == pytest.approx(by_row - mixed)
 
-    def test_pieces_are_the_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        data = table(3, 20, 0.3, 0.5, 0.2, seed=1)
-        whole = bootstrap_means(data, np.random.default_rng(0), seeds=False, rows=True)
-        monkeypatch.setattr("loralloc.compare.statistics.CHUNK", 200)
-        assert np.allclose(bootstrap_means(data, np.random.default_rng(0), seeds=False, rows=True), whole)
+    @settings(max_examples=100)
+    @given(st.integers(2, 6), st.integers(2, 40), st.tuples(*[st.floats(0, 1)] * 3), st.integers(0, 99))
+    def test_it_is_no_less_than_that_of_the_seeds(
+        self, seeds: int, rows: int, spreads: tuple[float, float, float], seed: int
+    ) -> None:
+        data = table(seeds, rows, *spreads, seed)
+        parts = variance_parts(data)
+        assert parts.total >= data.mean(axis=1).var(ddof=1) / seeds
+        assert 1 <= parts.freedom <= seeds * rows
 
-    def test_its_variance_of_seeds_is_unbiased_though_they_are_few(self) -> None:
-        data = table(3, 5, 1.0, 0.0, 0.0, seed=4)
-        drawn = bootstrap_means(data, np.random.default_rng(0), seeds=True, rows=False)
-        assert drawn.var() == pytest.approx(data[:, 0].var(ddof=1) / 3, rel=0.1)
-
-    def test_one_seed_stays(self) -> None:
+    def test_one_seed_has_no_part(self) -> None:
         data = table(1, 40, 0.0, 0.5, 0.0, seed=5)
-        assert bootstrap_means(data, np.random.default_rng(0), seeds=True, rows=False).std() == pytest.approx(0)
-        assert variance_parts(data).seeds == 0
+        assert variance_parts(data) == Parts(
+            pytest.approx(data.var(ddof=1) / 40), 0, pytest.approx(data.var(ddof=1) / 40), 0, 39
+        )
 
-    def test_the_same_numbers_every_time(self) -> None:
-        data = table(3, 30, 0.3, 0.5, 0.2, seed=1)
-        assert differences([data]) == differences([data])
+    @pytest.mark.parametrize(
+        ("seeds", "spreads"),
+        [
+            (3, (0.3, 0.1, 0.1)),
+            (3, (0.0, 0.0, 1.0)),
+            (5, (0.02, 0.05, 1.0)),
+            (5, (0.0, 1.0, 0.3)),
+            (5, (0.1, 0.3, 1.0)),
+        ],
+        ids=["by seed", "by both", "nearly by both", "by row", "by all"],
+    )
+    def test_the_truth_is_in_about_95_percent_of_the_intervals(
+        self, seeds: int, spreads: tuple[float, float, float]
+    ) -> None:
+        held = [low <= 0 <= high for low, high in (interval(table(seeds, 300, *spreads, seed)) for seed in range(600))]
+        assert 0.92 <= np.mean(held) <= 0.985
+
+    def test_percentiles_of_three_seeds_hold_it_less_often(self) -> None:
+        draw, held = np.random.default_rng(0), []
+        for seed in range(150):
+            data = table(3, 40, 0.3, 0.1, 0.1, seed)
+            chosen = draw.integers(0, 3, (400, 3)), draw.integers(0, 40, (400, 40))
+            means = data[chosen[0][:, :, None], chosen[1][:, None, :]].mean(axis=(1, 2))
+            low, high = np.quantile(means, [0.025, 0.975])
+            held.append(low <= 0 <= high)
+        assert np.mean(held) < 0.88
 
 
-def test_intervals_hold_what_they_promise_where_percentiles_of_three_seeds_do_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Seeds make the difference here: about 95 % of the intervals hold the truth, which is 0."""
-    monkeypatch.setattr("loralloc.compare.statistics.DRAWS", 400)
-    ours = theirs = 0
-    for seed in range(150):
-        data = table(3, 40, 0.3, 0.1, 0.1, seed)
-        (one,) = differences([data], seed)
-        ours += one.low <= 0 <= one.high
-        drawn = bootstrap_means(data, np.random.default_rng(seed), seeds=True, rows=True)
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        theirs += low <= 0 <= high
-    assert 0.91 <= ours / 150 <= 0.995
-    assert theirs / 150 < 0.88
+def interval(data: np.ndarray) -> tuple[float, float]:
+    (one,) = differences([data])
+    return one.low, one.high
 
 
 def test_a_difference_that_is_there_is_found() -> None:
@@ -130,7 +138,7 @@ class TestPower:
 
     @staticmethod
     def suffices(n: int, between: float, rows: float, margin: float, comparisons: int) -> bool:
-        degrees = freedom(between / n, n - 1, rows, 599)
+        degrees = freedom(between / n, rows, 0.0, n, 600)
         reach = t_quantile(1 - LEVEL / comparisons / 2, degrees) + t_quantile(POWER, degrees)
         return margin >= reach * math.sqrt(between / n + rows)
 
@@ -148,14 +156,20 @@ class TestPower:
 
     def test_more_seeds_help_where_rows_differ_in_another_way_with_every_seed(self) -> None:
         """The parts of a table's variance are those it was drawn with, and only the rows' own stays."""
-        drawn = [variance_parts(table(4, 300, 0.02, 0.2, 0.4, seed), seed) for seed in range(40)]
+        drawn = [variance_parts(table(4, 300, 0.02, 0.2, 0.4, seed)) for seed in range(40)]
         for name, truth in (("seeds", 0.02**2 / 4 + 0.4**2 / 1200), ("rows", 0.2**2 / 300), ("mixed", 0.4**2 / 1200)):
             assert np.mean([getattr(parts, name) for parts in drawn]) == pytest.approx(truth, rel=0.3), name
         (mixed,) = differences([table(3, 400, 0.0, 0.0, 0.4, 5)])
         assert rows_suffice(mixed, 0.02, 1)
-        needed = seeds_needed(mixed, 0.02, 1)
-        assert needed is not None
-        assert needed > 3
+        assert seeds_needed(mixed, 0.02, 1) is not None
+
+    def test_so_many_seeds_find_it_also_where_rows_differ_in_another_way_with_every_seed(self) -> None:
+        noise, margin = 0.4, 0.05
+        truth = Parts(noise**2 / 600, noise**2 / 600, 0.0, noise**2 / 600, 2)
+        n = seeds_needed(Difference(0, 0, 0, 0, 0, 1, 1, truth, seeds=3, rows=200), margin, 1)
+        assert n is not None
+        found = [differences([table(n, 200, 0.0, 0.0, noise, seed, shift=margin)])[0].p for seed in range(400)]
+        assert np.mean([p < LEVEL for p in found]) >= POWER - 0.06
 
     def test_so_many_seeds_do_find_it_as_often_as_promised(self) -> None:
         between, margin = 0.05, 0.05

@@ -1,10 +1,10 @@
 """Whether two methods differ: paired differences over seeds and rows, intervals made for few seeds, Holm's correction.
 
 A paired difference is between the losses of one row in two runs with the same seed. Seeds and rows are both random
-samples, so the bootstrap resamples both: the rows once for all seeds, which share them (the pigeonhole bootstrap of
-Owen, 2007), and n − 1 of n seeds, which makes the variance unbiased (Rao and Wu, 1988). The bootstrap's standard error
-gives a t interval with the degrees of freedom of Satterthwaite (1946): few if most of the variance comes from the
-seeds, many if it comes from the rows. A percentile interval over three seeds would be far too short.
+samples, crossed: all seeds share the rows. The variance of the mean is the sum of both parts, by moments, and gives a t
+interval with the degrees of freedom of Satterthwaite (1946): few if most of the variance comes from the seeds, many if
+it comes from the rows. A bootstrap over both counts three times what differs from row to row in another way with every
+seed (Owen, 2007), and a percentile interval over three seeds would be far too short.
 """
 
 from __future__ import annotations
@@ -25,10 +25,6 @@ LEVEL = 0.05
 """Significance level of every test; intervals are 95 % intervals."""
 POWER = 0.8
 """Power for which `seeds_needed` counts seeds: the probability of detecting a real difference."""
-DRAWS = 2000
-"""Resamples of the bootstrap."""
-CHUNK = 2**22
-"""Numbers in the largest array of the bootstrap, which is computed in pieces."""
 MOST_SEEDS = 100
 """Most seeds that `seeds_needed` recommends."""
 ANY_NUMBER = 10**9
@@ -41,9 +37,9 @@ class Parts:
 
     Attributes:
         total: Variance of the mean, over seeds and rows.
-        seeds: The part of the seeds; 0 for one seed, for which it is unknown.
+        seeds: The part that more seeds reduce; 0 for one seed, for which it is unknown.
         rows: The part of the rows, which more seeds do not reduce.
-        mixed: The part of what differs from row to row in another way with every seed; 0 for one seed.
+        mixed: Of `seeds`, what differs from row to row in another way with every seed; 0 for one seed.
         freedom: Degrees of freedom.
     """
 
@@ -88,17 +84,16 @@ class Difference:
         return self.seeds > 1 and self.adjusted < LEVEL
 
 
-def differences(tables: Sequence[Floats], seed: int = 0) -> list[Difference]:
+def differences(tables: Sequence[Floats]) -> list[Difference]:
     """Compare several methods with the same baseline.
 
     Args:
         tables: For each method, its losses minus the baseline's, [seeds, rows].
-        seed: Seed of the bootstrap.
 
     Returns:
         Their differences, corrected for the number of methods.
     """
-    known = [(float(table.mean()), variance_parts(table, seed)) for table in tables]
+    known = [(float(table.mean()), variance_parts(table)) for table in tables]
     values = [p_value(mean, parts) for mean, parts in known]
     found = []
     for (mean, parts), p, adjusted, table in zip(known, values, holm(values), tables, strict=True):
@@ -109,44 +104,24 @@ def differences(tables: Sequence[Floats], seed: int = 0) -> list[Difference]:
     return found
 
 
-def bootstrap_means(table: Floats, generator: np.random.Generator, seeds: bool, rows: bool) -> Floats:
-    """Return bootstrap means of a table, with seeds, rows or both resampled, [DRAWS].
-
-    Args:
-        table: [seeds, rows].
-        generator: The random generator.
-        seeds: Whether to resample seeds, n − 1 of n; a single seed stays.
-        rows: Whether to resample rows, the same ones for all seeds.
-    """
-    n, m = table.shape
-    found = []
-    step = max(1, CHUNK // max(n, m))
-    for begun in range(0, DRAWS, step):
-        count = min(step, DRAWS - begun)
-        by_seed = np.full((count, n), 1 / n)
-        if seeds and n > 1:
-            by_seed = generator.multinomial(n - 1, np.full(n, 1 / n), size=count) / (n - 1)
-        by_row = generator.multinomial(m, np.full(m, 1 / m), size=count) / m if rows else np.full((count, m), 1 / m)
-        found.append(((by_seed @ table) * by_row).sum(axis=1))
-    return np.concatenate(found)
-
-
-def variance_parts(table: Floats, seed: int = 0) -> Parts:
+def variance_parts(table: Floats) -> Parts:
     """Return the variance of a table's mean, and its degrees of freedom.
 
+    Of the model y = μ + seed + row + rest, with n seeds and m rows: the variance of the seeds' means over n has an
+    expected value of σ²(seed)/n + σ²(rest)/nm, that of the rows' means over m of σ²(row)/m + σ²(rest)/nm. Their sum
+    counts the rest twice, so one is subtracted; what is left for the rows is no less than 0.
+
     Args:
         table: [seeds, rows].
-        seed: Seed of the bootstrap.
     """
     n, m = table.shape
     if n * m == 1:  # the variance of a single number is unknown
         return Parts(math.inf, 0.0, 0.0, 0.0, 1.0)
-    generator = np.random.default_rng(seed)
-    total = float(bootstrap_means(table, generator, seeds=True, rows=True).var())
     by_seed = float(table.mean(axis=1).var(ddof=1)) / n if n > 1 else 0.0
     by_row = float(table.mean(axis=0).var(ddof=1)) / m if m > 1 else 0.0
     mixed = _interaction(table) / (n * m)
-    return Parts(total, by_seed, max(0.0, by_row - mixed), mixed, freedom(by_seed, n - 1, by_row, m - 1))
+    rows = max(0.0, by_row - mixed)
+    return Parts(by_seed + rows, by_seed, rows, mixed, freedom(by_seed, rows, mixed, n, m))
 
 
 def _interaction(table: Floats) -> float:
@@ -156,16 +131,22 @@ def _interaction(table: Floats) -> float:
     return float((rest**2).sum()) / max(1, (n - 1) * (m - 1))
 
 
-def freedom(first: float, first_freedom: int, second: float, second_freedom: int) -> float:
-    """Return Satterthwaite's degrees of freedom of a sum of two variances.
+def freedom(seeds: float, rows: float, mixed: float, n: int, m: int) -> float:
+    """Return Satterthwaite's degrees of freedom of a mean's variance, which is that by seeds + that by rows − mixed.
 
-    >>> freedom(1.0, 2, 0.0, 99), freedom(0.0, 2, 1.0, 8), freedom(1.0, 4, 1.0, 4)
+    Args:
+        seeds: As in `Parts`.
+        rows: As in `Parts`.
+        mixed: As in `Parts`.
+        n: Number of seeds.
+        m: Number of rows.
+
+    >>> freedom(1.0, 0.0, 0.0, 3, 100), freedom(0.0, 1.0, 0.0, 3, 9), freedom(1.0, 1.0, 0.0, 5, 5)
     (2.0, 8.0, 8.0)
     """
-    parts = [(first, first_freedom), (second, second_freedom)]
-    spread = sum(variance**2 / degrees for variance, degrees in parts if degrees > 0)
-    known = sum(degrees for _, degrees in parts if degrees > 0)
-    return (first + second) ** 2 / spread if spread > 0 else float(max(1, known))
+    known = [(seeds, n - 1), (rows + mixed, m - 1), (mixed, (n - 1) * (m - 1))]
+    spread = sum(variance**2 / degrees for variance, degrees in known if degrees > 0)
+    return max(1.0, (seeds + rows) ** 2 / spread) if spread > 0 else 1.0
 
 
 def p_value(mean: float, parts: Parts) -> float:
@@ -192,9 +173,8 @@ def holm(probabilities: Sequence[float]) -> list[float]:
 def seeds_needed(difference: Difference, margin: float, comparisons: int) -> int | None:
     """Return how many seeds it takes to detect a difference as large as the margin.
 
-    The smallest n with margin ≥ (t(1 − α/2) + t(0.8)) · √(s²/n + v + w/n). s² is the variance between seeds, v that of
-    the rows, which more seeds do not reduce, w/n that of their interaction. α is corrected for all comparisons; t has
-    the degrees of freedom of n seeds.
+    The smallest n with margin ≥ (t(1 − α/2) + t(0.8)) · √(s²/n + v). s² is the variance between seeds, v that of the
+    rows, which more seeds do not reduce. α is corrected for all comparisons; t has the degrees of freedom of n seeds.
 
     Args:
         difference: As measured.
@@ -223,7 +203,7 @@ def rows_suffice(difference: Difference, margin: float, comparisons: int) -> boo
 def _suffice(difference: Difference, n: int, margin: float, comparisons: int) -> bool:
     """Whether n seeds detect a difference as large as the margin."""
     parts = difference.parts
-    seeds, rows = parts.seeds * difference.seeds / n, parts.rows + parts.mixed * difference.seeds / n
-    degrees = freedom(seeds, n - 1, rows, difference.rows - 1)
+    seeds, mixed = (part * difference.seeds / n for part in (parts.seeds, parts.mixed))
+    degrees = freedom(seeds, parts.rows, mixed, n, difference.rows)
     reach = t_quantile(1 - LEVEL / comparisons / 2, degrees) + t_quantile(POWER, degrees)
-    return margin >= reach * math.sqrt(seeds + rows)
+    return margin >= reach * math.sqrt(seeds + parts.rows)
