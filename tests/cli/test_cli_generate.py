@@ -8,10 +8,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from loralloc.cli import chat
+from loralloc.errors import UserError
 from loralloc.recipe import from_recipe, stages
 
-from .command import LANGUAGE, RECIPE, done, read_json, read_rows, refused
+from .command import LANGUAGE, RECIPE, build_tokenizer, done, read_json, read_rows, refused
 from .test_cli_language import write_data
 
 Write = Callable[[str], Path]
@@ -130,6 +133,21 @@ def test_texts_are_continued_and_chats_answered_whichever_columns_were_recognise
     assert templated()
     (here / "train.jsonl").unlink()
     assert templated()
+
+
+def test_a_prompt_without_tokens_begins_with_the_first_token(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(decoder)
+    starts = build_tokenizer("$A", None, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+    nothing, settings = [{"role": "user", "content": ""}], {"max_new_tokens": 3, "do_sample": False}
+    answer = chat.write(model, starts, nothing, settings, templated=False)
+    first = [{"role": "user", "content": "<s>"}]
+    assert answer == chat.write(model, starts, first, settings, templated=False)
+    assert answer in capsys.readouterr().out
+    without = build_tokenizer("$A", None, unk_token="<unk>", eos_token="</s>", pad_token="<unk>")
+    with pytest.raises(UserError) as error:
+        chat.write(model, without, nothing, settings, templated=False)
+    expected = "the prompt has no tokens, and the tokenizer none that begins a text; write a word at least"
+    assert str(error.value) == expected
 
 
 def test_a_classifier_does_not_chat(run: Path) -> None:

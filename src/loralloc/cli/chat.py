@@ -123,18 +123,23 @@ def write(
     *,
     templated: bool,
 ) -> str:
-    """Print the answer to a chat token by token, and return it; without a template, only the last message counts."""
+    """Print the answer to a chat token by token, and return it; without a template, only the last message counts.
+
+    Raises:
+        UserError: The chat has no tokens, or the model no position left for an answer.
+    """
+    import torch
     from transformers import TextStreamer
 
     from loralloc.tasks.generation import ends, room
 
     if not templated:
-        inputs: Any = tokenizer(messages[-1]["content"], return_tensors="pt")
+        inputs: Any = tokenizer(messages[-1]["content"])
     else:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    inputs = {key: value.to(model.device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    ids = inputs["input_ids"] or _first_token(tokenizer)
+    inputs = {"input_ids": torch.tensor([ids], device=model.device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
     longest = room(model, inputs["input_ids"].shape[1])
     settings = {**settings, "max_new_tokens": min(settings["max_new_tokens"], longest)}
@@ -142,3 +147,15 @@ def write(
     written = model.generate(**inputs, streamer=streamer, **marks, **settings)
     prompt = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return str(tokenizer.decode(written[0, prompt:], skip_special_tokens=True))
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a text without tokens begins with: the token that begins every text.
+
+    Raises:
+        UserError: The tokenizer has none.
+    """
+    start: Any = tokenizer.bos_token_id
+    if start is None:
+        raise UserError("the prompt has no tokens, and the tokenizer none that begins a text; write a word at least")
+    return [start]
