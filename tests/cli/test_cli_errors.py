@@ -58,6 +58,11 @@ RECIPE_MISTAKES: dict[str, tuple[list[Any], str]] = {
 }
 MODEL_MISTAKES: dict[str, tuple[list[Any], str]] = {
     "phases in fractions and steps": (["--method.warmup", 12, "--cooldown", 0.25], "fill the 16 steps of the run"),
+    "warm-up as long as the run": (
+        ["--training.warmup", 16],
+        "^training.warmup: the learning rate would rise over 16 steps, and the training has 16; lower it, or write a "
+        "fraction of the run, such as 0.1$",
+    ),
     "run too short": (["--steps", 1], r"at least \d optimizer steps, the run has 1"),
     "total rank above the start": (["--total_rank", 53], "total_rank=53 asks for 53 ranks, .* start with 52"),
     "parameters above the start": (["--parameters", 1921], "asks for 1921 parameters, .* start with 1920"),
@@ -133,6 +138,14 @@ def test_mistakes_about_model_and_data(case: str, recipe: Path, here: Path) -> N
     assert len(message.splitlines()) == 1
     assert (here / "own.jsonl").read_text(encoding="utf-8") == "kept\n"
     assert not (here / "run" / "metrics.json").exists()
+
+
+def test_a_warm_up_that_the_epochs_or_a_search_are_too_short_for(recipe: Path) -> None:
+    epochs = ["--epochs", 1, "--training.warmup", 6, "--dry-run"]  # 48 examples, 8 a batch
+    assert "rise over 6 steps, and the training has 6; lower it" in refused("train", recipe, *epochs)
+    search = ["--method", "{name: autolora, search: 4}", "--training.warmup", 4, "--dry-run"]
+    assert "rise over 4 steps, and the training has 4; lower it" in refused("train", recipe, *search)
+    done("train", recipe, "--training.warmup", 15, "--dry-run")
 
 
 @pytest.mark.parametrize("case", ROWS)

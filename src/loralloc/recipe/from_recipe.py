@@ -188,6 +188,24 @@ def check_precision(recipe: Recipe, model: PreTrainedModel) -> None:
         )
 
 
+def check_warmup(recipe: Recipe, steps: int) -> None:
+    """Refuse a warm-up in steps after which no step is left: the learning rate would never be reached.
+
+    Args:
+        recipe: The recipe.
+        steps: Optimizer steps of its training.
+
+    Raises:
+        UserError: With both lengths.
+    """
+    warmup = recipe.training.warmup
+    if isinstance(warmup, int) and warmup >= steps:
+        raise UserError(
+            f"training.warmup: the learning rate would rise over {warmup} steps, and the training has {steps}; lower "
+            "it, or write a fraction of the run, such as 0.1"
+        )
+
+
 def even_config(recipe: Recipe) -> LoraConfig:
     """The adapter configuration of a recipe without a plan: `lora.r` in every module unless `lora.peft` differs."""
     lora = recipe.lora

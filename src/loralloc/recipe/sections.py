@@ -97,7 +97,9 @@ class TrainingConfig(Section):
     schedule: Literal["linear", "cosine", "constant"] | None = Field(
         default=None, description="learning rate after its warm-up; null: linear, or trainer.lr_scheduler_type"
     )
-    warmup: Phase = Field(default=0.1, description="learning rate warm-up: fraction of the run, or steps")
+    warmup: Phase = Field(
+        default=0.1, description="learning rate warm-up: fraction of the run, or steps, fewer than it has"
+    )
     weight_decay: AtLeastZero = Field(default=0.0, description="decoupled weight decay")
     max_grad_norm: AtLeastZero = Field(default=1.0, description="gradient clipping; 0 turns it off")
     seed: Seed = Field(default=0, description="seed of everything that is random")

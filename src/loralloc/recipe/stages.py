@@ -23,7 +23,14 @@ from loralloc.plan import RankPlan
 from loralloc.recipe.best import best_arguments, best_callbacks, wait_for_final_ranks
 from loralloc.recipe.changes import NotResumableError, check_unchanged
 from loralloc.recipe.fingerprints import depends_on
-from loralloc.recipe.from_recipe import add_adapter, check_precision, method_data, trainer_class, training_arguments
+from loralloc.recipe.from_recipe import (
+    add_adapter,
+    check_precision,
+    check_warmup,
+    method_data,
+    trainer_class,
+    training_arguments,
+)
 from loralloc.recipe.passthrough import (
     OF_EVALUATIONS,
     OF_THE_EXPORTED_ALONE,
@@ -308,6 +315,7 @@ def _prepare(
 ) -> Stage:
     """Build adapter and trainer; ranks are allocated by a callback, and without a method a guard skips bad steps."""
     check_precision(recipe, data.model)
+    check_warmup(recipe, steps)
     model = adapt(data.model, recipe)
     key = "lora.target_modules" if recipe.plan is None else "plan"
     check_output_layer(recipe.task, model, key, "leave it out, or train it in full with lora.modules_to_save")
