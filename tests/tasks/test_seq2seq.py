@@ -50,6 +50,11 @@ def test_sources_are_templates_and_targets_end(encoder_decoder: str, section: Ca
         assert example["labels"][-1] == tokenizer.eos_token_id
 
 
+def test_a_source_that_special_tokens_fill_is_refused(t5: str, section: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"^data\.max_length is 1, and special tokens take 1 of an example: a text wou"):
+        encoded(t5, section(max_length=1))
+
+
 def test_a_tokenizer_that_ends_nothing_gets_targets_that_end(section: Callable[..., Any], tmp_path: Path) -> None:
     tokenizer = build_tokenizer("$A", None, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
     tokenizer.save_pretrained(tmp_path / "open")

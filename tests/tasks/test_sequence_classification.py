@@ -123,11 +123,26 @@ def test_only_what_is_too_long_is_tokenized_again(pairs: list[str] | None) -> No
         seen.append(len(texts))
         return tokenizer(texts, *others, **options)
 
+    counted.num_special_tokens_to_add = tokenizer.num_special_tokens_to_add  # type: ignore[attr-defined]
     texts = ["the film", "the film is bad a b", "good"]
     found, longer = tokenize_cut(counted, texts, pairs, 7, True)  # type: ignore[arg-type]
     whole = tokenizer(texts, pairs, truncation=True, max_length=7)
     assert {key: list(found[key]) for key in whole} == dict(whole)
     assert (longer, seen) == ([False, True, False], [3, 1])
+
+
+@pytest.mark.parametrize(("pair", "special"), [(None, 2), ("other", 3)])
+def test_a_length_that_special_tokens_fill_is_refused(
+    task: Callable[..., TaskData], pair: str | None, special: int
+) -> None:
+    rows, least = [{**row, "other": "a b"} for row in ROWS], special + (1 if pair is None else 2)
+    with pytest.raises(UserError) as error:
+        task(rows, text_pair=pair, max_length=least - 1)
+    assert str(error.value) == (
+        f"data.max_length is {least - 1}, and special tokens take {special} of an example: a text would have no token "
+        f"left; raise it to {least} at least"
+    )
+    assert {len(ids) for ids in task(rows, text_pair=pair, max_length=least).train["input_ids"]} == {least}
 
 
 def test_a_batch_is_padded_to_its_longest(task: Callable[..., TaskData]) -> None:

@@ -14,6 +14,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from numpy.typing import NDArray
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+from loralloc.errors import UserError
 from loralloc.tasks.spec import GREATER_IS_BETTER
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,25 @@ def to_dataset(examples: Iterable[Mapping[str, Any]], label: List | Value | None
     return concatenate_datasets(chunks)
 
 
+def check_room(tokenizer: PreTrainedTokenizerBase, max_length: int, texts: int) -> None:
+    """Refuse a length that special tokens fill: every example would be the same, whatever its text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        max_length: Longest example, in tokens.
+        texts: Texts of an example, 1 or 2.
+
+    Raises:
+        UserError: Not every text would keep a token.
+    """
+    least = tokenizer.num_special_tokens_to_add(pair=texts == 2) + texts
+    if max_length < least:
+        raise UserError(
+            f"data.max_length is {max_length}, and special tokens take {least - texts} of an example: a text would "
+            f"have no token left; raise it to {least} at least"
+        )
+
+
 def tokenize_cut(
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
@@ -184,11 +204,15 @@ def tokenize_cut(
 
     Returns:
         What the tokenizer gives, and for each text whether it was too long.
+
+    Raises:
+        UserError: A cut would leave a text without tokens.
     """
     # Not verbose: texts longer than the model are expected here, and cut.
     found = tokenizer(texts, pairs, verbose=False)
     longer = [len(ids) > max_length for ids in found["input_ids"]]
     if at := [i for i, too_long in enumerate(longer) if too_long]:
+        check_room(tokenizer, max_length, 1 if pairs is None else 2)
         others = None if pairs is None else [pairs[i] for i in at]
         again = tokenizer([texts[i] for i in at], others, truncation=truncation, max_length=max_length)
         for key, rows in again.items():

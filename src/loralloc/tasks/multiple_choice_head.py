@@ -137,7 +137,7 @@ def _encode(
         if longest >= room:
             raise UserError(
                 f"{rows.place(i)}: a choice has {longest} tokens, and of data.max_length, which is {max_length}, "
-                f"special tokens leave {room} for it and its question; raise it"
+                f"special tokens leave {max(0, room)} for it and its question; raise it"
             )
         prompts = [question.prompt] * len(choices)
         encoded, longer = tokenize_cut(tokenizer, prompts, choices, max_length, "only_first")

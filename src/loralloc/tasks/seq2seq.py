@@ -16,7 +16,7 @@ from datasets import Dataset, List, Value
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loralloc.errors import UserError
-from loralloc.tasks.base import Evaluated, ModelSection, TaskData, evaluation_of, to_dataset
+from loralloc.tasks.base import Evaluated, ModelSection, TaskData, check_room, evaluation_of, to_dataset
 from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.forms import read_texts
 from loralloc.tasks.generation import Prompt
@@ -139,6 +139,9 @@ def encode(rows: Rows, pairs: Pairs, tokenizer: PreTrainedTokenizerBase, data: S
 
     Returns:
         Examples of `input_ids`, `attention_mask` and `labels`.
+
+    Raises:
+        UserError: A source would be cut to its special tokens.
     """
     cut = {"max_length": 0, "target_length": 0}
 
@@ -147,6 +150,7 @@ def encode(rows: Rows, pairs: Pairs, tokenizer: PreTrainedTokenizerBase, data: S
             # Not verbose: texts longer than the model are expected here, and cut.
             read = tokenizer(source, verbose=False)
             if len(read["input_ids"]) > data.max_length:
+                check_room(tokenizer, data.max_length, 1)
                 cut["max_length"] += 1
                 read = tokenizer(source, truncation=True, max_length=data.max_length)
             labels = list(tokenizer(text_target=target, verbose=False)["input_ids"])

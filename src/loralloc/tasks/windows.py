@@ -9,7 +9,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from loralloc.errors import UserError
-from loralloc.tasks.base import CHUNK
+from loralloc.tasks.base import CHUNK, check_room
 
 
 class Window(NamedTuple):
@@ -68,14 +68,15 @@ def windows(
         The windows, row after row and in the order of the text; at least one a row.
 
     Raises:
-        UserError: Windows would share all their tokens.
+        UserError: Windows would share all their tokens, or special tokens fill them.
     """
     room = max_length - tokenizer.num_special_tokens_to_add(pair=pairs is not None)
     if stride is not None and stride >= room:
         raise UserError(
             f"data.stride is {stride}, and windows share fewer tokens than they have: of data.max_length, which is "
-            f"{max_length}, special tokens leave {room}"
+            f"{max_length}, special tokens leave {max(0, room)}"
         )
+    check_room(tokenizer, max_length, 1 if pairs is None else 2)
     for start in range(0, len(texts), CHUNK):
         encoded = tokenizer(
             texts[start : start + CHUNK],  # type: ignore[arg-type]
