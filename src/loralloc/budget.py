@@ -29,12 +29,14 @@ class Modules:
         parameters: Parameters of one rank of each module, in + out.
         bytes: The same in bytes, at the dtypes of A and B.
         base_parameters: Parameters of the base model; None if it is not at hand, as for an adapter's folder.
+        rankless: Further adapted modules, which have no rank to lose and count in averages.
     """
 
     ranks: Sequence[int]
     parameters: Sequence[int]
     bytes: Sequence[int]
     base_parameters: int | None = None
+    rankless: int = 0
 
     def costs(self, unit: str) -> Sequence[int]:
         """Return what one rank of each module costs; 1 for every module if the unit is ranks."""
@@ -141,8 +143,9 @@ class Budget:
                 f"the budget share_of_base={value} is a share of the base model, which an adapter's folder does not "
                 "hold; give parameters or adapter_bytes instead"
             )
+        count = len(costs) + modules.rankless
         share_of = {
-            "average_rank": len(modules.ranks),
+            "average_rank": count,
             "fraction": available,
             "share_of_base": modules.base_parameters,
         }.get(name)
@@ -150,14 +153,14 @@ class Budget:
         if wanted > available * (1 + 1e-12):
             asked = wanted if type(wanted) is int else f"{wanted:.12g}"
             raise UserError(
-                f"the budget {name}={value} asks for {asked} {self.unit}, but the {len(costs)} adapted modules start "
+                f"the budget {name}={value} asks for {asked} {self.unit}, but the {count} adapted modules start "
                 f"with {available}; lower the budget or raise LoraConfig.r (lora.r in a recipe)"
             )
         # The twelve digits are for products such as 0.7 · 10, which come out a hair below their whole number.
         target = wanted if type(wanted) is int else int(float(f"{wanted:.12g}"))
         if target < min(costs):
             raise UserError(
-                f"the budget {name}={value} leaves {target} {self.unit} for {len(costs)} modules: not even one rank "
+                f"the budget {name}={value} leaves {target} {self.unit} for {count} modules: not even one rank "
                 f"(the cheapest costs {min(costs)})"
             )
         return target

@@ -17,12 +17,13 @@ import pytest
 import torch
 from cli.command import done, files, refused
 from exports import AUTO, adapted, config_of, saved_base, stored
-from models import logits, lora_layers, tiny_peft, train_adapter
+from models import cycled_ranks, logits, lora_layers, set_ranks, tiny_peft, train_adapter
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loralloc import AdaLoRA, Budget, RankPlan, UserError, attach, export_adapter, truncate_adapter
+from loralloc.adapter.folders import RECORD
 
 SCALES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -222,8 +223,34 @@ def test_the_command_writes_the_same_folder(source, tmp_path: Path) -> None:
     said = done("truncate", folder, "--average_rank", 1.5, "--output", tmp_path / "shell")
     truncate_adapter(folder, tmp_path / "python", Budget(average_rank=1.5))
     assert files(tmp_path / "shell") == files(tmp_path / "python")
-    assert "ranks   9 of 24 over 6 modules" in said
+    assert "ranks   9 of 24 over the 6 modules that have a rank" in said
     assert "of the updates' squared norm" in said
+
+
+def test_an_average_is_over_all_modules_of_an_export(tmp_path: Path) -> None:
+    """As `loralloc frontier` and the report count; where nothing records the others, the output says so."""
+    model = tiny_peft("llama", trained=True)
+    set_ranks(model, cycled_ranks(model, 4, 0, 3))
+    count = len(lora_layers(model))
+    export_adapter(model, tmp_path / "source")
+    said = done("truncate", tmp_path / "source", "--average_rank", 1, "--output", tmp_path / "small")
+    assert f"ranks   {count} of " in said
+    assert f" over {count} modules\n" in said
+    result = truncate_adapter(tmp_path / "small", tmp_path / "smaller", Budget(average_rank=0.5))
+    assert (result.plan.total_rank, result.modules) == (count // 2, count)
+    (tmp_path / "small" / RECORD).unlink()
+    result = truncate_adapter(tmp_path / "small", tmp_path / "smaller", Budget(average_rank=0.5))
+    stored = len(result.plan.modules)
+    assert stored < count
+    assert (result.plan.total_rank, result.modules) == (stored // 2, None)
+
+
+def test_a_record_of_another_adapter_counts_nothing(tmp_path: Path) -> None:
+    model = tiny_peft("llama", trained=True)
+    export_adapter(model, tmp_path / "source")
+    record = tmp_path / "source" / RECORD
+    record.write_text(json.dumps({**json.loads(record.read_text(encoding="utf-8")), "ranks": {"a": 1}}))
+    assert truncate_adapter(tmp_path / "source", tmp_path / "small", Budget(average_rank=1)).modules is None
 
 
 def _drop(folder: Path, name: str) -> None:

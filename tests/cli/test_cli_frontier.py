@@ -15,8 +15,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from loralloc.adapter.folders import RECORD
 from loralloc.adapter.truncation import truncate_adapter
 from loralloc.budget import Budget
+from loralloc.frontier.source import Source
 from loralloc.plan import RankPlan
 from loralloc.recipe.from_recipe import task_data
 
@@ -290,6 +292,16 @@ class TestRefusals:
         assert "the adapter has trained more than the recipe would (" in message
         assert "add its module to lora.modules_to_save, or leave the recovery out with --recover 0" in message
         done("frontier", "alone", "--recipe", recipe, "--output", "other", "--ranks", "1", "--recover", 0)
+
+    def test_an_adapter_of_an_export_counts_the_modules_without_ranks(self, run: Path, recipe: Path) -> None:
+        shutil.copytree(run / "adapter", "alone")
+        record = Path("alone") / RECORD
+        ranks = read_json(record)["ranks"]
+        record.write_text(json.dumps(read_json(record) | {"ranks": ranks | {"closed": 0}}))
+        source = Source.of(Path("alone"), recipe, Path("curve"))
+        assert (source.modules, source.named) == (len(ranks) + 1, f"alone --recipe {recipe} --output curve")
+        record.unlink()
+        assert Source.of(Path("alone"), recipe, Path("curve")).modules is None
 
     def test_an_export_over_something_else(self, run: Path) -> None:
         Path("mine").mkdir()

@@ -86,6 +86,22 @@ def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
     write_atomically(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
+def recorded_modules(folder: Path) -> list[str] | None:
+    """Return the names of all modules that an exported adapter adapts, those without a rank included.
+
+    Args:
+        folder: Folder of an adapter of any origin.
+
+    Returns:
+        The names; None if the folder has no record of them.
+
+    Raises:
+        UserError: The record cannot be read.
+    """
+    ranks = read_object(folder / RECORD).get("ranks") if (folder / RECORD).exists() else None
+    return list(ranks) if isinstance(ranks, dict) else None
+
+
 def exported_files(folder: Path) -> list[str]:
     """Return the names of an export's files, the record last; only the card may have changed since the check.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from loralloc._version import __version__
 from loralloc.adapter.export import Factors, move_into_place, plain_config, ragged
 from loralloc.adapter.folders import ADAPTER_WEIGHTS as WEIGHTS
-from loralloc.adapter.folders import check_target, record_export
+from loralloc.adapter.folders import check_target, record_export, recorded_modules
 from loralloc.adapter.stored import StoredAdapter, read_adapter
 from loralloc.budget import Budget, Modules
 from loralloc.errors import UserError
@@ -30,13 +30,15 @@ class Truncation:
 
     Attributes:
         path: The folder.
-        plan: Ranks before and after.
+        plan: Ranks before and after, of the modules that had any.
         kept: Share of Σ ‖ΔW‖²_F over all modules that is still there.
+        modules: Number of adapted modules, those that had no rank included; None if the source has no record of them.
     """
 
     path: Path
     plan: RankPlan
     kept: float
+    modules: int | None
 
 
 def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> Truncation:
@@ -48,8 +50,9 @@ def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> 
     Args:
         source: Folder with `adapter_config.json` and `adapter_model.safetensors`.
         output: Folder to write; an export that is there is replaced.
-        budget: What the copy may cost. A `fraction` is relative to the source. Bytes follow from each tensor's dtype,
-            which stays. A `share_of_base` is not possible: there is no base model here.
+        budget: What the copy may cost. An `average_rank` counts all modules of an export of loralloc, and of other
+            adapters those that have a rank. A `fraction` is relative to the source. Bytes follow from each tensor's
+            dtype, which stays. A `share_of_base` is not possible: there is no base model here.
 
     Raises:
         UserError: The source is not plain LoRA, the budget is above what it holds, or the output is something else.
@@ -62,7 +65,8 @@ def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> 
     names = list(stored.factors)
     parts = decompose([(f.A.double(), f.B.double() * stored.scales[name]) for name, f in stored.factors.items()])
     values = [sigma for _, sigma, _ in parts]
-    modules = _modules(values, list(stored.factors.values()))
+    rankless = _rankless(source, stored)
+    modules = _modules(values, list(stored.factors.values()), len(rankless or ()))
     ranks = [*modules.ranks]
     keep = keep_largest(values, budget, modules, budget.resolve(modules)).split(ranks)
     factors, kept_ranks = {}, {}
@@ -74,11 +78,19 @@ def truncate_adapter(source: str | Path, output: str | Path, budget: Budget) -> 
     plan = RankPlan(Truncate.id, kept_ranks, budget.to_dict(), sum(ranks), provenance)
     energy = torch.cat(values).square()
     kept_energy = float(energy[torch.cat(keep)].sum() / energy.sum()) if energy.any() else 1.0
-    _write(output, stored, factors, plan)
-    return Truncation(output, plan, kept_energy)
+    _write(output, stored, factors, plan, rankless or ())
+    return Truncation(output, plan, kept_energy, None if rankless is None else len(names) + len(rankless))
 
 
-def _modules(values: Sequence[Tensor], factors: Sequence[Factors]) -> Modules:
+def _rankless(source: Path, stored: StoredAdapter) -> list[str] | None:
+    """The adapted modules that have no rank; None if there is no record of them, or one of another adapter."""
+    recorded = recorded_modules(source)
+    if recorded is None or not stored.factors.keys() <= set(recorded):
+        return None
+    return [name for name in recorded if name not in stored.factors]
+
+
+def _modules(values: Sequence[Tensor], factors: Sequence[Factors], rankless: int) -> Modules:
     """The modules as `Budget` needs them; bytes follow from the dtypes of the stored tensors."""
     sizes = [(f.A.shape[1], f.B.shape[0]) for f in factors]
     return Modules(
@@ -88,6 +100,7 @@ def _modules(values: Sequence[Tensor], factors: Sequence[Factors]) -> Modules:
             inputs * f.A.element_size() + outputs * f.B.element_size()
             for f, (inputs, outputs) in zip(factors, sizes, strict=True)
         ],
+        rankless=rankless,
     )
 
 
@@ -103,7 +116,9 @@ def _read(folder: Path) -> StoredAdapter:
     return stored
 
 
-def _write(output: Path, stored: StoredAdapter, factors: Mapping[str, Factors], plan: RankPlan) -> None:
+def _write(
+    output: Path, stored: StoredAdapter, factors: Mapping[str, Factors], plan: RankPlan, rankless: Sequence[str]
+) -> None:
     """Write a temporary folder beside the output, then move it into place as a whole."""
     fields, kept = ragged(factors)
     tensors = dict(stored.others)
@@ -120,5 +135,6 @@ def _write(output: Path, stored: StoredAdapter, factors: Mapping[str, Factors], 
         config.save_pretrained(str(folder))
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         plan.save(folder / "ranks.json")
-        record_export(folder, {"loralloc": __version__, "profile": "ragged", "ranks": plan.ranks})
+        ranks = plan.ranks | dict.fromkeys(rankless, 0)
+        record_export(folder, {"loralloc": __version__, "profile": "ragged", "ranks": ranks})
         move_into_place(folder, output)

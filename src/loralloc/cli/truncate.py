@@ -17,7 +17,7 @@ def truncate(
     ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     average_rank: Annotated[
-        float | None, typer.Option("--average_rank", help="Ranks per adapted layer, on average.")
+        float | None, typer.Option("--average_rank", help="Ranks per adapted layer, on average over all of an export.")
     ] = None,
     total_rank: Annotated[int | None, typer.Option("--total_rank", help="Ranks of all layers together.")] = None,
     parameters: Annotated[int | None, typer.Option(help="Parameters of all kept ranks together.")] = None,
@@ -42,6 +42,8 @@ def truncate(
     plan = done.plan
     share = plan.parameters / plan.start_parameters
     typer.echo(f"wrote {done.path}")
-    typer.echo(f"  ranks   {plan.total_rank:,} of {plan.peak:,} over {len(plan.modules)} modules")
+    with_ranks = f"the {len(plan.modules)} modules that have a rank"
+    over = with_ranks if done.modules is None else f"{done.modules} modules"
+    typer.echo(f"  ranks   {plan.total_rank:,} of {plan.peak:,} over {over}")
     typer.echo(f"  size    {plan.parameters:,} parameters, {share:.0%} of the start")
     typer.echo(f"  kept    {done.kept:.2%} of the updates' squared norm")

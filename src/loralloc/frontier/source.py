@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralloc.adapter.folders import ADAPTER_WEIGHTS, check_adapter_folder
+from loralloc.adapter.folders import ADAPTER_WEIGHTS, check_adapter_folder, recorded_modules
 from loralloc.errors import UserError
 from loralloc.files import sha256_of
 from loralloc.plan import RankPlan
@@ -66,7 +66,8 @@ class Source:
             )
         if output is None:
             raise UserError(f"{path} is an adapter without a run: name a folder to write, --output FOLDER")
-        return cls(path, load_recipe(recipe), output, recipe, {}, None, None, None)
+        modules = len(recorded_modules(path) or ()) or None
+        return cls(path, load_recipe(recipe), output, recipe, {}, modules, None, None)
 
     @classmethod
     def _of_run(cls, path: Path, output: Path | None) -> Source:
@@ -86,9 +87,9 @@ class Source:
     def named(self) -> str:
         """The arguments that name it on the command line."""
         run = self.adapter.parent
-        if self.modules is not None and self.folder == run / "frontier":
+        if self.recipe_file is None and self.folder == run / "frontier":
             return str(run)
-        named = run if self.modules is not None else f"{self.adapter} --recipe {self.recipe_file}"
+        named = run if self.recipe_file is None else f"{self.adapter} --recipe {self.recipe_file}"
         return f"{named} --output {self.folder}"
 
     def fingerprint(self) -> str:
