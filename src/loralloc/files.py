@@ -38,9 +38,29 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # the name that the user knows
         raise
+
+
+def check_writable(folder: Path, key: str, cure: str) -> None:
+    """Refuse a folder that cannot be made, or written into.
+
+    Args:
+        folder: The folder; it need not be there.
+        key: What has named it, for the message.
+        cure: What to do instead.
+
+    Raises:
+        UserError: It would lie in a file, or its owner, or the file system, lets nobody write there.
+    """
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{key}: {folder} would lie in {above}, which is a file; {cure}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: you may not write into {above}; {cure}")
 
 
 def sync_folder(folder: Path) -> None:

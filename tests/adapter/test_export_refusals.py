@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -274,6 +275,14 @@ def test_an_adapter_with_every_rank_closed_is_refused(tmp_path: Path, profile: P
     set_ranks(model, dict.fromkeys(lora_layers(model), 0))
     with pytest.raises(UserError, match=r"^the adapter has no rank left in any module: there is nothing to export$"):
         export_adapter(model, tmp_path / "adapter", profile)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_nobody_may_write_into_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    expected = f"{tmp_path}/new/adapter: you may not write into {tmp_path}; choose another folder"
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+        export_adapter(tiny_peft("llama", trained=True), tmp_path / "new" / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 

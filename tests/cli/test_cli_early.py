@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from loralloc.cli import checks
+from loralloc.cli import checks, terminal
 from loralloc.recipe import run as pipeline
 
-from .command import PLAIN, RECIPE, done, refused
+from .command import PLAIN, RECIPE, done, files, refused
 
 Write = Callable[[str], Path]
 
@@ -103,11 +104,66 @@ def test_several_processes_look_at_the_folder_together(
     assert len(looked) == 2
 
 
-def test_an_output_that_cannot_be_written(recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may write anywhere."""
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and allowed(path, mode))
+
+
+@pytest.mark.usefixtures("read_only")
+def test_an_output_that_cannot_be_written(recipe: Path, here: Path) -> None:
     message = refused("train", recipe, "--output", "a/b/run")
     assert message == f"output: you may not write into {here}; name another with --output"
+
+
+UNWRITABLE: dict[str, tuple[list[Any], str]] = {
+    "a run that goes on": (
+        ["train", "recipe.yaml", "--resume"],
+        "output: you may not write into run; a run goes on in its own folder: let yourself write there",
+    ),
+    "predictions": (
+        ["evaluate", "run", "--predictions", "p"],
+        "--predictions: you may not write into {here}; name a file elsewhere",
+    ),
+    "an export": (["export", "run", "--to", "a"], "{here}/a: you may not write into {here}; choose another folder"),
+    "a truncation": (
+        ["truncate", "run/adapter", "--output", "a/b", "--total_rank", 2],
+        "a/b: you may not write into {here}; choose another folder",
+    ),
+    "a frontier": (["frontier", "run"], "--output: you may not write into {here}/run; name another folder"),
+    "a size of a frontier": (
+        ["frontier", "run", "--output", "a/b"],
+        "--output: you may not write into {here}; name another folder",
+    ),
+    "a report": (["report", "run"], "run: you may not write into run; copy the run to where you may"),
+    "a comparison": (
+        ["compare", "recipe.yaml", "--output", "a"],
+        "output: you may not write into {here}; name another with --output",
+    ),
+    "a demo": (["demo", "--output", "a"], "--output: you may not write into {here}; name another folder"),
+    "a schema": (["schema", "--output", "a/b"], "--output: you may not write into {here}; choose another file"),
+    "a recipe": (
+        ["init", "causal-lm/adalora"],
+        "adalora.yaml: you may not write into {here}; choose another file with --to",
+    ),
+}
+
+
+@pytest.mark.usefixtures("read_only", "recipe", "run")
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_what_nobody_may_write_is_refused_before_anything_is_loaded(case: str, here: Path) -> None:
+    words, expected = UNWRITABLE[case]
+    before = files(here)
+    with patch.object(terminal, "quiet_libraries", side_effect=AssertionError("loaded")):
+        assert refused(*words) == expected.format(here=here)
+    assert files(here) == before
+
+
+def test_a_folder_that_would_lie_in_a_file(run: Path, here: Path) -> None:
+    message = refused("export", run, "--to", run / "recipe.yaml" / "a" / "b")
+    lies = f"{run}/recipe.yaml/a would lie in {run}/recipe.yaml, which is a file"
+    assert message == f"{run}/recipe.yaml/a/b: {lies}; choose another folder"
 
 
 MISTAKES: dict[str, tuple[list[Any], str]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loralloc.errors import UserError
-from loralloc.files import sha256_of, write_atomically
+from loralloc.files import check_writable, sha256_of, write_atomically
 from loralloc.reading import RECORD_LIMIT, check_inside, check_regular, read_object
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS = (
@@ -123,7 +123,7 @@ def exported_files(folder: Path) -> list[str]:
 
 
 def check_target(path: Path) -> None:
-    """Refuse to replace a folder that is not an export, or that holds anything else.
+    """Refuse to replace a folder that is not an export, or that holds anything else, or to write where nobody may.
 
     That the record names a file is not enough: its content must be what was exported.
 
@@ -131,8 +131,9 @@ def check_target(path: Path) -> None:
         path: Where an export is to be written.
 
     Raises:
-        UserError: There is something else.
+        UserError: There is something else, or the folder around it cannot be made or written into.
     """
+    check_writable(path.absolute().parent, str(path), "choose another folder")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; give a folder for the export")
     found = _files(path) if path.exists() else set()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from loralloc.errors import UserError
+from loralloc.files import check_writable
 from loralloc.plan import RankPlan
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
@@ -54,14 +55,11 @@ def check_output(recipe: Recipe, resume: bool, replace: bool) -> None:
         UserError: The folder holds something else, or it cannot be made or written.
     """
     if resume:
-        RunFolder.existing(RunFolder.of(recipe).root)
-        return
-    folder = RunFolder.for_new_run(recipe, replace).root
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        raise UserError(f"output: {folder} would lie in {above}, which is a file; name another with --output")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"output: you may not write into {above}; name another with --output")
+        folder = RunFolder.existing(RunFolder.of(recipe).root).root
+        check_writable(folder, "output", "a run goes on in its own folder: let yourself write there")
+    else:
+        folder = RunFolder.for_new_run(recipe, replace).root
+        check_writable(folder, "output", "name another with --output")
 
 
 def is_alone() -> bool:

@@ -10,6 +10,7 @@ import typer
 
 from loralloc.cli import completion
 from loralloc.errors import UserError
+from loralloc.files import check_writable
 
 
 def compare(
@@ -38,6 +39,7 @@ def compare(
 
     if (outline := peek_recipe(recipe, context.args)) is not None:
         check_inputs(outline)
+        check_writable(Path(outline.output).expanduser(), "output", "name another with --output")
     from loralloc.cli import terminal
     from loralloc.cli.watch import watching
     from loralloc.compare.execute import LocalExecutor, RayExecutor

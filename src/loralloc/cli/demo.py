@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from loralloc.files import check_writable
+
 METHODS = ("adalora", "lora")
 SECONDS = 180
 """Seconds that the training of both runs may take together, unless `LEAST` steps take longer."""
@@ -24,6 +26,7 @@ def demo(
     the Python that runs this; the encoder comes with the extra `demo`. A few steps are measured first, and as many are
     trained as fit into three minutes, at most those of the recipes.
     """
+    check_writable(output, "--output", "name another folder")
     from loralloc.recipe.run_folder import RunFolder
     from loralloc.recipe.schema import load_recipe, peek_recipe
     from loralloc.recipes import list_recipes

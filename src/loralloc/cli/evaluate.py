@@ -10,6 +10,7 @@ import typer
 
 from loralloc.cli import completion
 from loralloc.errors import UserError
+from loralloc.files import check_writable
 
 
 def evaluate(
@@ -83,6 +84,7 @@ def _check_target(path: Path, task: str) -> None:
         raise UserError("--predictions: this task compares answers and predicts none; evaluate without it")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--predictions: there is no folder {path.parent}; make it first")
+    check_writable(path.absolute().parent, "--predictions", "name a file elsewhere")
     if path.is_dir():
         raise UserError(f"--predictions: {path} is a folder; name a file in it")
     if path.exists():

@@ -12,6 +12,7 @@ import typer
 from loralloc.adapter.folders import check_target
 from loralloc.cli import completion
 from loralloc.errors import UserError
+from loralloc.files import check_writable
 
 if TYPE_CHECKING:
     from loralloc.frontier.run import Settings
@@ -84,6 +85,7 @@ def frontier(
         raise UserError(f"--export is an average rank, above 0, got {export:g}")
     averages = None if ranks is None else _averages(ranks)
     source = Source.of(run, recipe, output)
+    check_writable(source.folder, "--output", "name another folder")
     target = (to or source.folder / "adapter").resolve()
     if export is not None:
         check_target(target)

@@ -10,6 +10,7 @@ import typer
 from loralloc.cli import completion
 from loralloc.cli.completion import purpose
 from loralloc.errors import UserError
+from loralloc.files import check_writable
 from loralloc.recipes import list_recipes, recipe_text
 
 
@@ -32,6 +33,7 @@ def init(
     target = to or Path(f"{name.rpartition('/')[2]}.yaml")
     if target.exists():
         raise UserError(f"{target} exists; nothing was overwritten: choose another file with --to")
+    check_writable(target.absolute().parent, str(target), "choose another file with --to")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     typer.echo(f"wrote {target}; edit it, then: loralloc train {target}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from loralloc.cli import completion
+from loralloc.files import check_writable
 
 
 def report(
@@ -22,6 +23,7 @@ def report(
     folder = RunFolder(run)
     if not (folder.plan.is_file() or folder.trace.is_file()):
         folder = RunFolder.existing(run)
+    check_writable(folder.root, str(run), "copy the run to where you may")
     from loralloc.report import write_report
 
     typer.echo(f"wrote {write_report(folder.root)}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from loralloc.errors import UserError
+from loralloc.files import check_writable
 
 
 def schema(
@@ -19,6 +20,8 @@ def schema(
     """
     if output is not None and output.exists() and not _is_schema(output):
         raise UserError(f"{output} exists and is no JSON schema; nothing was overwritten: choose another file")
+    if output is not None:
+        check_writable(output.absolute().parent, "--output", "choose another file")
     from loralloc.methods.registry import sections
     from loralloc.recipe.json_schema import as_text, recipe_schema
 
