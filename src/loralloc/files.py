@@ -40,7 +40,7 @@ def write_atomically(path: Path, text: str) -> None:
         sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(path)  # the name that the user knows
         raise
 
@@ -85,8 +85,16 @@ def sha256_of(path: Path) -> str:
 
 def disk_is_full(error: BaseException) -> bool:
     """Whether an error says that there is no space left: by its number or, from Rust's libraries, in its words."""
-    full = {errno.ENOSPC, errno.EDQUOT}
-    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
+    return _has_number(error, errno.ENOSPC, errno.EDQUOT)
+
+
+def file_is_too_large(error: BaseException) -> bool:
+    """Whether an error says that a file would be larger than the process (`ulimit -f`) or the file system allows."""
+    return _has_number(error, errno.EFBIG)
+
+
+def _has_number(error: BaseException, *numbers: int) -> bool:
+    return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
 
 
 def drop_half_written(folder: Path) -> None:

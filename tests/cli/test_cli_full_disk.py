@@ -112,9 +112,25 @@ def test_where_nothing_was_saved(where: Any, name: str, calls: int, cure: str, r
     done(*words, *cure.split()[3:])
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EFBIG, "File too large"), SafetensorError("I/O error: File too large (os error 27)")]
+)
+def test_a_file_that_would_be_too_large(error: Exception, recipe: Path) -> None:
+    with full(manifest, "write_atomically", 2, error):
+        result = loralloc("train", recipe, *WORDS)
+    assert (result.code, result.err) == (
+        2,
+        "error: a file in run would be larger than this process may write; checkpoint-4 in run/checkpoints is not "
+        "touched. Raise ulimit -f, then go on with loralloc train run/recipe.yaml --resume\n",
+    )
+    done("train", "run/recipe.yaml", "--resume")
+
+
 def test_in_the_export_of_a_run_without_checkpoints(recipe: Path) -> None:
+    with full(pipeline, "export_adapter", 1, OSError(errno.EFBIG, "File too large")):
+        assert "error: a file in run would be larger" in loralloc("train", recipe, "--steps", 6).err
     with full(pipeline, "export_adapter", 1):
-        result = loralloc("train", recipe, "--steps", 6)
+        result = loralloc("train", recipe, "--steps", 6, "--replace")
     again = "start over with --replace; what it trained is kept: loralloc export run"
     assert (result.code, result.err) == (2, f"error: the disk with run is full. Make room, then {again}\n")
     done("export", "run")
@@ -148,3 +164,4 @@ def test_other_errors_of_files_are_what_they_are(recipe: Path) -> None:
 )
 def test_how_a_full_disk_is_told(error: Exception, is_full: bool) -> None:
     assert written.disk_is_full(error) == is_full
+    assert not written.file_is_too_large(error)

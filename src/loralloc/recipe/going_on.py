@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 from loralloc.errors import UserError
-from loralloc.files import disk_is_full
+from loralloc.files import disk_is_full, file_is_too_large
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.training import processes
@@ -19,19 +19,21 @@ from loralloc.training.signals import Stopped
 
 @contextmanager
 def speaking_of_a_full_disk(recipe: Recipe) -> Iterator[None]:
-    """Turn errors about a full disk into one message; half-written checkpoints are removed to free space.
+    """Turn errors about a full disk or too large a file into one message; half-written checkpoints are removed.
 
     Args:
         recipe: The recipe that runs inside the context.
 
     Raises:
-        UserError: The disk is full, or safetensors cannot write or read for another reason.
+        UserError: The disk is full, a file would be larger than it may be, or safetensors cannot write or read for
+            another reason.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         folder = RunFolder.of(recipe)
-        if not disk_is_full(error):
+        too_large = file_is_too_large(error)
+        if not (too_large or disk_is_full(error)):
             # This is how safetensors, written in Rust, reports an OSError.
             if isinstance(error, SafetensorError) and "os error" in str(error):
                 raise UserError(f"{folder.root}: tensors could not be written or read: {error}") from error
@@ -43,7 +45,11 @@ def speaking_of_a_full_disk(recipe: Recipe) -> Iterator[None]:
         whole = f"; {' and '.join(kept)} in {folder.checkpoints} {verb} not touched" if kept else ""
         again = f"start over with --replace{folder.kept_hint()}" if folder.is_run() else "start again"
         cure = f"go on with {_command(folder)}" if _goes_on(folder, recipe) else again
-        raise UserError(f"the disk with {folder.root} is full{whole}. Make room, then {cure}") from error
+        if too_large:
+            reason, first = f"a file in {folder.root} would be larger than this process may write", "Raise ulimit -f"
+        else:
+            reason, first = f"the disk with {folder.root} is full", "Make room"
+        raise UserError(f"{reason}{whole}. {first}, then {cure}") from error
 
 
 def farewell(stopped: Stopped, recipe: Recipe) -> str:

@@ -21,7 +21,7 @@ from loralloc._version import __version__
 from loralloc.adapter.export import Export, export_adapter, write_card
 from loralloc.adapter.hub import exported_files, upload
 from loralloc.errors import UserError
-from loralloc.files import disk_is_full
+from loralloc.files import disk_is_full, file_is_too_large
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
@@ -318,7 +318,7 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export | 
     try:
         export = export_adapter(model, folder.adapter, batch=_sample(stage), tokenizer=data.tokenizer)
     except (RuntimeError, ValueError, OSError) as error:
-        if disk_is_full(error):
+        if disk_is_full(error) or file_is_too_large(error):
             raise
         if all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
             cure = f"what was trained is kept in {folder.trained}: loralloc export {folder.root} writes it from there"
