@@ -320,6 +320,15 @@ class TestOverrides:
         assert recipe.method.budget.model_dump(exclude_none=True) == {"fraction": 0.5}
         assert (recipe.training.epochs, recipe.training.steps) == (3, None)
 
+    @pytest.mark.parametrize("chosen", [[], ["--method", "{name: ablora}", "--method.name", "lora"]])
+    def test_a_last_part_means_no_key_that_the_method_lacks(self, write: Write, chosen: list[str]) -> None:
+        recipe = load_recipe(write(CLASSIFICATION), ["--validation", "0.3", *chosen])
+        assert recipe.data.validation == 0.3
+        if chosen:
+            assert load_recipe(write(CLASSIFICATION), ["--warmup", "3", *chosen]).training.warmup == 3
+        told = problems(write(CLASSIFICATION), "--validation", "0.3", "--method", "{name: ablora}")
+        assert told[0].startswith('--validation: "validation" could mean --data.validation, --method.validation: write')
+
     def test_null_replaces_nothing(self, write: Write) -> None:
         assert load_recipe(write(CLASSIFICATION), ["--epochs", "null"]).training.steps == 300
 
@@ -335,6 +344,7 @@ class TestOverrides:
             (["--colour", "1"], '--colour: unknown key "colour".'),
             (["--name", "x"], '--name: "name" could mean --model.name, --method.name: write one of these'),
             (["--warmup=1"], '--warmup: "warmup" could mean --method.warmup, --training.warmup: write one of these'),
+            (["--rounds", "3"], '--rounds: "rounds" in "method" does not apply to method adalora: remove it'),
             (["--bf16"], "--bf16: needs a value: --bf16 VALUE"),
             (["--bf16", "--seed", "1"], "--bf16: needs a value: --bf16 VALUE"),
             (["seed", "--seed", "1"], "seed: an override is written --key value"),

@@ -9,6 +9,7 @@ made from the methods themselves, which need torch, so they are imported when a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any, Self, Union, get_args
@@ -141,6 +142,17 @@ def method_names() -> Sequence[str]:
     return list(sections())
 
 
+def _of_other_methods(name: Any) -> set[str]:
+    """Keys with dots that only other methods have; none where there is no method of this name."""
+    from loralloc.methods.registry import sections
+
+    section = sections().get(name) if isinstance(name, str) else None
+    if section is None:
+        return set()
+    own = {key for key, _ in _walk_keys(section, "method.")}
+    return {key for key in recipe_keys() if key.startswith("method.") and key not in own}
+
+
 def _description(key: Key, tree: Mapping[str, Any]) -> str:
     """The description of a key; if several methods have it, that of the recipe's method."""
     from loralloc.methods.registry import sections
@@ -189,7 +201,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), check: Check | None =
     """
     source = read_recipe_file(path)
     source.report(lost_marker(source.tree))
-    apply_overrides(source, overrides, _keys_and_options(), _exclusive(), MAPPINGS)
+    words = (overrides, _keys_and_options(), list(_exclusive()), MAPPINGS)
+    outlined = deepcopy(source)
+    apply_overrides(outlined, *words)
+    apply_overrides(source, *words, _of_other_methods(get(outlined.tree, "method", "name")))
     source.report(broken_rules(source.tree))
     source.report(_broken_by_libraries(source.tree))
     try:

@@ -244,6 +244,7 @@ def apply_overrides(
     keys: Collection[str],
     groups: Iterable[Sequence[Key]],
     mappings: Collection[str] = (),
+    inapplicable: Collection[str] = (),
 ) -> None:
     """Lay command-line flags over the values of a file.
 
@@ -254,12 +255,13 @@ def apply_overrides(
         keys: All keys a recipe may have, with dots.
         groups: Keys of which at most one may be set: a flag that sets one of them drops the others in the file.
         mappings: Keys whose value is a mapping; names in it need not be among `keys`.
+        inapplicable: Keys that this recipe cannot have: a last part means them only if no other key ends in it.
     """
     flags: dict[Key, Any] = {}
     for index, (flag, text) in enumerate(_pairs(source, words)):
         place = Place((1, index), flag)
         try:
-            key: Key = tuple(_full_key(flag, keys, mappings).split("."))
+            key: Key = tuple(_full_key(flag, keys, mappings, inapplicable).split("."))
             flags[key] = parse_value(text)
         except UserError as error:
             source.problems.append((place, str(error)))
@@ -288,13 +290,14 @@ def _pairs(source: Source, words: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _full_key(flag: str, keys: Collection[str], mappings: Collection[str]) -> str:
+def _full_key(flag: str, keys: Collection[str], mappings: Collection[str], inapplicable: Collection[str]) -> str:
     word = flag.removeprefix("--").replace("-", "_")
     found = (
         [word]
         if word in keys or word.rpartition(".")[0] in mappings
         else [key for key in keys if key.endswith(f".{word}")]
     )
+    found = [key for key in found if key not in inapplicable] or found
     if len(found) == 1:
         return found[0]
     if found:
