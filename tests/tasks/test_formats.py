@@ -185,6 +185,28 @@ class TestJson:
             read_rows(save(tmp_path, "a.json", text.replace('"a": 1', '"a" 1')))
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('{"text": ["one", "two"], "label": ["x", "y"]}', "of columns (text, label)"),
+        ('{"text": {"0": "one", "1": "two"}, "label": {"0": "x", "1": "y"}}\n', "of columns (text, label)"),
+        ('{\n "text": ["one", "two"],\n "label": ["x", "y"]\n}\n', "of columns (text, label)"),
+        ('{\n "data": [{"text": "one"}]\n}\n', "on several lines"),
+    ],
+)
+def test_one_object_that_is_no_row(text: str, kind: str, tmp_path: Path) -> None:
+    path = save(tmp_path, "a.json", text)
+    with pytest.raises(UserError) as error:
+        read_rows(path)
+    cure = "write a list of objects, one for each row, or an object a line"
+    assert str(error.value) == f"{path} is one object {kind}; {cure}"
+
+
+@pytest.mark.parametrize("text", ['{"text": "one"}\n', '{"messages": [{"role": "user"}, {"role": "assistant"}]}'])
+def test_one_object_that_is_a_row(text: str, tmp_path: Path) -> None:
+    assert len(read_rows(save(tmp_path, "a.json", text))) == 1
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_malformed_row_is_quoted_whatever_ends_its_line(end: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'a.csv:3: malformed row .*: "x"y,2$'):

@@ -85,7 +85,43 @@ def _columns(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 def _read_json(source: str, path: Path) -> Rows:
     text = _read_text(source, path)
-    return _json_list(source, text) if text.lstrip().startswith("[") else _json_lines(source, text)
+    if text.lstrip().startswith("["):
+        return _json_list(source, text)
+    _refuse_one_object(source, text)
+    return _json_lines(source, text)
+
+
+def _refuse_one_object(source: str, text: str) -> None:
+    """Refuse a single object that is no line of JSON lines: one of columns, as pandas writes it, or one on many lines.
+
+    Raises:
+        UserError: With the two forms that are read.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return  # more than one object, or a damaged one, which its line tells
+    if not isinstance(found, dict):
+        return
+    columns = _is_of_columns(found)
+    if columns or "\n" in text.strip():
+        kind = f"of columns ({shorten(', '.join(found))})" if columns else "on several lines"
+        cure = "write a list of objects, one for each row, or an object a line"
+        raise UserError(f"{source} is one object {kind}; {cure}")
+
+
+def _is_of_columns(found: Mapping[str, Any]) -> bool:
+    """Whether all values are columns of two rows at least: lists of one length, or mappings from the rows' numbers.
+
+    >>> _is_of_columns({"text": ["a", "b"], "label": [0, 1]}), _is_of_columns({"text": {"0": "a", "1": "b"}})
+    (True, True)
+    >>> _is_of_columns({"text": "a", "label": [0, 1]}), _is_of_columns({"messages": [{"role": "user"}, {}]})
+    (False, False)
+    """
+    columns = [list(v.values()) if isinstance(v, dict) and all(map(str.isdigit, v)) else v for v in found.values()]
+    if not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) != 1:
+        return False
+    return len(columns[0]) > 1 and not any(isinstance(entry, dict) for column in columns for entry in column)
 
 
 def _parse_json(text: str) -> Any:
