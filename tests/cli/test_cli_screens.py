@@ -16,6 +16,7 @@ from loralloc.recipe import run as pipeline
 
 from .command import LANGUAGE, PLAIN, RECIPE, done, loralloc, read_json, refused
 from .deaths import killed_at
+from .test_cli_language import write_data
 
 Write = Callable[[str], Path]
 SEARCH = PLAIN.replace("name: lora", "name: autolora\n  check_every: 2")
@@ -146,6 +147,12 @@ class TestQuiet:
         result = loralloc(*words, *long, "--quiet")
         assert (result.code, result.err) == (0, "")
         assert "are longer than data.max_length = 11 tokens" in loralloc(*words, *long, "--verbose").err
+
+    def test_draws_no_bars(self, write: Write, here: Path) -> None:
+        words = ["train", write_data("preference", write, here), "--steps", 4, "--precompute_ref_log_probs", "true"]
+        result = loralloc(*words, "--quiet")
+        assert (result.code, result.err) == (0, "")
+        assert "Computing reference log probs" in loralloc(*words, "--replace").err
 
     def test_says_why_it_ends(self, recipe: Path) -> None:
         assert refused("train", recipe, "--quiet", "--data.text", "txt").startswith("/")

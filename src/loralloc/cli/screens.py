@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -38,12 +39,28 @@ def screen_for(quiet: bool = False, verbose: bool = False, as_json: bool = False
     with ExitStack() as stack:
         if quiet:
             stack.enter_context(warnings.catch_warnings(action="ignore"))
+            stack.enter_context(_no_bars())
         if quiet or verbose:
             stack.enter_context(logging_from(logging.ERROR if quiet else logging.INFO))
         lines = sys.stdout
         if as_json:
             stack.enter_context(redirect_stdout(sys.stderr))
         yield JsonLines(lines) if as_json else Quiet() if quiet else Terminal()
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Inside, no bars of tqdm, which TRL draws where it computes what the base model says of all answers."""
+    name = "TQDM_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class Quiet(Screen):
