@@ -118,6 +118,7 @@ _RULES = {  # kinds of pydantic errors, in our words
     "int_type": "an integer",
     "float_type": "a number",
     "string_type": "text",
+    "string_unicode": "Unicode text; in a shell of another encoding, set LC_ALL=C.UTF-8",
     "string_too_short": "text that is not empty",
     "bool_type": "true or false",
     "list_type": "a list",

@@ -66,6 +66,19 @@ def test_a_character_that_the_stream_lacks(
     assert inner.getvalue().strip() == shown
 
 
+@pytest.mark.parametrize("words", [["init"], ["schema"]])
+def test_a_command_whose_output_is_closed_ends_well(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "argv", ["loralloc", *words])
+    with os.fdopen(writing, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as end:
+            main.main()
+        assert end.value.code in (0, None)
+        assert sys.stdout is pipe
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["--json"], ["--quiet"]])
 def test_a_run_whose_output_is_closed_is_the_same_run(recipe: Path, words: list[str]) -> None:

@@ -344,6 +344,9 @@ class TestOverrides:
             (["--colour", "1"], '--colour: unknown key "colour".'),
             (["--name", "x"], '--name: "name" could mean --model.name, --method.name: write one of these'),
             (["--warmup=1"], '--warmup: "warmup" could mean --method.warmup, --training.warmup: write one of these'),
+            (["--output", "r\udcff"],
+             "--output: output must be Unicode text; in a shell of another encoding, set LC_ALL=C.UTF-8, got "
+             '"r\udcff"'),
             (["--rounds", "3"], '--rounds: "rounds" in "method" does not apply to method adalora: remove it'),
             (["--bf16"], "--bf16: needs a value: --bf16 VALUE"),
             (["--bf16", "--seed", "1"], "--bf16: needs a value: --bf16 VALUE"),

@@ -25,7 +25,7 @@ from loralloc.cli import (
     train,
     truncate,
 )
-from loralloc.cli.streams import replace_what_cannot_be_shown
+from loralloc.cli.streams import lasting_streams, replace_what_cannot_be_shown
 from loralloc.errors import UserError
 
 app = typer.Typer(
@@ -61,6 +61,7 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
@@ -69,6 +70,8 @@ def options(
     del version  # acted on by its callback
     if sys.platform == "win32":  # locks, signals and limits of processes are POSIX's
         raise UserError("the command line needs Linux or macOS; on Windows take WSL, or use loralloc from Python")
+    if context.invoked_subcommand != "chat":  # a prompt that is edited needs the terminal itself
+        context.with_resource(lasting_streams())
 
 
 def main() -> None:
