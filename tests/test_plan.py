@@ -385,12 +385,6 @@ class TestAtomicWrites:
         assert path.read_text(encoding="utf-8") == "neü\n"
         assert os.listdir(path.parent) == [path.name]
 
-    def test_an_error_names_the_file_that_was_asked_for(self, path: Path) -> None:
-        missing = path / "none" / "file"
-        with pytest.raises(FileNotFoundError) as error:
-            write_atomically(missing, "new\n")
-        assert error.value.filename == str(missing)
-
     @pytest.mark.parametrize("step", ["fsync", "replace"])
     @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
     def test_a_failing_write_leaves_the_old_file_whole(

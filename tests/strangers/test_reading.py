@@ -166,3 +166,10 @@ class TestJson:
         (tmp_path / "log.jsonl").write_text(f'{{"step": {step}}}\n{{"step": 1}}\n')
         with pytest.raises(UserError, match="line 1: not a JSON object with a step"):
             read_jsonl(tmp_path / "log.jsonl")
+
+
+def test_an_error_of_a_write_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    missing = tmp_path / "none" / "file"
+    with pytest.raises(FileNotFoundError) as error:
+        write_atomically(missing, "new\n")
+    assert error.value.filename == str(missing)
