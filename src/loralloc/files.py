@@ -58,7 +58,8 @@ def check_writable(folder: Path, key: str, cure: str) -> None:
     """
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir():
-        raise UserError(f"{key}: {folder} would lie in {above}, which is a file; {cure}")
+        found = f"{above} is a file" if above == folder else f"{folder} would lie in {above}, which is a file"
+        raise UserError(f"{key}: {found}; {cure}")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{key}: you may not write into {above}; {cure}")
 

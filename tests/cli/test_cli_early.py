@@ -163,6 +163,9 @@ def test_what_nobody_may_write_is_refused_before_anything_is_loaded(case: str, h
 def test_a_folder_that_would_lie_in_a_file(run: Path, here: Path) -> None:
     message = refused("export", run, "--to", run / "recipe.yaml" / "a" / "b")
     lies = f"{run}/recipe.yaml/a would lie in {run}/recipe.yaml, which is a file"
+    assert refused("export", run, "--to", run / "recipe.yaml" / "a") == (
+        f"{run}/recipe.yaml/a: {run}/recipe.yaml is a file; choose another folder"
+    )
     assert message == f"{run}/recipe.yaml/a/b: {lies}; choose another folder"
 
 

@@ -186,7 +186,8 @@ class TestExport:
 
     def test_a_file_on_the_way(self, run: Path, here: Path) -> None:
         (here / "file").write_text("years of work", encoding="utf-8")
-        assert refused("export", run, "--to", "file/adapter") == f"[Errno 17] File exists: '{here / 'file'}'"
+        expected = f"{here}/file/adapter: {here}/file is a file; choose another folder"
+        assert refused("export", run, "--to", "file/adapter") == expected
         assert (here / "file").read_text(encoding="utf-8") == "years of work"
 
     def test_an_unknown_profile_meets_the_known(self, run: Path) -> None:
@@ -259,7 +260,8 @@ class TestInit:
 
     def test_a_file_on_the_way(self, here: Path) -> None:
         (here / "file").touch()
-        assert refused("init", "demo/lora", "--to", "file/recipe.yaml") == "[Errno 17] File exists: 'file'"
+        expected = f"file/recipe.yaml: {here}/file is a file; choose another file with --to"
+        assert refused("init", "demo/lora", "--to", "file/recipe.yaml") == expected
 
 
 def test_env_shows_versions() -> None:
