@@ -108,7 +108,13 @@ def study(name: str, data: Path | None, base: Path | None, runs: Path, others: l
 
 
 def link(target: Path, path: Path) -> Path:
-    """Make `path` a symbolic link to a folder."""
+    """Make `path` a symbolic link to a folder.
+
+    Raises:
+        SystemExit: It is one to another folder, which a study that is running may need.
+    """
+    if path.is_symlink() and path.exists() and path.resolve() != target.resolve():
+        raise SystemExit(f"{path} is another model, of other studies: name another folder with --runs")
     path.unlink(missing_ok=True)
     path.symlink_to(target.resolve())
     return path

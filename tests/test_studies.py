@@ -53,6 +53,17 @@ def test_equal_studies_are_equal_archives(studies: Any, tmp_path: Path) -> None:
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_another_model_does_not_take_the_place_of_one_that_is_in_use(studies: Any, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    for _ in range(2):
+        assert studies.link(one, tmp_path / "base").resolve() == one
+    with pytest.raises(SystemExit, match=r"base is another model, of other studies: name another folder with --runs$"):
+        studies.link(two, tmp_path / "base")
+    assert (tmp_path / "base").resolve() == one
+
+
 def test_runs_that_are_there_are_left_alone(studies: Any, tmp_path: Path) -> None:
     write(tmp_path / "study")
     studies.keep("study", tmp_path / "study")
