@@ -1,4 +1,4 @@
-"""Trainings with the kernel in C++ are those with the kernel in Python, up to rounding: also through second derivatives."""
+"""Trainings with the kernel in C++ are those with the kernel in Python up to rounding, second derivatives included."""
 
 from __future__ import annotations
 
