@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -76,6 +77,28 @@ class TestBuilding:
             UserError, match=r"^no C\+\+ compiler that PyTorch can use has built the kernel:\nc\+\+: not found$"
         ):
             native.build()
+
+    @pytest.mark.parametrize("error", [None, RuntimeError("refused")], ids=["built", "refused"])
+    def test_it_is_there_whole_or_not_at_all(self, error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What else a build leaves, such as the lock of one that was killed, is not in the way of the next."""
+
+        def load(name: str, *_: object, build_directory: str, **__: object) -> None:
+            assert list(Path(build_directory).iterdir()) == []
+            for file in ("lock", "kernel.o", f"{name}.so"):
+                Path(build_directory, file).write_bytes(b"")
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr("torch.utils.cpp_extension.verify_ninja_availability", lambda: None)
+        monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+        monkeypatch.setattr(native, "loaded", functools.cache(native.loaded))
+        for _ in range(2):
+            if error is None:
+                native.build()
+            else:
+                with pytest.raises(UserError, match="refused"):
+                    native.build()
+            assert [path.name for path in native.folder().iterdir()] == ([f"{native.NAME}.so"] if error is None else [])
 
     def test_the_command_says_where_it_lies(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(native, "build", lambda: Path("somewhere"))

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from models import tiny_peft
 
+from loralloc import native
 from loralloc.training import fingerprints
 from loralloc.training.fingerprints import rows_fingerprint, versions, weights_fingerprint
 
@@ -114,3 +115,9 @@ def test_versions_are_those_that_are_installed() -> None:
     found = versions()
     assert {"python", "loralloc", "torch", "transformers", "peft"} <= found.keys()
     assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+
+
+def test_a_run_depends_on_the_kernel_that_it_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "kernel in C++" not in versions()
+    monkeypatch.setattr("loralloc.native.loaded", lambda: print)
+    assert versions()["kernel in C++"] == native.version()

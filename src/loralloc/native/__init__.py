@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -31,8 +33,13 @@ logger = logging.getLogger(__name__)
 def folder() -> Path:
     """Where the kernel lies once built: below `$XDG_CACHE_HOME` or `~/.cache`, named by all that it depends on."""
     cached = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
-    return Path(cached) / "loralloc" / f"kernel-{source}-torch-{torch.__version__}-{sys.implementation.cache_tag}"
+    fits = (version(), "torch", torch.__version__, sys.implementation.cache_tag, platform.machine())
+    return Path(cached) / "loralloc" / f"kernel-{'-'.join(map(str, fits))}"
+
+
+def version() -> str:
+    """What tells one source of the kernel from another: the beginning of its SHA-256."""
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
 
 
 def build() -> Path:
@@ -52,10 +59,14 @@ def build() -> Path:
         raise UserError("building the kernel takes ninja: pip install ninja") from error
     built = folder()
     built.mkdir(parents=True, exist_ok=True)
-    try:
-        cpp_extension.load(NAME, str(SOURCE), extra_cflags=["-O3"], build_directory=str(built), with_cuda=False)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"no C++ compiler that PyTorch can use has built the kernel:\n{error}") from error
+    # In a folder of its own: a build that was killed leaves a lock behind, for which the next one would wait forever.
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=built) as work:
+        try:
+            cpp_extension.load(NAME, str(SOURCE), extra_cflags=["-O3"], build_directory=work, with_cuda=False)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"no C++ compiler that PyTorch can use has built the kernel:\n{error}") from error
+        for library in _libraries(Path(work)):
+            os.replace(library, built / library.name)  # whole or not at all, for whoever starts now
     loaded.cache_clear()
     return built
 
@@ -63,7 +74,7 @@ def build() -> Path:
 @cache
 def loaded() -> Callable[..., Tensor] | None:
     """Return `gated_linear` in C++, with the arguments that it has in kernel.py; None if it has not been built."""
-    files = [path for path in map((folder() / NAME).with_suffix, EXTENSION_SUFFIXES) if path.is_file()]
+    files = _libraries(folder())
     if not files:
         return None
     spec = spec_from_file_location(NAME, files[0])
@@ -76,3 +87,7 @@ def loaded() -> Callable[..., Tensor] | None:
         logger.warning("the kernel in %s cannot be loaded, the one in Python is used: %s", folder(), error)
         return None
     return module.gated_linear  # type: ignore[no-any-return]
+
+
+def _libraries(where: Path) -> list[Path]:
+    return [path for path in map((where / NAME).with_suffix, EXTENSION_SUFFIXES) if path.is_file()]

@@ -13,6 +13,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from loralloc import native
+
 PACKAGES = ("loralloc", "torch", "transformers", "peft", "accelerate", "trl", "datasets", "tokenizers", "bitsandbytes")
 """What computes a step, or makes its batches."""
 
@@ -86,8 +88,10 @@ def _add(digest: Any, array: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a run computes with, those that are installed."""
+    """The versions of Python and of what a run computes with: installed packages, the kernel in C++ if it is built."""
     found = {"python": platform.python_version()}
+    if native.loaded() is not None:
+        found["kernel in C++"] = native.version()
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
