@@ -59,12 +59,13 @@ class Part:
 
 PARTS: Mapping[str, Part] = {
     "tests": Part("the kernel's and the methods' tests on the device", 100, (*MODEL, "pytest", "hypothesis")),
+    "kernel": Part("the kernel in C++, built and compared with the one in Python", 50, (*MODEL, "ninja")),
     "eager": Part("steps of training", 130),
-    "compiled": Part("steps of training, every block compiled", 110),
-    "calls": Part("the allocator's calls, and what the host waits for", 30),
-    "memory": Part("peak memory of a step", 40),
-    "round": Part("a round of AB-LoRA", 30),
-    "four-bit": Part("steps over a base model in 4 bits", 40, (*MODEL, "bitsandbytes")),
+    "compiled": Part("steps of training, every block compiled", 80),
+    "calls": Part("the allocator's calls, and what the host waits for", 25),
+    "memory": Part("peak memory of a step", 35),
+    "round": Part("a round of AB-LoRA", 25),
+    "four-bit": Part("steps over a base model in 4 bits", 35, (*MODEL, "bitsandbytes")),
 }
 
 

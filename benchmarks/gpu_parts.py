@@ -19,14 +19,18 @@ from typing import Any
 
 import torch
 from compiling import build_compiled
-from contenders import INTERVAL, REFERENCE, Setting, Step, build
+from contenders import INTERVAL, REFERENCE, Setting, Step, build, kernel_in_cpp
 from record import Record, append, record
 from shapes import SHAPES, Shape
 from suites import Make, ablora_round, allocator_figures, graphs_of, modules_of, peaks, ratios, release
 from timing import interleave
 from torch import nn
 
-EAGER = (REFERENCE, "peft-adalora", "adalora", "allora", "ablora", "autolora-fast")
+from loralloc import native
+from loralloc.errors import UserError
+from loralloc.kernel import gated_linear
+
+EAGER = (REFERENCE, "peft-adalora", "adalora", "allora", "ablora", "autolora-fast", "adalora-cpp", "allora-cpp")
 COMPILED = (REFERENCE, "adalora", "allora", "ablora")
 
 
@@ -101,6 +105,37 @@ def _weights(shape: Shape, device: str) -> nn.Module:
     return Shape.build(shape, device)
 
 
+def kernel(scale: Scale) -> Iterator[Record]:
+    """Build the kernel in C++, which later parts time, and compare it with the one in Python."""
+    started = time.monotonic()
+    failures: dict[str, str] = {}
+    figures: dict[str, Any] = {}
+    try:
+        native.build()
+        figures = {"seconds": round(time.monotonic() - started, 1), "difference": apart(scale.device)}
+    except UserError as error:
+        failures["kernel in C++"] = str(error)
+    yield record("kernel", Setting(scale.shapes[0], scale.rank, scale.device), figures, failures)
+
+
+def apart(device: str) -> dict[str, float]:
+    """How far output and gradients of the kernels in C++ and in Python are apart, relative, by the layer's dtype."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        x, W, A, B = (torch.randn(shape).to(device) for shape in ((64, 256), (256, 256), (12, 256), (256, 12)))
+        x, W, gate = x.to(dtype), W.to(dtype), torch.rand(12, device=device)
+        results = []
+        for wanted in (False, True):
+            with kernel_in_cpp(wanted):
+                leaves = [tensor.clone().requires_grad_() for tensor in (x, A, gate, B)]
+                y = gated_linear(leaves[0], W, None, *leaves[1:], 2.0)
+                results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
+        pairs = zip(*results, strict=True)
+        found[str(dtype)] = max(float((ours - theirs).norm() / theirs.norm()) for theirs, ours in pairs)
+    return found
+
+
 def eager(scale: Scale) -> Iterator[Record]:
     """Steps of training against PEFT's LoRA."""
     settings = scale.settings()
@@ -142,6 +177,7 @@ def four_bit(scale: Scale) -> Iterator[Record]:
 
 
 PARTS: dict[str, Callable[[Scale], Iterator[Record]]] = {
+    "kernel": kernel,
     "eager": eager,
     "compiled": compiled,
     "calls": calls,
