@@ -30,9 +30,9 @@ from language import read
 from transformers import set_seed
 
 from loralloc import __version__
+from loralloc.recipe.evaluations import without_times
 from loralloc.recipe.from_recipe import task_data, trainer_class, training_arguments
 from loralloc.recipe.schema import load_recipe
-from loralloc.recipe.stages import without_times
 from loralloc.tasks.metrics import paired_difference
 from loralloc.tasks.spec import TASKS
 

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from loralloc.cli import demo, fit, progress, terminal
 from loralloc.cli.fit import SLACK, Measured, steps_within
+from loralloc.recipe import evaluations
 from loralloc.recipe import run as pipeline
-from loralloc.recipe import stages
 from loralloc.recipe.schema import load_recipe
 from loralloc.recipes import list_recipes
 
@@ -61,14 +61,14 @@ class Shown(NamedTuple):
 @pytest.fixture(scope="module")
 def shown(cases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Shown:
     """A demo in a narrow terminal: its folder, what it said, and what it evaluated."""
-    folder, evaluated, alive = tmp_path_factory.mktemp("shown"), [], stages.evaluate
+    folder, evaluated, alive = tmp_path_factory.mktemp("shown"), [], evaluations.evaluate
 
     def noted(trainer: Any, data: Any, prefix: str, *rest: Any) -> Any:
         evaluated.append(prefix)
         return alive(trainer, data, prefix, *rest)
 
     with prepared(cases) as patch:
-        patch.setattr(stages, "evaluate", noted)
+        patch.setattr(evaluations, "evaluate", noted)
         narrow = Console(highlight=False, width=80)
         for module in (terminal, progress, fit):
             patch.setattr(module, "console", narrow)

@@ -87,7 +87,9 @@ class TestOfARun:
         first = points(run / "frontier")
         evaluated = []
         original = np.mean
-        monkeypatch.setattr("loralloc.recipe.stages.evaluate", lambda *args: evaluated.append(args) or original([]))
+        monkeypatch.setattr(
+            "loralloc.recipe.evaluations.evaluate", lambda *args: evaluated.append(args) or original([])
+        )
         done("frontier", run, "--recover", 0, "--ranks", "2,1")
         assert points(run / "frontier") == first
         assert not evaluated

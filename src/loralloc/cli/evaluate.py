@@ -43,7 +43,7 @@ def evaluate(
         model_folder(recipe.model.name)
         check_load_in(recipe.model.load_in)
     from loralloc.cli import terminal
-    from loralloc.recipe import stages
+    from loralloc.recipe import evaluations
     from loralloc.recipe.from_recipe import load_adapted, load_with_data
     from loralloc.recipe.predictions import write_predictions
 
@@ -51,16 +51,20 @@ def evaluate(
     model, loaded = load_adapted(folder, recipe) if data is None else load_with_data(folder, recipe, data)
     with TemporaryDirectory(prefix="loralloc-") as scratch:
         screen = terminal.Terminal()
-        trainer = stages.make_evaluator(recipe, loaded, model, Path(scratch), screen)
+        trainer = evaluations.make_evaluator(recipe, loaded, model, Path(scratch), screen)
         results = {}
         if data is None:
             # The last evaluation is the one that is written: of the test data or, without them, the validation data.
-            also = {name: stages.evaluate(trainer, loaded, "also", screen, more) for name, more in loaded.also.items()}
-            results["validation"] = stages.evaluate(trainer, loaded, "eval", screen, loaded.validation)
+            also = {
+                name: evaluations.evaluate(trainer, loaded, "also", screen, more) for name, more in loaded.also.items()
+            }
+            results["validation"] = evaluations.evaluate(trainer, loaded, "eval", screen, loaded.validation)
             results |= also
         if loaded.test is not None:
-            results["test" if data is None else data] = stages.evaluate(trainer, loaded, "test", screen, loaded.test)
-        answered = stages.generation(recipe, loaded, trainer, screen)
+            results["test" if data is None else data] = evaluations.evaluate(
+                trainer, loaded, "test", screen, loaded.test
+            )
+        answered = evaluations.generation(recipe, loaded, trainer, screen)
     terminal.show_metrics(results)
     if answered is not None:
         terminal.show_metrics({"generated": answered.metrics})

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loralloc.recipe.stages import without_times
+from loralloc.recipe.evaluations import without_times
 from loralloc.training.callback import RankAllocation
 from loralloc.training.run import AllocationRun
 

@@ -17,10 +17,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loralloc.cli.terminal import Terminal, logging_from, quiet_libraries, verbose_libraries
 from loralloc.files import finite
 from loralloc.plain_lora import plain_sites
+from loralloc.recipe.evaluations import without_times
 from loralloc.recipe.outcome import Outcome
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
-from loralloc.recipe.stages import without_times
 from loralloc.tasks.base import TaskData, length_of
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation

@@ -34,7 +34,7 @@ from loralloc.methods.truncate import Part, balanced
 from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
-from loralloc.recipe import stages
+from loralloc.recipe import evaluations, stages
 from loralloc.recipe.fingerprints import learned_from
 from loralloc.recipe.from_recipe import load_adapter, task_data
 from loralloc.recipe.run_folder import RunFolder
@@ -96,7 +96,7 @@ def make_frontier(source: Source, settings: Settings, screen: Screen, told: Call
     model = load_adapter(data.model, source.adapter, trainable=True)  # scores by gradients need it
     steps = _recovery_steps(source, settings, data)
     with TemporaryDirectory(prefix="loralloc-") as scratch:
-        trainer = stages.make_evaluator(source.recipe, data, model, Path(scratch), screen)
+        trainer = evaluations.make_evaluator(source.recipe, data, model, Path(scratch), screen)
         model = _adapted(trainer)
         terms = Terms.of(model)
         check_plain(model, terms.sites[0].adapter, [(site.name, site.layer) for site in terms.sites])
@@ -258,7 +258,7 @@ class _Bench:
         return self.source.scales.get(name, otherwise)
 
     def _measure(self, trainer: RunTrainer, begun: float) -> Measured:
-        found = stages.evaluate(trainer, self.data, "eval", self.screen, self.data.validation)
+        found = evaluations.evaluate(trainer, self.data, "eval", self.screen, self.data.validation)
         assert self.data.example_losses is not None
         assert trainer.evaluated is not None
         losses = tuple(round(float(loss), 7) for loss in self.data.example_losses(trainer.evaluated))

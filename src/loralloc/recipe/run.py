@@ -25,7 +25,7 @@ from loralloc.files import disk_is_full, file_is_too_large
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
-from loralloc.recipe import stages
+from loralloc.recipe import evaluations, stages
 from loralloc.recipe.card import card_facts
 from loralloc.recipe.changes import check_unchanged, in_words, split_changes
 from loralloc.recipe.cuts import evaluate_cuts
@@ -222,7 +222,7 @@ def _look_at_untrained(stage: Stage, data: TaskData, known: float | None) -> _Un
         return _Untrained(known, None)
     found = stage.evaluate("untrained", data.held_out)
     stage.check_metric(found)
-    return _Untrained(found[data.metric], stages.generation(stage.recipe, data, stage.trainer, stage.screen))
+    return _Untrained(found[data.metric], evaluations.generation(stage.recipe, data, stage.trainer, stage.screen))
 
 
 def _check_metric(stage: Stage, data: TaskData) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
@@ -18,26 +17,23 @@ from transformers import PreTrainedModel, TrainerCallback
 from loralloc.errors import UserError, closest
 from loralloc.methods.base import Method
 from loralloc.methods.registry import PLAIN_LORA, make_method, methods, sections
-from loralloc.peft_layers import evaluating
 from loralloc.plan import RankPlan
-from loralloc.recipe.best import best_arguments, best_callbacks, wait_for_final_ranks
+from loralloc.recipe import evaluations
+from loralloc.recipe.best import best_callbacks, wait_for_final_ranks
 from loralloc.recipe.changes import NotResumableError, check_unchanged
+from loralloc.recipe.evaluations import build_trainer, refusing_options
 from loralloc.recipe.fingerprints import depends_on
 from loralloc.recipe.from_recipe import (
     add_adapter,
     check_precision,
     check_warmup,
     method_data,
-    trainer_class,
-    training_arguments,
 )
 from loralloc.recipe.passthrough import (
-    OF_EVALUATIONS,
     OF_THE_EXPORTED_ALONE,
     PEFT,
     PLANNED,
     TOLD_TO_OTHERS,
-    only,
     with_options,
     without,
 )
@@ -46,9 +42,8 @@ from loralloc.recipe.schema import Recipe
 from loralloc.recipe.screen import Screen
 from loralloc.recipe.targets import check_output_layer
 from loralloc.tasks.base import TaskData, length_of
-from loralloc.tasks.generation import Generation, Prompt, check_metrics, generate, read_prompts, score
+from loralloc.tasks.generation import Generation
 from loralloc.tasks.preview import parts_of
-from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
 from loralloc.training.callback import RankAllocation
 from loralloc.training.checkpoint import check_processes, drop_after, newest_whole
@@ -56,18 +51,7 @@ from loralloc.training.engines import refuse_engines, under_fsdp2
 from loralloc.training.manifest import read_manifest
 from loralloc.training.rewriting import complete_rewriting
 from loralloc.training.signals import finishing_steps
-from loralloc.training.step_data import random_state, set_random_state
 from loralloc.training.trainer import Agreement, RunTrainer, SkipBadSteps
-
-EVALUATED = {
-    "untrained": "the untrained model",
-    "batch": "a batch of held-out data",
-    "cut": "a smaller adapter",
-    "eval": "validation data",
-    "test": "test data",
-    "also": "more data",
-}
-"""What an evaluation is about, by the prefix of its metrics in the log."""
 
 PREVIEWED = 2
 """Examples that a rehearsal shows."""
@@ -151,12 +135,12 @@ class Stage:
 
     def evaluate(self, prefix: str, split: Dataset | None = None) -> dict[str, float]:
         """Evaluate on a split, by default the test data or, without them, the validation data."""
-        with _refusing_options(self.recipe):
-            return evaluate(self.trainer, self.data, prefix, self.screen, split)
+        with refusing_options(self.recipe):
+            return evaluations.evaluate(self.trainer, self.data, prefix, self.screen, split)
 
     def generate(self) -> Generation | None:
         """Let the model answer held-out prompts, where the recipe asks for that."""
-        return generation(self.recipe, self.data, self.trainer, self.screen)
+        return evaluations.generation(self.recipe, self.data, self.trainer, self.screen)
 
     def check_metric(self, found: Mapping[str, float]) -> None:
         """Refuse a metric that the run does not have, once an evaluation has shown which it has.
@@ -328,7 +312,7 @@ def _prepare(
     guard = SkipBadSteps() if allocation is None else None
     first: TrainerCallback = Agreement() if allocation is None else allocation
     callbacks = [first, *best_callbacks(recipe), screen.progress(allocation)]
-    trainer = _trainer(recipe, data, model, folder, train_dataset=data.train, guard=guard, callbacks=callbacks)
+    trainer = build_trainer(recipe, data, model, folder, train_dataset=data.train, guard=guard, callbacks=callbacks)
     model = cast(PeftModel, trainer.model)
     refuse_engines(trainer.args)
     if under_fsdp2(trainer) and recipe.evaluate.generate is not None:
@@ -341,110 +325,3 @@ def _prepare(
     if allocation is not None:
         allocation.run.begin(steps)
     return Stage(recipe, folder, data, model, trainer, allocation, steps, screen)
-
-
-def make_evaluator(recipe: Recipe, data: TaskData, model: PeftModel, scratch: Path, screen: Screen) -> RunTrainer:
-    """Build a trainer that only evaluates: what the recipe says about training does not matter.
-
-    Args:
-        recipe: The recipe.
-        data: The data.
-        model: The model.
-        scratch: A folder for the files that a trainer writes when it is built.
-        screen: Shows what happens.
-    """
-    check_output_layer(recipe.task, model, "the adapter", "loralloc truncate cuts it all the same")
-    settings = {"eval_every": None, "save_every": None, "keep_best": False, "early_stopping": None}
-    settings["trainer"] = only(recipe.training.trainer, OF_EVALUATIONS)
-    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=settings)})
-    shown = {"train_dataset": data.held_out, "callbacks": [screen.progress(None)]}  # TRL looks at the first example
-    return _trainer(recipe, data, model, RunFolder(scratch), **shown)
-
-
-def _trainer(recipe: Recipe, data: TaskData, model: PeftModel, folder: RunFolder, **options: Any) -> RunTrainer:
-    arguments = training_arguments(recipe, folder.checkpoints, {**data.arguments, **best_arguments(recipe, data)})
-    held_out = data.validation if len(data.validation) else None
-    if TASKS[recipe.task].trainer == "Seq2SeqTrainer":
-        options["generate"] = recipe.evaluate.generate
-    with _refusing_options(recipe):
-        return trainer_class(recipe)(
-            model=model, args=arguments, eval_dataset=held_out, log=folder.log, **data.options, **options
-        )
-
-
-@contextmanager
-def _refusing_options(recipe: Recipe) -> Iterator[None]:
-    """Turn a trainer's errors about its options, raised when it is built or first evaluates, into one message."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        if not recipe.training.trainer:
-            raise
-        raise UserError(f"training.trainer: {str(error).splitlines()[0]}") from error
-
-
-def evaluate(
-    trainer: RunTrainer, data: TaskData, prefix: str, screen: Screen, split: Dataset | None = None
-) -> dict[str, float]:
-    """Evaluate on a split, by default the test data or, without them, the validation data.
-
-    Returns:
-        The metrics, by their names without the prefix.
-    """
-    if split is None:
-        split = data.held_out
-    with screen.evaluating(trainer, EVALUATED[prefix]):
-        metrics = trainer.evaluate(split, metric_key_prefix=prefix)  # type: ignore[arg-type]
-    found = without_times(metrics, prefix)
-    screen.evaluated(EVALUATED[prefix], found)
-    return found
-
-
-def generation(recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Screen) -> Generation | None:
-    """Let a model answer the prompts of the test data or, without them, of the validation data.
-
-    If the trainer generates in evaluations, these are the answers of the last one. Otherwise the first process answers
-    while the others wait. Random states and the model's mode are restored.
-
-    Returns:
-        The answers; None where the recipe asks for none, and in processes that wait.
-
-    Raises:
-        UserError: The data have no prompts, or a metric's library is not installed.
-    """
-    settings = recipe.evaluate.generate
-    if settings is None:
-        return None
-    if trainer.written is not None:
-        return trainer.written
-    check_metrics(settings.metrics)
-    prompts = read_prompts(cast(Any, data.held_out), data.tokenizer, settings.samples, recipe.data.max_length)
-    answers = processes.on_main(_answer, recipe, data, trainer, screen, prompts)
-    if answers is None:
-        return None
-    return Generation(prompts, answers, score(answers, prompts, settings.metrics, settings.after))
-
-
-def _answer(
-    recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Screen, prompts: Sequence[Prompt]
-) -> list[str]:
-    settings, model, random = recipe.evaluate.generate, cast(Any, trainer.model), random_state()
-    assert settings is not None
-    try:  # the trainer has moved the model to its device
-        torch.manual_seed(recipe.training.seed)
-        with evaluating(model), screen.generating(len(prompts)) as told:
-            return generate(model, data.tokenizer, prompts, settings, 2 * recipe.training.batch_size, told)
-    finally:
-        set_random_state(random)
-
-
-def without_times(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    """Return the metrics of a Trainer's evaluation by their names without the prefix; times and epoch are left out."""
-    timing = ("_runtime", "_per_second", "_preparation_time")
-    return {
-        key.removeprefix(f"{prefix}_"): value
-        for key, value in metrics.items()
-        if not key.endswith(timing) and key != "epoch"
-    }
