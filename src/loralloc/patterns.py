@@ -3,6 +3,8 @@ r"""Regular expressions of recipes and adapters: tried on the names of modules b
 `(x+x+)+y` takes longer than a life on a name of forty x, and Python's matcher cannot be told to stop. So patterns are
 tried in a process of their own, which the system ends when a limit of processor time is reached. Patterns without
 repetition and choice, such as names, need no such care. Standard library only.
+
+The names of modules are written here as patterns, too: for PEFT every key of `rank_pattern` and `alpha_pattern` is one.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 from loralloc.errors import UserError
 
@@ -32,7 +34,9 @@ MOST_PAIRS = 50_000_000
 _WALL_SECONDS = 60.0
 """When to give up where the system cannot measure a process's time (Windows)."""
 
-_HARMLESS = re.compile(r"(?:[\w.,:/ -]|\\[^\w\s])*")
+_HARMLESS = re.compile(r"\^?(?:[\w.,:/ -]|\\[^\w\s])*")
+_PLAIN = re.compile(r"[\w.,:/ -]+")
+"""Names in which only the dots mean something else in a regular expression: any character."""
 
 _CHILD = """
 import json, re, signal, sys
@@ -55,8 +59,46 @@ for pattern, whole in pairs:
 """
 
 
+_Value = TypeVar("_Value")
+
+
 class PatternError(UserError):
     """A pattern is no regular expression, or takes too long."""
+
+
+def keyed(values: Mapping[str, _Value]) -> dict[str, _Value]:
+    r"""Return the `rank_pattern` or `alpha_pattern` that gives every module its own value, in whatever order.
+
+    PEFT takes the first key that fits the end of a module's name, and sorts the keys when it saves them. So no key may
+    fit a module with another value.
+
+    Args:
+        values: The values of all adapted modules, by their full names.
+
+    >>> keyed({"layers.0.v": 2, "vision.layers.0.v": 4, "layers.0.k": 2, "vision.layers.0.k": 2})
+    {'^layers\\.0\\.v': 2, 'vision.layers.0.v': 4, 'layers.0.k': 2, 'vision.layers.0.k': 2}
+    """
+    others = {value: [name for name in values if values[name] != value] for value in set(values.values())}
+    return {key_of(name, others[value]): value for name, value in values.items()}
+
+
+def key_of(end: str, others: Collection[str]) -> str:
+    r"""Return the key of `rank_pattern` or `alpha_pattern` for modules whose names end so: the end itself if that does.
+
+    Args:
+        end: The end of the modules' names; the whole name if another module's name ends in it.
+        others: Modules that the key must not fit.
+
+    >>> key_of("fc", ["up"]), key_of("fc.1", ["fc_1"]), key_of("fc", ["block.fc"])
+    ('fc', 'fc\\.1', '^fc')
+    """
+    last = end.rpartition(".")[2]  # without dots, so that whatever the end fits ends in it, too
+    near = [other for other in others if other.endswith(last)]
+    if any(f".{other}".endswith(f".{end}") for other in near):
+        return f"^{re.escape(end)}"  # behind PEFT's optional group, which is empty then
+    if not _PLAIN.fullmatch(end) or any(map(re.compile(_inside(ENDING, end)).fullmatch, near)):
+        return re.escape(end)
+    return end
 
 
 def fitting(patterns: Sequence[str], names: Sequence[str], around: str = "{}") -> list[list[str]]:

@@ -341,12 +341,6 @@ def test_the_config_says_plain_lora(tmp_path: Path, profile: Profile) -> None:
     assert record["ranks"] == cycled_ranks(model, 3, 0, 1)
 
 
-def test_the_longest_names_come_first_in_the_rank_pattern() -> None:
-    factors = {name: Factors(torch.ones(r, 2), torch.ones(2, r)) for name, r in (("fc", 1), ("a.fc", 2), ("b.a.fc", 3))}
-    fields, _ = ragged(factors)
-    assert list(fields["rank_pattern"].items()) == [("b.a.fc", 3), ("a.fc", 2), ("fc", 1)]
-
-
 def test_the_profiles_keep_the_product_of_random_factors() -> None:
     generator = torch.Generator().manual_seed(0)
     factors = {

@@ -15,8 +15,9 @@ import pytest
 import torch
 from adalora_loop import RANK, SHAPES, Loop, close_to, model_of
 from models import labelled_batch, logits, tiny_peft
+from peft import LoraConfig, get_peft_model
 from reference import allora as twin
-from torch import Tensor
+from torch import Tensor, nn
 
 from loralloc import ABLoRA, AdaLoRA, ALLoRA, AutoLoRA, Budget, DepthLinear, Truncate, UserError, attach
 from loralloc.methods.allora import method as allora
@@ -378,3 +379,20 @@ def test_a_composition_that_resets_the_optimizer_asks_for_it_at_the_first_step()
     run = attach(tiny_peft("llama", lora_alpha=4), ALLoRA(allocate=Truncate(Budget(average_rank=2))), 10)
     with pytest.raises(UserError, match="^" + re.escape(SHOW)):
         run.before_step()
+
+
+def test_where_a_name_ends_another_the_cure_names_the_modules_whole():
+    """PEFT saves the entries sorted, and takes the first one that fits the end of a name."""
+
+    def adapted(**settings):
+        base = nn.Module()
+        base.fc = nn.Linear(8, 8)
+        for name in "abcd":
+            base.add_module(name, nn.ModuleDict({"fc": nn.Linear(8, 8)}))
+        config = LoraConfig(r=2, target_modules=["fc"], rank_pattern={"^fc": 4, "a.fc": 4}, **settings)
+        return get_peft_model(base, config)
+
+    cure = r'lora_alpha=2, use_rslora=False, alpha_pattern=\{"\^fc": 4, "a.fc": 4\}\)'
+    with pytest.raises(UserError, match=cure):
+        attach(adapted(lora_alpha=2), ALLoRA(), 30)
+    attach(adapted(lora_alpha=2, alpha_pattern={"^fc": 4, "a.fc": 4}), ALLoRA(), 30)

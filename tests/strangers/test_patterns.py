@@ -77,8 +77,8 @@ def test_what_is_none_inside_of_pefts_is_refused(pattern: str) -> None:
 
 def test_names_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns.subprocess, "run", lambda *args, **kwargs: pytest.fail("a process was started"))
-    names = ["q_proj", r"model\.layers\.0\.mlp\.up_proj", "layers.0.self_attn.q_proj"]
-    assert [len(fits) for fits in fitting(names, NAMES, ENDING)] == [3, 1, 1]
+    names = ["q_proj", r"model\.layers\.0\.mlp\.up_proj", "layers.0.self_attn.q_proj", r"^layers\.0\.mlp\.up_proj"]
+    assert [len(fits) for fits in fitting(names, NAMES, ENDING)] == [3, 1, 1, 0]
     with pytest.raises(pytest.fail.Exception, match="a process was started"):
         fitting(["q.*"], NAMES)
 

@@ -17,7 +17,7 @@ import copy
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from loralloc.adapter.model_card import Export, Profile, model_card
 from loralloc.errors import UserError, check_choice
 from loralloc.gating import is_gated
 from loralloc.naming import sort_names
+from loralloc.patterns import keyed
 from loralloc.peft_layers import PREFIX, peft_model
 from loralloc.plain_lora import PlainSite, check_active, check_mergeable, check_plain, plain_sites, stored_apart
 from loralloc.sharding import own_place
@@ -181,8 +182,7 @@ def ragged(factors: Mapping[str, Factors]) -> tuple[dict[str, Any], dict[str, Fa
     open_factors = {name: factor for name, factor in factors.items() if factor.rank > 0}
     top = max(factor.rank for factor in open_factors.values())
     stored = {name: Factors(f.A, f.B * (f.rank / top)) for name, f in open_factors.items()}
-    # PEFT takes the first pattern that matches the end of a module's name: longer names first.
-    pattern = {name: stored[name].rank for name in sorted(stored, key=len, reverse=True)}
+    pattern = keyed({name: factor.rank for name, factor in stored.items()})
     return {"r": top, "lora_alpha": top, "rank_pattern": pattern}, stored
 
 
@@ -203,7 +203,7 @@ def _write_adapter(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
     fields, stored = (ragged if profile == "ragged" else uniform)(factors)
-    config = plain_config(model.peft_config[adapter], fields, [name for name in factors if name not in stored])
+    config = plain_config(model.peft_config[adapter], fields, list(factors), stored)
     tensors = get_peft_model_state_dict(model, adapter_name=adapter)
     for name in factors:
         keys = [f"{PREFIX}{name}.lora_{symbol}.weight" for symbol in "AB"]
@@ -217,8 +217,17 @@ def _write_adapter(
     save_file(stored_apart(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def plain_config(config: PeftConfig, fields: Mapping[str, Any], left_out: list[str]) -> LoraConfig:
-    """Copy an adapter's own config, reduced to what every consumer of LoRA understands."""
+def plain_config(
+    config: PeftConfig, fields: Mapping[str, Any], names: Sequence[str], kept: Collection[str]
+) -> LoraConfig:
+    """Copy an adapter's own config, reduced to what every consumer of LoRA understands.
+
+    Args:
+        config: The config that the adapter was trained with.
+        fields: What the profile sets.
+        names: All adapted modules.
+        kept: Those that have a rank; the others are left out.
+    """
     config = copy.deepcopy(config)
     assert isinstance(config, LoraConfig)
     for key, value in {
@@ -230,7 +239,8 @@ def plain_config(config: PeftConfig, fields: Mapping[str, Any], left_out: list[s
         "inference_mode": True,
     }.items():
         setattr(config, key, value)
-    stay = list(fields["rank_pattern"])
+    left_out = [name for name in names if name not in kept]
+    stay = list(kept)
     if left_out and any(a.endswith(f".{b}") or b.endswith(f".{a}") for a in stay for b in left_out):
         # PEFT matches the ends of listed names, so only a pattern tells `fc` from `block.fc`.
         config.target_modules, config.exclude_modules = "|".join(map(re.escape, stay)), None

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from loralloc.errors import UserError, closest
+from loralloc.patterns import keyed
 from loralloc.peft_layers import is_adapted, unwrapped
 from loralloc.plan import RankPlan
 
@@ -54,14 +55,12 @@ def lora_config(plan: RankPlan, model: nn.Module, **settings: Any) -> LoraConfig
         raise UserError(f"{', '.join(taken)}: the plan decides that; leave it out of lora_config(plan, model, ...)")
     _check_model(plan, model)
     kept = {name: planned for name, planned in plan.modules.items() if planned.rank > 0}
-    # PEFT takes the first pattern that matches the end of a module's name: longer names first.
-    names = sorted(kept, key=len, reverse=True)
     return LoraConfig(
         **copy.deepcopy(settings),  # PEFT appends to the lists that it is given
         r=max(planned.rank for planned in kept.values()),
         target_modules=_targets(list(kept), model),
-        rank_pattern={name: kept[name].rank for name in names},
-        alpha_pattern={name: kept[name].scale * kept[name].rank for name in names},
+        rank_pattern=keyed({name: planned.rank for name, planned in kept.items()}),
+        alpha_pattern=keyed({name: planned.scale * planned.rank for name, planned in kept.items()}),
     )
 
 

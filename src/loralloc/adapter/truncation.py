@@ -128,7 +128,7 @@ def _write(
             narrow = tensors[f"{PREFIX}{name}.lora_{symbol}.weight"] = value.to(dtype).contiguous()
             if not torch.isfinite(narrow).all():
                 raise UserError(f"the update of {name} is too large for {dtype}, in which it is stored")
-    config = plain_config(stored.config, fields, [name for name in factors if name not in kept])
+    config = plain_config(stored.config, fields, list(factors), kept)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / "export"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
-from loralloc.naming import common_ends, named
+from loralloc.naming import named, selecting
+from loralloc.patterns import key_of
 
 
 @dataclass(eq=False)
@@ -73,14 +75,12 @@ def check_scales(sites: Sequence[Site]) -> None:
     for site in sites:
         names.setdefault(f"{_unscaled_alpha(site):g}", []).append(site.name)
     usual = max(names, key=lambda alpha: len(names[alpha]))
-    pattern = {
-        end: alpha
-        for alpha, members in names.items()
-        if alpha != usual
-        for end in common_ends(members, [name for other in names if other != alpha for name in names[other]])
-    }
-    # PEFT takes the first entry that fits: longer ones first.
-    entries = ", ".join(f'"{end}": {pattern[end]}' for end in sorted(pattern, key=len, reverse=True))
+    pattern: dict[str, str] = {}
+    for alpha in names.keys() - {usual}:
+        others = [name for other in names if other != alpha for name in names[other]]
+        ends = selecting(names[alpha], others)
+        pattern |= {key_of(end, others): alpha for end in (ends if isinstance(ends, list) else names[alpha])}
+    entries = ", ".join(f"{json.dumps(key)}: {pattern[key]}" for key in sorted(pattern))
     where = named([site.name for site in wrong], [site.name for site in sites if site not in wrong])
     raise UserError(
         f"{where}: the adapter is scaled by {wrong[0].plan_scale:g}, but ALLoRA has no scaling factor; set "
