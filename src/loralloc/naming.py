@@ -90,10 +90,18 @@ def excluding(names: Sequence[str], others: Collection[str], already: Iterable[s
     >>> excluding(["fc"], ["block.fc"], ["head"])
     'exclude_modules="(.*\\\\.)?head|fc"'
     """
-    chosen = selecting(names, others)
-    if isinstance(chosen, list) and not isinstance(already, str):
-        return f"exclude_modules={json.dumps([*sorted(already or ()), *chosen])}"
-    return f"exclude_modules={json.dumps('|'.join(filter(None, map(_pattern, (already, chosen)))))}"
+    return f"exclude_modules={json.dumps(joined(already, selecting(names, others)))}"
+
+
+def joined(already: Iterable[str] | str | None, more: Sequence[str] | str) -> list[str] | str:
+    r"""Return `exclude_modules` with more of them: a list of names, or a pattern if either is one.
+
+    >>> joined({"head"}, ["fc"]), joined(None, "fc"), joined(r".*\.0\..*", ["fc"])
+    (['head', 'fc'], 'fc', '.*\\.0\\..*|(.*\\.)?fc')
+    """
+    if isinstance(already, str) or isinstance(more, str):
+        return "|".join(filter(None, map(_pattern, (already, more))))
+    return [*sorted(already or ()), *more]
 
 
 def _pattern(entries: Iterable[str] | str | None) -> str:

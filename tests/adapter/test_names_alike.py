@@ -164,3 +164,44 @@ def test_an_adapter_from_a_plan(alike: str, planned: list[tuple[int, float]], tm
     assert {name: (layer.r["default"], layer.scaling["default"]) for name, layer in stock.items()} == dict(
         zip(names, planned, strict=True)
     )
+
+
+# ---- Modules that are left out ----
+
+LAYERS = tuple(f"{tower}layers.{layer}.{kind}" for tower in ("", "vision.") for layer in (0, 1) for kind in ("q", "v"))
+
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "names": {"target_modules": ["q", "v"]},
+    "a pattern": {"target_modules": r".*\.(q|v)"},
+    "layers": {"layers_to_transform": [0], "layers_pattern": "layers"},
+    "layers of any name": {"layers_to_transform": [1]},
+    "exclusions": {"exclude_modules": ["vision.layers.1.q"]},
+    "a pattern of exclusions": {"exclude_modules": r"vision\..*"},
+    "a pattern with choices": {"exclude_modules": r"(?i)VISION\..*|layers\.1\.v"},
+    "layers and exclusions": {
+        "layers_to_transform": [0],
+        "layers_pattern": "layers",
+        "exclude_modules": r"vision\..*\.v",
+    },
+}
+"""Ways to select some of `LAYERS`."""
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_only_what_had_an_adapter_and_a_rank_has_one_afterwards(selection: str, first: int, tmp_path: Path) -> None:
+    settings = {"target_modules": ["q", "v"], **SELECTIONS[selection]}
+    base = base_of(*LAYERS)
+    names = list(lora_layers(get_peft_model(copy.deepcopy(base), LoraConfig(**settings))))
+    ranks = {name: 0 if number % 2 == first else 3 for number, name in enumerate(names)}
+    model = trained(base, ranks, **settings)
+    kept = {name for name, rank in ranks.items() if rank}
+    assert 0 < len(kept) < len(names) <= len(LAYERS)
+    export_adapter(model, tmp_path / "adapter", batch={"x": torch.ones(1, 6)})
+    model.save_pretrained(str(tmp_path / "source"))
+    truncate_adapter(tmp_path / "source", tmp_path / "small", Budget(total_rank=3 * len(kept)))
+    for folder in (tmp_path / "adapter", tmp_path / "small"):
+        assert set(lora_layers(check_same(base, model, folder))) == kept
+    one = truncate_adapter(tmp_path / "small", tmp_path / "one", Budget(total_rank=1)).plan
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "one"))
+    assert set(lora_layers(stock)) == {name for name, rank in one.ranks.items() if rank}

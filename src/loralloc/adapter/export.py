@@ -45,7 +45,7 @@ from loralloc.adapter.folders import check_target, record_export
 from loralloc.adapter.model_card import Export, Profile, model_card
 from loralloc.errors import UserError, check_choice
 from loralloc.gating import is_gated
-from loralloc.naming import sort_names
+from loralloc.naming import ends_in, joined, sort_names
 from loralloc.patterns import keyed
 from loralloc.peft_layers import PREFIX, peft_model
 from loralloc.plain_lora import PlainSite, check_active, check_mergeable, check_plain, plain_sites, stored_apart
@@ -239,16 +239,12 @@ def plain_config(
         "inference_mode": True,
     }.items():
         setattr(config, key, value)
-    left_out = [name for name in names if name not in kept]
-    stay = list(kept)
-    if left_out and any(a.endswith(f".{b}") or b.endswith(f".{a}") for a in stay for b in left_out):
-        # PEFT matches the ends of listed names, so only a pattern tells `fc` from `block.fc`.
-        config.target_modules, config.exclude_modules = "|".join(map(re.escape, stay)), None
-    elif left_out and isinstance(config.exclude_modules, str):
-        # A pattern and names cannot be joined: name the modules that stay instead.
-        config.target_modules, config.exclude_modules = stay, None
-    elif left_out:
-        config.exclude_modules = sorted({*(config.exclude_modules or ()), *left_out})
+    if left_out := [name for name in names if name not in kept]:
+        # Whatever selects the modules (targets, layers, exclusions) stays as it is, and more is excluded. PEFT matches
+        # the ends of listed names, so only a pattern tells `fc` from `block.fc`, or goes with a pattern.
+        listed = not (isinstance(config.exclude_modules, str) or any(ends_in(a, b) for a in kept for b in left_out))
+        excluded = joined(config.exclude_modules, left_out if listed else "|".join(map(re.escape, left_out)))
+        config.exclude_modules = excluded if isinstance(excluded, str) else sorted(set(excluded))
     sort_names(config)
     return config
 
