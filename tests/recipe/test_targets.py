@@ -125,7 +125,7 @@ TINY_HEADS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("excluded", ["null", "[KEY]", "'.*KEY'"])
+@pytest.mark.parametrize("excluded", ["null", "[KEY]", "'.*KEY'", "'(?i).*KEY'"])
 @pytest.mark.parametrize("model", TINY_HEADS, ids=["distilbert", "roberta"])
 def test_heads_that_are_trained_in_full_get_no_adapter(model: Any, excluded: str) -> None:
     """DistilBERT's is two layers, RoBERTa's a module of two."""

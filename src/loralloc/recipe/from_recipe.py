@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
@@ -24,7 +23,7 @@ from loralloc.adapter.from_plan import lora_config
 from loralloc.adapter.stored import check_fits
 from loralloc.errors import UserError
 from loralloc.methods.registry import held_out_for
-from loralloc.naming import named, sort_names
+from loralloc.naming import joined, named, sort_names
 from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import RankPlan
 from loralloc.recipe.passthrough import LOAD, PEFT, TRAINER, imported, values
@@ -170,9 +169,7 @@ def _with_heads(excluded: str | list[str] | None, recipe: Recipe, model: PreTrai
     names = [name for name, _ in model.named_modules()]
     heads = [name for name in names if name.endswith(ends)]
     inside = [name for name in names if any(name == head or name.startswith(f"{head}.") for head in heads)]
-    if isinstance(excluded, str):
-        return "|".join([f"({excluded})", *map(re.escape, inside)])
-    return [*(excluded or []), *inside] or None
+    return joined(excluded, inside) or None
 
 
 def check_precision(recipe: Recipe, model: PreTrainedModel) -> None:
