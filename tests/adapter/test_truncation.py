@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -17,10 +18,10 @@ import pytest
 import torch
 from cli.command import done, files, refused
 from exports import AUTO, adapted, config_of, saved_base, stored
-from models import cycled_ranks, logits, lora_layers, set_ranks, tiny_peft, train_adapter
-from peft import IA3Config, PeftModel, get_peft_model
+from models import cycled_ranks, logits, lora_config, lora_layers, set_ranks, tiny_llama, tiny_peft, train_adapter
+from peft import IA3Config, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from loralloc import AdaLoRA, Budget, RankPlan, UserError, attach, export_adapter, truncate_adapter
 from loralloc.adapter.folders import RECORD
@@ -194,6 +195,26 @@ def test_a_module_with_more_ranks_than_dimensions_has_no_more_singular_values(so
     plan = truncate_adapter(folder, tmp_path / "small", Budget(fraction=1.0)).plan
     assert plan.ranks["model.layers.0.self_attn.v_proj"] == 8
     assert (logits(reload("llama", tmp_path / "small")) - logits(model)).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own about output layers
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_output_layer_may_keep_no_rank(kept: bool, tmp_path: Path) -> None:
+    """PEFT saves the layer itself beside its factors, and finds no place for it where there is no adapter."""
+    base = tiny_llama()
+    base.lm_head = nn.Linear(base.config.hidden_size, base.config.vocab_size)
+    model = get_peft_model(copy.deepcopy(base), lora_config("llama", target_modules=["q_proj", "lm_head"])).eval()
+    train_adapter(model)
+    set_ranks(model, {name: 2 if kept or name != "lm_head" else 0 for name in lora_layers(model)})
+    model.save_pretrained(str(tmp_path / "source"))
+    total = 2 * len(lora_layers(model)) - 2 * (not kept)
+    truncate_adapter(tmp_path / "source", tmp_path / "small", Budget(total_rank=total))
+    export_adapter(model, tmp_path / "export")
+    for folder in (tmp_path / "small", tmp_path / "export"):
+        stock = PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+        assert set(load_file(folder / "adapter_model.safetensors")) == set(get_peft_model_state_dict(stock))
+        assert ("lm_head" in lora_layers(stock)) is kept
+        torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_an_untrained_adapter_keeps_its_number_of_ranks(tmp_path: Path) -> None:

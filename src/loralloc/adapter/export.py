@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loralloc._version import __version__
@@ -211,10 +212,21 @@ def _write_adapter(
         if name in stored:
             values = (stored[name].A, stored[name].B)
             tensors |= {k: v.to(dtype) for k, v, dtype in zip(keys, values, dtypes, strict=True)}
-        else:  # of an output layer with an adapter, PEFT saves the weight of the base model too
-            tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
+    tensors = without_left_out(tensors, factors, stored)
     config.save_pretrained(str(folder))
     save_file(stored_apart(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def without_left_out(tensors: Mapping[str, Tensor], names: Collection[str], kept: Collection[str]) -> dict[str, Tensor]:
+    """Drop what PEFT has saved of the base model's layer itself, as of every output layer with an adapter.
+
+    Args:
+        tensors: Tensors by their keys in a file.
+        names: All adapted modules.
+        kept: Those that have a rank; only of the others the layer is dropped.
+    """
+    layers = tuple(f"{PREFIX}{name}.base_layer." for name in names if name not in kept)
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(layers)}
 
 
 def plain_config(

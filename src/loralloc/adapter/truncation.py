@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loralloc._version import __version__
-from loralloc.adapter.export import Factors, move_into_place, plain_config, ragged
+from loralloc.adapter.export import Factors, move_into_place, plain_config, ragged, without_left_out
 from loralloc.adapter.folders import ADAPTER_WEIGHTS as WEIGHTS
 from loralloc.adapter.folders import check_target, record_export, recorded_modules
 from loralloc.adapter.stored import StoredAdapter, read_adapter
@@ -121,7 +121,7 @@ def _write(
 ) -> None:
     """Write a temporary folder beside the output, then move it into place as a whole."""
     fields, kept = ragged(factors)
-    tensors = dict(stored.others)
+    tensors = without_left_out(stored.others, factors, kept)
     for name, factor in kept.items():
         for symbol, value in (("A", factor.A), ("B", factor.B)):
             dtype = getattr(stored.factors[name], symbol).dtype
