@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import random
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_peft
+from safetensors.torch import save_file
 from torch import Tensor
 from trainers import (
     STEPS,
@@ -32,6 +34,7 @@ from trainers import (
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, RankAllocation, UserError
+from loralloc.training import callback
 from loralloc.training.callback import MARKER, TENSORS
 from loralloc.training.manifest import sealed, unsealed
 
@@ -192,6 +195,42 @@ def test_a_resume_after_the_last_step_finishes_the_run(
     assert allocation.plan.to_dict() == uninterrupted("default").plan
     assert same_tensors(adapter_tensors(trainer.model), uninterrupted("default").parameters)
     assert (tmp_path / "trace.jsonl").read_text() == uninterrupted("default").trace
+
+
+class _FullDisk:
+    """Writes the allocation's tensors until the disk is full."""
+
+    def __init__(self, files: int) -> None:
+        self.left = files
+
+    def __call__(self, tensors: dict[str, Tensor], path: Path) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save_file(tensors, path)
+
+
+def test_a_save_that_fails_leaves_the_only_checkpoint_before_it(
+    uninterrupted: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(callback, "save_file", _FullDisk(1))
+    with pytest.raises(OSError, match="No space left on device"):
+        train(tmp_path, **settings_of(tmp_path, save_total_limit=1))
+    monkeypatch.undo()
+    whole = str(tmp_path / "checkpoint-8")
+    trainer, _ = build(tmp_path, **settings_of(tmp_path))
+    cure = re.escape(f", in the same output_dir; the newest there is resume_from_checkpoint={whole!r}")
+    with pytest.raises(UserError, match=rf"checkpoint-16 has no usable rank-allocation state \(.*{cure}$"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer, _ = build(tmp_path, **settings_of(tmp_path))
+    trainer.train(resume_from_checkpoint=whole)
+    assert same_tensors(adapter_tensors(trainer.model), uninterrupted("default").parameters)
+
+
+def test_one_checkpoint_is_enough(tmp_path: Path) -> None:
+    train(tmp_path, save_total_limit=1, **SAVING)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+    assert (tmp_path / f"checkpoint-{STEPS}" / MARKER).is_file()
 
 
 # One checkpoint in the middle of a run, of which each test has a copy to spoil.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import sort_checkpoints
 
 from loralloc import trace
 from loralloc.errors import UserError
@@ -36,6 +38,8 @@ TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
 
 LISTED = (".safetensors", ".pt")
 """Endings of the files whose checksums the marker has: weights, optimizer and schedule, which one process writes."""
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+"""What reading a checkpoint's state raises where it is not there, or damaged."""
 _Sender = TypeVar("_Sender")
 
 HEADING = "## Rank allocation"
@@ -159,6 +163,7 @@ class RankAllocation(TrainerCallback):
             self._log.on_train_begin(args, state, control)
         if args.eval_on_start:
             self._random = random_state()
+        self._save_with(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -208,16 +213,6 @@ class RankAllocation(TrainerCallback):
         if self._log is not None:
             self._log.on_log(args, state, control, logs)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the allocation's state beside the checkpoint, the marker last."""
-        if not state.is_world_process_zero or self.plan is not None:
-            return
-        folder = _checkpoint(args, state)
-        _describe(folder, UNFINISHED.format(step=state.global_step, steps=state.max_steps))
-        tensors, numbers = self.run.state_dict()
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
-        _mark(folder, {"finished": False, **numbers})
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -232,6 +227,29 @@ class RankAllocation(TrainerCallback):
                 self._write_end(copy, kwargs["model"])
         if self._folder is not None and args.should_save:
             write_run(self._folder, self.run, state.log_history)
+
+    def _save_with(self, state: TrainerState) -> None:
+        """Have the allocation's state written into each checkpoint right after the Trainer's own, which comes last.
+
+        A Trainer then removes older checkpoints, and calls `on_save` only after that: with `save_total_limit=1` there
+        would be nothing to go on from until that is over.
+        """
+        save_trainer = state.save_to_json
+
+        def save_both(json_path: str) -> None:
+            save_trainer(json_path)
+            folder = Path(json_path).parent
+            if self.plan is None and folder.name == f"checkpoint-{state.global_step}":
+                self._write_state(folder, state)
+
+        state.save_to_json = save_both  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _write_state(self, folder: Path, state: TrainerState) -> None:
+        """Put the allocation's state into a checkpoint, the marker last."""
+        _describe(folder, UNFINISHED.format(step=state.global_step, steps=state.max_steps))
+        tensors, numbers = self.run.state_dict()
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / TENSORS)
+        _mark(folder, {"finished": False, **numbers})
 
     def _write_end(self, folder: Path, model: nn.Module) -> None:
         """Rewrite a checkpoint of the last step as the finished run: plain LoRA at its final ranks."""
@@ -249,10 +267,12 @@ class RankAllocation(TrainerCallback):
             self.run.load_state_dict(*_read_state(folder, step), optimizer)
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except UNUSABLE as error:
+            usable = _newest_usable(folder.parent)
+            cure = "" if usable is None else f"; the newest there is resume_from_checkpoint={str(usable)!r}"
             raise UserError(
                 f"{folder} has no usable rank-allocation state ({type(error).__name__}: {error}); resume from a "
-                "checkpoint that was written with this callback, in the same output_dir"
+                f"checkpoint that was written with this callback, in the same output_dir{cure}"
             ) from error
         if self._trace is None or not is_main():
             return
@@ -289,6 +309,15 @@ def _read_state(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, A
     if numbers["step"] != step:
         raise ValueError(f"{MARKER} is of step {numbers['step']}")
     return load_file(folder / TENSORS), numbers
+
+
+def _newest_usable(output: Path) -> Path | None:
+    """The newest checkpoint of an output folder whose state can be read; None where there is none."""
+    for path in map(Path, reversed(sort_checkpoints(str(output)))):
+        with suppress(*UNUSABLE):
+            _read_state(path, int(path.name.removeprefix("checkpoint-")))
+            return path
+    return None
 
 
 def _describe(folder: Path, text: str) -> None:
