@@ -28,7 +28,6 @@ from loralloc.training.engines import keep_adapter_whole, refuse_engines
 from loralloc.training.history import LOG, TRACE, free_folder, write_run
 from loralloc.training.log_file import LogFile
 from loralloc.training.manifest import MANIFEST, read_manifest, sealed, unsealed, write_manifest
-from loralloc.training.processes import is_main
 from loralloc.training.rewriting import complete_rewriting, rewritten
 from loralloc.training.run import AllocationRun
 from loralloc.training.step_data import CollatedBatches, random_state, set_random_state
@@ -100,6 +99,7 @@ class RankAllocation(TrainerCallback):
         self._provenance = provenance
         self._compact = compact
         self._run: AllocationRun | None = None
+        self._writes = False  # one process does, or one on each node with save_on_each_node
         self._random: tuple[Tensor, list[Tensor]] | None = None
 
     @property
@@ -120,7 +120,8 @@ class RankAllocation(TrainerCallback):
         if self._run is not None:
             raise UserError("this RankAllocation belongs to a Trainer already; make a new one for each Trainer")
         _go_before_reports(self)
-        if state.is_world_process_zero:  # before the Trainer looks for the checkpoint to go on from
+        self._writes = args.should_save
+        if self._writes:  # before the Trainer looks for the checkpoint to go on from
             complete_rewriting(Path(args.output_dir or "."))
         self._run = AllocationRun(kwargs["model"], self.method, compact=self._compact)
         if self._trace is not None:
@@ -156,7 +157,7 @@ class RankAllocation(TrainerCallback):
         _refuse_early_best_model(args, state, run.schedule.steps_until_final)
         if state.global_step > 0:
             self._resume(_checkpoint(args, state), state.global_step, kwargs["optimizer"])
-        elif self._trace is not None and args.should_save:
+        elif self._trace is not None and self._writes:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             self._trace.write_text("", encoding="utf-8")
         if self._log is not None:
@@ -222,10 +223,10 @@ class RankAllocation(TrainerCallback):
         folder = _checkpoint(args, state)
         best = Path(state.best_model_checkpoint or folder)
         another = args.load_best_model_at_end and best.name != folder.name  # the model holds that one's weights
-        if state.is_world_process_zero and (folder / MARKER).is_file() and not another:
+        if self._writes and (folder / MARKER).is_file() and not another:
             with rewritten(folder) as copy:
                 self._write_end(copy, kwargs["model"])
-        if self._folder is not None and args.should_save:
+        if self._folder is not None and self._writes:
             write_run(self._folder, self.run, state.log_history)
 
     def _save_with(self, state: TrainerState) -> None:
@@ -274,14 +275,14 @@ class RankAllocation(TrainerCallback):
                 f"{folder} has no usable rank-allocation state ({type(error).__name__}: {error}); resume from a "
                 f"checkpoint that was written with this callback, in the same output_dir{cure}"
             ) from error
-        if self._trace is None or not is_main():
+        if self._trace is None or not self._writes:
             return
         if not trace.rewind(self._trace, self.run.step):
             self.run.emit_start()
 
     def _append_event(self, event: trace.Event) -> None:
         assert self._trace is not None
-        if is_main():
+        if self._writes:
             trace.append(self._trace, event)
 
 

@@ -329,7 +329,7 @@ class SkipBadSteps(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the count beside the checkpoint."""
         self.checks.settle()
-        if state.is_world_process_zero:
+        if args.should_save:
             record = {"steps": self.steps, "in_a_row": self.checks.bad_in_a_row}
             folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
             write_atomically(folder / self.FILE, json.dumps(record) + "\n")
@@ -353,7 +353,7 @@ class _Completion(TrainerCallback):
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         trainer = self._trainer
         losses = processes.gather(trainer._tr_loss.item())  # once it is there, every process has written
-        if not state.is_world_process_zero:
+        if not args.should_save:
             return
         record = {
             "seconds": trainer.train_seconds,
