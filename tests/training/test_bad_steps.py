@@ -143,6 +143,43 @@ def test_large_is_not_infinite(monkeypatch: pytest.MonkeyPatch, host: bool, valu
     assert StepChecks(parameter, lambda step: None).is_sound(0) is sound
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_what_the_optimizer_holds_outside_the_model_counts(wait: bool) -> None:
+    loop, head = Loop(wait).walk(2), torch.nn.Linear(3, 1)
+    loop.optimizer.add_param_group({"params": head.parameters()})
+    for step, value in ((2, 1.0), (3, NAN), (4, 1.0)):
+        loop.backward()
+        head.weight.grad = torch.full((1, 3), value)
+        before = {n: p.detach().clone() for n, p in {**loop.trained, "head": head.weight}.items()}
+        loop.run.before_step(loop.optimizer, wait=wait)
+        loop.optimizer.step()
+        loop.run.after_step(loop.optimizer)
+        moved = {n for n, p in {**loop.trained, "head": head.weight}.items() if not torch.equal(p, before[n])}
+        assert ("head" in moved, len(moved) > 1) == ((False, False) if step == 3 else (True, True))
+    assert loop.run.bad_steps == 1
+
+
+def test_a_bad_gradient_of_the_model_stops_the_momentum_of_what_is_outside() -> None:
+    loop, head = Loop(True, bad=(3,)).walk(2), torch.nn.Linear(3, 1)
+    loop.optimizer.add_param_group({"params": head.parameters()})
+    for _ in range(2):
+        before = head.weight.detach().clone()
+        head.weight.grad = torch.ones(1, 3)
+        loop.step()
+    assert torch.equal(head.weight, before)
+
+
+def test_sparse_gradients_outside_the_model_are_looked_at() -> None:
+    parameter, table = torch.nn.Linear(3, 3), torch.nn.Embedding(9, 2, sparse=True)
+    optimizer = torch.optim.SGD([*parameter.parameters(), *table.parameters()])
+    for scale, sound in ((1.0, True), (NAN, False)):
+        parameter.weight.grad = torch.ones(3, 3)
+        table.zero_grad()
+        (scale * table(torch.tensor([1, 4])).sum()).backward()
+        checks = StepChecks(parameter, lambda step: None)
+        assert checks.is_sound(0, optimizer) is sound
+
+
 def test_a_verdict_is_about_one_step() -> None:
     loop = Loop(False, bad=(3,)).walk(3)
     loop.backward()

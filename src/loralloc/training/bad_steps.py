@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loralloc.methods.base import Method, any_process, on_any_process
 from loralloc.training.optimizer import unwrapped
@@ -44,7 +45,7 @@ class StepChecks:
     """The verdicts on a run's steps.
 
     Args:
-        model: Its gradients are looked at.
+        model: Its gradients are looked at, and those of what else an optimizer holds that is shown.
         report: Called with the number of each bad step, in order.
 
     Attributes:
@@ -62,18 +63,24 @@ class StepChecks:
         self._said: int | None = None
         self._model, self._report = model, report
         self._parameters: list[nn.Parameter] = []
+        self._others: list[Tensor] = []
+        self._held: tuple[int, ...] = ()
         self._unread: deque[_Unread] = deque()
 
-    def is_sound(self, step: int) -> bool:
+    def is_sound(self, step: int, optimizer: Any = None) -> bool:
         """Wait for the verdict on a step; if it is bad, drop all gradients, so that not even momentum moves anything.
+
+        Args:
+            step: Its number.
+            optimizer: The optimizer, or accelerate's wrapper of it; what it holds outside the model counts as well.
 
         Raises:
             FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
         """
         self.settle()
-        bad = any_process(self._not_finite())
+        bad = any_process(self._not_finite(optimizer))
         if bad:
-            for parameter in self._model.parameters():
+            for parameter in (*self._model.parameters(), *self._others):
                 parameter.grad = None
         self._count(step, bad)
         return not bad
@@ -85,7 +92,7 @@ class StepChecks:
             FloatingPointError: More than `MAX_BAD_STEPS` earlier steps in a row were bad.
         """
         self.settle(wait=len(self._unread) > MAX_BAD_STEPS)
-        bad = on_any_process(self._not_finite()).bool()
+        bad = on_any_process(self._not_finite(optimizer)).bool()
         inner = unwrapped(optimizer)
         inner.found_inf, inner.grad_scale = bad.to(torch.float32), None
         if bad.is_cuda:
@@ -123,16 +130,26 @@ class StepChecks:
             self.say(f"{self.bad} of {steps} steps were skipped: their gradients were not finite")
         return self.bad
 
-    def _not_finite(self) -> Tensor:
+    def _not_finite(self, optimizer: Any) -> Tensor:
         """Whether any gradient of this process is not finite."""
         if not self._parameters:  # walking through a large model takes longer than the check itself
             self._parameters = list(self._model.parameters())
+        self._look_for_others(optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients += [_numbers(p.grad) for p in self._others if p.grad is not None]
         if not gradients:
             return torch.zeros((), dtype=torch.bool, device=self._parameters[0].device)
         if all(gradient.is_cpu for gradient in gradients):
             return _any_not_finite(gradients)
         return _any_overflows(gradients)
+
+    def _look_for_others(self, optimizer: Any) -> None:
+        """Find what an optimizer holds outside the model: again once it is another one, or holds more or less."""
+        groups = [] if optimizer is None else unwrapped(optimizer).param_groups
+        held = (id(optimizer), *(len(group["params"]) for group in groups))
+        if held != self._held:
+            self._held, known = held, {id(parameter) for parameter in self._parameters}
+            self._others = [p for group in groups for p in group["params"] if id(p) not in known]
 
     def _count(self, step: int, bad: bool) -> None:
         if not bad:
@@ -151,6 +168,12 @@ class StepChecks:
                 f"{self.bad_in_a_row} optimizer steps in a row had a non-finite gradient (last: step {step}); "
                 "lower the learning rate, or use bf16 instead of fp16"
             )
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """The numbers of a gradient that this process has: sharded or sparse ones do not go with others into one call."""
+    mine = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return mine._values() if mine.is_sparse else mine
 
 
 def _any_not_finite(gradients: list[Tensor]) -> Tensor:

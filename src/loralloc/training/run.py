@@ -239,7 +239,7 @@ class AllocationRun(Recorded):
             self.emit_start()
         if not wait and can_skip(optimizer, self.method, self.sites[0].gate.device):
             self._sound = self._checks.skip_if_bad(self.step, optimizer)
-        elif not self._checks.is_sound(self.step):
+        elif not self._checks.is_sound(self.step, optimizer):
             self._skipped = True
             return False
         with torch.no_grad():

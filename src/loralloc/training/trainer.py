@@ -318,7 +318,7 @@ class SkipBadSteps(TrainerCallback):
         if can_skip(optimizer, None, args.device):
             self.checks.skip_if_bad(state.global_step, optimizer)
         else:
-            self.checks.is_sound(state.global_step)
+            self.checks.is_sound(state.global_step, optimizer)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
