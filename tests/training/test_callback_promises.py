@@ -12,7 +12,7 @@ from models import VOCABULARY, labelled_batch, tiny_bert, tiny_peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.amp.grad_scaler import GradScaler
 from trainers import BATCH, STEPS, adapter_tensors, build, read_trace, same_tensors, sentences, train, training_rows
-from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from loralloc import AdaLoRA, Budget, RankPlan, UserError, attach
 
@@ -96,13 +96,44 @@ def test_evaluations_do_not_move_the_dropout_of_the_training(tmp_path: Path) -> 
         assert other.plan.to_dict() == usual.plan.to_dict()
 
 
+class _Asks(TrainerCallback):
+    """Asks for an evaluation after every step."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_evaluate = True
+
+
+class _Evaluates(TrainerCallback):
+    """Evaluates and predicts by itself, at several events."""
+
+    trainer: Trainer
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.evaluate()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.predict(sentences(BATCH, seed=4))
+
+
+@pytest.mark.parametrize("other", [_Asks, _Evaluates])
+def test_nor_do_evaluations_that_another_callback_wants(other: type[TrainerCallback], tmp_path: Path) -> None:
+    usual = outcome(tmp_path, model=tiny_peft("llama", lora_dropout=0.2))
+    callback = other()
+    extra = {"eval_dataset": sentences(BATCH, seed=3)}
+    model = tiny_peft("llama", lora_dropout=0.2)
+    trainer, allocation = build(tmp_path, model=model, callbacks=[callback], extra=extra, logging_steps=1)
+    callback.trainer = trainer  # type: ignore[attr-defined]
+    trainer.train()
+    assert allocation.plan is not None
+    assert allocation.plan.to_dict() == usual.plan.to_dict()
+    assert same_tensors(adapter_tensors(trainer.model), usual.tensors)
+
+
 def test_an_evaluation_after_the_training_takes_no_random_numbers_back(tmp_path: Path) -> None:
     trainer, _ = train(tmp_path, extra={"eval_dataset": sentences(BATCH)}, eval_strategy="steps", eval_steps=STEPS)
-    torch.manual_seed(0)
-    torch.rand(3)
     before = torch.get_rng_state()
-    trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, {})
-    assert torch.equal(torch.get_rng_state(), before)
+    trainer.evaluate()
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("size", "checkpointing"), [(1, False), pytest.param(2, True, marks=pytest.mark.slow)])

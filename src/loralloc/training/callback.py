@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from peft import PeftModel
@@ -39,6 +41,8 @@ LISTED = (".safetensors", ".pt")
 """Endings of the files whose checksums the marker has: weights, optimizer and schedule, which one process writes."""
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 """What reading a checkpoint's state raises where it is not there, or damaged."""
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _Sender = TypeVar("_Sender")
 
 HEADING = "## Rank allocation"
@@ -100,7 +104,6 @@ class RankAllocation(TrainerCallback):
         self._compact = compact
         self._run: AllocationRun | None = None
         self._writes = False  # one process does, or one on each node with save_on_each_node
-        self._random: tuple[Tensor, list[Tensor]] | None = None
 
     @property
     def run(self) -> AllocationRun:
@@ -128,6 +131,8 @@ class RankAllocation(TrainerCallback):
             self._run.on_event = self._append_event
         if (trainer := _sender(Trainer)) is not None:
             keep_adapter_whole(trainer)
+            trainer.evaluate = self._without_a_trace(trainer.evaluate)
+            trainer.predict = self._without_a_trace(trainer.predict)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,15 +167,7 @@ class RankAllocation(TrainerCallback):
             self._trace.write_text("", encoding="utf-8")
         if self._log is not None:
             self._log.on_train_begin(args, state, control)
-        if args.eval_on_start:
-            self._random = random_state()
         self._save_with(state)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Forget the random state from before the last evaluation: the training has gone on from it."""
-        self._random = None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -185,18 +182,11 @@ class RankAllocation(TrainerCallback):
         self.run.after_step(kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the random state before an evaluation, which draws seeds for its data loader; end a settled run."""
-        if control.should_evaluate:
-            self._random = random_state()
+        """End a settled run."""
         if self.run.settled:
             control.should_training_stop = True
 
     on_epoch_end = on_step_end
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Restore the random state: dropout, and so the plan, must not depend on how often the model is evaluated."""
-        if self._random is not None:  # kept until the next step: several sets are evaluated one after the other
-            set_random_state(self._random)
 
     def on_log(
         self,
@@ -218,7 +208,6 @@ class RankAllocation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Fold the gates: the model is plain LoRA from here on, and so is a checkpoint of the last step."""
-        self._random = None
         self.plan = self.run.finish(self._provenance)
         folder = _checkpoint(args, state)
         best = Path(state.best_model_checkpoint or folder)
@@ -228,6 +217,24 @@ class RankAllocation(TrainerCallback):
                 self._write_end(copy, kwargs["model"])
         if self._folder is not None and self._writes:
             write_run(self._folder, self.run, state.log_history)
+
+    def _without_a_trace(self, evaluate: Callable[_P, _T]) -> Callable[_P, _T]:
+        """Have an evaluation put the random state back, from which its data loader draws a seed, until the run is over.
+
+        Dropout, and so the plan, must not depend on how often the model is evaluated, nor on who asks for it.
+        """
+
+        @functools.wraps(evaluate)
+        def quiet(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            if self.plan is not None:
+                return evaluate(*args, **kwargs)
+            random = random_state()
+            try:
+                return evaluate(*args, **kwargs)
+            finally:
+                set_random_state(random)
+
+        return quiet
 
     def _save_with(self, state: TrainerState) -> None:
         """Have the allocation's state written into each checkpoint right after the Trainer's own, which comes last.
