@@ -73,6 +73,7 @@ class Loop:
         resume: The folder from which the second half starts, None for the whole run.
         save: The folder to which the first half is written; the run goes on.
         export: Where the adapter is exported to.
+        meet: The file through which the processes join once the method is attached; None where they have before.
     """
 
     method: str = "adalora"
@@ -83,6 +84,7 @@ class Loop:
     resume: Path | None = None
     save: Path | None = None
     export: Path | None = None
+    meet: Path | None = None
 
     def run(self, rank: int, world: int) -> dict[str, Any]:
         torch.manual_seed(rank * SEEDS_DIFFER)
@@ -91,6 +93,8 @@ class Loop:
         if self.order == "before":
             shard(model)
         run = attach(model, methods()[self.method], total_steps=STEPS)
+        if self.meet is not None:
+            dist.init_process_group("gloo", init_method=f"file://{self.meet}", rank=rank, world_size=world)
         if self.order == "after":
             shard(model)
         called: nn.Module = model

@@ -15,6 +15,7 @@ from models import labelled_batch, logits, tiny_peft
 from torch import Tensor
 
 from loralloc import ABLoRA, AdaLoRA, ALLoRA, Budget, Truncate, Uniform, UserError, attach
+from loralloc.training import compaction
 from loralloc.training.run import AllocationRun
 
 STEPS, WARMUP, COOLDOWN = 18, 2, 8
@@ -198,6 +199,13 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match=r"^compact=True removes ranks from the tensors, .*; leave it out, or"):
         attach(tiny_peft("llama"), AdaLoRA(Budget(average_rank=2)), STEPS, compact=True)
+
+
+def test_processes_that_have_joined_later_are_refused_before_ranks_leave(monkeypatch):
+    loop = Loop(compact=True).walk(FREEZE)
+    monkeypatch.setattr(compaction, "world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"^compact=True removes ranks from the tensors, .*; leave it out, or"):
+        loop.walk(FREEZE + 1)
 
 
 def test_a_method_that_closes_nothing_for_good_is_refused():

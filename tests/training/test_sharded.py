@@ -268,6 +268,20 @@ def test_four_processes(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def joining_late(rank: int, folder: Path) -> None:
+    """A loop that attaches before it joins the other process."""
+    torch.set_num_threads(1)
+    found = Loop(order="after", meet=folder / "store").run(rank, 2)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_may_join_after_attaching(two: Any, tmp_path: Path) -> None:
+    spawn(joining_late, args=(tmp_path,), nprocs=2)
+    late = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert late[0] == late[1] == of(two, "adalora, after")
+
+
 def test_zero_3_is_refused() -> None:
     model = tiny_peft("llama").train()
     next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]

@@ -30,15 +30,24 @@ def check_compact(method: Method) -> None:
     Raises:
         UserError: There are several processes, or the method decides nothing before the run ends.
     """
-    if world_size() > 1:
-        raise UserError(
-            "compact=True removes ranks from the tensors, which DDP's gradient buckets do not follow; leave it out, "
-            "or train with one process"
-        )
+    refuse_several()
     if not method.compacts:
         raise UserError(
             f"compact=True needs a decision, before the run ends, on which ranks are closed for good, and {method.id} "
             "with these settings makes none; leave it out"
+        )
+
+
+def refuse_several() -> None:
+    """Refuse to compact a run on several processes, which may have joined only after it was attached.
+
+    Raises:
+        UserError: There are several processes.
+    """
+    if world_size() > 1:
+        raise UserError(
+            "compact=True removes ranks from the tensors, which DDP's gradient buckets do not follow; leave it out, "
+            "or train with one process"
         )
 
 
@@ -74,11 +83,15 @@ class Compaction:
         sites: Its gated layers.
         kept: Boolean [R]: the ranks that stay.
         optimizer: The optimizer; its state of closed ranks is removed too. None if there is no optimizer yet.
+
+    Raises:
+        UserError: There are several processes by now.
     """
 
     def __init__(
         self, model: nn.Module, sites: Sequence[Site], kept: Tensor, optimizer: torch.optim.Optimizer | None
     ) -> None:
+        refuse_several()
         self.sites = sites
         self._kept = [part.nonzero().flatten() for part in kept.split([site.rank for site in sites])]
         self._capacity = [site.rank for site in sites]

@@ -29,7 +29,8 @@ BUCKET = 2**25
 class SharedGradients:
     """Keeps an adapter the same on all processes while the base model is sharded; does nothing where it is not.
 
-    Whether it is sharded is decided when the model is first called, since it may be sharded after this object is made.
+    Whether it is sharded is decided when the model is first called, since it may be sharded after this object is made,
+    and the processes may only then have joined.
 
     Args:
         model: The model that the training loop calls.
@@ -40,11 +41,18 @@ class SharedGradients:
         self._parameters: list[nn.Parameter] = []
         self._handles: list[Any] = []
         self._queued = False
-        if world_size() > 1:
-            self._handles.append(model.register_forward_pre_hook(torch.compiler.disable(self._begin)))  # type: ignore[arg-type]
+        self._handles.append(model.register_forward_pre_hook(self._look))
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        """Before a forward pass: agree on the adapter where the base is sharded by now."""
+    def _look(self, module: nn.Module, args: Any) -> None:
+        """Before a forward pass. A compiled model of one process is one graph: nothing is done in it."""
+        if world_size() > 1:
+            self._begin()  # pyright: ignore[reportAttributeAccessIssue]
+        elif not torch.compiler.is_compiling():
+            self._end_if_trained()
+
+    @torch.compiler.disable
+    def _begin(self) -> None:
+        """Agree on the adapter where the base is sharded by now."""
         if is_sharded(self._model):
             check_sharding(self._model)
             self._parameters = [p for p in self._model.parameters() if p.requires_grad]
@@ -52,7 +60,12 @@ class SharedGradients:
                 parameter.data.copy_(agree(parameter.data))
             self._forget_hooks()
             self._handles += [p.register_post_accumulate_grad_hook(self._arrived) for p in self._parameters]
-        elif torch.is_grad_enabled():  # it is trained as it is
+        else:
+            self._end_if_trained()
+
+    def _end_if_trained(self) -> None:
+        """Once it is trained as it is, nothing will be sharded any more; a calibration before that is no training."""
+        if torch.is_grad_enabled() and self._model.training:
             self._forget_hooks()
 
     def _forget_hooks(self) -> None:
