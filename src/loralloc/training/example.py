@@ -23,15 +23,25 @@ def keep_example(model: nn.Module) -> Callable[[], None]:
     Returns:
         A function that stops waiting for that batch.
     """
+    return _FirstBatch(model).forget
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+
+class _FirstBatch:
+    """Waits for the first batch; no local function, so that the model can be pickled meanwhile."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def forget(self) -> None:
+        """Wait no longer."""
+        self._hook.remove()
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or args:
             return
         # Arguments other than tensors are options of a training loop, such as TRL's to compute no logits.
         tensors = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
         batch = samples_of(tensors, slice(SAMPLES))
-        remember_example(model, {key: value.detach().to("cpu", copy=True) for key, value in batch.items()})
-        hook.remove()
-
-    hook = model.register_forward_pre_hook(look, with_kwargs=True)
-    return hook.remove
+        remember_example(self._model, {key: value.detach().to("cpu", copy=True) for key, value in batch.items()})
+        self.forget()
