@@ -33,7 +33,7 @@ from trainers import (
 )
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, RankAllocation, UserError
+from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, RankAllocation, Truncate, UserError
 from loralloc.training import callback
 from loralloc.training.callback import MARKER, TENSORS
 from loralloc.training.manifest import sealed, unsealed
@@ -49,6 +49,7 @@ METHODS = {
     ),
     "autolora": AutoLoRA(sentences(20, seed=5), logit_learning_rate=0.05, check_every=3),
     "autolora-paper": AutoLoRA.as_published(sentences(20, seed=5), logit_learning_rate=0.05),
+    "truncate": Truncate(Budget(average_rank=2), recover=10),
     "published": AdaLoRA.as_published(Budget(total_rank=7), penalty="paper", importance="sensitivity"),
 }
 
@@ -435,12 +436,13 @@ def test_an_interrupted_trainer_does_not_train_anew_from_the_middle(tmp_path: Pa
         trainer.train()
 
 
+@pytest.mark.parametrize("method", ["default", "truncate"])
 def test_an_interrupted_trainer_resumes_from_before_its_final_phase(
-    uninterrupted: Callable[[str], Run], tmp_path: Path
+    method: str, uninterrupted: Callable[[str], Run], tmp_path: Path
 ) -> None:
-    trainer, allocation = train_until_killed(tmp_path, 19, **settings_of(tmp_path))
+    trainer, allocation = train_until_killed(tmp_path, 19, **settings_of(tmp_path, method))
     shutil.rmtree(tmp_path / "checkpoint-16")
     trainer.train(resume_from_checkpoint=True)
-    resumed, expected = everything(trainer, allocation, tmp_path / "trace.jsonl"), uninterrupted("default")
+    resumed, expected = everything(trainer, allocation, tmp_path / "trace.jsonl"), uninterrupted(method)
     assert (resumed.plan, resumed.trace) == (expected.plan, expected.trace)
     assert same_tensors(resumed.parameters, expected.parameters)

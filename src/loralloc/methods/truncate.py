@@ -133,9 +133,11 @@ class Truncate(Method):
         return {} if state.kept is None else {"kept": state.kept}
 
     def load_state_dict(self, state: TruncateState, tensors: Mapping[str, Tensor]) -> None:
-        """Restore them, and close the others."""
-        if "kept" in tensors:
-            self._close(state, tensors["kept"])
+        """Restore them, and close the others; before the cut, all ranks are open."""
+        everything = torch.ones(sum(site.rank for site in state.sites), dtype=torch.bool)
+        self._close(state, tensors.get("kept", everything))
+        if "kept" not in tensors:
+            state.kept = None
 
     def _cut(self, state: TruncateState, target: int) -> Tensor:
         """Replace every update by its best approximation under the budget, the same in all processes."""

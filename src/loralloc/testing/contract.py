@@ -240,6 +240,27 @@ class MethodContract(Hooks):
         assert first.events + second.events == whole.events
         assert second.run.finish().to_dict() == whole.run.finish().to_dict()
 
+    @pytest.mark.parametrize("cut", [1, 8, FREEZE, FREEZE + 3], ids=["warmup", "decrease", "freeze", "final"])
+    def test_a_run_that_goes_back_in_its_own_process_is_the_uninterrupted_one(
+        self, method: Make, name: str, cut: int
+    ) -> None:
+        """Nothing is left of the steps that are made again, nor of a last one that was interrupted before its end."""
+        if self.decides(method(HALF)) != "while training" and cut != 8:
+            pytest.skip("has no phases")
+        whole = self.loop(method, name).walk(cut).stumble().walk()
+        loop = self.loop(method, name).walk(cut)
+        saved = deepcopy((loop.model.state_dict(), loop.optimizer.state_dict(), loop.run.state_dict()))
+        loop.walk(STEPS - 1).backward()
+        loop.run.before_step(loop.optimizer)
+        loop.model.load_state_dict(saved[0])
+        loop.optimizer.load_state_dict(saved[1])
+        loop.run.load_state_dict(*saved[2])
+        loop.losses.clear()
+        loop.stumble().walk()
+        assert loop.losses == whole.losses[cut:]
+        assert same(loop.snapshot(), whole.snapshot())
+        assert loop.run.finish().to_dict() == whole.run.finish().to_dict()
+
     # ---- Bad steps ----
 
     @pytest.mark.parametrize(

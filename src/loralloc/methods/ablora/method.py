@@ -261,6 +261,7 @@ class ABLoRA(Method):
         state.open, state.born = tensors["open"].cpu().bool(), tensors["born"].cpu()
         state.limit, state.seed = int(tensors["limit"]), int(tensors["seed"])
         state.sensitivity.copy_(tensors["sensitivity"])
+        state.logits = ()  # of a step that was interrupted
         state.apply()
 
     def resized(self, state: ABLoRAState) -> None:

@@ -212,6 +212,7 @@ class AdaLoRA(Method):
             stack.mean.copy_(tensors[f"{index}.mean"])
             stack.uncertainty.copy_(tensors[f"{index}.uncertainty"])
         state.final = tensors["final"].to(state.sites[0].gate.device) if "final" in tensors else None
+        state.measure_after_step = False  # of a step that was interrupted
         self._mask(state, None if self.order == "reference" else state.final)
 
     def resized(self, state: AdaLoRAState) -> None:

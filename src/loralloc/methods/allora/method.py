@@ -202,6 +202,7 @@ class ALLoRA(Method):
         """Restore the allocating method; scale the rows by the weights that were loaded."""
         if self.allocate is not None:
             self.allocate.load_state_dict(state.inner, tensors)
+        state.before = None  # of a step that was interrupted
         self._scale_rows(state)
 
     def resized(self, state: ALLoRAState) -> None:

@@ -222,6 +222,8 @@ class AutoLoRA(Method):
         state.updates, state.skipped, state.unchanged = tensors["counts"].tolist()
         state.planned = tensors["planned"].to(state.logits.device) if "planned" in tensors else None
         state.settled = self._is_settled(state)
+        state.before, state.sound = None, False  # of a step that was interrupted
+        state.take_gate_gradients()
 
     def resized(self, state: AutoLoRAState) -> None:
         """Nothing to do: no rank leaves the tensors."""
