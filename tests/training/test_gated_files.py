@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,33 @@ def step_once(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
     model(**batch, labels=batch["input_ids"]).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def test_a_second_adapter_gets_its_allocation_when_the_first_is_finished() -> None:
+    """Each would save and load the model its own way, and the last one would win."""
+    model = tiny_peft("llama")
+    model.add_adapter("other", lora_config("llama"))
+    first = attach(model, TWO_RANKS, total_steps=8)
+    model.set_adapter("other")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    words = (
+        'a rank allocation is attached already, to the adapter "default" of the same model; finish() it before "other" '
+        'gets one, or load the base model anew for "other"'
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
+        attach(model, TWO_RANKS, total_steps=8)
+    assert same_tensors(model.state_dict(), before)
+    first.finish()
+    attach(model, TWO_RANKS, total_steps=8)
+
+
+def test_an_adapter_that_was_deleted_holds_no_other_up() -> None:
+    model = tiny_peft("llama")
+    model.add_adapter("other", lora_config("llama"))
+    attach(model, TWO_RANKS, total_steps=8)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    attach(model, TWO_RANKS, total_steps=8)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loralloc.errors import UserError
-from loralloc.gating import Site, folded
+from loralloc.gating import Site, folded, is_gated
 from loralloc.naming import sort_names
 from loralloc.peft_layers import PREFIX
 from loralloc.unpickling import nothing_unpickled
@@ -37,10 +37,14 @@ class GatedFiles:
     Args:
         model: The `PeftModel`.
         sites: Its gated layers.
+
+    Raises:
+        UserError: Another adapter of the model is gated: saving and loading can serve one alone.
     """
 
     def __init__(self, model: PeftModel, sites: Sequence[Site]) -> None:
         self._model, self._sites = model, sites
+        _check_alone(model, sites[0].adapter)
         sort_names(model.peft_config[sites[0].adapter])
         for name in _REPLACED:
             setattr(model, name, getattr(self, name))
@@ -96,6 +100,16 @@ class GatedFiles:
             plain[keys[0]], plain[keys[1]] = folded(A, B, gate, site.full_scale.to(gate.device), site.scaling)
             del plain[keys[2]]
         return plain
+
+
+def _check_alone(model: PeftModel, adapter: str) -> None:
+    """Refuse a second allocation on one model."""
+    for other in model.peft_config:
+        if other != adapter and is_gated(model, other):
+            raise UserError(
+                f'a rank allocation is attached already, to the adapter "{other}" of the same model; finish() it '
+                f'before "{adapter}" gets one, or load the base model anew for "{adapter}"'
+            )
 
 
 def _keys(site: Site) -> tuple[str, str, str]:

@@ -115,7 +115,7 @@ class AllocationRun(Recorded):
             self.unit, self.start, self.target = site_budget(self.sites, method.budget)
             if total_steps is not None:
                 self.begin(total_steps)
-        self._files = GatedFiles(peft_model(model), self.sites)
+            self._files = GatedFiles(peft_model(model), self.sites)
         self._forget_example = keep_example(peft_model(model))
         self._shared = SharedGradients(model)
         self.step = 0
