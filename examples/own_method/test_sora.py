@@ -16,7 +16,7 @@ from loralloc.methods.base import Method
 from loralloc.testing import MethodContract
 from loralloc.testing.hooks import Make
 from loralloc.testing.loop import Decides, Loop, adamw
-from loralloc.testing.models import TINY, adapted
+from loralloc.testing.models import TINY, adapted, labelled_batch
 from loralloc.training.run import attach
 
 
@@ -120,6 +120,9 @@ def test_a_budget_keeps_the_largest_gates_of_all_modules() -> None:
 
 
 def test_the_optimizer_must_be_shown() -> None:
-    run = attach(adapted(TINY["llama"]), SoRA(penalty=1.0), 10)
+    model = adapted(TINY["llama"])
+    run = attach(model, SoRA(penalty=1.0), 10)
+    model(**labelled_batch("llama")).loss.backward()
+    run.before_step()
     with pytest.raises(UserError, match=r"needs the learning rate of the step, .*: call run.after_step\(optimizer\)"):
         run.after_step()

@@ -376,7 +376,9 @@ def test_what_a_method_says_of_itself_the_composition_says_too() -> None:
 
 
 def test_a_composition_that_resets_the_optimizer_asks_for_it_at_the_first_step() -> None:
-    run = attach(tiny_peft("llama", lora_alpha=4), ALLoRA(allocate=Truncate(Budget(average_rank=2))), 10)
+    model = tiny_peft("llama", lora_alpha=4)
+    run = attach(model, ALLoRA(allocate=Truncate(Budget(average_rank=2))), 10)
+    model(**labelled_batch("llama")).loss.backward()
     with pytest.raises(UserError, match="^" + re.escape(SHOW)):
         run.before_step()
 

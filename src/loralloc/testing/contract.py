@@ -337,7 +337,7 @@ class MethodContract(Hooks):
                 if sound:
                     loop.backward()
                 gate.grad = torch.full_like(gate, 0.0 if sound else NAN)
-                assert loop.run.before_step(loop.optimizer) is sound
+                assert loop.update() is sound
         assert loop.run.bad_steps == 2 * MAX_BAD_STEPS
 
     def test_the_count_of_bad_steps_goes_on_after_a_checkpoint(self, method: Make) -> None:

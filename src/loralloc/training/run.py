@@ -26,7 +26,7 @@ from loralloc.methods.base import (
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
 from loralloc.schedule import Schedule
-from loralloc.training.bad_steps import StepChecks, can_skip, forget
+from loralloc.training.bad_steps import StepChecks, can_skip
 from loralloc.training.calibration import batches_of, without_a_trace
 from loralloc.training.compaction import Compaction, check_compact
 from loralloc.training.example import keep_example
@@ -42,6 +42,7 @@ from loralloc.training.optimizer import (
     learning_rate,
     optimizer_name,
 )
+from loralloc.training.order import StepOrder
 from loralloc.training.processes import check_agreement
 from loralloc.training.resume import check_state, described, gate_checksum
 from loralloc.training.shared_gradients import SharedGradients
@@ -110,6 +111,7 @@ class AllocationRun(Recorded):
         self.model = model
         self.sites: list[Site] = attach_gates(model, adapter)
         self._schedule: Schedule | None = None
+        self._under_way = StepOrder(model, self.sites, own_loop=total_steps is not None)
         with put_back_on_error(self.sites):
             self.state = method.prepare(self.sites)
             self.unit, self.start, self.target = site_budget(self.sites, method.budget)
@@ -136,8 +138,6 @@ class AllocationRun(Recorded):
         self._gate_watch: GateWatch | None = GateWatch(self.sites)  # until an optimizer is shown
         self._moment_watch = MomentWatch(method, self.sites, compact)
         self._checks = StepChecks(model, lambda step: self._emit(trace.bad_step_event(step)))
-        self._sound: Tensor | None = None
-        self._skipped = False
         self._calibrated = False
 
     @property
@@ -154,6 +154,7 @@ class AllocationRun(Recorded):
             UserError: The phases do not fit into this many steps.
         """
         self._schedule = self.method.schedule(total_steps, self.start, self.target)
+        self._under_way.close()
 
     def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Let the method look at training batches before the first step; a loop of one's own calls it after `attach`.
@@ -218,19 +219,15 @@ class AllocationRun(Recorded):
             Whether the step is sound; None where only the device knows, or where no step is due.
 
         Raises:
-            UserError: The optimizer was built before the allocation was attached, or all steps have been made.
+            UserError: The optimizer was built before the allocation was attached, all steps have been made, or calls
+                are missing or in the wrong order.
             FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
         """
         if self.plan is not None:
             raise RuntimeError("the run is finished: its gates are folded")
         if accumulates(optimizer):
             return None
-        if self.step >= self.schedule.total_steps:
-            raise UserError(
-                f"the run was planned for {self.schedule.total_steps} optimizer steps, and they have been made: "
-                "finish() it; give attach() as many total_steps as optimizer.step() updates the weights (with gradient "
-                "accumulation, once in several batches)"
-            )
+        self._under_way.check_before(self.step, self.schedule.total_steps)
         if optimizer is not None and self._gate_watch is not None:
             self.check_optimizer(optimizer)
             self._gate_watch = None
@@ -238,14 +235,15 @@ class AllocationRun(Recorded):
         if self.step == 0:
             self.emit_start()
         if not wait and can_skip(optimizer, self.method, self.sites[0].gate.device):
-            self._sound = self._checks.skip_if_bad(self.step, optimizer)
+            self._under_way.sound = self._checks.skip_if_bad(self.step, optimizer)
         elif not self._checks.is_sound(self.step, optimizer):
-            self._skipped = True
+            self._under_way.open = self._under_way.skipped = True
             return False
         with torch.no_grad():
             self.method.on_gradients(self.state, self._now(optimizer))
             self._fresh.before_step(optimizer)
-        return True if self._sound is None else None
+        self._under_way.open = True
+        return True if self._under_way.sound is None else None
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Run after `optimizer.step()`, before gradients are cleared.
@@ -254,18 +252,18 @@ class AllocationRun(Recorded):
             optimizer: When given, the moments of ranks that are closed for good are cleared.
 
         Raises:
-            UserError: Several processes train apart: their weights differ after the same step. Or gradients that the
-                method still needs have been cleared.
+            UserError: Several processes train apart: their weights differ after the same step. Or `before_step` was
+                not called, or gradients that the method still needs have been cleared.
         """
         if accumulates(optimizer):
             return
+        self._under_way.check_after()
         if self._gate_watch is not None and not self._checks.bad_in_a_row:
             self._gate_watch.look()
         self._moment_watch.look(optimizer)
         with torch.no_grad():
             self._fresh.after_step(optimizer)
             decision = self.method.on_step(self.state, self._now(optimizer))
-        self._skipped = False
         if decision is not None:
             self._record(decision)
             self._fresh.follow(decision, optimizer)
@@ -274,9 +272,7 @@ class AllocationRun(Recorded):
                 self._take_out_closed(optimizer)
         if self.data is not None:
             self.data.forget()
-        if self._sound is not None:
-            forget(optimizer)
-            self._sound = None
+        self._under_way.close(optimizer)
         self.step += 1
         check_agreement(self.model, self.step, self.schedule.total_steps)
 
@@ -291,6 +287,7 @@ class AllocationRun(Recorded):
         """
         if self.plan is not None:
             raise RuntimeError("the run is finished already")
+        self._under_way.check_finish(self.step)
         total_steps = 0 if self._schedule is None else self._schedule.total_steps  # 0: it was refused
         if self._compaction is not None:
             self._compaction.undo()
@@ -376,6 +373,7 @@ class AllocationRun(Recorded):
                 says what differs.
         """
         check_state(tensors, numbers, *self.state_dict())
+        self._under_way.close(optimizer)
         self.step = int(numbers["step"])
         self._checks.bad, self._checks.bad_in_a_row = int(numbers["bad_steps"]), int(numbers["bad_in_a_row"])
         self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])
@@ -407,9 +405,9 @@ class AllocationRun(Recorded):
             learning_rate=learning_rate(optimizer, self.sites),
             data=self.data,
             optimizer=optimizer_name(optimizer),
-            sound=self._sound,
+            sound=self._under_way.sound,
             max_grad_norm=self.max_grad_norm,
-            skipped=self._skipped,
+            skipped=self._under_way.skipped,
         )
 
     def _parameters(self, ranks: Sequence[int] | None = None) -> int:
