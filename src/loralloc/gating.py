@@ -334,6 +334,12 @@ def folded(A: Tensor, B: Tensor, gate: Tensor, scale: Tensor, scaling: float) ->
     return A, (B * (scale * gate / scaling)).to(B.dtype)
 
 
+def check_unmerged(sites: Sequence[Site]) -> None:
+    """Refuse to fold gates whose update is in the base weights: what `unmerge_adapter` subtracts would be another."""
+    if any(site.adapter in site.layer.merged_adapters for site in sites):
+        raise UserError("the adapter is merged into the base weights; call model.unmerge_adapter() before finish()")
+
+
 @torch.no_grad()
 def fold_gates(sites: Sequence[Site]) -> None:
     """Fold scale ∘ gate into B, clear closed ranks, and remove the gates: what is left is plain LoRA."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from models import labelled_batch, tiny_peft
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from loralloc import ABLoRA, AdaLoRA, AutoLoRA, Budget, UserError, attach, export_adapter
 from loralloc.methods.base import Method
@@ -157,3 +158,24 @@ def test_gradients_that_are_still_scaled_are_refused() -> None:
         run.before_step(optimizer)
     scaler.unscale_(inner)  # what accelerator.unscale_gradients() does
     assert run.before_step(optimizer)
+
+
+def test_a_merged_adapter_is_unmerged_before_the_run_is_finished() -> None:
+    """The gates would be folded, and another update subtracted from the base weights than was added."""
+    model = tiny_peft("llama").train()
+    run, base = attach(model, TWO_RANKS, total_steps=8), base_weights(model)
+    optimizer = optimizer_of(model)
+    for _ in range(5):
+        step(model, run, optimizer)
+    model.merge_adapter()
+    words = "the adapter is merged into the base weights; call model.unmerge_adapter() before finish()"
+    with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
+        run.finish()
+    model.unmerge_adapter()
+    run.finish()
+    for name, weight in base_weights(model).items():
+        torch.testing.assert_close(weight, base[name], rtol=1e-5, atol=1e-6)
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in model.state_dict().items() if "base_layer" in name}

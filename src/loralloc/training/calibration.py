@@ -32,6 +32,26 @@ class ModelBatch:
         return self.model(**self.inputs)
 
 
+def check_start(step: int, *, finished: bool, calibrated: bool) -> None:
+    """Refuse to calibrate a run that has begun.
+
+    Args:
+        step: Steps made.
+        finished: Whether the run is finished.
+        calibrated: Whether it has been calibrated.
+
+    Raises:
+        UserError: It has begun, or has been calibrated before.
+    """
+    if step or finished:
+        raise UserError(
+            f"calibrate() is for the start of a run, and this one is {'finished' if finished else f'at step {step}'}; "
+            "call it right after attach(), and not in a run that is resumed"
+        )
+    if calibrated:
+        raise UserError("the run has been calibrated already; give calibrate() all batches in one call")
+
+
 def batches_of(model: nn.Module, batches: Iterable[Any], device: torch.device) -> Iterator[ModelBatch]:
     """Yield batches of one's own as a method sees them.
 

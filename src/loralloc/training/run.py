@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loralloc import trace
 from loralloc._version import __version__
 from loralloc.errors import UserError
-from loralloc.gating import Site, attach_gates, fold_gates, put_back_on_error
+from loralloc.gating import Site, attach_gates, check_unmerged, fold_gates, put_back_on_error
 from loralloc.methods.base import (
     Decision,
     Method,
@@ -27,7 +27,7 @@ from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
 from loralloc.schedule import Schedule
 from loralloc.training.bad_steps import StepChecks, can_skip
-from loralloc.training.calibration import batches_of, without_a_trace
+from loralloc.training.calibration import batches_of, check_start, without_a_trace
 from loralloc.training.compaction import Compaction, check_compact
 from loralloc.training.example import keep_example
 from loralloc.training.fresh_ranks import FreshRanks
@@ -171,14 +171,7 @@ class AllocationRun(Recorded):
         Raises:
             UserError: Steps have been made, or it has been called before, or a batch is no mapping.
         """
-        if self.step or self.plan is not None:
-            where = "finished" if self.plan is not None else f"at step {self.step}"
-            raise UserError(
-                f"calibrate() is for the start of a run, and this one is {where}; call it right after attach(), "
-                "and not in a run that is resumed"
-            )
-        if self._calibrated:
-            raise UserError("the run has been calibrated already; give calibrate() all batches in one call")
+        check_start(self.step, finished=self.plan is not None, calibrated=self._calibrated)
         self._calibrated = True
         with torch.no_grad(), without_a_trace(self.model):
             self.method.calibrate(self.state, batches_of(self.model, batches, self.sites[0].A.device))
@@ -279,14 +272,20 @@ class AllocationRun(Recorded):
     def finish(self, provenance: Mapping[str, Any] | None = None) -> RankPlan:
         """Freeze the ranks, fold the gates into B and remove them: the model is plain LoRA from here on.
 
+        With several processes, call it in all of them: one alone would wait for the others to agree on the ranks.
+
         Args:
             provenance: What to record in the plan beyond versions, settings and steps.
 
         Returns:
             The rank plan; it meets the budget, also when the run was stopped early.
+
+        Raises:
+            UserError: The adapter is merged, or the only step has no `after_step`.
         """
         if self.plan is not None:
             raise RuntimeError("the run is finished already")
+        check_unmerged(self.sites)
         self._under_way.check_finish(self.step)
         total_steps = 0 if self._schedule is None else self._schedule.total_steps  # 0: it was refused
         if self._compaction is not None:
