@@ -7,6 +7,7 @@ resumed on either side of the boundary is the uninterrupted one, bit for bit.
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -182,6 +183,29 @@ def test_what_is_saved_has_the_full_shapes_and_loads_into_a_compact_run():
     loop.optimizer.load_state_dict(optimizer)
     assert torch.equal(logits(loop.model), before)
     assert all(torch.equal(loop.optimizer.state[p]["exp_avg"], moments[n]) for n, p in loop.trainable.items())
+
+
+@pytest.mark.parametrize("cut", [FREEZE - 3, FREEZE + 2], ids=["before", "after"])
+def test_a_compacted_run_goes_back_in_a_new_one_only(cut):
+    whole, loop, anew = (Loop(compact=True) for _ in range(3))
+    loop.walk(cut)
+    saved = copy.deepcopy((loop.model.state_dict(), loop.optimizer.state_dict(), loop.run.state_dict()))
+
+    def load(into: Loop) -> None:
+        into.model.load_state_dict(saved[0])
+        into.optimizer.load_state_dict(saved[1])
+        into.run.load_state_dict(*saved[2], into.optimizer)
+
+    loop.walk()
+    words = (
+        "closed ranks have left the tensors of this run already (compact=True), so it cannot go back in this process; "
+        "build model, optimizer and run (with a Trainer: model, callback and Trainer) anew and load the checkpoint "
+        "into these"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
+        load(loop)
+    load(anew)  # the cure
+    assert anew.walk().losses == whole.walk().losses[cut:]
 
 
 def test_a_compact_run_needs_the_optimizer():

@@ -51,6 +51,20 @@ def refuse_several() -> None:
         )
 
 
+def check_full(compaction: Compaction | None) -> None:
+    """Refuse to go back in a process in which closed ranks have left the tensors, and their numbers with them.
+
+    Raises:
+        UserError: They have.
+    """
+    if compaction is not None:
+        raise UserError(
+            "closed ranks have left the tensors of this run already (compact=True), so it cannot go back in this "
+            "process; build model, optimizer and run (with a Trainer: model, callback and Trainer) anew and load the "
+            "checkpoint into these"
+        )
+
+
 @dataclass(frozen=True)
 class _Shrunk:
     """One parameter that lost ranks: `kept` of `capacity` positions along `dim` are left."""

@@ -28,7 +28,7 @@ from loralloc.plan import RankPlan
 from loralloc.schedule import Schedule
 from loralloc.training.bad_steps import StepChecks, can_skip
 from loralloc.training.calibration import batches_of, check_start, without_a_trace
-from loralloc.training.compaction import Compaction, check_compact
+from loralloc.training.compaction import Compaction, check_compact, check_full
 from loralloc.training.example import keep_example
 from loralloc.training.fresh_ranks import FreshRanks
 from loralloc.training.gated_files import GatedFiles
@@ -369,8 +369,9 @@ class AllocationRun(Recorded):
 
         Raises:
             UserError: The state is damaged, or is of another method, model, schedule or of other weights; the message
-                says what differs.
+                says what differs. Or the run is compacted already.
         """
+        check_full(self._compaction)
         check_state(tensors, numbers, *self.state_dict())
         self._under_way.close(optimizer)
         self.step = int(numbers["step"])
