@@ -49,6 +49,24 @@ def test_until_it_is_built_there_is_none() -> None:
     assert "kernel         in Python (loralloc build-kernel compiles it)" in done("env")
 
 
+def homeless() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def closed(path: Path) -> bool:
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize(("name", "fault"), [("home", homeless), ("is_file", closed)], ids=["unknown", "closed"])
+def test_without_a_home_folder_there_is_none(
+    name: str, fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has no entry in /etc/passwd, or one whose home is another user's."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, name, fault)
+    assert native.loaded() is None
+
+
 def test_what_cannot_be_loaded_is_not_used_and_named(caplog: pytest.LogCaptureFixture) -> None:
     native.folder().mkdir(parents=True)
     (native.folder() / f"{native.NAME}.so").write_bytes(b"no library")
@@ -75,6 +93,21 @@ class TestBuilding:
         monkeypatch.setattr("torch.utils.cpp_extension.load", raises(RuntimeError("c++: not found")))
         with pytest.raises(
             UserError, match=r"^no C\+\+ compiler that PyTorch can use has built the kernel:\nc\+\+: not found$"
+        ):
+            native.build()
+
+    def test_without_a_home_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", homeless)
+        with pytest.raises(
+            UserError, match=r"^there is no home folder to keep the kernel in: set XDG_CACHE_HOME to a folder$"
+        ):
+            native.build()
+
+    def test_where_it_cannot_be_kept(self, tmp_path: Path) -> None:
+        (tmp_path / "cache").write_text("a file", encoding="utf-8")
+        with pytest.raises(
+            UserError, match=r"^the kernel cannot be kept: .*/cache.*; set XDG_CACHE_HOME to a folder of yours$"
         ):
             native.build()
 

@@ -31,8 +31,15 @@ logger = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where the kernel lies once built: below `$XDG_CACHE_HOME` or `~/.cache`, named by all that it depends on."""
-    cached = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where the kernel lies once built: below `$XDG_CACHE_HOME` or `~/.cache`, named by all that it depends on.
+
+    Raises:
+        UserError: The variable is not set, and nobody knows the user's home folder.
+    """
+    try:
+        cached = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # neither $HOME nor an entry for the user, as in containers
+        raise UserError("there is no home folder to keep the kernel in: set XDG_CACHE_HOME to a folder") from error
     fits = (version(), "torch", torch.__version__, sys.implementation.cache_tag, platform.machine())
     return Path(cached) / "loralloc" / f"kernel-{'-'.join(map(str, fits))}"
 
@@ -49,7 +56,7 @@ def build() -> Path:
         The folder that it lies in.
 
     Raises:
-        UserError: There is no ninja, or no compiler that accepts the source.
+        UserError: There is no ninja, no compiler that accepts the source, or no folder that the kernel can be kept in.
     """
     from torch.utils import cpp_extension
 
@@ -58,9 +65,13 @@ def build() -> Path:
     except RuntimeError as error:
         raise UserError("building the kernel takes ninja: pip install ninja") from error
     built = folder()
-    built.mkdir(parents=True, exist_ok=True)
     # In a folder of its own: a build that was killed leaves a lock behind, for which the next one would wait forever.
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=built) as work:
+    try:
+        built.mkdir(parents=True, exist_ok=True)
+        own = tempfile.TemporaryDirectory(prefix=".build-", dir=built)
+    except OSError as error:
+        raise UserError(f"the kernel cannot be kept: {error}; set XDG_CACHE_HOME to a folder of yours") from error
+    with own as work:
         try:
             cpp_extension.load(NAME, str(SOURCE), extra_cflags=["-O3"], build_directory=work, with_cuda=False)
         except (RuntimeError, OSError) as error:
@@ -74,7 +85,10 @@ def build() -> Path:
 @cache
 def loaded() -> Callable[..., Tensor] | None:
     """Return `gated_linear` in C++, with the arguments that it has in kernel.py; None if it has not been built."""
-    files = _libraries(folder())
+    try:
+        files = _libraries(folder())
+    except (UserError, OSError):  # no home folder, or one that is closed to this user: nothing was built there
+        return None
     if not files:
         return None
     spec = spec_from_file_location(NAME, files[0])
