@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 from cli.command import done
 from kernels import OUT, SCALE, draw
 from torch import Tensor
+from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 from torch.utils.flop_counter import FlopCounterMode
 
 from loralloc import native
@@ -82,6 +86,18 @@ def raises(error: Exception) -> Callable[..., Any]:
     return function
 
 
+# Compiled in a second, since it includes nothing of PyTorch.
+ANOTHER_KERNEL = """
+#include <Python.h>
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "loralloc_kernel"};
+PyMODINIT_FUNC PyInit_loralloc_kernel() {
+  PyObject* self = PyModule_Create(&module);
+  PyModule_AddStringConstant(self, "gated_linear", "another kernel");
+  return self;
+}
+"""
+
+
 class TestBuilding:
     def test_without_ninja(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("torch.utils.cpp_extension.verify_ninja_availability", raises(RuntimeError("none")))
@@ -110,6 +126,38 @@ class TestBuilding:
             UserError, match=r"^the kernel cannot be kept: .*/cache.*; set XDG_CACHE_HOME to a folder of yours$"
         ):
             native.build()
+
+    @pytest.mark.parametrize(
+        "error",
+        [ImportError("no such file"), OSError("not loaded"), CalledProcessError(1, "c++")],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_with_a_compiler_that_is_none(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.utils.cpp_extension.verify_ninja_availability", lambda: None)
+        monkeypatch.setattr("torch.utils.cpp_extension.load", raises(error))
+        with pytest.raises(UserError, match=f"has built the kernel:\n{re.escape(str(error))}$"):
+            native.build()
+
+    def test_without_a_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.utils.cpp_extension.verify_ninja_availability", lambda: None)
+        monkeypatch.setattr("torch.utils.cpp_extension.load", lambda *_, **__: None)
+        with pytest.raises(UserError, match=r"has built the kernel:\nno loralloc_kernel\*\.so came out$"):
+            native.build()
+
+    @pytest.mark.skipif(
+        shutil.which(get_cxx_compiler()) is None or not is_ninja_available(), reason="there is no compiler, or no ninja"
+    )
+    def test_after_one_that_failed_the_next_is_used(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PyTorch numbers what it builds in one process: its second file has another name."""
+        monkeypatch.setattr(native, "SOURCE", tmp_path / "kernel.cpp")
+        monkeypatch.setattr(native, "loaded", functools.cache(native.loaded))
+        native.SOURCE.write_text("no C++", encoding="utf-8")
+        with pytest.raises(UserError, match=r"^no C"):
+            native.build()
+        assert native.loaded() is None
+        native.SOURCE.write_text(ANOTHER_KERNEL, encoding="utf-8")
+        native.build()
+        assert native.loaded() == "another kernel"  # type: ignore[comparison-overlap]
 
     @pytest.mark.parametrize("error", [None, RuntimeError("refused")], ids=["built", "refused"])
     def test_it_is_there_whole_or_not_at_all(self, error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:

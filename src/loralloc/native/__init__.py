@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from loralloc.errors import UserError
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 NAME = "loralloc_kernel"
+SUFFIX = EXTENSION_SUFFIXES[-1]  # the plain one, as PyTorch names what it builds
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +75,16 @@ def build() -> Path:
         raise UserError(f"the kernel cannot be kept: {error}; set XDG_CACHE_HOME to a folder of yours") from error
     with own as work:
         try:
-            cpp_extension.load(NAME, str(SOURCE), extra_cflags=["-O3"], build_directory=work, with_cuda=False)
-        except (RuntimeError, OSError) as error:
+            # Not as a module: from the second build of a process on, PyTorch gives the file another name.
+            cpp_extension.load(
+                NAME, str(SOURCE), extra_cflags=["-O3"], build_directory=work, with_cuda=False, is_python_module=False
+            )
+            library = next(Path(work).glob(f"{NAME}*{SUFFIX}"), None)
+            if library is None:
+                raise FileNotFoundError(f"no {NAME}*{SUFFIX} came out")
+        except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
             raise UserError(f"no C++ compiler that PyTorch can use has built the kernel:\n{error}") from error
-        for library in _libraries(Path(work)):
-            os.replace(library, built / library.name)  # whole or not at all, for whoever starts now
+        os.replace(library, built / f"{NAME}{SUFFIX}")  # whole or not at all, for whoever starts now
     loaded.cache_clear()
     return built
 
@@ -86,12 +93,12 @@ def build() -> Path:
 def loaded() -> Callable[..., Tensor] | None:
     """Return `gated_linear` in C++, with the arguments that it has in kernel.py; None if it has not been built."""
     try:
-        files = _libraries(folder())
+        library = folder() / f"{NAME}{SUFFIX}"
+        if not library.is_file():
+            return None
     except (UserError, OSError):  # no home folder, or one that is closed to this user: nothing was built there
         return None
-    if not files:
-        return None
-    spec = spec_from_file_location(NAME, files[0])
+    spec = spec_from_file_location(NAME, library)
     assert spec is not None
     assert spec.loader is not None
     try:
@@ -101,7 +108,3 @@ def loaded() -> Callable[..., Tensor] | None:
         logger.warning("the kernel in %s cannot be loaded, the one in Python is used: %s", folder(), error)
         return None
     return module.gated_linear  # type: ignore[no-any-return]
-
-
-def _libraries(where: Path) -> list[Path]:
-    return [path for path in map((where / NAME).with_suffix, EXTENSION_SUFFIXES) if path.is_file()]
