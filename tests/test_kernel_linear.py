@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from loralloc.kernel import gated_linear, gated_lora
 
@@ -204,6 +207,40 @@ def test_checkpoints_that_keep_products_get_them_unchanged(biased: bool) -> None
     expected = torch.autograd.grad(plain.sum(), [inputs.x, inputs.A, inputs.g, inputs.B])
     found = torch.autograd.grad(recomputed.sum(), [inputs.x, inputs.A, inputs.g, inputs.B])
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["2-D, shared gate", "3-D, shared gate", "3-D, gate per sample"])
+@pytest.mark.parametrize("counted", ["forward", "backward"])
+def test_checkpoints_may_be_recomputed_in_another_mode(layout: str, counted: str) -> None:
+    """What is saved for the backward pass is the same, whether a dispatch mode is on or not."""
+    inputs, (W, b) = draw(layout), layer()
+
+    def gradients_with(forward: AbstractContextManager[Any], backward: AbstractContextManager[Any]) -> list[Tensor]:
+        with forward:
+            y = checkpoint(lambda *t: in_one_step(Inputs(*t), W, b, SCALE), *inputs, use_reentrant=False)
+        with backward:
+            return list(torch.autograd.grad(y.square().sum(), [getattr(inputs, name) for name in NAMES]))
+
+    mode, expected = FlopCounterMode(display=False), gradients_with(nullcontext(), nullcontext())
+    found = gradients_with(*((mode, nullcontext()) if counted == "forward" else (nullcontext(), mode)))
+    assert mode.get_total_flops() > 0
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["2-D, shared gate", "3-D, shared gate", "3-D, gate per sample"])
+@pytest.mark.parametrize(("dtype", "adapter"), [(F32, F32), (BF16, BF16), (BF16, F32)])
+@pytest.mark.parametrize("in_one", [False, True], ids=["behind a layer", "with its layer"])
+def test_every_product_is_counted(layout: str, dtype: torch.dtype, adapter: torch.dtype, in_one: bool) -> None:
+    """Each of the three, of layer and factors, once forward; backward those of the factors twice, the layer's once."""
+    inputs, (W, b) = draw(layout, dtype, adapter), layer(dtype)
+    with FlopCounterMode(display=False) as forward:
+        y = (in_one_step if in_one else behind_the_layer)(inputs, W, b, SCALE)
+    with FlopCounterMode(display=False) as backward:
+        gradients(y, inputs, torch.randn_like(y))
+    rows = inputs.x[..., 0].numel()
+    frozen, factors = 2 * rows * IN * OUT, 2 * rows * RANK * (IN + OUT)
+    assert forward.get_total_flops() == frozen + factors
+    assert backward.get_total_flops() == frozen + 2 * factors
 
 
 @pytest.mark.parametrize("cast", [False, True], ids=["fp32", "autocast"])

@@ -105,16 +105,25 @@ def gated_linear(
     if _composes(x, W, A, g, row_scale):
         flat = _flat(x)
         out = linear(flat, W, b)
-        add = out.addmm if is_in_torch_dispatch_mode() else out.addmm_
+        add = out.addmm_ if _may_overwrite() else out.addmm
         return _unflat(add(linear(flat, A) * (g * s), B.t()), x)
     return _GatedLoRA.apply(x, None, W, b, A, g, B, s, row_scale)  # type: ignore[no-any-return]
 
 
 def _compiled() -> Callable[..., Tensor] | None:
-    """`gated_linear` in C++, if it has been built, and nothing is to look into it or to keep what it overwrites."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+    """`gated_linear` in C++, if it has been built, and nothing is to look into it.
+
+    Dispatch modes look at its operations, so they make no difference. A checkpoint recomputes what was saved for the
+    backward pass, and may do so in another mode than that of the forward pass: both must have used the same function.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     return native.loaded()
+
+
+def _may_overwrite() -> bool:
+    """Whether sums may be formed in place: selective checkpointing keeps parts, FlopCounterMode counts no such sum."""
+    return not is_in_torch_dispatch_mode()
 
 
 def _composes(x: Tensor, frozen: Tensor, A: Tensor, g: Tensor, row_scale: Tensor | None) -> bool:
@@ -212,9 +221,7 @@ class _GatedLoRA(torch.autograd.Function):
         out = _flat(base_out) if W is None else linear(_flat(x), W, b)  # type: ignore[arg-type]
         with _without_autocast(x.device.type):
             h, gate = _activation(x, A, g, s, dtype)
-            # Selective checkpointing, a dispatch mode, may keep the layer's product: it is not overwritten then.
-            owned = W is not None and not is_in_torch_dispatch_mode()
-            y = _plus(out, _gate(h, gate, x.shape), _cast(B, dtype).t(), owned)
+            y = _plus(out, _gate(h, gate, x.shape), _cast(B, dtype).t(), owned=W is not None)
         ctx.dtype = dtype
         ctx.s = None if isinstance(s, Tensor) else s
         W = W if ctx.needs_input_grad[0] else None
@@ -232,7 +239,7 @@ def _plus(total: Tensor, a: Tensor, b: Tensor, owned: bool) -> Tensor:
     """Return total + a b, in the wider of the two dtypes; in place where `total` is ours, or was cast anyway."""
     wide = torch.promote_types(total.dtype, a.dtype)
     mine = _cast(total, wide)
-    add = mine.addmm_ if owned or mine is not total else mine.addmm
+    add = mine.addmm_ if (owned or mine is not total) and _may_overwrite() else mine.addmm
     return add(_cast(a, wide), _cast(b, wide))
 
 

@@ -2,6 +2,7 @@
 // Python between them. In a small layer, and wherever a GPU waits for the host, that is most of a layer's time.
 
 #include <ATen/autocast_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/extension.h>
 
 namespace {
@@ -24,7 +25,7 @@ at::ScalarType compute_dtype(const Tensor& x, const Tensor& A) {
 
 // [..., d] -> [N, d].
 Tensor flat(const Tensor& t) {
-  return t.dim() == 2 ? t : t.reshape({-1, t.size(-1)});
+  return t.dim() == 2 ? t : t.reshape_symint({-1, t.sym_size(-1)});
 }
 
 // [N, d] -> [..., d], leading dimensions as in `like`. Code after the layer may change the result in place, which
@@ -33,15 +34,17 @@ Tensor unflat(const Tensor& t, const Tensor& like) {
   if (like.dim() == 2) {
     return t;
   }
-  auto shape = like.sizes().vec();
-  shape.back() = t.size(1);
-  return at::_unsafe_view(t, shape);
+  auto shape = like.sym_sizes().vec();
+  shape.back() = t.sym_size(1);
+  return at::_unsafe_view_symint(t, shape);
 }
 
-// total + a b, in the wider of the two dtypes. `total` is ours, so it is overwritten where its dtype stays.
+// total + a b, in the wider of the two dtypes. `total` is ours, so it is overwritten, but not in a dispatch mode: it may
+// keep the sum's first part, as selective checkpointing does, and counts no operation in place, as FlopCounterMode.
 Tensor plus(const Tensor& total, const Tensor& a, const Tensor& b) {
   const auto wide = at::promote_types(total.scalar_type(), a.scalar_type());
-  return cast(total, wide).addmm_(cast(a, wide), cast(b, wide));
+  const Tensor mine = cast(total, wide), a_ = cast(a, wide), b_ = cast(b, wide);
+  return c10::impl::dispatch_mode_enabled() ? at::addmm(mine, a_, b_) : mine.addmm_(a_, b_);
 }
 
 struct GatedLinear : public torch::autograd::Function<GatedLinear> {
@@ -84,7 +87,7 @@ struct GatedLinear : public torch::autograd::Function<GatedLinear> {
     const Tensor t_gated = t * gate;
     if (need_x) {
       const Tensor dx = plus(at::mm(dy, cast(W, dy.scalar_type())), t_gated, cast(A, dtype));
-      gradients[X] = cast(dx, x.scalar_type()).view(x.sizes());
+      gradients[X] = cast(dx, x.scalar_type()).view_symint(x.sym_sizes());
     }
     if (need_A) {  // ALLoRA's rows are scaled inside the contraction over them
       const Tensor rows = row_scale.defined() ? at::mm(dy_, cast(row_scale.unsqueeze(1) * B, dtype)) * gate : t_gated;
