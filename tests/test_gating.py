@@ -360,3 +360,36 @@ def test_a_model_may_be_moved_before_its_first_forward_pass() -> None:
     model, sites = gated("llama")
     model.to("meta")  # any other device; layers that a model never calls (an unused pooler) never see a forward pass
     fold_gates(sites)
+
+
+def moved_without_a_forward_pass() -> Any:
+    """As `model.to("cuda")` right after attaching; "meta", which every machine has, computes nothing."""
+    model = tiny_peft("llama")
+    sites = attach_gates(model)
+    for site in sites:
+        site.set_row_scale(torch.ones(site.outputs))
+    return model.to("meta"), sites
+
+
+def test_evaluating_a_moved_model_in_inference_mode_leaves_it_trainable() -> None:
+    """What is made in inference mode could not be saved for a backward pass later."""
+    model, sites = moved_without_a_forward_pass()
+    with torch.inference_mode():
+        assert model(input_ids=torch.ones(1, 3, dtype=torch.long, device="meta")).logits.is_inference()
+    scales = [scale for site in sites for scale in (site._variant.scale, site._variant.row_scale)]
+    assert {scale.device.type for scale in scales} == {"meta"}
+    assert not any(scale.is_inference() for scale in scales)
+
+
+def test_a_moved_model_can_be_merged_before_its_first_forward_pass() -> None:
+    model, _ = moved_without_a_forward_pass()
+    model.merge_adapter()
+    assert all(layer.merged for layer in lora_layers(model).values())
+
+
+def test_a_model_may_be_cast_after_attaching() -> None:
+    """The scale has the dtype that the gates had when it was set; it does not follow a cast."""
+    model = tiny_peft("llama").double()
+    shake(attach_gates(model))
+    wide = logits(model)
+    torch.testing.assert_close(logits(model.float()), wide.float())

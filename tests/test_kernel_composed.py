@@ -87,3 +87,21 @@ def test_the_input_is_all_that_is_wide_of_what_it_keeps(call: Callable[..., Tens
     own = [t.numel() for address, t in kept.items() if address not in of_others]
     rows = inputs.x[..., 0].numel()
     assert sorted(own) == [RANK, rows * RANK, rows * RANK]  # scale · gate, and the activation before and after it
+
+
+@calls
+def test_one_layer_with_a_stack_of_updates(call: Callable[..., Tensor]) -> None:
+    """`vmap` over B: the update has a dimension that the layer's own output has not, so it is added out of place."""
+    inputs, W = draw(dtype=F64, trained=""), torch.randn(OUT, IN, dtype=F64)
+    stack = torch.randn(4, OUT, RANK, dtype=F64)
+    found = torch.vmap(lambda B: call(inputs._replace(B=B), W, SCALE))(stack)
+    torch.testing.assert_close(found, torch.stack([call(inputs._replace(B=B), W, SCALE) for B in stack]))
+
+
+@calls
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_shapes_alone_can_be_computed(call: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    inputs = draw(dtype=dtype, adapter=F32, base=dtype, trained="")
+    abstract = inputs._make(tensor.to("meta") for tensor in inputs)
+    y = call(abstract, torch.empty(OUT, IN, dtype=dtype, device="meta"), SCALE)
+    assert (y.shape, y.dtype) == (inputs.base_out.shape, dtype)

@@ -6,6 +6,9 @@ import functools
 import logging
 import re
 import shutil
+import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 from cli.command import done
-from kernels import OUT, SCALE, draw
+from kernels import IN, OUT, SCALE, draw
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -191,6 +195,19 @@ def vmapped(inputs: tuple[Any, ...]) -> Tensor:
     return torch.vmap(lambda row: gated_linear(row, *others))(x)
 
 
+def traced(inputs: tuple[Any, ...]) -> Tensor:
+    x, *others = (part.detach() if isinstance(part, Tensor) else part for part in inputs)
+    return torch.jit.trace(lambda x: gated_linear(x, *others), x[:1], check_trace=False)(x)
+
+
+def with_tangent(inputs: tuple[Any, ...]) -> Tensor:
+    """The derivative in a direction, by forward mode."""
+    x, *others = inputs
+    with forward_ad.dual_level():
+        y = gated_linear(forward_ad.make_dual(x, torch.ones_like(x)), *others)
+        return forward_ad.unpack_dual(y).tangent
+
+
 def compiled(inputs: tuple[Any, ...]) -> Tensor:
     return torch.compile(gated_linear, backend="eager")(*inputs)
 
@@ -204,8 +221,18 @@ def compiled(inputs: tuple[Any, ...]) -> Tensor:
         ("3-D, shared gate", lambda: FlopCounterMode(display=False), lambda inputs: gated_linear(*inputs), True),
         ("3-D, shared gate", nullcontext, vmapped, False),
         ("3-D, shared gate", nullcontext, compiled, False),
+        ("3-D, shared gate", nullcontext, traced, False),
+        ("3-D, shared gate", nullcontext, with_tangent, False),
     ],
-    ids=["plain", "a gate per sample", "in a dispatch mode", "in a transform", "in a compiled model"],
+    ids=[
+        "plain",
+        "a gate per sample",
+        "in a dispatch mode",
+        "in a transform",
+        "in a compiled model",
+        "in a trace",
+        "in forward mode",
+    ],
 )
 def test_when_it_is_used(
     layout: str,
@@ -230,3 +257,25 @@ def test_when_it_is_used(
     assert bool(seen) == used
     if not used:
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+def test_other_threads_go_on_meanwhile(built_kernel: Callable[..., Tensor]) -> None:
+    """Python's own switching is off, so that only a kernel which gives up the interpreter's lock lets the other run."""
+    inputs, W = draw("3-D, shared gate"), torch.randn(OUT, IN, dtype=torch.float64)
+    arguments = (inputs.x, W, None, inputs.A, inputs.g, inputs.B, torch.tensor(SCALE, dtype=torch.float64), None)
+    closed, went_on = threading.Lock(), threading.Event()
+    other = threading.Thread(target=lambda: closed.acquire() and went_on.set())
+    interval = sys.getswitchinterval()
+    closed.acquire()
+    other.start()
+    sys.setswitchinterval(1000)
+    try:
+        closed.release()
+        until = time.monotonic() + 5
+        while not went_on.is_set() and time.monotonic() < until:
+            built_kernel(*arguments)
+        assert went_on.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        other.join()

@@ -227,8 +227,9 @@ class _GatedVariant(LoraVariant):
     def _update_of(self, module: Any, adapter: str, x: Tensor) -> tuple[Any, ...]:
         """The kernel's arguments A, g, B, s and row_scale, for this input."""
         if self.scale.device != x.device:  # the model was moved after attaching
-            self.scale = self.scale.to(x.device)
-            self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
+            with torch.inference_mode(False):  # what is made in it cannot be trained with afterwards
+                self.scale = self.scale.to(x.device)
+                self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
         parts = module._modules  # for small layers, looking up each attribute on the module would be noticeable
         gates = parts["lora_gate"]
         gate = gates._parameters.get(adapter)
@@ -255,7 +256,8 @@ class _GatedVariant(LoraVariant):
         return gate.view(n, *[1] * (x.dim() - 2), rank)
 
     def _delta(self, module: Any, adapter: str, like: Tensor) -> Tensor:
-        gate = (module.lora_gate[adapter] * self.scale).to(like.device)
+        gate = module.lora_gate[adapter]
+        gate = (gate * self.scale.to(gate.device)).to(like.device)
         delta = (module.lora_B[adapter].weight * gate) @ module.lora_A[adapter].weight.to(gate.dtype)
         return transpose(delta, module.fan_in_fan_out).to(like.dtype)
 

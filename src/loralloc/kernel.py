@@ -28,8 +28,9 @@ notable choices:
 | any                  | any  | bf16     | bf16        | as base_out | dtype of the parameter |
 
 Each gradient comes back in the dtype of its tensor; gates are fp32 or wider. The sum with base_out is formed in the
-wider of the two dtypes. Autocast is read once, in forward: backward uses the same dtype, whatever surrounds it. Scale
-and gate are multiplied in fp32 or wider and rounded once, to the dtype of the products.
+wider of the two dtypes. Autocast is read once, in forward: a backward pass by hand uses the same dtype, whatever
+surrounds it; that of ordinary operations follows autocast around it, as anywhere in PyTorch. Scale and gate are
+multiplied in fp32 or wider and rounded once, to the dtype of the products.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -71,7 +73,7 @@ def gated_lora(
         [..., out], in the dtype of `base_out`.
     """
     if _composes(x, base_out, A, g, row_scale):
-        return _unflat(torch.addmm(_flat(base_out), linear(_flat(x), A) * (g * s), B.t()), x)
+        return _unflat(torch.addmm(_flat(base_out), linear(_flat(x), A) * _scaled(g, s), B.t()), x)
     return _GatedLoRA.apply(x, base_out, None, None, A, g, B, s, row_scale)  # type: ignore[no-any-return]
 
 
@@ -106,7 +108,7 @@ def gated_linear(
         flat = _flat(x)
         out = linear(flat, W, b)
         add = out.addmm_ if _may_overwrite() else out.addmm
-        return _unflat(add(linear(flat, A) * (g * s), B.t()), x)
+        return _unflat(add(linear(flat, A) * _scaled(g, s), B.t()), x)
     return _GatedLoRA.apply(x, None, W, b, A, g, B, s, row_scale)  # type: ignore[no-any-return]
 
 
@@ -116,14 +118,19 @@ def _compiled() -> Callable[..., Tensor] | None:
     Dispatch modes look at its operations, so they make no difference. A checkpoint recomputes what was saved for the
     backward pass, and may do so in another mode than that of the forward pass: both must have used the same function.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or (built := native.loaded()) is None:
         return None
-    return native.loaded()
+    # A C++ function has neither forward-mode derivatives nor rules for transforms, and a trace would fix its sizes.
+    traced = torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    return None if traced or forward_ad._current_level >= 0 else built
 
 
 def _may_overwrite() -> bool:
-    """Whether sums may be formed in place: selective checkpointing keeps parts, FlopCounterMode counts no such sum."""
-    return not is_in_torch_dispatch_mode()
+    """Whether sums may be formed in place: selective checkpointing keeps parts, FlopCounterMode counts no such sum.
+
+    Nor may a transform: of `vmap`, the sum may have a dimension that the layer's own product has not.
+    """
+    return not (is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active())
 
 
 def _composes(x: Tensor, frozen: Tensor, A: Tensor, g: Tensor, row_scale: Tensor | None) -> bool:
@@ -135,21 +142,32 @@ def _composes(x: Tensor, frozen: Tensor, A: Tensor, g: Tensor, row_scale: Tensor
         and g.dtype is A.dtype
         and g.dim() == 1
         and A.dtype.itemsize >= 4
-        and not torch.is_autocast_enabled(x.device.type)
+        and not _autocasts(x.device.type)
     )
+
+
+def _scaled(g: Tensor, s: float | Tensor) -> Tensor:
+    """Return s · g in the dtype of g: the model may have been cast, and s with its adapter only later."""
+    gate = g * s
+    return gate if gate.dtype is g.dtype else gate.to(g.dtype)
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device; "meta" has none, and PyTorch refuses the question."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _compute_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """Dtype of the matrix products: autocast's when it is on, else the wider of input and adapter."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if _autocasts(device):
         return torch.get_autocast_dtype(device)
     return torch.promote_types(x.dtype, A.dtype)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     """A context without autocast. If it is off already, entering one would cost as much as a small layer's product."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

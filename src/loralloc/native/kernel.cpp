@@ -19,7 +19,7 @@ Tensor cast(const Tensor& t, at::ScalarType dtype) {
 // Dtype of the matrix products: autocast's when it is on, else the wider of input and adapter.
 at::ScalarType compute_dtype(const Tensor& x, const Tensor& A) {
   const auto device = x.device().type();
-  return at::autocast::is_autocast_enabled(device) ? at::autocast::get_autocast_dtype(device)
+  return !x.is_meta() && at::autocast::is_autocast_enabled(device) ? at::autocast::get_autocast_dtype(device)
                                                    : at::promote_types(x.scalar_type(), A.scalar_type());
 }
 
@@ -115,5 +115,6 @@ Tensor gated_linear(
 
 // A name of its own: PyTorch's would have a number in it from the second build of a process on.
 PYBIND11_MODULE(loralloc_kernel, module) {
-  module.def("gated_linear", &gated_linear);
+  // Other threads of Python go on meanwhile, as they do in operations of PyTorch.
+  module.def("gated_linear", &gated_linear, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
