@@ -55,6 +55,7 @@ def test_labels_are_found_in_the_training_data(task: Callable[..., TaskData]) ->
         ([True, False, True, False], ["false", "true"]),
         ([1.0, 0.0, 1.0, 0.0], ["0", "1"]),
         (["b", "a", "b", "a"], ["a", "b"]),
+        (["1", "001", "00001", "01", "000001", "0001"] * 2, ["000001", "00001", "0001", "001", "01", "1"]),
     ],
 )
 def test_labels_of_every_type_are_sorted(task: Callable[..., TaskData], values: list[Any], names: list[str]) -> None:

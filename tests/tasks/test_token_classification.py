@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
+from loralloc.tasks import metrics as metrics_of_arrays
 from loralloc.tasks import prepare, prepare_evaluation
 from loralloc.tasks.base import Evaluated, TaskData
 from loralloc.tasks.rows import Rows, mix
@@ -173,6 +174,16 @@ def test_tags_that_stand_alone_are_judged_word_by_word(task: Prepare) -> None:
     assert metrics(prepared)["macro_f1"] == pytest.approx((2 * 16 / (2 * 16 + 6) + 1 + 1) / 3)  # cut off is no tag
     shown = prepared.predictions(answered(prepared))  # type: ignore[misc]
     assert shown[2]["predicted"] == ["3"] * 14 + [None] * 6
+
+
+def test_the_f1_of_tags_is_summed_in_one_order(task: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a set of texts differs from process to process, and with it the last digit of a mean."""
+    counts = range(1, 9)
+    rows = [{"tokens": "a " * n, "tags": f"t{n} " * n} for n in counts]
+    prepared, asked = task(rows, rows), []
+    monkeypatch.setattr(metrics_of_arrays, "f1", lambda predicted, target: asked.append(target.sum()) or 0.0)
+    metrics(prepared)
+    assert asked == list(counts)
 
 
 def test_metrics_are_those_of_the_predictions(task: Prepare) -> None:

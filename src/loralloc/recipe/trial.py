@@ -65,7 +65,8 @@ def _blamed(recipe: Recipe, key: Key, given: Mapping[str, Any], trial: Trial) ->
     if told is None or reason(()) is not None:  # the recipe's own keys are to blame
         return
     suspects = [name for name in given if reason([name])]
-    innocent = given.keys() - suspects  # an option may be wrong alone, and right beside another one
+    # An option may be wrong alone, and right beside another one.
+    innocent = [name for name in given if name not in suspects]
     found = {(*key, name): reason([*innocent, name]) for name in suspects}
     guilty = {at: why for at, why in found.items() if why is not None} or {key: told}
     yield from ((at, f"{dotted(at)}: {why}") for at, why in guilty.items())

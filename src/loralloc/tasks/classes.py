@@ -217,16 +217,20 @@ def _name(label: object, classes: Sequence[str] = ()) -> str | None:
 
 
 def sort_labels(names: Sequence[str]) -> list[str]:
-    """Sort distinct labels: as numbers when all are whole numbers, else as texts.
+    """Sort distinct labels: as numbers when all are whole numbers, else as texts; equal numbers as texts.
+
+    The order is the same in every process, also that of `01` and `1`: it is the order of the model's outputs.
 
     >>> sort_labels(["10", "9", "9"])
     ['9', '10']
     >>> sort_labels(["b", "10", "9"])
     ['10', '9', 'b']
+    >>> sort_labels(["1", "2", "01"])
+    ['01', '1', '2']
     """
     distinct = set(names)
     whole = all(name.removeprefix("-").isdecimal() for name in distinct)
-    return sorted(distinct, key=int) if whole else sorted(distinct)
+    return sorted(distinct, key=lambda name: (int(name), name)) if whole else sorted(distinct)
 
 
 def numbers(rows: Rows, column: str) -> list[float]:

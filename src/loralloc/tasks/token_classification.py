@@ -304,7 +304,7 @@ class Judge:
         predicted = np.array([tag or "" for row in rows for tag in row.predicted])
         found = {"accuracy": metrics.accuracy(predicted, target), "loss": float(losses[judged].mean())}
         if self.scheme == "plain":
-            occurring = set(target) | set(predicted) - {""}  # a word that was cut off has no tag
+            occurring = sorted(set(target) | set(predicted) - {""})  # a word that was cut off has no tag
             each = [metrics.f1(predicted == tag, target == tag) for tag in occurring]
             return {**found, "macro_f1": float(np.mean(each))}
         spans = span_metrics(
