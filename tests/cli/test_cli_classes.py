@@ -51,6 +51,15 @@ def test_several_labels_a_row(write: Callable[[str], Path], here: Path) -> None:
     done("train", recipe, *options, "--replace", "--method", "{name: ablora, budget: {average_rank: 2}}", "--alpha", 4)
 
 
+def test_a_rehearsal_shows_the_labels_of_a_row(write: Callable[[str], Path], here: Path) -> None:
+    rows = [{"text": "the film was fine", "label": ["warm", "dull", "cold"][: n % 4]} for n in range(16)]
+    write_rows(here / "rows.jsonl", rows)
+    recipe = write(RECIPE.replace("{data}/train.jsonl", "rows.jsonl").replace("{data}/validation.jsonl", "rows.jsonl"))
+    shown = done("train", recipe, "--dry-run")
+    assert "the film was fine [SEP] → []" in shown
+    assert "the film was fine [SEP] → [warm]" in shown
+
+
 @pytest.mark.usefixtures("unreported")
 def test_classes_that_count_more(write: Callable[[str], Path], here: Path) -> None:
     losses = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tiny_models import build_tokenizer
 
 from loralloc.methods.validation import IGNORED
@@ -23,6 +25,18 @@ def test_runs_of_learned_tokens() -> None:
 
 def test_one_label_for_all() -> None:
     assert parts_of(TOKENIZER, {"input_ids": ids_of("a b"), "labels": 3}) == [("a b", "context"), (" → 3", "learned")]
+
+
+def test_classes_by_name() -> None:
+    def learned(labels: Any, classes: list[str]) -> str:
+        context, (text, kind) = parts_of(TOKENIZER, {"input_ids": ids_of("a b"), "labels": labels}, False, classes)
+        assert (context, kind) == (("a b", "context"), "learned")
+        return text
+
+    assert learned(1, ["no", "yes"]) == " → yes"
+    assert learned([1.0, 0.0, 1.0], ["bad", "film", "good"]) == " → [bad, good]"
+    assert learned([0.0, 1.0], ["bad", "good"]) == " → [good]"  # as many classes as tokens
+    assert learned([0.0, 0.0, 0.0], ["bad", "film", "good"]) == " → []"
 
 
 def test_two_answers() -> None:

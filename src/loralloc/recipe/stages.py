@@ -131,7 +131,8 @@ class Stage:
         with self.screen.training(), suppress(_ReadyToTrainError):
             self.trainer.train()
         first: Any = islice(iter(cast(Any, self.trainer.train_dataset)), PREVIEWED)
-        self.screen.preview([parts_of(self.data.tokenizer, example, self.data.targets_apart) for example in first])
+        tokenizer, apart, classes = self.data.tokenizer, self.data.targets_apart, tuple(self.data.classes)
+        self.screen.preview([parts_of(tokenizer, example, apart, classes) for example in first])
 
     def evaluate(self, prefix: str, split: Dataset | None = None) -> dict[str, float]:
         """Evaluate on a split, by default the test data or, without them, the validation data."""

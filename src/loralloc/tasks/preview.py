@@ -14,14 +14,20 @@ Part = tuple[str, Literal["context", "learned", "rejected"]]
 """A piece of text, and what it is: context, learned, or the answer that a preference is learned against."""
 
 
-def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], targets_apart: bool = False) -> list[Part]:
+def parts_of(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Mapping[str, Any],
+    targets_apart: bool = False,
+    classes: Sequence[str] = (),
+) -> list[Part]:
     """Turn an example as a trainer has it back into text.
 
     Args:
         tokenizer: The model's tokenizer.
-        example: Input ids with a label each, with one label, with a target sequence, or with the first and last token
-            of an answer; or a prompt with two answers; or the ids of several choices.
+        example: Input ids with a label each, with one label, with a 0 or 1 for each class, with a target sequence, or
+            with the first and last token of an answer; or a prompt with two answers; or the ids of several choices.
         targets_apart: Whether the labels are a target sequence.
+        classes: The names of the classes, in the order of the model's outputs; empty where there are none.
 
     Returns:
         Its pieces, in their order.
@@ -36,8 +42,8 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], tar
     if isinstance(ids[0], Sequence):
         choices = [_pieces(tokenizer, [choice])[0] for choice in ids]
         return [(f"{text}\n", "learned" if n == labels else "context") for n, text in enumerate(choices)]
-    if not isinstance(labels, Sequence):
-        return [*zip(_pieces(tokenizer, [ids]), ["context"], strict=True), (f" → {labels}", "learned")]
+    if classes or not isinstance(labels, Sequence):
+        return [(_pieces(tokenizer, [ids])[0], "context"), (f" → {_named(labels, classes)}", "learned")]
     if targets_apart:
         source, target = (_pieces(tokenizer, [part])[0] for part in (ids, labels))
         return [(f"{source} → ", "context"), (target, "learned")]
@@ -46,6 +52,13 @@ def parts_of(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], tar
     ]
     texts = _pieces(tokenizer, [tokens for _, tokens in runs])
     return [(text, "learned" if keep else "context") for text, (keep, _) in zip(texts, runs, strict=True)]
+
+
+def _named(labels: Any, classes: Sequence[str]) -> str:
+    """The name of a class, the names of several, or a number."""
+    if isinstance(labels, Sequence):
+        return f"[{', '.join(name for name, has in zip(classes, labels, strict=True) if has)}]"
+    return classes[labels] if classes else str(labels)
 
 
 def _answer_labels(example: Mapping[str, Any]) -> list[int]:
