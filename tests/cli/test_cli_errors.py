@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from rich.console import Console
 
 from loralloc.cli import progress
 from loralloc.errors import UserError
+from loralloc.recipe import evaluations
 from loralloc.recipe import run as pipeline
-from loralloc.recipe import stages
 from loralloc.training import processes
 
 from .command import (
@@ -26,7 +27,6 @@ from .command import (
     examples,
     files,
     loralloc,
-    ranks,
     read_json,
     refused,
     write_rows,
@@ -202,7 +202,7 @@ class TestNothingIsLost:
     @pytest.mark.parametrize("where", ["evaluate", "generation"])
     def test_nor_does_a_failure_before_the_first_step_cost_it(self, where: str, run: Path, recipe: Path) -> None:
         before = files(run)
-        with patch.object(stages, where, side_effect=UserError("out of memory")):
+        with patch.object(evaluations, where, side_effect=UserError("out of memory")):
             assert refused("train", recipe, "--replace") == "out of memory"
         assert files(run) == before
 
@@ -219,12 +219,47 @@ class TestNothingIsLost:
         assert message == f"output: {here} exists and is not a run; nothing was overwritten: choose another folder"
         assert (here / "data" / "train.jsonl").exists()
 
-    @pytest.mark.usefixtures("unreported")
-    def test_a_plan_of_the_run_that_is_replaced(self, run: Path, recipe: Path) -> None:
-        planned = {name: rank for name, rank in ranks(run).items() if rank}
-        done("train", recipe, "--plan", run / "ranks.json", "--average_rank", 1, "--replace")
-        modules = read_json(run / "ranks.json")["modules"]
-        assert {name: module["start"] for name, module in modules.items()} == planned
+    @pytest.mark.parametrize(
+        ("key", "name"),
+        [
+            ("model.name", "run/merged"),
+            ("plan", "run/ranks.json"),
+            ("data", "run/figures/rows.jsonl"),
+            ("data", "run/uniform/rows.jsonl"),  # a link there, to a file elsewhere
+            ("data", "rows.jsonl"),  # a link to a file there
+        ],
+    )
+    def test_what_a_run_reads_is_not_deleted_by_it(
+        self, key: str, name: str, run: Path, here: Path, encoder: Path, recipe: Path
+    ) -> None:
+        shutil.copytree(encoder, run / "merged")
+        write_rows(run / "figures" / "rows.jsonl", examples(12))
+        (here / "elsewhere").mkdir()
+        write_rows(here / "elsewhere" / "rows.jsonl", examples(12))
+        (run / "uniform").symlink_to(here / "elsewhere", target_is_directory=True)
+        (here / "rows.jsonl").symlink_to(run / "figures" / "rows.jsonl")
+        before = files(run)
+        for flag in [key] if key != "data" else ["data.train", "data.validation", "data.test"]:
+            words = ["--replace", f"--{flag}", name]
+            expected = (
+                f"{key}: --replace deletes {name}, which is read here; move it out of run, or choose another folder "
+                "with --output"
+            )
+            assert refused("train", recipe, *words) == expected
+            assert refused("train", recipe, *words, "--dry-run") == expected
+        assert files(run) == before
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["--data.also", "{more: run/figures/rows.jsonl}"],
+            ["--data.train", "[{source: train.jsonl, weight: 1}, {source: run/figures/rows.jsonl, weight: 2}]"],
+        ],
+    )
+    def test_nor_are_other_sources_of_data(self, words: list[str], run: Path, recipe: Path, here: Path) -> None:
+        write_rows(here / "train.jsonl", examples(12))
+        write_rows(run / "figures" / "rows.jsonl", examples(12))
+        assert "data: --replace deletes run/figures/rows.jsonl" in refused("train", recipe, "--replace", *words)
 
 
 class TestTracebacks:

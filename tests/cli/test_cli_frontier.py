@@ -22,7 +22,7 @@ from loralloc.frontier.source import Source
 from loralloc.plan import RankPlan
 from loralloc.recipe.from_recipe import task_data
 
-from .command import LANGUAGE, done, read_json, refused
+from .command import LANGUAGE, done, files, read_json, refused
 
 Write = Callable[[str], Path]
 
@@ -310,6 +310,13 @@ class TestRefusals:
         Path("mine/file").touch()
         message = refused("frontier", run, "--export", 1, "--to", "mine")
         assert "mine exists and is no export of loralloc; nothing was overwritten" in message
+
+    @pytest.mark.parametrize("words", [["--to", "run/adapter"], ["--output", "run"]])
+    def test_an_export_over_its_own_source(self, words: list[str], run: Path) -> None:
+        before = files(run)
+        message = refused("frontier", run, "--export", 1, *words)
+        assert message.endswith("run/adapter is the adapter that is to be cut; choose another folder with --to")
+        assert files(run) == before
 
 
 class TestInEveryRun:

@@ -184,6 +184,17 @@ class TestExport:
         )
         assert files(here / "base") == before
 
+    def test_nor_is_it_replaced_if_it_is_an_export_itself(self, run: Path, here: Path) -> None:
+        done("export", run, "--profile", "merged")
+        kept = run / "recipe.yaml"
+        lines = [f"  name: {run / 'merged'}" if "/encoder" in line else line for line in kept.read_text().splitlines()]
+        kept.write_text("\n".join(lines))
+        before = files(run)
+        assert refused("export", run, "--profile", "merged") == (
+            f"{run / 'merged'} is the base model of the run; choose another folder with --to"
+        )
+        assert files(run) == before
+
     def test_a_file_on_the_way(self, run: Path, here: Path) -> None:
         (here / "file").write_text("years of work", encoding="utf-8")
         expected = f"{here}/file/adapter: {here}/file is a file; choose another folder"

@@ -62,6 +62,20 @@ def test_rows_and_weights_may_not_change(tmp_path: Path) -> None:
         )
 
 
+def test_a_recipe_that_reads_what_may_be_deleted(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    folder = CompareFolder.of(recipe)
+    inside = folder.runs / "one" / "merged"
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(inside)})})
+    folder.create(recipe, {})
+    folder.check(recipe)
+    inside.mkdir(parents=True)
+    assert refusal(folder, recipe) == (
+        f"model.name: a run that is repeated deletes {inside}, which is read here; move it out of {folder.root}, or "
+        "choose another folder with --output"
+    )
+
+
 def test_a_folder_that_is_something_else(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path)
     folder = CompareFolder.of(recipe)

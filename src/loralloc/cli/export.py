@@ -78,7 +78,9 @@ def _write(folder: RunFolder, profile: Profile, to: Path | None) -> Path:
     target = (to or folder.exported(profile.value)).resolve()
     check_target(target)
     base, to_merge = folder.peek_recipe().model, profile is Profile.merged
-    model_folder(base.name)
+    stored = model_folder(base.name)
+    if stored is not None and stored.resolve() == target:
+        raise UserError(f"{to or target} is the base model of the run; choose another folder with --to")
     if not to_merge:
         check_load_in(base.load_in)
     from loralloc.adapter.export import export_adapter

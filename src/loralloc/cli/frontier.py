@@ -88,6 +88,8 @@ def frontier(
     check_writable(source.folder, "--output", "name another folder")
     target = (to or source.folder / "adapter").resolve()
     if export is not None:
+        if target == source.adapter.resolve():
+            raise UserError(f"{to or target} is the adapter that is to be cut; choose another folder with --to")
         check_target(target)
     check_inputs(source.recipe, trained=True)
     from loralloc.cli import terminal

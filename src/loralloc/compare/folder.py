@@ -19,6 +19,7 @@ from loralloc.errors import UserError
 from loralloc.files import write_atomically
 from loralloc.reading import read_object
 from loralloc.recipe.changes import difference
+from loralloc.recipe.inputs import check_kept
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe, dump_recipe
 
@@ -97,7 +98,8 @@ class CompareFolder:
         The section `compare` may differ from an earlier call: more seeds, other methods.
 
         Raises:
-            UserError: The folder holds something else, or the comparison of a recipe that differs elsewhere.
+            UserError: The folder holds something else, or the comparison of a recipe that differs elsewhere; or its
+                runs hold what the recipe reads.
         """
         if self.root.is_file():
             raise UserError(f"output: {self.root} is a file; name a folder for the comparison with --output")
@@ -113,6 +115,7 @@ class CompareFolder:
                 f"output: {self.root} holds the comparison of another recipe, which says {differs[0]}, not "
                 f"{differs[1]}; only the section compare may differ. Name another folder with --output"
             )
+        check_kept(recipe, self.root, [self.runs.name], "a run that is repeated")
 
     def check_unchanged(self, depends_on: Mapping[str, Any]) -> None:
         """Refuse to compare with runs that were made with other rows or another base model; this writes nothing.

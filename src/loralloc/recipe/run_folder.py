@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from loralloc.errors import UserError
 from loralloc.files import drop_half_written, finite, write_atomically
 from loralloc.recipe.changes import NotResumableError, in_words, split_changes
+from loralloc.recipe.inputs import check_kept
 from loralloc.recipe.schema import Recipe, dump_recipe, load_recipe, peek_recipe
 
 LOCK = ".lock"
@@ -44,6 +45,8 @@ class RunFolder:
         "report.html",
         "figures",
     )
+    EXPORTS: ClassVar[tuple[str, ...]] = ("ragged", "uniform", "merged", "frontier")
+    """What other commands write into it; a new run deletes that too."""
 
     root: Path
 
@@ -153,7 +156,8 @@ class RunFolder:
         """Check that a new run may use its folder; nothing is written yet.
 
         Raises:
-            UserError: The folder exists and is not a run, or is one that is not to be replaced.
+            UserError: The folder exists and is not a run, or is one that is not to be replaced, or holds what the new
+                run reads.
         """
         folder = cls.of(recipe)
         if folder.root.is_file():
@@ -168,11 +172,12 @@ class RunFolder:
                     f"output: {folder.root} holds a run already; continue it with --resume, start over with --replace, "
                     "or choose another folder with --output"
                 )
+            check_kept(recipe, folder.root, (*cls.ENTRIES, *cls.EXPORTS), "--replace")
         return folder
 
     def create(self, recipe: Recipe) -> None:
         """Make the folder and write the recipe; the files of an earlier run are removed, others stay."""
-        for entry in (*self.ENTRIES, "ragged", "uniform", "merged", "frontier"):
+        for entry in (*self.ENTRIES, *self.EXPORTS):
             _remove(self.root / entry)
         self.root.mkdir(parents=True, exist_ok=True)
         self.go_on(recipe)
