@@ -14,7 +14,7 @@ import pytest
 
 from loralloc.plan import ModuleRank, RankPlan
 
-from .command import LANGUAGE, RECIPE, done, loralloc, ranks, read_json, refused
+from .command import CHAT, LANGUAGE, RECIPE, done, loralloc, ranks, read_json, refused
 from .deaths import differences, killed_at
 
 Write = Callable[[str], Path]
@@ -220,6 +220,19 @@ def preferences(write: Write, here: Path, **columns: Any) -> Path:
 
 
 ASKED = {"role": "user", "content": "the film was"}
+
+
+def test_a_preference_whose_system_prompt_the_template_leaves_out(write: Write, here: Path, decoder: Path) -> None:
+    asked = [{"role": "system", "content": "fine"}, ASKED]
+    recipe = preferences(write, here, prompt=asked, chosen="fine", rejected="dull")
+    shutil.copytree(decoder, here / "model")
+    (here / "model" / "chat_template.jinja").write_text(
+        CHAT.replace("for m in messages", "for m in messages if m['role'] != 'system'"), encoding="utf-8"
+    )
+    assert refused("train", recipe, "--model.name", "model", "--dry-run") == (
+        "train.jsonl: the chat template of this model leaves out system prompts, so the model would never see them; "
+        "put what they say into the first question, or use a model that has them"
+    )
 
 
 def test_answers_that_are_whole_chats_lose_the_prompt(write: Write, here: Path) -> None:

@@ -125,6 +125,26 @@ def test_a_system_prompt_that_the_template_leaves_out() -> None:
     assert learned(template, CHAT)[1] == learned(PLAIN, CHAT)[1]
 
 
+def test_a_system_prompt_whose_words_stand_elsewhere_too() -> None:
+    template = PLAIN.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    with pytest.raises(UserError, match=r"train.jsonl:1: the chat template of this model leaves out system prompts"):
+        learned(template, [{"role": "system", "content": "a"}, *CHAT])
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+@pytest.mark.parametrize("role", ["system", "tool", "user"])
+def test_a_later_turn_that_the_template_leaves_out(template: str, role: str) -> None:
+    chat = [{"role": "system", "content": "c"}, *CHAT[:2], {"role": role, "content": "yes"}, CHAT[3]]
+    assert learned(template, chat)[1] == ["yes", "</s>", "no", "no", "</s>"]
+    said = f"{{% for m in messages if m['role'] != '{role}' or m['content'] in ['c', 'a b'] %}}"
+    with pytest.raises(UserError) as error:
+        learned(template.replace("{% for m in messages %}", said), chat)
+    assert str(error.value) == (
+        f"train.jsonl:1: the chat template of this model leaves out message 4, of role {role}, so the model would "
+        "never see it; take such messages out, or use a model that has them"
+    )
+
+
 TOOL = {"type": "function", "function": {"name": "yes", "parameters": {"type": "object", "properties": {}}}}
 CALLING = [
     CHAT[0],
@@ -151,6 +171,9 @@ def test_tools_that_the_template_ignores() -> None:
         UserError, match=r"train.jsonl:1: the chat template of this model leaves out calls of tools, such as"
     ):
         learned(PLAIN, CALLING)
+    named_elsewhere = [{"role": "user", "content": "yes"}, CALLING[1]]
+    with pytest.raises(UserError, match=r"leaves out calls of tools, such as yes; use a model that calls tools"):
+        learned(PLAIN, named_elsewhere)
 
 
 def test_a_tokenizer_without_a_template() -> None:

@@ -17,11 +17,16 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template
 
 from loralloc.errors import UserError
-from loralloc.tasks.conversations import Chat
+from loralloc.tasks.conversations import Chat, Message
 from loralloc.tasks.rows import Rows
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The mark in a template before text that the assistant writes."""
+
+MARK = "x"
+"""What is added to a text to see whether a template renders it."""
+OPENING = "opening"
+"""The kind of a system prompt at the beginning; other turns are of the kind of their role."""
 
 Tokens = tuple[list[int], list[bool]]
 """Ids, and for each whether to learn it."""
@@ -63,7 +68,7 @@ def tokenize_chats(
         The tokens of each chat.
 
     Raises:
-        UserError: The template refuses a chat, ignores its tools, or its text gives no way to find the turns.
+        UserError: The template refuses a chat, leaves out tools or turns, or its text gives no way to find the turns.
     """
     render, turns_of = _renderer(tokenizer, next((chat.tools for chat in chats if chat.tools), None))
     checked: set[str] = set()
@@ -72,8 +77,8 @@ def tokenize_chats(
         answers = [n for n in turns if n >= max(chat.start, 1)]  # the first message is no answer
         try:
             text, places = turns_of(chat, answers[-1:] if learn == "last" else answers)
-            _check_tools(render, chat, text, rows.place(i), checked)
-            _check_system(chat, text, rows.place(i), checked)
+            _check_tools(render, chat, rows.place(i), checked)
+            _check_turns(render, chat, rows.place(i), checked)
         except (TemplateError, _PrefixError) as error:
             raise UserError(f"{rows.place(i)}: the chat template refuses this chat ({error}).") from error
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -148,19 +153,73 @@ def _turn(render: Render, chat: Chat, whole: str, index: int) -> tuple[int, int]
     return len(before), len(through)
 
 
-def _check_system(chat: Chat, text: str, place: str, checked: set[str]) -> None:
-    """Refuse a system prompt that the template leaves out; only the first chat with one is checked."""
-    system = chat.messages[0]["content"].strip() if chat.messages[0]["role"] in ("system", "developer") else ""
-    if system and "system" not in checked:
-        checked.add("system")
-        if system not in text:
+def check_turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: str, checked: set[str]) -> None:
+    """Refuse a chat of which the tokenizer's own template leaves out a turn; see `_check_turns`.
+
+    Raises:
+        UserError: A turn is left out, or the template refuses the chat.
+    """
+
+    def render(messages: Sequence[Any], tools: Any = None) -> str:
+        text: Any = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False)
+        return text
+
+    try:
+        _check_turns(render, Chat(messages), place, checked)
+    except TemplateError as error:
+        raise UserError(f"{place}: the chat template refuses a chat ({error}).") from error
+
+
+def _check_turns(render: Render, chat: Chat, place: str, checked: set[str]) -> None:
+    """Refuse turns, but the assistant's, that the template leaves out.
+
+    What a turn says may stand elsewhere in the chat too: a turn is left out if the text stays as it is when the turn
+    says something else.
+
+    Args:
+        render: Renders messages.
+        chat: The chat.
+        place: Where it is, for messages.
+        checked: The kinds of turns that earlier chats had, which are not checked again; those of this chat are added.
+
+    Raises:
+        UserError: A turn is left out.
+    """
+    kinds = [_kind(message, n) for n, message in enumerate(chat.messages)]
+    due = [n for n, kind in enumerate(kinds) if kind and kind not in checked]
+    if not due:
+        return
+    checked.update(kinds)
+    whole = render(chat.messages, chat.tools)
+    for n in due:
+        message = chat.messages[n]
+        if render(_with(chat, n, {**message, "content": message["content"] + MARK}), chat.tools) != whole:
+            continue
+        if kinds[n] == OPENING:
             raise UserError(
                 f"{place}: the chat template of this model leaves out system prompts, so the model would never see "
                 "them; put what they say into the first question, or use a model that has them"
             )
+        raise UserError(
+            f"{place}: the chat template of this model leaves out message {n + 1}, of role {message['role']}, so the "
+            "model would never see it; take such messages out, or use a model that has them"
+        )
 
 
-def _check_tools(render: Render, chat: Chat, text: str, place: str, checked: set[str]) -> None:
+def _kind(message: Message, n: int) -> str:
+    """The kind of a turn that the model is to read; empty for a turn that says nothing, or is the assistant's."""
+    role = message["role"]
+    if role == "assistant" or not message["content"].strip():
+        return ""
+    return OPENING if n == 0 and role in ("system", "developer") else role
+
+
+def _with(chat: Chat, n: int, message: Message) -> list[Message]:
+    """The messages of a chat, with another one at a place."""
+    return [*chat.messages[:n], message, *chat.messages[n + 1 :]]
+
+
+def _check_tools(render: Render, chat: Chat, place: str, checked: set[str]) -> None:
     """Refuse tools, or calls of them, that the template leaves out; only the first chat with any is checked."""
     if chat.tools and "tools" not in checked:
         checked.add("tools")
@@ -169,11 +228,16 @@ def _check_tools(render: Render, chat: Chat, text: str, place: str, checked: set
                 f"{place}: the chat template of this model ignores tools, so the model would never see them; take the "
                 "column out (data.tools), or use a model that calls tools"
             )
-    calls = [call["function"]["name"] for message in chat.messages for call in message.get("tool_calls", ())]
-    if calls and "calls" not in checked:
+    places = [(n, c) for n, message in enumerate(chat.messages) for c in range(len(message.get("tool_calls", ())))]
+    if places and "calls" not in checked:
         checked.add("calls")
-        if not all(name in text for name in calls):
-            raise UserError(
-                f"{place}: the chat template of this model leaves out calls of tools, such as {calls[0]}; use a model "
-                "that calls tools"
-            )
+        whole = render(chat.messages, chat.tools)
+        for n, c in places:
+            calls = list(chat.messages[n]["tool_calls"])
+            name = calls[c]["function"]["name"]
+            calls[c] = {**calls[c], "function": {**calls[c]["function"], "name": name + MARK}}
+            if render(_with(chat, n, {**chat.messages[n], "tool_calls": calls}), chat.tools) == whole:
+                raise UserError(
+                    f"{place}: the chat template of this model leaves out calls of tools, such as {name}; use a model "
+                    "that calls tools"
+                )

@@ -17,7 +17,7 @@ from trl.data_utils import extract_prompt
 
 from loralloc.errors import UserError
 from loralloc.tasks.base import ModelSection, TaskData, evaluation_of
-from loralloc.tasks.chat import check_template
+from loralloc.tasks.chat import check_template, check_turns
 from loralloc.tasks.conversations import Message, read_messages
 from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.forms import read_texts, turn
@@ -54,7 +54,10 @@ def prepare(model: ModelSection, data: PreferenceData, seed: int) -> TaskData:
     check_stacks("preference", config, model.name)
     check_length(data.max_length, config, model.name)
     tokenizer = load_tokenizer(checkpoint)
-    train, validation, *test = [_examples(pairs, data, tokenizer, model.name) for pairs in read]
+    sources = [rows.source for rows in splits.all()]
+    train, validation, *test = [
+        _examples(pairs, data, tokenizer, model.name, source) for pairs, source in zip(read, sources, strict=True)
+    ]
 
     def load() -> PreTrainedModel:
         return load_model("preference", checkpoint, tokenizer, seed)
@@ -75,7 +78,7 @@ def prepare_evaluation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: PreferenceData, source: str
 ) -> TaskData:
     """Make everything a Trainer needs to evaluate preferences; see `tasks.prepare_evaluation`."""
-    examples = _examples(read_pairs(read_rows(source), data), data, tokenizer, str(model.name_or_path))
+    examples = _examples(read_pairs(read_rows(source), data), data, tokenizer, str(model.name_or_path), source)
     return evaluation_of(examples, model=model, tokenizer=tokenizer, **_trained_with(tokenizer, data))
 
 
@@ -161,7 +164,9 @@ def _as_chat(value: Any, role: str) -> list[Message]:
     return turn(role, value) if isinstance(value, str) else value
 
 
-def _examples(pairs: dict[str, Side], data: PreferenceData, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:
+def _examples(
+    pairs: dict[str, Side], data: PreferenceData, tokenizer: PreTrainedTokenizerBase, name: str, source: str
+) -> Dataset:
     """What the trainer takes: texts, or chats where the model's template renders them."""
     texts = isinstance(pairs["chosen"][0], str)
     if texts and data.chat is not False and (data.chat or tokenizer.chat_template is not None):
@@ -178,6 +183,9 @@ def _examples(pairs: dict[str, Side], data: PreferenceData, tokenizer: PreTraine
     if not texts:
         check_template(tokenizer, name)
     rows = [extract_prompt(row) if "prompt" not in row else row for row in Dataset.from_dict({**pairs}).to_list()]
+    checked: set[str] = set()
+    for row in [] if texts else rows:
+        check_turns(tokenizer, row["prompt"] + row["chosen"], source, checked)
     fitting = [row for row in rows if _tokens(tokenizer, row["prompt"]) < data.max_length]
     if not fitting:
         raise UserError(
