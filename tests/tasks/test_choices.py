@@ -48,6 +48,7 @@ LABELLED = {"text": ["good", "bad", "a film"], "label": ["1", "2", "3"]}
         ({"text": ["good", "bad"], "label": ["A", "B"]}, "1"),
         ([{"text": "good", "label": "A"}, {"text": "bad", "label": "B"}], "B"),
         (LABELLED, "B"),
+        ([{"text": "good", "label": None}, {"text": "bad", "label": None}], "B"),
         (["A", "B"], "B"),
         (["no", "yes"], True),
     ],
@@ -70,6 +71,7 @@ def test_the_right_choice(read: Read, choices: Any, answer: object) -> None:
         (LABELLED, "D"),
         (LABELLED, 4),
         (LABELLED, [1]),
+        (LABELLED, "1" * 5000),
     ],
 )
 def test_an_answer_that_is_no_choice(read: Read, choices: Any, answer: object) -> None:
@@ -147,6 +149,13 @@ def test_a_column_beside_what_is_none(read: Read) -> None:
         (["good", " "], "choice 2 is empty"),
         (["good", "good"], "occurs twice"),
         ({"text": ["good", "bad"], "label": ["A"]}, "2 choices, but 1 labels"),
+        ({"text": ["good", "bad"], "label": 5}, 'found {"text": ["good", "bad"], "label": 5}'),
+        ({"text": ["good", "bad"], "label": "AB"}, "must hold a list of texts, or"),
+        (
+            {"text": ["good", "bad"], "label": ["A", "A"]},
+            'column "choices" (data.choices): a label occurs twice, so an answer could name two choices: ["A", "A"]',
+        ),
+        ([{"text": "good", "label": 1}, {"text": "bad", "label": "1"}], "a label occurs twice"),
     ],
 )
 def test_choices_that_cannot_be_read(read: Read, choices: Any, told: str) -> None:

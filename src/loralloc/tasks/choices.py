@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from loralloc.errors import UserError
 from loralloc.tasks.forms import read_texts
@@ -152,7 +151,7 @@ def right_choices(answer: object, choices: Sequence[str], labels: Sequence[str])
     places = {
         "label": list(labels).index(said) if said in labels else -1,
         "text": list(choices).index(said) if isinstance(answer, str) and said in choices else -1,
-        "number": int(said) if said.isdecimal() else -1,
+        "number": int(said) if said.isdecimal() and len(said) < 10 else -1,  # Python reads no text of 4,301 digits
         "letter": string.ascii_uppercase.find(letter) if len(letter) == 1 else -1,
     }
     return {reading: place for reading, place in places.items() if 0 <= place < len(choices)}
@@ -172,21 +171,27 @@ def _read_choices(rows: Rows, named: str | list[str]) -> list[tuple[list[str], l
 
 def _listed(value: object, where: str) -> tuple[list[str], list[str]]:
     """The choices of one row: a list of texts, or texts with labels as ARC has them."""
-    labels: list[Any] = []
+    given, labels = value, None
     if isinstance(value, list) and value and all(isinstance(choice, Mapping) for choice in value):
         value = {key: [choice.get(key) for choice in value] for key in ("text", "label") if key in value[0]}
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
-        value, labels = value["text"], list(value.get("label") or [])
-    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
+        value, labels = value["text"], value.get("label")
+    if labels is None or (isinstance(labels, list) and all(label is None for label in labels)):
+        labels = []  # Arrow adds nulls to a row if another row has labels
+    texts = isinstance(value, list) and all(isinstance(choice, str) for choice in value)
+    if not isinstance(value, list) or not texts or not isinstance(labels, list):
         raise UserError(
-            f'{where} must hold a list of texts, or {{"text": [...], "label": [...]}}, found {quote(value)}'
+            f'{where} must hold a list of texts, or {{"text": [...], "label": [...]}}, found {quote(given)}'
         )
     if labels and len(labels) != len(value):
         raise UserError(f"{where}: {len(value)} choices, but {len(labels)} labels")
+    labels = [str(label) for label in labels]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"{where}: a label occurs twice, so an answer could name two choices: {quote(labels)}")
     for n, choice in enumerate(value, 1):
         if not choice.strip():
             raise UserError(f"{where}: choice {n} is empty: {quote(value)}")
-    return value, [str(label) for label in labels]
+    return value, labels
 
 
 def chance(questions: Sequence[Question]) -> float:
