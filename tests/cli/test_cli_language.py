@@ -235,6 +235,15 @@ def test_a_preference_whose_system_prompt_the_template_leaves_out(write: Write, 
     )
 
 
+def test_a_preference_with_a_turn_of_weight_0(write: Write, here: Path) -> None:
+    chosen = [{"role": "assistant", "content": "fine", "weight": 0}]
+    said = refused("train", preferences(write, here, prompt=[ASKED], chosen=chosen, rejected="dull"), "--dry-run")
+    assert said == (
+        'train.jsonl:1: column "chosen" (data.chosen): a preference is learned whole; take the weight 0 out of its '
+        "messages"
+    )
+
+
 def test_answers_that_are_whole_chats_lose_the_prompt(write: Write, here: Path) -> None:
     words = {"chosen": "fine", "rejected": "dull"}
     chats = {key: [ASKED, {"role": "assistant", "content": word}] for key, word in words.items()}

@@ -65,6 +65,13 @@ class TestWhatIsLearned:
     def test_the_last_turn(self, template: str) -> None:
         assert learned(template, CHAT, "last")[1] == ["no", "no", "</s>"]
 
+    def test_but_turns_of_weight_0(self, template: str) -> None:
+        first, last = ([{**m, "weight": 0} if n == left else m for n, m in enumerate(CHAT)] for left in (1, 3))
+        assert learned(template, first)[1] == ["no", "no", "</s>"]
+        assert learned(template, last)[1] == ["yes", "</s>"]
+        assert learned(template, last, "last")[1] == []
+        assert learned(template, [{**m, "weight": 1} for m in CHAT])[1] == ["yes", "</s>", "no", "no", "</s>"]
+
     def test_only_what_follows_the_prompt(self, template: str) -> None:
         assert learned(template, CHAT, start=2)[1] == ["no", "no", "</s>"]
 

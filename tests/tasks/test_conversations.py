@@ -106,6 +106,26 @@ def test_what_is_no_chat_to_learn_from(value: Any, message: str) -> None:
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("weight", [0.5, 2, "0", [0]])
+def test_weights_that_are_neither_0_nor_1(weight: Any) -> None:
+    with pytest.raises(UserError) as error:
+        read_chats(rows_of([*CHAT[:2], {**CHAT[2], "weight": weight}]), "chat")
+    assert str(error.value) == (
+        'train.jsonl:1: column "chat" (data.messages), message 3: the weight of a turn must be 0, which leaves it out '
+        f"of the loss, or 1, found {json.dumps(weight)}"
+    )
+
+
+def test_a_chat_whose_turns_all_have_weight_0() -> None:
+    read_chats(rows_of([*CHAT[:2], {**CHAT[2], "weight": 1}]), "chat")
+    with pytest.raises(UserError) as error:
+        read_chats(rows_of([*CHAT[:2], {**CHAT[2], "weight": 0}]), "chat")
+    assert str(error.value) == (
+        'train.jsonl:1: column "chat" (data.messages): all turns of the assistant have weight 0: there is nothing '
+        "to learn"
+    )
+
+
 def test_tools_that_are_none() -> None:
     with pytest.raises(
         UserError, match=r'train.jsonl:1: column "tools" \(data.tools\) must hold a list of JSON schemas'

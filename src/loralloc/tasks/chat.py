@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template
 
 from loralloc.errors import UserError
-from loralloc.tasks.conversations import Chat, Message
+from loralloc.tasks.conversations import Chat, Message, is_learned
 from loralloc.tasks.rows import Rows
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -62,7 +62,8 @@ def tokenize_chats(
         tokenizer: A tokenizer that passed `check_template`.
         chats: The chats of `rows`.
         rows: Where they came from, for messages.
-        learn: Which of the assistant's turns are learned: all after the prompt of a chat, or only the last.
+        learn: Which of the assistant's turns are learned: all after the prompt of a chat, or only the last; but none of
+            weight 0.
 
     Yields:
         The tokens of each chat.
@@ -76,7 +77,8 @@ def tokenize_chats(
         turns = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
         answers = [n for n in turns if n >= max(chat.start, 1)]  # the first message is no answer
         try:
-            text, places = turns_of(chat, answers[-1:] if learn == "last" else answers)
+            asked = answers[-1:] if learn == "last" else answers
+            text, places = turns_of(chat, [n for n in asked if is_learned(chat.messages[n])])
             _check_tools(render, chat, rows.place(i), checked)
             _check_turns(render, chat, rows.place(i), checked)
         except (TemplateError, _PrefixError) as error:

@@ -6,7 +6,8 @@
 | ShareGPT | `[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]` |
 
 The content of a message may be a list of parts of text. An assistant's message may call tools instead of saying
-something. Null keys are removed: Arrow adds them to a row if another row has the key.
+something, and may have a `weight`: 1, or 0 for a turn that is not learned. Null keys are removed: Arrow adds them to a
+row if another row has the key.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def read_chats(rows: Rows, column: str, tools: str | None = None) -> list[Chat]:
             messages.pop()
         if not messages:
             raise UserError(f"{where} has no turn of the assistant: there is nothing to learn. Found {quote(value)}")
+        if not any(is_learned(message) for message in messages):
+            raise UserError(f"{where}: all turns of the assistant have weight 0: there is nothing to learn")
         chats.append(Chat(messages, offered[i]))
     return chats
 
@@ -108,7 +111,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
 
     Raises:
         UserError: It is no list of messages, a role is unknown, a content is missing or holds more than text, or an
-            assistant's message is empty.
+            assistant's message is empty, or has a weight that is neither 0 nor 1.
     """
     if not isinstance(value, list) or not all(isinstance(m, dict) and (m.get("role") or m.get("from")) for m in value):
         raise UserError(
@@ -116,6 +119,11 @@ def read_messages(value: Any, where: str) -> list[Message]:
             f"found {quote(value)}"
         )
     return [_message(without_nulls(message), f"{where}, message {n}") for n, message in enumerate(value, 1)]
+
+
+def is_learned(message: Message) -> bool:
+    """Whether a message is one that may be learned: the assistant's, and not of weight 0."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
 def _message(message: Message, where: str) -> Message:
@@ -131,6 +139,11 @@ def _message(message: Message, where: str) -> Message:
         raise UserError(f"{where}: the assistant's turn is empty; take the row out, or write what it should say")
     if content is None and not calls:
         raise UserError(f"{where}: the message has no content")
+    if role == "assistant" and message.get("weight", 1) not in (0, 1):
+        raise UserError(
+            f"{where}: the weight of a turn must be 0, which leaves it out of the loss, or 1, found "
+            f"{quote(message['weight'])}"
+        )
     read = {**message, "content": content or ""}
     if calls:
         read["tool_calls"] = [_call(call, where) for call in calls]

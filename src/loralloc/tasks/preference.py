@@ -18,7 +18,7 @@ from trl.data_utils import extract_prompt
 from loralloc.errors import UserError
 from loralloc.tasks.base import ModelSection, TaskData, evaluation_of
 from loralloc.tasks.chat import check_template, check_turns
-from loralloc.tasks.conversations import Message, read_messages
+from loralloc.tasks.conversations import Message, is_learned, read_messages
 from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.forms import read_texts, turn
 from loralloc.tasks.pretrained import check_length, check_stacks, load_config, load_model, load_tokenizer, locate
@@ -132,6 +132,8 @@ def _read_side(rows: Rows, words: str, key: str) -> Side:
         chats.append(read_messages(value, where))
         if any("tool_calls" in message for message in chats[-1]):
             raise UserError(f"{where}: calls of tools cannot be learned by preference here; task causal-lm learns them")
+        if any(message["role"] == "assistant" and not is_learned(message) for message in chats[-1]):
+            raise UserError(f"{where}: a preference is learned whole; take the weight 0 out of its messages")
     return chats
 
 
@@ -185,7 +187,7 @@ def _examples(
     rows = [extract_prompt(row) if "prompt" not in row else row for row in Dataset.from_dict({**pairs}).to_list()]
     checked: set[str] = set()
     for row in [] if texts else rows:
-        check_turns(tokenizer, row["prompt"] + row["chosen"], source, checked)
+        check_turns(tokenizer, [*row["prompt"], *row["chosen"]], source, checked)
     fitting = [row for row in rows if _tokens(tokenizer, row["prompt"]) < data.max_length]
     if not fitting:
         raise UserError(

@@ -58,7 +58,7 @@ def _named(labels: Any, classes: Sequence[str]) -> str:
     """The name of a class, the names of several, or a number."""
     if isinstance(labels, Sequence):
         return f"[{', '.join(name for name, has in zip(classes, labels, strict=True) if has)}]"
-    return classes[labels] if classes else str(labels)
+    return str(classes[labels] if classes else labels)
 
 
 def _answer_labels(example: Mapping[str, Any]) -> list[int]:

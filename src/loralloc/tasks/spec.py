@@ -142,7 +142,9 @@ class LanguageModelData(ChatData):
     tools: Text | None = Field(
         default=None, description="column with the tools of a chat (JSON schemas); null: tools, where there is one"
     )
-    learn: Literal["all", "last"] = Field(default="all", description="turns of the assistant that are learned")
+    learn: Literal["all", "last"] = Field(
+        default="all", description="turns of the assistant that are learned, but those of weight 0"
+    )
     packing: Literal["none", "wrapped", "bfd"] | None = Field(
         default=None,
         description="how examples share a row of max_length tokens: wrapped (joined and cut) or bfd (whole examples, "
