@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -114,6 +115,19 @@ def test_a_chat(write: Write, here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert answer in done("chat", "run", "--max-new-tokens", 4)
 
 
+def test_a_line_that_is_no_unicode_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = io.BytesIO(b"the film\nthe \xff film\ncaf\xc3\xa9\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+    asked = []
+    chat.converse(lambda messages: asked.append(messages[-1]["content"]) or "yes", remembers=True)
+    assert asked == ["the film", "café"]
+    assert capsys.readouterr().err == (
+        "this line is not answered: it must be Unicode text; in a shell of another encoding, set LC_ALL=C.UTF-8\n"
+    )
+
+
 @pytest.mark.usefixtures("unreported")
 def test_texts_are_continued_and_chats_answered_whichever_columns_were_recognised(write: Write, here: Path) -> None:
     recipe = write_data("chat", write, here)
@@ -129,6 +143,9 @@ def test_texts_are_continued_and_chats_answered_whichever_columns_were_recognise
         return written.call_args.kwargs["templated"]
 
     assert not templated()
+    assert refused("chat", "run", "--prompt", os.fsdecode(b"the \xff film")) == (
+        "--prompt: must be Unicode text; in a shell of another encoding, set LC_ALL=C.UTF-8"
+    )
     (here / "train.jsonl").write_text(chats, encoding="utf-8")
     assert templated()
     (here / "train.jsonl").unlink()

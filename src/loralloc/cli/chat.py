@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from loralloc.recipe.sections import DataConfig
 
+NOT_UNICODE = "must be Unicode text; in a shell of another encoding, set LC_ALL=C.UTF-8"
 HELP = "/reset forgets what was said, /exit or Ctrl-D ends"
 
 
@@ -37,6 +40,8 @@ def chat(
     from loralloc.tasks.locations import model_folder
     from loralloc.tasks.spec import TASKS
 
+    if prompt is not None and not _is_unicode(prompt):
+        raise UserError(f"--prompt: {NOT_UNICODE}")
     folder = RunFolder.finished(run)
     recipe = folder.peek_recipe()
     model_folder(recipe.model.name)
@@ -90,10 +95,15 @@ def _prompt_of(words: str | None) -> Callable[[str], str]:
     return lambda line: words.format_map({columns[0]: line})
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a text from outside is Unicode: bytes that are not become halves of characters, which have no code."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def converse(
     answer: Callable[[list[dict[str, str]]], str], fill: Callable[[str], str] = str, *, remembers: bool
 ) -> None:
-    """Read lines and answer them until there are no more.
+    """Read lines and answer them until there are no more; one that is no Unicode text is passed over with a message.
 
     Args:
         answer: Writes the answer to a chat, and returns it.
@@ -101,6 +111,8 @@ def converse(
         remembers: Whether each line goes on with the chat; else it is a text of its own.
     """
     messages: list[dict[str, str]] = []
+    if isinstance(sys.stdin, io.TextIOWrapper):  # one bad line would end the reading, and lose those behind it
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             line = input("> ").strip()
@@ -108,6 +120,9 @@ def converse(
             return
         if line == "/exit":
             return
+        if not _is_unicode(line):
+            typer.echo(f"this line is not answered: it {NOT_UNICODE}", err=True)
+            continue
         if line == "/reset" or not remembers:
             messages = []
         if line and line != "/reset":
