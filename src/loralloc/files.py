@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def in_shell(name: object) -> str:
+    """Write a path or another name as one word of a command that is to be copied into a shell.
+
+    >>> in_shell("runs/x"), in_shell("my runs/x"), in_shell("-x")
+    ('runs/x', "'my runs/x'", './-x')
+    """
+    word = str(name)
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -12,6 +12,8 @@ import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from loralloc.files import in_shell
+
 Profile = Literal["ragged", "uniform", "merged"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -68,11 +70,12 @@ class Export:
         if not self.generates or (self.has_head and self.profile != "merged"):
             return []
         if self.profile == "merged":
-            return [f"vllm serve {path}"]
+            return [f"vllm serve {in_shell(path)}"]
         flag = next((rank for rank in VLLM_RANKS if rank >= self.max_rank), self.max_rank)
         need = "vLLM 0.32 or newer" if self.profile == "ragged" else "any vLLM"
-        base = f"{self.base} --revision {self.revision}" if self.revision else self.base
-        return [f"vllm serve {base} --enable-lora --max-lora-rank {flag} --lora-modules adapter={path}   # {need}"]
+        base = in_shell(self.base) + (f" --revision {in_shell(self.revision)}" if self.revision else "")
+        adapter = in_shell(f"adapter={path}")
+        return [f"vllm serve {base} --enable-lora --max-lora-rank {flag} --lora-modules {adapter}   # {need}"]
 
 
 def model_card(base: nn.Module, export: Export, tokenizer: bool, facts: Mapping[str, Any] | None = None) -> str:

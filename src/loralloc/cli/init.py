@@ -10,7 +10,7 @@ import typer
 from loralloc.cli import completion
 from loralloc.cli.completion import purpose
 from loralloc.errors import UserError
-from loralloc.files import check_writable
+from loralloc.files import check_writable, in_shell
 from loralloc.recipes import list_recipes, recipe_text
 
 
@@ -36,4 +36,4 @@ def init(
     check_writable(target.absolute().parent, str(target), "choose another file with --to")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
-    typer.echo(f"wrote {target}; edit it, then: loralloc train {target}")
+    typer.echo(f"wrote {target}; edit it, then: loralloc train {in_shell(target)}")

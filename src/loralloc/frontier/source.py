@@ -9,7 +9,7 @@ from typing import Any
 
 from loralloc.adapter.folders import ADAPTER_WEIGHTS, check_adapter_folder, recorded_modules
 from loralloc.errors import UserError
-from loralloc.files import sha256_of
+from loralloc.files import in_shell, sha256_of
 from loralloc.plan import RankPlan
 from loralloc.reading import read_object
 from loralloc.recipe.run_folder import RunFolder
@@ -73,7 +73,7 @@ class Source:
     def _of_run(cls, path: Path, output: Path | None) -> Source:
         folder = RunFolder.finished(path)
         if folder.weights != folder.adapter:
-            raise UserError(f"{path} has no adapter: its export failed; loralloc export {path} writes it")
+            raise UserError(f"{path} has no adapter: its export failed; loralloc export {in_shell(path)} writes it")
         plan, metrics = RankPlan.load(folder.plan), _read(folder.metrics)
         scales = {name: module.scale for name, module in plan.modules.items()}
         recipe = _for_one_process(folder.load_recipe(), _count(metrics.get("processes")) or 1)
@@ -86,11 +86,11 @@ class Source:
     @property
     def named(self) -> str:
         """The arguments that name it on the command line."""
-        run = self.adapter.parent
-        if self.recipe_file is None and self.folder == run / "frontier":
-            return str(run)
-        named = run if self.recipe_file is None else f"{self.adapter} --recipe {self.recipe_file}"
-        return f"{named} --output {self.folder}"
+        run, adapter = in_shell(self.adapter.parent), in_shell(self.adapter)
+        if self.recipe_file is None and self.folder == self.adapter.parent / "frontier":
+            return run
+        named = run if self.recipe_file is None else f"{adapter} --recipe {in_shell(self.recipe_file)}"
+        return f"{named} --output {in_shell(self.folder)}"
 
     def fingerprint(self) -> str:
         """Return an id of the adapter: the start of the SHA-256 of its weights."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 from loralloc.errors import UserError
-from loralloc.files import disk_is_full, file_is_too_large
+from loralloc.files import disk_is_full, file_is_too_large, in_shell
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe
 from loralloc.training import processes
@@ -73,4 +73,4 @@ def _goes_on(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 def _command(folder: RunFolder) -> str:
-    return f"{processes.launcher()}loralloc train {folder.recipe} --resume"
+    return f"{processes.launcher()}loralloc train {in_shell(folder.recipe)} --resume"

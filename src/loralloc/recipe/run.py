@@ -21,7 +21,7 @@ from loralloc._version import __version__
 from loralloc.adapter.export import Export, export_adapter, write_card
 from loralloc.adapter.hub import exported_files, upload
 from loralloc.errors import UserError
-from loralloc.files import disk_is_full, file_is_too_large
+from loralloc.files import disk_is_full, file_is_too_large, in_shell
 from loralloc.plain_lora import plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
@@ -164,7 +164,7 @@ def _push(stage: Stage, folder: RunFolder, screen: Screen) -> None:
         files, api = exported_files(folder.adapter), HfApi(token=arguments.hub_token)
         upload(api, folder.adapter, str(repository), files, arguments.hub_revision)
     except UserError as error:
-        screen.warning(f"{error}; loralloc export {folder.root} --push {repository} pushes the adapter")
+        screen.warning(f"{error}; loralloc export {in_shell(folder.root)} --push {repository} pushes the adapter")
 
 
 def rehearse(recipe: Recipe, resume: bool = False, start_over: bool = False, screen: Screen | None = None) -> None:
@@ -321,7 +321,8 @@ def _write_adapter(folder: RunFolder, plan: RankPlan, stage: Stage) -> Export | 
         if disk_is_full(error) or file_is_too_large(error):
             raise
         if all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
-            cure = f"what was trained is kept in {folder.trained}: loralloc export {folder.root} writes it from there"
+            kept = f"what was trained is kept in {folder.trained}"
+            cure = f"{kept}: loralloc export {in_shell(folder.root)} writes it from there"
         else:
             cure = "the loss diverged: lower the learning rate"
         raise UserError(f"the run ended without an adapter: {error}; {cure}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loralloc.errors import UserError
-from loralloc.files import drop_half_written, finite, write_atomically
+from loralloc.files import drop_half_written, finite, in_shell, write_atomically
 from loralloc.recipe.changes import NotResumableError, in_words, split_changes
 from loralloc.recipe.inputs import check_kept
 from loralloc.recipe.schema import Recipe, dump_recipe, load_recipe, peek_recipe
@@ -271,11 +271,10 @@ class RunFolder:
         """For messages: the commands for what a run that has not finished has trained; empty if it kept nothing."""
         if self.metrics.is_file():
             return ""
+        root = in_shell(self.root)
         if _is_adapter(self.adapter):
-            return (
-                f"; its adapter is exported: loralloc evaluate {self.root} and loralloc report {self.root} look at it"
-            )
-        return f"; what it trained is kept: loralloc export {self.root}" if _is_adapter(self.trained) else ""
+            return f"; its adapter is exported: loralloc evaluate {root} and loralloc report {root} look at it"
+        return f"; what it trained is kept: loralloc export {root}" if _is_adapter(self.trained) else ""
 
     def peek_recipe(self) -> Recipe:
         """Read the run's recipe without its method, which takes seconds to import."""
