@@ -85,6 +85,12 @@ def test_what_follows_the_last_answer_is_left_out() -> None:
         ([{"role": "asistant", "content": "a"}], ', message 1: unknown role "asistant"; there are system, developer, '),
         ([{"role": "asistant", "content": "a"}], 'Did you mean "assistant"?'),
         ([{"from": "gptt", "value": "a"}], ', message 1: unknown speaker "gptt"; there are human, user, gpt'),
+        ([{"from": ["human"], "value": "a"}], ', message 1: unknown speaker ["human"]; there are human, user, gpt'),
+        ([{"role": ["user"], "content": "a"}], ', message 1: unknown role ["user"]; there are system, developer, '),
+        (
+            [{"role": "assistant", "content": "a", "tool_calls": 5}],
+            ", message 1: tool_calls must be a list of calls, found 5",
+        ),
         ([*CHAT[:2], {"role": "assistant", "content": None}], ", message 3: the assistant's turn is empty"),
         ([*CHAT[:2], {"role": "assistant", "content": " "}], ", message 3: the assistant's turn is empty"),
         ([{"role": "user", "content": None}], ", message 1: the message has no content"),
@@ -126,8 +132,9 @@ def test_a_chat_whose_turns_all_have_weight_0() -> None:
     )
 
 
-def test_tools_that_are_none() -> None:
+@pytest.mark.parametrize("tools", ["weather", 5, "[" * 100_000])
+def test_tools_that_are_none(tools: Any) -> None:
     with pytest.raises(
         UserError, match=r'train.jsonl:1: column "tools" \(data.tools\) must hold a list of JSON schemas'
     ):
-        read_chats(rows_of(CHAT, tools=["weather"]), "chat", "tools")
+        read_chats(rows_of(CHAT, tools=[tools]), "chat", "tools")

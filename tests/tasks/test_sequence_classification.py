@@ -55,6 +55,7 @@ def test_labels_are_found_in_the_training_data(task: Callable[..., TaskData]) ->
         ([True, False, True, False], ["false", "true"]),
         ([1.0, 0.0, 1.0, 0.0], ["0", "1"]),
         (["b", "a", "b", "a"], ["a", "b"]),
+        (["9" * 5000, "10"] * 4, ["10", "9" * 5000]),  # more digits than Python reads
         (["1", "001", "00001", "01", "000001", "0001"] * 2, ["000001", "00001", "0001", "001", "01", "1"]),
     ],
 )
@@ -311,7 +312,7 @@ def test_values_that_are_no_label(task: Callable[..., TaskData], value: Any) -> 
         task([GOOD, BAD] * 4 + [{"text": "a", "label": value}])
 
 
-@pytest.mark.parametrize("value", ["x", True, [1], float("nan"), float("inf")])
+@pytest.mark.parametrize("value", ["x", True, [1], float("nan"), float("inf"), 10**400, "9" * 5000])
 def test_values_that_are_no_number(value: Any) -> None:
     rows = Rows("train.jsonl", ("label",), [{"label": 1}, {"label": value}], [1, 2])
     message = (

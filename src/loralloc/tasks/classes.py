@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from loralloc.errors import UserError, closest
 from loralloc.tasks.data import Splits, load_splits
 from loralloc.tasks.rows import Rows, quote
 from loralloc.tasks.spec import ClassificationData
+
+_WHOLE = re.compile(r"-?\d{1,4000}")
+"""A whole number that Python reads: it refuses texts of 4,301 digits."""
 
 REGRESSION, ONE_LABEL, SEVERAL_LABELS = "regression", "single_label_classification", "multi_label_classification"
 """The problems, as transformers calls them."""
@@ -229,7 +233,7 @@ def sort_labels(names: Sequence[str]) -> list[str]:
     ['01', '1', '2']
     """
     distinct = set(names)
-    whole = all(name.removeprefix("-").isdecimal() for name in distinct)
+    whole = all(_WHOLE.fullmatch(name) for name in distinct)
     return sorted(distinct, key=lambda name: (int(name), name)) if whole else sorted(distinct)
 
 
@@ -250,7 +254,7 @@ def numbers(rows: Rows, column: str) -> list[float]:
     for i, value in enumerate(rows.values(column, "data.label")):
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise UserError(

@@ -134,6 +134,8 @@ def _message(message: Message, where: str) -> Message:
         raise UserError(
             f"{where}: unknown role {quote(role)}; there are {', '.join(ROLES)}.{closest(str(role), ROLES)}"
         )
+    if calls and not isinstance(calls, list):
+        raise UserError(f"{where}: tool_calls must be a list of calls, found {quote(calls)}")
     content = _text(message.get("content"), where)
     if role == "assistant" and not calls and not (content or "").strip():
         raise UserError(f"{where}: the assistant's turn is empty; take the row out, or write what it should say")
@@ -152,7 +154,7 @@ def _message(message: Message, where: str) -> Message:
 
 def _from_sharegpt(message: Message, where: str) -> Message:
     speaker = message["from"]
-    if speaker not in SHAREGPT:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT:
         raise UserError(
             f"{where}: unknown speaker {quote(speaker)}; there are {', '.join(SHAREGPT)}."
             f"{closest(str(speaker), SHAREGPT)}"
@@ -207,5 +209,5 @@ def _from_json(text: str) -> Any:
     """Parse JSON; return the text itself if it is not JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for thousands of brackets
         return text
