@@ -23,6 +23,13 @@ def test_columns_are_put_where_they_are_named() -> None:
     assert render(rows, "Q{{{level}}}: {question}\n", "data.prompt") == ["Q{1}: 2 + 2\n", "Q{2.5}: {x}\n"]
 
 
+@pytest.mark.parametrize("name", ["text-en", "2nd_text", "0", "text (en)", "ünï côde", "class"])
+def test_columns_of_any_name(name: str) -> None:
+    rows = rows_of({name: "yes"}, {name: 2.5})
+    assert columns_of(f"{{{name}}}", "data.prompt") == [name]
+    assert render(rows, f"Q: {{{name}}}.", "data.prompt") == ["Q: yes.", "Q: 2.5."]
+
+
 @given(st.text(), st.text(min_size=1).filter(str.strip))
 def test_a_value_is_never_read_as_a_template(before: str, value: str) -> None:
     literal = before.replace("{", "{{").replace("}", "}}")
@@ -44,6 +51,8 @@ def test_white_space_before_an_empty_last_column_goes_with_it(empty: str | None)
         ),
         ("{a.b}", r"data.text: braces must hold the name of one column; '{a.b}' has {a.b}"),
         ("{a!r}", r"data.text: braces must hold the name of one column; '{a!r}' has {a}"),
+        ("{a[0]}", r"data.text: braces must hold the name of one column; '{a[0]}' has {a[0]}"),
+        ("{ }", r"data.text: braces must hold the name of one column; '{ }' has { }"),
         ("{}", r"data.text: braces must hold the name of one column; '{}' has {}"),
     ],
 )

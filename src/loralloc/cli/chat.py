@@ -87,12 +87,12 @@ def _learned_texts(data: DataConfig) -> bool:
 
 def _prompt_of(words: str | None) -> Callable[[str], str]:
     """Return what makes a prompt of a line: the recipe's template if it has exactly one column, else the line stays."""
-    from loralloc.tasks.templates import columns_of, is_template
+    from loralloc.tasks.templates import columns_of, fill, is_template
 
     columns = columns_of(words, "data.prompt") if words is not None and is_template(words) else []
     if words is None or len(columns) != 1:
         return lambda line: line
-    return lambda line: words.format_map({columns[0]: line})
+    return lambda line: fill(words, {columns[0]: line})
 
 
 def _is_unicode(text: str) -> bool:

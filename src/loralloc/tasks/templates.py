@@ -2,10 +2,16 @@ r"""Texts made of columns: `"{instruction}\n\n{input}"`."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from string import Formatter
+from typing import Any
 
 from loralloc.errors import UserError
 from loralloc.tasks.rows import Rows
+
+_COLUMN = re.compile(r"(?=.*\S)[^.\[\]{}]+")
+"""A name of a column that may stand in braces. A dot or a bracket would ask for a part of a value."""
 
 
 def is_template(words: str) -> bool:
@@ -40,9 +46,19 @@ def columns_of(template: str, key: str) -> list[str]:
             f"{key}: {error} in {template!r}; a brace that is text is written twice: {{{{ or }}}}"
         ) from error
     for _, name, form, conversion in parts:
-        if name is not None and (not name or form or conversion or not name.replace(" ", "_").isidentifier()):
+        if name is not None and (not name or form or conversion or not _COLUMN.fullmatch(name)):
             raise UserError(f"{key}: braces must hold the name of one column; {template!r} has {{{name}}}")
     return list(dict.fromkeys(name for _, name, _, _ in parts if name))
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """Put values into a template, by the names of its columns; unlike with `str.format`, these may be of any kind.
+
+    >>> fill("{{{2nd-text}}}: {0}", {"2nd-text": "a", "0": 1})
+    '{a}: 1'
+    """
+    parts = Formatter().parse(template)
+    return "".join(text if name is None else f"{text}{values[name]}" for text, name, _, _ in parts)
 
 
 def render(rows: Rows, template: str, key: str) -> list[str]:
@@ -69,7 +85,7 @@ def render(rows: Rows, template: str, key: str) -> list[str]:
                 raise UserError(
                     f'{rows.place(index)}: column "{name}" ({key}) must hold text, found {type(value).__name__}'
                 )
-        text = template.format_map(filled)
+        text = fill(template, filled)
         texts.append(text.rstrip() if last is not None and filled[last] == "" else text)
         if not texts[-1].strip():
             raise UserError(f"{rows.place(index)}: {key} is empty here: {rows.quoted(index)}")
