@@ -90,6 +90,24 @@ def test_sources_that_are_none(write: Write, train: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        ("[{source: a.jsonl, weight: 0}]", ["data.train[0].weight must be above 0, got 0"]),
+        ("[{source: a.jsonl, weight: .inf}]", ["data.train[0].weight must be a finite number, got Infinity"]),
+        ("[{source: a.jsonl, weight: 1}, {source: 5, weight: 1}]", ["data.train[1].source must be text, got 5"]),
+        ("[{source: a.jsonl}]", ['missing "weight" in "data.train[0]"']),
+        (
+            "[{source: a.jsonl, wieght: 1}]",
+            ['missing "weight" in "data.train[0]"', 'unknown key "wieght" in "data.train[0]".'],
+        ),
+    ],
+)
+def test_a_fault_in_a_source_is_told_under_its_own_name(write: Write, train: str, told: list[str]) -> None:
+    path = write(LANGUAGE_MODEL)
+    assert problems(path, f"--data.train={train}") == [f"--data.train: {one}" for one in told]
+
+
 WORDS = edit("text: text", "tokens: a\n  tags: b", edit("causal-lm", "token-classification", LANGUAGE_MODEL))
 QUESTIONS = edit(
     "text: text", "question: a\n  context: b\n  answers: c", edit("causal-lm", "question-answering", LANGUAGE_MODEL)
@@ -154,3 +172,8 @@ class TestClassWeights:
         path = write(edit("  label: label", f"  label: label\n  class_weights: {written}"))
         (told,) = problems(path)
         assert "data.class_weights must be balanced, or a mapping from classes to numbers above 0" in told
+
+    @pytest.mark.parametrize("weight", [".inf", "1e400"])
+    def test_a_weight_that_is_not_finite(self, write: Write, weight: str) -> None:
+        path = write(edit("  label: label", f"  label: label\n  class_weights: {{float: {weight}, good: 1}}"))
+        assert problems(path) == [f"{path}:8: data.class_weights.float must be a finite number, got Infinity"]

@@ -28,7 +28,7 @@ from loralloc.methods.registry import PLAIN_LORA, methods, sections, source_of_e
 from loralloc.methods.scaling import average_start, averages
 from loralloc.methods.settings import settings
 from loralloc.recipe.passthrough import PLANNED, TO_THE_HUB, without
-from loralloc.recipe.schema import Recipe, as_tree, complete_recipe, explain
+from loralloc.recipe.schema import Recipe, as_tree, complete_recipe, explain, faults
 from loralloc.recipe.source import read_recipe_file
 from loralloc.recipes import list_recipes
 
@@ -94,7 +94,7 @@ def make_cell(
     try:
         return Cell(point, contender, float(rate), seed, complete_recipe().model_validate(tree))
     except ValidationError as error:
-        reasons = dict.fromkeys(_reason(detail, tree) for detail in error.errors())
+        reasons = dict.fromkeys(_reason(detail, tree) for detail in faults(error.errors(), tree))
         raise UserError(f"{contender.label} at {point.label}: {'; '.join(reasons)}") from error
 
 

@@ -160,21 +160,59 @@ def _description(key: Key, tree: Mapping[str, Any]) -> str:
     section = sections().get(get(tree, "method", "name"))
     if section is not None and len(key) == 2 and key[0] == "method" and key[1] in section.model_fields:
         return section.model_fields[str(key[1])].description or ""
-    return recipe_keys()[dotted(key)]
+    return recipe_keys().get(dotted(key), "")  # keys inside a list have none
+
+
+def faults(errors: Sequence[ErrorDetails], tree: Mapping[str, Any]) -> list[ErrorDetails]:
+    """Choose which errors of pydantic to tell, and name them by keys of the recipe alone.
+
+    A value of several possible types is refused once for each of them, and the type that was tried stands among the
+    keys. The one that was meant leads deepest into the value; for each key its first error is told.
+
+    Args:
+        errors: All errors.
+        tree: The recipe that was validated.
+    """
+    found = [(error, *_keys_of(error, tree)) for error in errors]
+    depths: dict[Key, int] = {}
+    for _, key, several in found:
+        depths[several] = max(depths.get(several, 0), len(key))
+    told: dict[object, ErrorDetails] = {}
+    for error, key, several in found:
+        if not several or len(key) == depths[several]:
+            told.setdefault((key, several) if several else len(told), {**error, "loc": key})
+    return list(told.values())
+
+
+def _keys_of(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, Key]:
+    """The key that an error is about, and the key of several types that it is in; the latter is empty for none."""
+    place: tuple[Any, ...] = error["loc"]
+    if place[:1] == ("method",) and place[1:2] and place[1] in method_names():  # pydantic adds which class it tried
+        place = (place[0], *place[2:])
+    key: Key = ()
+    several: Key = ()
+    value: Any = tree
+    for n, part in enumerate(place, 1):
+        there = range(len(value)) if isinstance(value, list) else value if isinstance(value, Mapping) else ()
+        if part in there:
+            key, value = (*key, part), value[part]
+        elif n == len(place) and error["type"] == "missing":
+            key = (*key, part)
+        else:
+            several = several or key
+    return key, several
 
 
 def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
-    """Return the key that an error of pydantic is about, and a message; `tree` is the recipe that was validated."""
+    """Return the key that an error of `faults` is about, and a message; `tree` is the recipe that was validated."""
     kind = error["type"]
     key: Key = tuple(error["loc"])
-    if key[:1] == ("method",) and key[1:2] and key[1] in method_names():  # pydantic adds which class it tried
-        key = (key[0], *key[2:])
     if kind == "extra_forbidden":
         return key, _unknown(key, tree)
     if kind == "union_tag_not_found":
         key = (*key, "name")
     if kind in ("missing", "union_tag_not_found"):
-        return key, f'missing "{key[-1]}"{_in_section(key)}: {_description(key, tree)}'
+        return key, f'missing "{key[-1]}"{_in_section(key)}: {_description(key, tree)}'.removesuffix(": ")
     value, hint = error["input"], ""
     if kind == "union_tag_invalid":
         key, value = (*key, "name"), error.get("ctx", {})["tag"]
@@ -211,7 +249,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), check: Check | None =
         recipe = complete_recipe().model_validate(source.tree)
     except ValidationError as error:
         # An error without a location repeats the broken rules.
-        source.report(explain(detail, source.tree) for detail in error.errors() if detail["loc"])
+        told = faults(error.errors(), source.tree)
+        source.report(explain(detail, source.tree) for detail in told if detail["loc"])
         source.raise_problems()
         raise
     source.raise_problems()  # keys that are set twice, flags that mean nothing

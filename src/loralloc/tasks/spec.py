@@ -46,7 +46,7 @@ def _check_weights(value: Any) -> Any:
 
 
 ClassWeights = Annotated[
-    Literal["balanced"] | dict[str, float | int] | None,
+    Literal["balanced"] | dict[str, Number] | None,
     BeforeValidator(_check_weights, json_schema_input_type=Literal["balanced"] | dict[str, Positive] | None),
 ]
 
