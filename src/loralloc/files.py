@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,22 @@ def check_writable(folder: Path, key: str, cure: str) -> None:
         cure: What to do instead.
 
     Raises:
-        UserError: It would lie in a file, or its owner, or the file system, lets nobody write there.
+        UserError: It would lie in a file or behind a link that leads nowhere, or its owner, or the file system, lets
+            nobody write there.
     """
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not above.exists():
+        raise UserError(f"{key}: {above} is a link that leads nowhere; {cure}")
     if not above.is_dir():
         found = f"{above} is a file" if above == folder else f"{folder} would lie in {above}, which is a file"
         raise UserError(f"{key}: {found}; {cure}")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{key}: you may not write into {above}; {cure}")
+    if above != folder and above != folder.absolute():
+        try:  # some file systems, such as /proc, let root write and have no place for a folder
+            os.rmdir(tempfile.mkdtemp(dir=above))
+        except OSError as error:
+            raise UserError(f"{key}: {folder} cannot be made in {above} ({error.strerror}); {cure}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -297,6 +297,22 @@ class TestTracebacks:
         message = refused("train", recipe, "--output", "file/run")
         assert message == f"output: file/run would lie in {here / 'file'}, which is a file; name another with --output"
 
+    @pytest.mark.parametrize("name", ["link", "link/run"])
+    def test_an_output_behind_a_link_that_leads_nowhere(self, name: str, recipe: Path, here: Path) -> None:
+        (here / "link").symlink_to("nowhere")
+        link = "link" if name == "link" else here / "link"
+        message = refused("train", recipe, "--output", name)
+        assert message == f"output: {link} is a link that leads nowhere; name another with --output"
+
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc")
+    def test_an_output_where_there_is_no_place_for_it(self, recipe: Path) -> None:
+        message = refused("train", recipe, "--output", "/proc/x")
+        assert re.fullmatch(
+            r"output: (/proc/x cannot be made in /proc \(No such file or directory\)|you may not write into /proc); "
+            "name another with --output",
+            message,
+        )
+
     @pytest.mark.usefixtures("unreported")
     def test_replace_through_a_link(self, run: Path, recipe: Path, here: Path) -> None:
         run.rename(here / "disk")
