@@ -155,6 +155,23 @@ def test_nothing_listens_outside_of_a_run() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_libraries_that_exit_in_their_own_way_hide_no_signal() -> None:
+    """Ray turns what a handler raises while it waits for a task into `SystemExit(1)`."""
+
+    def wait() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except signals.Stopped as error:
+            raise SystemExit(1) from error
+
+    with pytest.raises(signals.Stopped) as stopped, signals.listening():
+        wait()
+    assert (stopped.value.code, stopped.value.signal) == (130, signal.SIGINT)
+    with pytest.raises(SystemExit) as ended, signals.listening():
+        raise SystemExit(3)
+    assert ended.value.code == 3
+
+
 def test_one_that_was_held_up_ends_the_run_before_it_trains() -> None:
     """Python ignores exceptions of destructors, and of what it calls while a process forks."""
     with signals.listening():

@@ -103,12 +103,20 @@ def _end_workers() -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Answer the signals of `EXIT_CODES` inside, in the main thread of a process that runs a recipe or a comparison."""
+    """Answer the signals of `EXIT_CODES` inside, in the main thread of a process that runs a recipe or a comparison.
+
+    Raises:
+        Stopped: A signal has come, also where a library has turned that into an exit of its own, as Ray does.
+    """
     global _watch
     watch = _watch = _Watch()
     before = {number: signal.signal(number, watch.handle) for number in EXIT_CODES}
     try:
         yield
+    except SystemExit as error:
+        if watch.asked is None or isinstance(error, Stopped):
+            raise
+        raise Stopped(watch.asked) from error
     finally:
         _watch = None
         _end_workers()
