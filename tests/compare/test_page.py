@@ -246,6 +246,33 @@ def test_one_seed_and_one_rate_are_told_what_they_are_worth(tmp_path: Path) -> N
     assert "One learning rate" not in more
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_rows_without_losses_of_their_own_have_no_part_in_intervals(tmp_path: Path, seeds: int) -> None:
+    """Runs that learn preferences save no losses.json: their mean loss counts as a single row."""
+    recipe = recipe_for(tmp_path, "--seeds", str(seeds), "--learning_rates", "1e-2")
+    folder = fabricate(recipe, noisy({"adalora": 0.3}, seeds=0.05))
+    for path in folder.runs.glob("*/losses.json"):
+        path.unlink()
+    write_page(folder, recipe, SHAPES, [read_row(folder, cell) for cell in cells_of(recipe)])
+    words = words_of(folder.page.read_text(encoding="utf-8"))
+    assert (
+        "Intervals are over the seeds alone: of the test data only the mean loss of a run is known, so nothing says "
+        "how much other rows would change it. A difference that is clear here may be one of these rows alone."
+    ) in words
+    assert "A difference is the mean over seeds of a contender's loss minus plain LoRA's, in runs" in words
+    assert "Paired by seed. Thick" in words
+    assert "over the rows" not in words
+    assert ("One seed: there are no intervals." in words) == (seeds == 1)
+    adalora = json.loads(folder.record.read_text(encoding="utf-8"))["budgets"][0]["contenders"][1]["difference"]
+    assert all(
+        (adalora[name] is None) == (seeds == 1) for name in ("low", "high", "low_all", "high_all", "p", "adjusted")
+    )
+    assert ("\N{EN DASH} \N{EN DASH}" in words) == (seeds == 1), "neither interval nor p"
+    again = words_of(page_of(recipe, noisy({})))
+    assert "Intervals are over the seeds alone" not in again
+    assert "A difference is the mean over seeds and rows of a contender's loss minus plain LoRA's" in again
+
+
 def test_no_test_data_are_told(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, test=None)
     folder = fabricate(recipe, noisy({}))

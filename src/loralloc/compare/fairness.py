@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from loralloc.compare.cells import HELD_OUT
 from loralloc.compare.grid import PEERS, Shapes, section_of, tuning_seeds
-from loralloc.compare.results import Entry, Row, Trial, criterion, differs_by_row
+from loralloc.compare.results import Entry, Row, Trial, criterion, differs_by_row, rows_have_losses
 from loralloc.compare.verdict import listed
 from loralloc.methods.registry import held_out_for
 from loralloc.recipe.schema import Recipe
@@ -37,6 +37,7 @@ def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str
             f"The {split} loss is that of the task. Differences are of the loss of a row, and percentages of its mean: "
             f"{TASKS[recipe.task].row_loss}."
         )
+    told.append(_difference(found))
     if looking := _looking(found):
         look, train = ("looks", "it trains") if len(looking) == 1 else ("look", "they train")
         told.append(
@@ -58,6 +59,22 @@ def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str
             "ALLoRA trains without dropout and at scale 1, whatever the recipe says: both are part of the method."
         )
     return told
+
+
+def _difference(found: Sequence[Entry]) -> str:
+    """What a difference is, and what its interval is made of."""
+    if rows_have_losses(found):
+        return (
+            "A difference is the mean over seeds and rows of a contender's loss minus plain LoRA's, in runs with the "
+            "same seed and on the same row. Its variance is the sum of what seeds and rows contribute, and its "
+            "interval Student's, with the degrees of freedom that so few seeds leave. p is corrected for all "
+            "contenders at a budget (Holm)."
+        )
+    return (
+        "A difference is the mean over seeds of a contender's loss minus plain LoRA's, in runs with the same seed. Its "
+        "variance is what the seeds contribute, and its interval Student's, with a degree of freedom less than seeds. "
+        "p is corrected for all contenders at a budget (Holm)."
+    )
 
 
 def _looking(found: Sequence[Entry]) -> list[str]:
@@ -88,11 +105,18 @@ def _failed(trial: Trial) -> int:
 
 def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[Entry]) -> list[str]:
     """Return what a reader must know before the numbers."""
-    section, told = section_of(recipe), []
+    section, told, by_row = section_of(recipe), [], rows_have_losses(found)
+    if not by_row:
+        split = "validation" if shapes.test is None else "test"
+        told.append(
+            f"Intervals are over the seeds alone: of the {split} data only the mean loss of a run is known, so nothing "
+            "says how much other rows would change it. A difference that is clear here may be one of these rows alone."
+        )
     if len(section.seeds) == 1:
         told.append(
-            "One seed: intervals are over the rows alone. Another seed changes the order of the data and the start of "
-            "the adapter, and with them every number here; nothing says by how much."
+            f"One seed: {'intervals are over the rows alone' if by_row else 'there are no intervals'}. Another seed "
+            "changes the order of the data and the start of the adapter, and with them every number here; nothing says "
+            "by how much."
         )
     elif len(section.seeds) == 2:
         told.append("Two seeds: the variance between seeds is estimated from two numbers, so the intervals are wide.")

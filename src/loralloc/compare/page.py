@@ -11,7 +11,7 @@ from loralloc.compare.fairness import fairness, notes
 from loralloc.compare.folder import CompareFolder
 from loralloc.compare.grid import Point, Shapes, section_of, tuning_seeds
 from loralloc.compare.record import json_text
-from loralloc.compare.results import Entry, Row, baseline_of, criterion, entries, paired
+from loralloc.compare.results import Entry, Row, baseline_of, criterion, entries, paired, rows_have_losses
 from loralloc.compare.statistics import differences
 from loralloc.compare.verdict import Compared, verdict, with_gaps
 from loralloc.files import write_atomically
@@ -134,7 +134,8 @@ def _charts(point: Point, here: Sequence[Entry], compared: Sequence[Compared], l
             Chart(
                 f"{point.slug}-differences",
                 "Difference to plain LoRA",
-                "Paired by seed and row. Thick: 95 %. Thin: all of them together.",
+                f"Paired by {'seed and row' if rows_have_losses(here) else 'seed'}. Thick: 95 %. Thin: all of them "
+                "together.",
                 figures.difference_figure(compared),
             )
         )

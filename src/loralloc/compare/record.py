@@ -64,8 +64,9 @@ def _compared(one: Compared, metric: str) -> dict[str, Any]:
 def _difference(found: Difference | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    names = ("mean", "low", "high", "low_all", "high_all", "p", "adjusted")
-    return {**{name: _number(getattr(found, name)) for name in names}, "seeds": found.seeds, "rows": found.rows}
+    known = ("low", "high", "low_all", "high_all", "p", "adjusted")
+    certainty = {name: _number(getattr(found, name)) if found.known else None for name in known}
+    return {"mean": _number(found.mean), **certainty, "seeds": found.seeds, "rows": found.rows}
 
 
 def _number(value: float) -> float | None:

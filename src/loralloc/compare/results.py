@@ -219,6 +219,15 @@ def differs_by_row(entries: Iterable[Entry]) -> bool:
     return any(not math.isclose(*pair, rel_tol=ROUNDING) for pair in pairs if all(map(math.isfinite, pair)))
 
 
+def rows_have_losses(entries: Iterable[Entry]) -> bool:
+    """Whether held-out rows have losses of their own; it is also false where there is a single row.
+
+    With `preference` only their mean is known. It counts as one row.
+    """
+    counts = [len(row.losses) for entry in entries for row in entry.chosen.finished if row.losses is not None]
+    return not counts or max(counts) > 1
+
+
 def _held_out(rows: Iterable[Row], name: str) -> float:
     return mean([row.held_out.get(name, math.nan) for row in rows if row.finished] or [math.nan])
 

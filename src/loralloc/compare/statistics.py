@@ -79,6 +79,11 @@ class Difference:
     rows: int
 
     @property
+    def known(self) -> bool:
+        """Whether it has an interval and a p: a single number, of one seed and one row, has none."""
+        return math.isfinite(self.parts.total)
+
+    @property
     def significant(self) -> bool:
         """Whether it differs from 0 after Holm's correction; never with one seed, which says nothing about others."""
         return self.seeds > 1 and self.adjusted < LEVEL

@@ -13,6 +13,7 @@ import numpy as np
 
 from loralloc.compare.figures import mean_course
 from loralloc.compare.results import Entry, Moment, Row, Trial, differs_by_row
+from loralloc.compare.statistics import Difference
 from loralloc.compare.verdict import Compared
 from loralloc.report.tables import Table
 from loralloc.report.wording import duration, rounded
@@ -43,13 +44,17 @@ def result_table(compared: Sequence[Compared], baseline: Entry, metric: str, spl
     rows = [_result(baseline, metric, by_row, ("", "", ""))]
     for one in compared:
         found = one.difference
-        if found is None:
-            cells = (NOTHING, NOTHING, NOTHING)
-        else:
-            interval = f"{signed(found.low)} to {signed(found.high)}" if math.isfinite(found.low) else NOTHING
-            cells = (signed(found.mean), interval, "< 0.001" if found.adjusted < 0.001 else f"{found.adjusted:.3f}")
+        cells = (NOTHING, NOTHING, NOTHING) if found is None else (signed(found.mean), *_certainty(found))
         rows.append(_result(one.entry, metric, by_row, cells))
     return Table(head, rows)
+
+
+def _certainty(found: Difference) -> tuple[str, str]:
+    """The interval of a difference, and p after the correction; neither is known of a single number."""
+    if not found.known:
+        return NOTHING, NOTHING
+    p = "< 0.001" if found.adjusted < 0.001 else f"{found.adjusted:.3f}"
+    return f"{signed(found.low)} to {signed(found.high)}", p
 
 
 def _result(entry: Entry, metric: str, by_row: bool, cells: tuple[str, ...]) -> tuple[str, ...]:
