@@ -124,6 +124,23 @@ def test_a_plan_is_trained_again_when_it_has_changed(tmp_path: Path) -> None:
     assert study._is_due(folder, again, retry=False)
 
 
+def test_a_plan_is_trained_at_the_scale_of_all_other_runs(tmp_path: Path) -> None:
+    """ALLoRA trains at scale 1, and so its plan says; plain LoRA at its ranks is compared with plain LoRA."""
+    recipe = recipe_for(tmp_path, "--seeds", "1", "--learning_rates", "1e-2")
+    cells = {cell.contender.id: cell for cell in cells_of(recipe)}
+    folder = fabricate(recipe, noisy({"adalora": 0.3}))
+    found = entries([read_row(folder, cell) for cell in cells.values()], "loss")
+    own = folder.run(cells["adalora"].name).plan
+    (again,) = study._retrained(recipe, SHAPES, folder, found)
+    assert again.recipe.plan == str(own), "its scale is the recipe's, 8 / 4"
+    plan = RankPlan.load(own)
+    replace(plan, modules={name: replace(module, scale=1.0) for name, module in plan.modules.items()}).save(own)
+    (again,) = study._retrained(recipe, SHAPES, folder, found)
+    assert again.recipe.plan is not None
+    assert RankPlan.load(again.recipe.plan).modules == plan.modules
+    assert {module.scale for module in RankPlan.load(own).modules.values()} == {1.0}
+
+
 def test_a_failed_plan_is_trained_again_when_it_has_changed(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, "--seeds", "1", "--learning_rates", "1e-2")
     cells = {cell.contender.id: cell for cell in cells_of(recipe)}

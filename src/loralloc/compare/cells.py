@@ -170,8 +170,7 @@ def _looks_at(method: Mapping[str, Any]) -> Any:
 
 def _changes(recipe: Recipe, shapes: Shapes, contender: Contender, point: Point) -> dict[str, Any]:
     """The parts of the recipe that are a contender's own at a budget: `method` and `lora`."""
-    lora, own = as_tree(recipe.lora), as_tree(recipe.method)
-    scale = recipe.lora.alpha / _divisor(own, recipe.lora.r, shapes)
+    lora, scale = as_tree(recipe.lora), scale_of(recipe, shapes)
 
     def adapter(rank: int, alpha: float) -> dict[str, Any]:
         return lora | {"r": rank, "alpha": int(alpha) if alpha == int(alpha) else alpha}
@@ -197,6 +196,11 @@ def _changes(recipe: Recipe, shapes: Shapes, contender: Contender, point: Point)
     if name == "allora":  # it has no scaling factor, and no dropout
         return {"method": method, "lora": adapter(most, unit) | {"dropout": 0.0}}
     return {"method": method, "lora": adapter(most, scale * unit)}
+
+
+def scale_of(recipe: Recipe, shapes: Shapes) -> float:
+    """Return the scale that a recipe's own method trains at, which is that of all runs but ALLoRA's."""
+    return recipe.lora.alpha / _divisor(as_tree(recipe.method), recipe.lora.r, shapes)
 
 
 def _divisor(method: Mapping[str, Any], rank: int, shapes: Shapes) -> float:

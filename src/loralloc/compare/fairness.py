@@ -56,7 +56,8 @@ def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str
         )
     if any(entry.chosen.rows[0].cell.recipe.method.name == "allora" for entry in found):
         told.append(
-            "ALLoRA trains without dropout and at scale 1, whatever the recipe says: both are part of the method."
+            "ALLoRA trains without dropout and at scale 1, whatever the recipe says: both are part of the method. "
+            "Plain LoRA has the recipe's, at ALLoRA's ranks too."
         )
     return told
 

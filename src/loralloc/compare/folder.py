@@ -1,7 +1,7 @@
 """The folder of a comparison: a run folder for every cell, and the files that summarise them.
 
 OUT/compare.yaml   the resolved recipe        OUT/compare.html   the page       OUT/runs/NAME/      a run
-OUT/compare.csv    a row for every run        OUT/figures/       PNG files      OUT/recipes/, logs/, failures/
+OUT/compare.csv    a row for every run        OUT/figures/       PNG files      OUT/recipes/, logs/, failures/, plans/
 OUT/compare.json   what the page says         OUT/depends_on.json   fingerprints of the rows and of the base model
 """
 
@@ -87,6 +87,10 @@ class CompareFolder:
     def log(self, name: str) -> Path:
         """What a run has printed."""
         return self.root / "logs" / f"{name}.log"
+
+    def scaled_plan(self, name: str) -> Path:
+        """The plan that a run has found, at the scale of the recipe; missing where the run itself has that scale."""
+        return self.root / "plans" / f"{name}.json"
 
     def failure(self, name: str) -> Path:
         """The file that says why a run has failed; missing for any other run."""

@@ -7,10 +7,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loralloc.compare.cells import check_comparable, make_cell, plan_cells
+from loralloc.compare.cells import check_comparable, make_cell, plan_cells, scale_of
 from loralloc.compare.execute import Executor, Job
 from loralloc.compare.folder import CompareFolder
 from loralloc.compare.grid import Cell, Point, Shapes, plan_of, section_of, tuning_seeds
@@ -22,6 +22,9 @@ from loralloc.files import write_atomically
 from loralloc.methods.registry import PLAIN_LORA
 from loralloc.plan import RankPlan
 from loralloc.recipe.schema import Recipe, dump_recipe
+
+SAME_SCALE = 1e-6
+"""Relative difference of equal scales, at most: they are quotients, rounded."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,24 @@ def _plan_cells(recipe: Recipe, shapes: Shapes, folder: CompareFolder, point: Po
     cells = []
     for rate in section_of(recipe).learning_rates or ():
         for row in best.chosen.finished:
-            plan = folder.run(row.cell.name).plan
+            plan = _plan_to_train(folder, row.cell.name, scale_of(recipe, shapes))
             changes = {"method": {"name": PLAIN_LORA}, "plan": str(plan)}
             contender = plan_of(best.contender)
             cells.append(make_cell(recipe, shapes, point, contender, rate, row.cell.seed, changes, folder.runs))
     return cells
+
+
+def _plan_to_train(folder: CompareFolder, name: str, scale: float) -> Path:
+    """The file of the plan that a run has found, at the scale of all other runs: ALLoRA's own has scale 1."""
+    path = folder.run(name).plan
+    plan = RankPlan.load(path)
+    if all(math.isclose(module.scale, scale, rel_tol=SAME_SCALE) for module in plan.modules.values()):
+        return path
+    modules = {name: replace(module, scale=scale) for name, module in plan.modules.items()}
+    path = folder.scaled_plan(name)
+    path.parent.mkdir(exist_ok=True)
+    replace(plan, modules=modules).save(path)
+    return path
 
 
 def _run(
