@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,37 @@ def test_what_is_compared_may_change_and_nothing_else(tmp_path: Path) -> None:
         f"output: {folder.root} holds the comparison of another recipe, which says batch_size: 8, not batch_size: 4; "
         "only the section compare may differ. Name another folder with --output"
     )
+
+
+@pytest.mark.parametrize("spelled", ["./out", "out/", "../{name}/out", "{folder}/out", "link", "moved"])
+def test_its_folder_may_be_named_in_another_way_and_may_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("--seeds", "1", "--learning_rates", "1e-2")
+    recipe = recipe_for(tmp_path, *words, "--output", "out")
+    folder = fabricate(recipe, noisy({"adalora": 0.3}))
+    cells = cells_of(recipe)
+    found = entries([read_row(folder, cell) for cell in cells], "loss")
+    (planned,) = study._retrained(recipe, SHAPES, folder, found)
+    write_run(folder.run(planned.name), planned, np.ones(ROWS))
+    assert planned.recipe.plan is not None
+    RankPlan.load(planned.recipe.plan).save(folder.run(planned.name).plan)
+    refused = cells[0].name
+    shutil.rmtree(folder.run(refused).root)
+    folder.fail(refused, "refused", final=True)
+    folder.run_recipe(refused).write_text(study._text(cells[0]))
+    if spelled == "moved":
+        folder.root.rename("moved")
+    else:
+        Path("link").symlink_to("out")
+    again = recipe_for(tmp_path, *words, "--output", spelled.format(folder=tmp_path, name=tmp_path.name))
+    folder = CompareFolder.of(again)
+    folder.check(again)
+    due = [*cells_of(again), *study._retrained(again, SHAPES, folder, found)]
+    assert [cell.name for cell in due if study._is_due(folder, cell, retry=False)] == []
+    for cell in due:
+        study._check_kept(folder, cell)
 
 
 def test_rows_and_weights_may_not_change(tmp_path: Path) -> None:

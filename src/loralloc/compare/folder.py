@@ -18,12 +18,14 @@ from typing import Any
 from loralloc.errors import UserError
 from loralloc.files import write_atomically
 from loralloc.reading import read_object
-from loralloc.recipe.changes import difference
+from loralloc.recipe.changes import difference, lines_without
 from loralloc.recipe.inputs import check_kept
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe, dump_recipe
 
 HEADER = "# The resolved recipe of this comparison, written by loralloc."
+MAY_DIFFER = ("compare", "output")
+"""What may change between two calls: what is compared, and how the folder is named."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class CompareFolder:
     def check(self, recipe: Recipe) -> None:
         """Refuse a folder that holds something else; this writes nothing.
 
-        The section `compare` may differ from an earlier call: more seeds, other methods.
+        The section `compare` may differ from an earlier call: more seeds, other methods. So may the folder's path.
 
         Raises:
             UserError: The folder holds something else, or the comparison of a recipe that differs elsewhere; or its
@@ -113,8 +115,10 @@ class CompareFolder:
             raise UserError(f"output: {self.root} holds a run; name a folder for the comparison with --output")
         if not (self.recipe.is_file() and self.recipe.read_text(encoding="utf-8").startswith(HEADER)):
             raise UserError(f"output: {self.root} exists and is no comparison; name another folder with --output")
-        kept, asked = self.recipe.read_text(encoding="utf-8"), self._text(recipe)
-        if (differs := _first_difference(_shared(kept), _shared(asked))) is not None:
+        kept, asked = (
+            lines_without(text, MAY_DIFFER) for text in (self.recipe.read_text(encoding="utf-8"), self._text(recipe))
+        )
+        if (differs := _first_difference(kept, asked)) is not None:
             raise UserError(
                 f"output: {self.root} holds the comparison of another recipe, which says {differs[0]}, not "
                 f"{differs[1]}; only the section compare may differ. Name another folder with --output"
@@ -185,16 +189,6 @@ class CompareFolder:
     @staticmethod
     def _text(recipe: Recipe) -> str:
         return f"{HEADER}\n{dump_recipe(recipe)}"
-
-
-def _shared(text: str) -> list[str]:
-    """The lines of a recipe that must not change between two calls: all but those of `compare`."""
-    kept, inside = [], False
-    for line in text.splitlines():
-        inside = line == "compare:" or (inside and line[:1] in (" ", "-"))
-        if not inside:
-            kept.append(line)
-    return kept
 
 
 def _first_difference(kept: list[str], asked: list[str]) -> tuple[str, str] | None:

@@ -21,10 +21,9 @@ from loralloc.errors import UserError
 from loralloc.files import write_atomically
 from loralloc.methods.registry import PLAIN_LORA
 from loralloc.plan import RankPlan
+from loralloc.recipe.changes import lines_without
+from loralloc.recipe.run_folder import PLACES
 from loralloc.recipe.schema import Recipe, dump_recipe
-
-SAME_SCALE = 1e-6
-"""Relative difference of equal scales, at most: they are quotients, rounded."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _plan_to_train(folder: CompareFolder, name: str, scale: float) -> Path:
     """The file of the plan that a run has found, at the scale of all other runs: ALLoRA's own has scale 1."""
     path = folder.run(name).plan
     plan = RankPlan.load(path)
-    if all(math.isclose(module.scale, scale, rel_tol=SAME_SCALE) for module in plan.modules.values()):
+    if all(_rounded(module.scale) == _rounded(scale) for module in plan.modules.values()):
         return path
     modules = {name: replace(module, scale=scale) for name, module in plan.modules.items()}
     path = folder.scaled_plan(name)
@@ -183,15 +182,25 @@ def _write_recipe(path: Path, text: str) -> None:
 
 
 def _text(cell: Cell) -> str:
-    """The recipe of a run; for one from a plan also its ranks, in a comment: the recipe only names the plan's file."""
-    ranks = "" if cell.recipe.plan is None else f"# ranks: {_planned(cell)}\n"
-    return dump_recipe(cell.recipe) + ranks
+    """The recipe of a run; for one from a plan also that plan, in a comment: the recipe only names its file."""
+    planned = "" if cell.recipe.plan is None else f"# plan: {_planned(cell.recipe.plan)}\n"
+    return dump_recipe(cell.recipe) + planned
 
 
-def _planned(cell: Cell) -> dict[str, int]:
-    """The ranks above 0 of the plan that a run trains at."""
-    assert cell.recipe.plan is not None
-    return {name: rank for name, rank in RankPlan.load(cell.recipe.plan).ranks.items() if rank}
+def _settings(text: str) -> list[str]:
+    """The lines of a run's recipe that decide how it ends: not where it lies."""
+    return lines_without(text, PLACES)
+
+
+def _planned(path: str | Path) -> dict[str, tuple[int, str]]:
+    """The ranks above 0 in a plan, each with its scale."""
+    modules = RankPlan.load(path).modules
+    return {name: (module.rank, _rounded(module.scale)) for name, module in modules.items() if module.rank}
+
+
+def _rounded(scale: float) -> str:
+    """A scale to compare with others: they are quotients, which differ in their last digits."""
+    return f"{scale:.6g}"
 
 
 def _is_due(folder: CompareFolder, cell: Cell, retry: bool) -> bool:
@@ -201,11 +210,11 @@ def _is_due(folder: CompareFolder, cell: Cell, retry: bool) -> bool:
     """
     run, recipe = folder.run(cell.name), folder.run_recipe(cell.name)
     if run.metrics.is_file() and run.holds(cell.recipe):
-        if cell.recipe.plan is not None and RankPlan.load(run.plan).ranks != _planned(cell):
+        if cell.recipe.plan is not None and _planned(run.plan) != _planned(cell.recipe.plan):
             return True
         return retry and not read_row(folder, cell).finished
     failed = folder.reason(cell.name)
-    same = recipe.is_file() and recipe.read_text(encoding="utf-8") == _text(cell)
+    same = recipe.is_file() and _settings(recipe.read_text(encoding="utf-8")) == _settings(_text(cell))
     return retry or failed is None or not failed[1] or not same
 
 

@@ -67,6 +67,20 @@ def compare(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, tup
     return {key: (theirs.get(key), mine.get(key)) for key in keys if theirs.get(key) != mine.get(key)}
 
 
+def lines_without(text: str, keys: Collection[str]) -> list[str]:
+    r"""Return the lines of a recipe that was written by loralloc, without those of some of its keys and sections.
+
+    >>> lines_without("lora:\n  r: 4\nplan: a.json\noutput: run\n", ("lora", "output"))
+    ['plan: a.json']
+    """
+    kept, inside = [], False
+    for line in text.splitlines():
+        inside = line.partition(":")[0] in keys or (inside and line[:1] in (" ", "-"))
+        if not inside:
+            kept.append(line)
+    return kept
+
+
 def in_words(changes: Mapping[str, tuple[Any, Any]]) -> str:
     """Say what differs.
 

@@ -12,13 +12,15 @@ from typing import Any, ClassVar
 
 from loralloc.errors import UserError
 from loralloc.files import drop_half_written, finite, in_shell, write_atomically
-from loralloc.recipe.changes import NotResumableError, in_words, split_changes
+from loralloc.recipe.changes import NotResumableError, in_words, lines_without, split_changes
 from loralloc.recipe.inputs import check_kept
 from loralloc.recipe.schema import Recipe, dump_recipe, load_recipe, peek_recipe
 
 LOCK = ".lock"
 """The file in a run folder that says who is at work in it."""
 HEADER = "# The resolved recipe of this run, written by loralloc."
+PLACES = ("output", "plan")
+"""Keys of a recipe that only say where something is."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +192,18 @@ class RunFolder:
             if _HALF_WRITTEN.fullmatch(path.name):
                 _remove(path)
         _remove(self._partial)
-        if not self.holds(recipe):
+        if not self.recipe.is_file() or self.recipe.read_text(encoding="utf-8") != _text(recipe):
             write_atomically(self.recipe, _text(recipe))
 
     def holds(self, recipe: Recipe) -> bool:
-        """Whether the folder holds a run of exactly this recipe."""
-        return self.recipe.is_file() and self.recipe.read_text(encoding="utf-8") == _text(recipe)
+        """Whether the folder holds a run of exactly this recipe.
+
+        Its paths of this folder and of the plan may differ: the folder may be named in another way, or have moved.
+        """
+        if not self.recipe.is_file():
+            return False
+        kept, asked = (lines_without(text, PLACES) for text in (self.recipe.read_text(encoding="utf-8"), _text(recipe)))
+        return kept == asked
 
     def is_unused(self) -> bool:
         """Whether the folder has nothing worth keeping: it is empty, or its run ended before the first step.
