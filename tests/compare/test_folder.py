@@ -70,6 +70,24 @@ def test_its_folder_may_be_named_in_another_way_and_may_move(
         study._check_kept(folder, cell)
 
 
+def test_runs_of_one_comparison_have_the_same_threads(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)  # without a section compare: one thread
+    folder = CompareFolder.of(recipe)
+    folder.create(recipe, {})
+    other = recipe_for(tmp_path, "--threads", "2")
+    folder.check(other)
+    cell, *_ = cells_of(recipe)
+    (folder.run(cell.name).checkpoints / "checkpoint-4").mkdir(parents=True)
+    folder.check(recipe_for(tmp_path, "--threads", "1", "--seeds", "5"))
+    assert refusal(folder, other) == (
+        f"output: {folder.root} has runs that were made with compare.threads: 1, on which losses depend in their last "
+        "digits, and this comparison has 2; give the same number, or name another folder with --output"
+    )
+    folder.create(other, {})
+    folder.check(other)
+    assert "with compare.threads: 2, on which" in refusal(folder, recipe)
+
+
 def test_rows_and_weights_may_not_change(tmp_path: Path) -> None:
     """Losses are compared row by row: runs of other rows would be paired with the wrong ones."""
     recipe = recipe_for(tmp_path)

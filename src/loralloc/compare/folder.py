@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loralloc.compare.grid import section_of
 from loralloc.errors import UserError
 from loralloc.files import write_atomically
 from loralloc.reading import read_object
@@ -22,6 +23,8 @@ from loralloc.recipe.changes import difference, lines_without
 from loralloc.recipe.inputs import check_kept
 from loralloc.recipe.run_folder import RunFolder
 from loralloc.recipe.schema import Recipe, dump_recipe
+from loralloc.recipe.sections import CompareConfig
+from loralloc.recipe.source import read_recipe_file
 
 HEADER = "# The resolved recipe of this comparison, written by loralloc."
 MAY_DIFFER = ("compare", "output")
@@ -101,7 +104,8 @@ class CompareFolder:
     def check(self, recipe: Recipe) -> None:
         """Refuse a folder that holds something else; this writes nothing.
 
-        The section `compare` may differ from an earlier call: more seeds, other methods. So may the folder's path.
+        The section `compare` may differ from an earlier call: more seeds, other methods, but not other `threads` once
+        runs have begun to keep something. The folder's path may differ.
 
         Raises:
             UserError: The folder holds something else, or the comparison of a recipe that differs elsewhere; or its
@@ -124,6 +128,18 @@ class CompareFolder:
                 f"{differs[1]}; only the section compare may differ. Name another folder with --output"
             )
         check_kept(recipe, self.root, [self.runs.name], "a run that is repeated")
+        threads, before = section_of(recipe).threads, self._threads()
+        if threads != before and any(RunFolder(path).can_go_on for path in self.runs.glob("*")):
+            raise UserError(
+                f"output: {self.root} has runs that were made with compare.threads: {before}, on which losses depend "
+                f"in their last digits, and this comparison has {threads}; give the same number, or name another "
+                "folder with --output"
+            )
+
+    def _threads(self) -> int:
+        """The threads of the runs that were made; a recipe without a section `compare` has its default."""
+        section = read_recipe_file(self.recipe).tree.get("compare") or {}
+        return section.get("threads", CompareConfig().threads)
 
     def check_unchanged(self, depends_on: Mapping[str, Any]) -> None:
         """Refuse to compare with runs that were made with other rows or another base model; this writes nothing.
