@@ -12,7 +12,10 @@ import pytest
 from loralloc.compare import cell, study
 from loralloc.errors import UserError
 from loralloc.recipe.changes import NotResumableError
-from loralloc.recipe.run_folder import RunFolder
+from loralloc.recipe.run_folder import HEADER, RunFolder
+from loralloc.recipe.schema import Recipe
+
+from .fabricate import recipe_for
 
 
 def test_it_waits_for_a_run_whose_comparison_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +50,7 @@ def test_a_run_that_cannot_go_on_starts_over(
             raise NotResumableError("torch is 9.9 and was 2.10")
 
     (tmp_path / "run" / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text(HEADER)
     recipe = SimpleNamespace(output=str(tmp_path / "run"))
     monkeypatch.setattr(cell, "load_recipe", lambda path: recipe)
     monkeypatch.setattr(RunFolder, "holds", lambda folder, given: given is recipe)
@@ -54,6 +58,24 @@ def test_a_run_that_cannot_go_on_starts_over(
     cell.train(tmp_path / "a.yaml", None)
     assert tried == [True, False]
     assert capsys.readouterr().err == "torch is 9.9 and was 2.10. The run starts over\n"
+
+
+def test_a_run_that_was_half_removed_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(tmp_path)
+    folder = RunFolder(tmp_path / "out")
+    (folder.checkpoints / "checkpoint-4").mkdir(parents=True)
+    (folder.checkpoints / "checkpoint-4" / "weights").write_text("old")
+    folder.metrics.write_text("{}")
+    tried: list[bool] = []
+
+    def run(recipe: Recipe, peer: str | None, resume: bool) -> None:
+        RunFolder.for_new_run(recipe, replace=not resume)
+        tried.append(resume)
+
+    monkeypatch.setattr(cell, "load_recipe", lambda path: recipe)
+    monkeypatch.setattr(cell, "_train", run)
+    cell.train(tmp_path / "a.yaml", None)
+    assert tried == [False]
 
 
 @pytest.mark.parametrize("error", [UserError("lower the rate"), FloatingPointError("lower the rate")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,34 @@ def test_runs_of_one_comparison_have_the_same_threads(tmp_path: Path) -> None:
     folder.create(other, {})
     folder.check(other)
     assert "with compare.threads: 2, on which" in refusal(folder, recipe)
+
+
+def test_a_comparison_that_was_killed_at_once_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_for(tmp_path)
+    folder = CompareFolder.of(recipe)
+    folder.root.mkdir()
+    (folder.root / ".compare.yaml.4711").write_text("half of a recipe")
+    folder.check(recipe)
+    alive = Path.mkdir
+
+    def killed(path: Path, *args: bool, **kwargs: bool) -> None:
+        if path.parent == folder.root:
+            raise KeyboardInterrupt
+        alive(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+        patched.setattr(Path, "mkdir", killed)
+        folder.create(recipe, {})
+    folder.check(recipe)
+
+
+def test_a_run_without_its_recipe_is_made_again(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "--seeds", "1")
+    cell, *_ = cells_of(recipe)
+    folder = fabricate(recipe, noisy({}), [cell])
+    folder.run(cell.name).recipe.unlink()
+    study._check_kept(folder, cell)
+    assert study._is_due(folder, cell, retry=False)
 
 
 def test_rows_and_weights_may_not_change(tmp_path: Path) -> None:

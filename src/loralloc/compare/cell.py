@@ -51,6 +51,8 @@ def train(path: Path, peer: str | None) -> None:
     """Train a recipe, unless its folder holds the finished run."""
     recipe = load_recipe(path)
     folder = RunFolder.of(recipe)
+    if not folder.is_run():
+        folder.clear()  # what a process that was killed has left to remove would be taken for somebody's own
     same = folder.holds(recipe)
     if same and folder.metrics.is_file():
         return

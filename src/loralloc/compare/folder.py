@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class CompareFolder:
         """
         if self.root.is_file():
             raise UserError(f"output: {self.root} is a file; name a folder for the comparison with --output")
-        if not self.root.is_dir() or not any(entry.name != ".lock" for entry in self.root.iterdir()):
+        if not self.root.is_dir() or not any(_counts(entry) for entry in self.root.iterdir()):
             return
         if RunFolder(self.root).is_run():
             raise UserError(f"output: {self.root} holds a run; name a folder for the comparison with --output")
@@ -163,10 +164,14 @@ class CompareFolder:
             )
 
     def create(self, recipe: Recipe, depends_on: Mapping[str, Any]) -> None:
-        """Make the folder, and write the recipe and the fingerprints of what it depends on."""
-        for folder in (self.runs, self.figures, *(self.root / name for name in ("recipes", "logs", "failures"))):
-            folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder, and write the recipe and the fingerprints of what it depends on.
+
+        The recipe comes first: by it the folder is known as a comparison, if the process is killed meanwhile.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe, self._text(recipe))
+        for folder in (self.runs, self.figures, *(self.root / name for name in ("recipes", "logs", "failures"))):
+            folder.mkdir(exist_ok=True)
         write_atomically(self.depends_on, json.dumps(depends_on) + "\n")
 
     @contextmanager
@@ -205,6 +210,11 @@ class CompareFolder:
     @staticmethod
     def _text(recipe: Recipe) -> str:
         return f"{HEADER}\n{dump_recipe(recipe)}"
+
+
+def _counts(entry: Path) -> bool:
+    """Whether a folder with this entry may be somebody's: not what a process that was killed at once has left."""
+    return entry.name != ".lock" and not re.fullmatch(r"\.compare\.yaml\.\d+", entry.name)
 
 
 def _first_difference(kept: list[str], asked: list[str]) -> tuple[str, str] | None:

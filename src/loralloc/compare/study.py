@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +108,7 @@ def _tuned(cells: Sequence[Cell], run: Callable[[Sequence[Cell]], list[Row]], re
 def _check_kept(folder: CompareFolder, cell: Cell) -> None:
     """Refuse a run that was made with other settings."""
     run = folder.run(cell.name)
-    if cell.recipe.plan is None and run.metrics.is_file() and not run.holds(cell.recipe):
+    if cell.recipe.plan is None and run.metrics.is_file() and run.is_run() and not run.holds(cell.recipe):
         raise UserError(
             f"{run.root} was run with other settings than this comparison has; delete the folder to run it again, or "
             "name another one for the comparison with --output"
@@ -164,8 +163,8 @@ def _run(
         watcher.started(name)
 
     for cell in due:
-        if folder.run(cell.name).metrics.is_file():  # finished, but at another plan, or its losses are not finite
-            shutil.rmtree(folder.run(cell.name).root)
+        if folder.run(cell.name).metrics.is_file():  # of another plan, of losses not finite, or half removed
+            folder.run(cell.name).remove()
         folder.failure(cell.name).unlink(missing_ok=True)
         _write_recipe(folder.run_recipe(cell.name), _text(cell))
     for ended in executor.run([_job(folder, cell, threads) for cell in due], started):

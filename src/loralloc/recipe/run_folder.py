@@ -178,11 +178,25 @@ class RunFolder:
         return folder
 
     def create(self, recipe: Recipe) -> None:
-        """Make the folder and write the recipe; the files of an earlier run are removed, others stay."""
-        for entry in (*self.ENTRIES, *self.EXPORTS):
-            _remove(self.root / entry)
+        """Make the folder and write the recipe; the files of an earlier run are removed, others stay.
+
+        If the process is killed meanwhile, the folder is a run that has not finished, which can be replaced again.
+        """
+        self.clear()
         self.root.mkdir(parents=True, exist_ok=True)
         self.go_on(recipe)
+
+    def remove(self) -> None:
+        """Delete the folder; what is left of it if the process is killed meanwhile is a run that has not finished."""
+        self.clear()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove the files of a run but its recipe: first those by which it has finished or could go on."""
+        first = ("metrics.json", "checkpoints", "search")
+        for entry in dict.fromkeys((*first, *self.ENTRIES, *self.EXPORTS)):
+            if entry != self.recipe.name:
+                _remove(self.root / entry)
 
     def go_on(self, recipe: Recipe) -> None:
         """Write the recipe that the run continues with, and remove what a killed process left half written."""
@@ -210,9 +224,11 @@ class RunFolder:
 
         Such a run leaves its recipe, empty files and folders, and the first event of the trace.
         """
-        if not all(entry.name in (*self.ENTRIES, LOCK) for entry in self.root.iterdir()):
+        found = [entry for entry in self.root.iterdir() if not _HALF_WRITTEN.fullmatch(entry.name)]
+        if not all(entry.name in (*self.ENTRIES, LOCK) for entry in found):
             return False
-        written = {path for path in self.root.rglob("*") if path.is_file() and path.stat().st_size > 0}
+        files = (path for entry in found for path in (entry, *entry.rglob("*")))
+        written = {path for path in files if path.is_file() and path.stat().st_size > 0}
         written.discard(self.root / LOCK)
         traces = {self.trace, self.search.trace}
         begun = any(path.read_bytes().count(b"\n") > 1 for path in written & traces)
