@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from cli.command import LANGUAGE, RECIPE
 
 from loralloc import Budget
 from loralloc.compare.cells import check_comparable
-from loralloc.compare.grid import capacity, contenders, points, uniform_ranks
+from loralloc.compare.grid import Point, capacity, contenders, points, uniform_ranks
 from loralloc.errors import UserError
 from loralloc.recipe.passthrough import OPTIONS, TO_THE_HUB, TRAINER
 
@@ -77,6 +78,18 @@ class TestBudgets:
             recipe = recipe_for(tmp_path, *words)
             (point,) = points(recipe, SHAPES)
             assert capacity(point, recipe) == most
+
+    @pytest.mark.parametrize(
+        ("rank", "words", "most"),
+        [
+            (11, ("--method.budget.average_rank", "11", "--lora.r", "25"), 25),
+            (19, ("--method.budget.average_rank", "19", "--lora.r", "21"), 21),
+            (50, ("--capacity", "1.1"), 55),
+            (7, ("--capacity", "1.1"), 8),
+        ],
+    )
+    def test_rounding_gives_no_rank_on_top(self, tmp_path: Path, rank: int, words: Sequence[str], most: int) -> None:
+        assert capacity(Point("made up", "made up", 1, (rank,) * 13), recipe_for(tmp_path, *words)) == most
 
 
 class TestCells:

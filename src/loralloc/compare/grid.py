@@ -240,7 +240,8 @@ def capacity(point: Point, recipe: Recipe) -> int:
     own = getattr(getattr(recipe.method, "budget", None), "average_rank", None)
     if ratio is None:
         ratio = recipe.lora.r / own if own else CAPACITY
-    return max(math.ceil(ratio * point.average), *point.ranks)
+    most = float(f"{ratio * point.average:.12g}")  # 25 / 11 · 11 comes out a hair above 25
+    return max(math.ceil(most), *point.ranks)
 
 
 def _check_room(point: Point, recipe: Recipe, shapes: Shapes) -> None:
