@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cli.command import LANGUAGE, RECIPE
 
 from loralloc import Budget
-from loralloc.compare.cells import check_comparable
+from loralloc.compare.cells import check_comparable, check_rows_apart
 from loralloc.compare.grid import Point, capacity, contenders, points, uniform_ranks
 from loralloc.errors import UserError
 from loralloc.recipe.passthrough import OPTIONS, TO_THE_HUB, TRAINER
@@ -298,6 +299,17 @@ class TestRefusals:
         named = None if "--data.test" in words else "test.jsonl"
         assert told(check_comparable, recipe_for(tmp_path, *words, test=named)) == reason
         check_comparable(recipe_for(tmp_path))
+
+    def test_test_data_that_are_a_copy_of_the_validation_data(self, tmp_path: Path) -> None:
+        recipe = recipe_for(tmp_path, "--data.test", "copy.jsonl", test=None)
+        one, other = {"rows": 15, "sha256": "one"}, {"rows": 15, "sha256": "other"}
+        same = replace(SHAPES, depends_on={"data": {"train": other, "validation": one, "test": dict(one)}})
+        assert told(check_rows_apart, recipe, same) == (
+            "data.validation, data/validation.jsonl, and data.test, copy.jsonl, have the same rows: learning rates are "
+            "chosen on the one, and the other must not have been looked at; name other data"
+        )
+        for rows in ({"validation": one, "test": other}, {"validation": one}, {"test": one}):
+            check_rows_apart(recipe, replace(SHAPES, depends_on={"data": rows}))
 
     def test_validation_data_that_are_cut_anew_and_no_test_data(self, tmp_path: Path) -> None:
         recipe = recipe_for(tmp_path, "--data.validation", "0.2", test=None)

@@ -34,6 +34,8 @@ from loralloc.recipes import list_recipes
 
 HELD_OUT = 0.1
 """Share of the training data that a method looks at in place of the validation data, if that is its default."""
+CHOSEN_ON = "learning rates are chosen on the one, and the other must not have been looked at; name other data"
+"""Why validation and test data must not be the same."""
 EVALUATIONS = 10
 """Evaluations during a run if the recipe sets no `eval_every`, whatever `training.trainer.eval_strategy` says.
 
@@ -126,6 +128,20 @@ def check_comparable(recipe: Recipe) -> None:
         raise UserError("\n".join(told))
 
 
+def check_rows_apart(recipe: Recipe, shapes: Shapes) -> None:
+    """Refuse test data that are the validation data, under another name or as a copy.
+
+    Raises:
+        UserError: Their rows are the same.
+    """
+    rows = shapes.depends_on["data"]
+    if "test" in rows and rows["test"] == rows.get("validation"):
+        data = recipe.data
+        raise UserError(
+            f"data.validation, {data.validation}, and data.test, {data.test}, have the same rows: {CHOSEN_ON}"
+        )
+
+
 def _unfair(recipe: Recipe) -> Iterator[str]:
     data, training = recipe.data, recipe.training
     if recipe.plan is not None:
@@ -144,10 +160,7 @@ def _unfair(recipe: Recipe) -> Iterator[str]:
     if planned := [name for name in recipe.lora.peft if name in PLANNED]:
         yield f"lora.peft.{planned[0]}: a comparison sets ranks and scale of every run itself; take it out"
     if isinstance(data.validation, str) and data.validation == data.test:
-        yield (
-            f"data.validation and data.test are both {data.test}: learning rates are chosen on the one, and the other "
-            "must not have been looked at; name other data"
-        )
+        yield (f"data.validation and data.test are both {data.test}: {CHOSEN_ON}")
     if data.test is None and not isinstance(data.validation, str):
         yield (
             "data.test: without test data, methods are compared on the validation data, which data.validation: "

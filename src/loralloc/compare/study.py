@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loralloc.compare.cells import check_comparable, make_cell, plan_cells, scale_of
+from loralloc.compare.cells import check_comparable, check_rows_apart, make_cell, plan_cells, scale_of
 from loralloc.compare.execute import Executor, Job
 from loralloc.compare.folder import CompareFolder
 from loralloc.compare.grid import Cell, Point, Shapes, plan_of, section_of, tuning_seeds
@@ -71,6 +71,7 @@ def compare(recipe: Recipe, executor: Executor, retry: bool, watcher: Watcher) -
     folder = CompareFolder.of(recipe)
     folder.check(recipe)
     shapes = measure(recipe)
+    check_rows_apart(recipe, shapes)
     cells = plan_cells(recipe, shapes, folder.runs)
     with folder.locked():
         folder.check_unchanged(shapes.depends_on)
