@@ -5,13 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from loralloc.compare import execute
-from loralloc.compare.execute import Ended, Job, LocalExecutor, gpus_in_turn
+from loralloc.compare.execute import Ended, Job, LocalExecutor, RayExecutor, gpus_in_turn
+from loralloc.errors import UserError
 
 
 def job(folder: Path, name: str = "a") -> Job:
@@ -57,6 +59,51 @@ def test_two_runs_at_a_time_have_a_gpu_each(
     jobs = [job(tmp_path, str(place)) for place in range(6)]
     assert {one.name for one in LocalExecutor(2).run(jobs, lambda name: None)} == {str(place) for place in range(6)}
     assert all(set(at_once[place : place + 2]) == seen for place in (0, 2, 4))
+
+
+class Cluster:
+    """Stands for Ray: it has machines, and refuses to run anything."""
+
+    def __init__(self, *machines: dict[str, float]) -> None:
+        self._machines = machines
+
+    def nodes(self) -> list[dict[str, object]]:
+        gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+        return [gone, *({"Alive": True, "Resources": one} for one in self._machines)]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"GPU": sum(one.get("GPU", 0.0) for one in self._machines)}
+
+    def remote(self, work: object) -> object:
+        raise InterruptedError
+
+
+def run_by_ray(folder: Path, cluster: Cluster, threads: int) -> None:
+    executor = object.__new__(RayExecutor)
+    executor._ray = cluster  # type: ignore[assignment]
+    next(executor.run([replace(job(folder), threads=threads)], lambda name: None))
+
+
+def test_a_run_that_no_machine_of_a_cluster_can_hold_is_refused(tmp_path: Path) -> None:
+    small, with_gpu = {"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}
+    for cluster, threads, said in (
+        (
+            Cluster(small, small),
+            5,
+            "takes 5 processors (compare.threads), and no machine of the cluster has more than 4",
+        ),
+        (
+            Cluster(small, with_gpu),
+            3,
+            "takes 3 processors (compare.threads), and no machine with a GPU of the cluster has more than 2",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            run_by_ray(tmp_path, cluster, threads)
+        assert str(error.value) == f"--ray: a run {said}; lower compare.threads, or add a machine"
+    for cluster, threads in ((Cluster(small), 4), (Cluster(small, with_gpu), 2)):
+        with pytest.raises(InterruptedError):
+            run_by_ray(tmp_path, cluster, threads)
 
 
 def test_a_run_sees_its_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

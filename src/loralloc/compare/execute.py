@@ -22,6 +22,7 @@ import torch
 
 from loralloc.compare.cell import REFUSED, run_cell
 from loralloc.errors import UserError
+from loralloc.report.wording import count
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -223,8 +224,14 @@ class RayExecutor:
             raise UserError(f"--ray {address}: {str(error).splitlines()[0]}") from error
 
     def run(self, jobs: Sequence[Job], started: Callable[[str], None]) -> Iterator[Ended]:
-        """Run jobs; if a machine is lost, the jobs that ran on it count as failed."""
+        """Run jobs; if a machine is lost, the jobs that ran on it count as failed.
+
+        Raises:
+            UserError: No machine has so many processors beside a GPU; Ray would wait for one for ever.
+        """
         ray, gpus = self._ray, 1 if self._ray.cluster_resources().get("GPU") else 0
+        if jobs:
+            self._check_room(max(job.threads for job in jobs), gpus)
         remote = ray.remote(run_job)
         names = {}
         for job in jobs:
@@ -243,3 +250,13 @@ class RayExecutor:
             for one in waiting:
                 ray.cancel(one, force=True)
             raise
+
+    def _check_room(self, threads: int, gpus: int) -> None:
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        most = int(max((one.get("CPU", 0) for one in machines if one.get("GPU", 0) >= gpus), default=0))
+        if most < threads:
+            where = "machine with a GPU" if gpus else "machine"
+            raise UserError(
+                f"--ray: a run takes {count(threads, 'processor')} (compare.threads), and no {where} of the cluster "
+                f"has more than {most:,}; lower compare.threads, or add a machine"
+            )
