@@ -14,6 +14,7 @@ from loralloc.errors import UserError
 from loralloc.recipe.changes import NotResumableError
 from loralloc.recipe.run_folder import HEADER, RunFolder
 from loralloc.recipe.schema import Recipe
+from loralloc.recipe.stages import Stage
 
 from .fabricate import recipe_for
 
@@ -58,6 +59,21 @@ def test_a_run_that_cannot_go_on_starts_over(
     cell.train(tmp_path / "a.yaml", None)
     assert tried == [True, False]
     assert capsys.readouterr().err == "torch is 9.9 and was 2.10. The run starts over\n"
+
+
+def test_who_has_diverged_is_told_what_a_comparison_can_do(tmp_path: Path) -> None:
+    said = SimpleNamespace(recipe=recipe_for(tmp_path, "--training.learning_rate", "30"), screen=cell.Said())
+    for bad, words in (
+        (8, None),
+        (9, "9 of 16 steps were skipped because their gradients were not finite, and more than"),
+    ):
+        plan = SimpleNamespace(provenance={"bad_steps": bad, "steps": 16})
+        failure = Stage.failure(said, plan)  # type: ignore[arg-type]
+        assert failure == (
+            words
+            and f"the training failed: {words} half is too many; the learning rate is 30: lower ones in "
+            "compare.learning_rates may do better, and --retry repeats this run"
+        )
 
 
 def test_a_run_that_was_half_removed_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

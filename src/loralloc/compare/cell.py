@@ -82,3 +82,10 @@ class Said(Screen):
     def note(self, sentence: str) -> None:
         """A sentence about what the run does by itself."""
         sys.stderr.write(f"{sentence}\n")
+
+    def cure_of_divergence(self, rate: float) -> str:
+        """Say what to do about a run that has diverged: its rate is one of those that the comparison tries."""
+        return (
+            f"the learning rate is {rate:g}: lower ones in compare.learning_rates may do better, and --retry repeats "
+            "this run"
+        )

@@ -55,6 +55,14 @@ class Screen:
         del count
         return nullcontext(lambda done: None)
 
+    def cure_of_divergence(self, rate: float) -> str:
+        """Say what to do about a training that has diverged, as the commands that can be given differ.
+
+        Args:
+            rate: Its learning rate.
+        """
+        return f"lower training.learning_rate, which is {rate:g}, and start over with --replace"
+
     def preview(self, examples: Sequence[Sequence[Part]]) -> None:
         """The first examples as the model will see them."""
 

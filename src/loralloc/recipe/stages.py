@@ -168,8 +168,7 @@ class Stage:
             return None
         return (
             f"the training failed: {bad} of {steps} steps were skipped because their gradients were not finite, and "
-            f"more than half is too many; lower training.learning_rate, which is "
-            f"{self.recipe.training.learning_rate:g}, and start over with --replace"
+            f"more than half is too many; {self.screen.cure_of_divergence(self.recipe.training.learning_rate)}"
         )
 
 
