@@ -55,7 +55,7 @@ def train(model, batches, total_steps):
         optimizer.step()
         run.after_step(optimizer)
         optimizer.zero_grad()
-    run.finish()
+    run.finish()  # in every process
     return export_adapter(model, "adapter")  # in every process; the first one's files stay
 
 

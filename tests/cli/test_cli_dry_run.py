@@ -10,8 +10,8 @@ import pytest
 
 from loralloc import UserError
 from loralloc.compare import cell
+from loralloc.recipe import evaluations
 from loralloc.recipe import run as pipeline
-from loralloc.recipe import stages
 from loralloc.recipe.schema import load_recipe
 from loralloc.training import callback, processes
 from loralloc.training.trainer import PlainTrainer
@@ -149,7 +149,7 @@ class TestARunThatNeverMadeAStep:
         self.starts_anew(recipe)
 
     def test_killed_while_the_untrained_model_was_evaluated(self, recipe: Path) -> None:
-        with killed_in(stages, "evaluate"):
+        with killed_in(evaluations, "evaluate"):
             done("train", recipe)
         self.starts_anew(recipe)
 

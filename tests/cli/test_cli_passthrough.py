@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from loralloc.plan import RankPlan
-from loralloc.recipe import from_recipe, stages
+from loralloc.recipe import evaluations, from_recipe
 from loralloc.recipe import run as pipeline
 from loralloc.recipe.schema import load_recipe
 from loralloc.recipe.stages import total_steps
@@ -86,14 +86,14 @@ class TestTrainer:
 
     def test_a_rehearsal_tells_no_tracker(self, recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         told: list[str] = []
-        alive = stages.training_arguments
+        alive = evaluations.training_arguments
 
         def note(*args: Any) -> Any:
             made = alive(*args)
             told.extend(made.report_to)
             return made
 
-        monkeypatch.setattr(stages, "training_arguments", note)
+        monkeypatch.setattr(evaluations, "training_arguments", note)
         done("train", recipe, "--report_to", "tensorboard", "--dry-run")
         assert told == []
         done("train", recipe, "--report_to", "tensorboard")
