@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import types
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -311,17 +310,36 @@ def test_numbers_that_are_not_finite_are_refused_whatever_rounding_does() -> Non
     one = torch.ones(2)
     for broken in (math.nan, math.inf):
         with pytest.raises(RuntimeError, match=f"logits differ by {broken}"):
-            compare(one, torch.tensor([1.0, broken]), lambda: one * 2)
+            compare(one, torch.tensor([1.0, broken]), lambda draw: one * 2)
         with pytest.raises(RuntimeError, match=r"logits differ by 499 \(allowed 1e-05\)"):
-            compare(one, torch.tensor([1.0, 500.0]), partial(torch.mul, one, broken))
+            compare(one, torch.tensor([1.0, 500.0]), lambda draw, factor=broken: one * factor)
 
 
 @pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 8), (torch.bfloat16, 2)])
 def test_a_multiple_of_what_rounding_does_is_allowed(dtype: torch.dtype, times: int) -> None:
     expected, rounded = torch.ones(2, dtype=dtype), torch.tensor([1.0, 1.125])
-    assert compare(expected, expected + 0.1 * times, lambda: rounded).allowed == times * 0.125
+    assert compare(expected, expected + 0.1 * times, lambda draw: rounded).allowed == times * 0.125
     with pytest.raises(RuntimeError, match="logits differ by"):
-        compare(expected, expected + 0.2 * times, lambda: rounded)
+        compare(expected, expected + 0.2 * times, lambda draw: rounded)
+
+
+def test_the_roundings_that_change_most_decide() -> None:
+    """A model that amplifies rounding answers one of them twice as strongly as another."""
+    expected, tried = torch.ones(2), []
+
+    def rounded(draw: int) -> Tensor:
+        tried.append(draw)
+        return expected + (0.125, 0.5, 0.25, 0.125)[draw]
+
+    assert compare(expected, expected + 3, rounded).allowed == check_module.AMPLIFIED * 0.5
+    assert tried == [0, 1], "no more than are needed"
+    with pytest.raises(RuntimeError, match=r"logits differ by 5 \(allowed 4\)"):
+        compare(expected, expected + 5, rounded)
+    assert tried == [0, 1, 0, 1, 2, 3]
+    model = tiny_peft("llama", trained=True).eval()
+    logits_of_draws = [rounded_otherwise(model, token_batch(), torch.float32, draw) for draw in (0, 0, 1)]
+    assert torch.equal(*logits_of_draws[:2])
+    assert not torch.equal(*logits_of_draws[1:])
 
 
 def test_layers_of_compiled_blocks_are_rounded_too() -> None:

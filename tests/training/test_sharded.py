@@ -214,7 +214,7 @@ def test_a_head_that_is_saved_whole_is_exported(two: Any) -> None:
 
 def test_other_rounding_is_computed_by_all_processes(two: Any) -> None:
     """A forward pass of a sharded model takes all of them, and each process finds its own differences."""
-    assert of(two, "rounding") == 1
+    assert of(two, "rounding") == check.DRAWS
 
 
 WHOLE = "ignored_params=loralloc.kept_whole(model)"
