@@ -10,7 +10,8 @@
 MODEL is a folder with a causal language model, such as the stories260K of llama2.c; tiny and minilm are random ones.
 `planted_problem.py` says how ranks are planted, `planted_methods.py` what learns them. One record a run goes to
 benchmarks/results/planted.jsonl. Where a method has several learning rates, the tables show the one with the lowest
-divergence on validation texts, the mean over seeds. Seconds are those of the processor, as the machine may be shared.
+divergence on validation texts, the mean over seeds. Seconds, of the processor, are kept in the records, but of runs on
+different days they say nothing.
 
 All students learn the teacher's distribution at every position (`--labels distribution`). One token drawn from it
 (`--labels sampled`) is closer to real data. But fitting P parameters to N such labels costs about P / 2N nats, which at

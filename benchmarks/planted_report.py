@@ -20,7 +20,6 @@ HEAD = (
     "KL",
     "planted ranks found",
     "rank correlation",
-    "seconds ÷ uniform",
     "learning rate",
     "seeds",
 )
@@ -93,7 +92,6 @@ def table(runs: Sequence[Record], right: dict[int, Record]) -> str:
         right: Runs at the true ranks, by seed.
     """
     by_method = {method: at_best_rate(of) for method, of in grouped(runs, lambda r: r["method"]).items()}
-    uniform = {seed: r["seconds"] for seed, r in by_method.get("uniform", {}).items()}
     lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
 
     def share(item: tuple[str, dict[int, Record]]) -> float:
@@ -108,7 +106,6 @@ def table(runs: Sequence[Record], right: dict[int, Record]) -> str:
             spread([r["divergence"] for r in chosen], 4),
             spread([r["recovered"] for r in chosen], 2),
             spread([r["correlation"] for r in chosen], 2),
-            spread([r["seconds"] / uniform[s] for s, r in by_seed.items() if s in uniform], 1),
             f"{chosen[0]['rate']:g}",
             str(len(chosen)),
         )

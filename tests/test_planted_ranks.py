@@ -221,7 +221,7 @@ class TestReport:
 
     def test_ratios_are_taken_within_a_seed_at_the_rate_that_validation_chose(self, bench: SimpleNamespace) -> None:
         text = bench.report.tables(self.records())
-        row = "| uniform | 1.25 (1.00 to 1.50) | 0.3500 (0.3000 to 0.4000) | 1.00 | 1.00 | 1.0 | 0.1 | 2 |"
+        row = "| uniform | 1.25 (1.00 to 1.50) | 0.3500 (0.3000 to 0.4000) | 1.00 | 1.00 | 0.1 | 2 |"
         assert text.count(row) == 2
         assert "**tiny, 1 of the true ranks, concentration 2** (labels distribution, average 2.6, " in text
 
