@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
 from models import labelled_batch, tiny_peft
 from peft import PeftModel
 from torch import Tensor, nn
@@ -86,7 +85,6 @@ def test_the_run_ends_where_it_was_planned_to() -> None:
 
 def accelerated(method: Method, mixed_precision: str = "no") -> tuple[PeftModel, AllocationRun]:
     """The README's loop under accelerate: 16 micro-batches, 4 of them a step."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision, unless told to forget it
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4, mixed_precision=mixed_precision)
     model = tiny_peft("llama").train()
     run = attach(model, method, total_steps=4)
@@ -101,7 +99,6 @@ def accelerated(method: Method, mixed_precision: str = "no") -> tuple[PeftModel,
             optimizer.zero_grad()
         stepped.append(run.step)
     assert stepped == [index // 4 for index in range(1, 17)]
-    AcceleratorState._reset_state(reset_partial_state=True)
     return model, run
 
 
