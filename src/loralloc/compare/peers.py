@@ -24,7 +24,7 @@ from loralloc.recipe.screen import Screen
 from loralloc.recipe.stages import Stage, prepare_training
 from loralloc.tasks.quantization import stored_config
 from loralloc.training.meter import processor_time
-from loralloc.training.step_data import random_state, set_random_state
+from loralloc.training.step_data import random_state_kept
 from loralloc.training.trainer import RunTrainer
 
 
@@ -95,9 +95,9 @@ def _start_from_data(stage: Stage) -> dict[str, float]:
     Returns:
         Its cost under the keys of a search: `seconds` and `processor_seconds`.
     """
-    before, begun, worked = random_state(), time.perf_counter(), processor_time()
+    begun, worked = time.perf_counter(), processor_time()
     stage.model.to(stage.trainer.args.device)
-    try:
+    with random_state_kept():
         initialize_lora_eva_weights(
             stage.model,
             _Batches(stage.trainer),
@@ -105,8 +105,6 @@ def _start_from_data(stage: Stage) -> dict[str, float]:
             prepare_layer_inputs_fn=_tokens,
             show_progress_bar=False,
         )
-    finally:
-        set_random_state(before)
     return {"seconds": time.perf_counter() - begun, "processor_seconds": processor_time() - worked}
 
 

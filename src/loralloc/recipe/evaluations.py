@@ -24,7 +24,7 @@ from loralloc.tasks.base import TaskData
 from loralloc.tasks.generation import Generation, Prompt, check_metrics, generate, read_prompts, score
 from loralloc.tasks.spec import TASKS
 from loralloc.training import processes
-from loralloc.training.step_data import random_state, set_random_state
+from loralloc.training.step_data import random_state_kept
 from loralloc.training.trainer import RunTrainer
 
 EVALUATED = {
@@ -126,14 +126,11 @@ def generation(recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Scre
 def _answer(
     recipe: Recipe, data: TaskData, trainer: RunTrainer, screen: Screen, prompts: Sequence[Prompt]
 ) -> list[str]:
-    settings, model, random = recipe.evaluate.generate, cast(Any, trainer.model), random_state()
+    settings, model = recipe.evaluate.generate, cast(Any, trainer.model)  # the trainer has moved it to its device
     assert settings is not None
-    try:  # the trainer has moved the model to its device
+    with random_state_kept(), evaluating(model), screen.generating(len(prompts)) as told:
         torch.manual_seed(recipe.training.seed)
-        with evaluating(model), screen.generating(len(prompts)) as told:
-            return generate(model, data.tokenizer, prompts, settings, 2 * recipe.training.batch_size, told)
-    finally:
-        set_random_state(random)
+        return generate(model, data.tokenizer, prompts, settings, 2 * recipe.training.batch_size, told)
 
 
 def without_times(metrics: dict[str, float], prefix: str) -> dict[str, float]:

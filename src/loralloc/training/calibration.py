@@ -12,7 +12,7 @@ from torch import nn
 
 from loralloc.errors import UserError
 from loralloc.peft_layers import evaluating
-from loralloc.training.step_data import on_device, random_state, set_random_state
+from loralloc.training.step_data import on_device, random_state_kept
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,11 @@ def batches_of(model: nn.Module, batches: Iterable[Any], device: torch.device) -
 def without_a_trace(model: nn.Module) -> Iterator[None]:
     """Compute in evaluation mode inside; modes, gradients and random states are the same before and after."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    random = random_state()
     for parameter, _ in gradients:
         parameter.grad = None  # so that a backward pass inside adds to none of them
     try:
-        with evaluating(model):
+        with random_state_kept(), evaluating(model):
             yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        set_random_state(random)

@@ -32,7 +32,7 @@ from loralloc.training.log_file import LogFile
 from loralloc.training.manifest import MANIFEST, read_manifest, sealed, unsealed, write_manifest
 from loralloc.training.rewriting import complete_rewriting, rewritten
 from loralloc.training.run import AllocationRun
-from loralloc.training.step_data import CollatedBatches, random_state, set_random_state
+from loralloc.training.step_data import CollatedBatches, random_state_kept
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
 """Files beside each checkpoint: the allocation's state. The marker says whether the run had finished."""
@@ -228,11 +228,8 @@ class RankAllocation(TrainerCallback):
         def quiet(*args: _P.args, **kwargs: _P.kwargs) -> _T:
             if self.plan is not None:
                 return evaluate(*args, **kwargs)
-            random = random_state()
-            try:
+            with random_state_kept():
                 return evaluate(*args, **kwargs)
-            finally:
-                set_random_state(random)
 
         return quiet
 

@@ -24,7 +24,7 @@ from loralloc.tasks.generation import (
     score,
 )
 from loralloc.tasks.seq2seq import read_sources
-from loralloc.training.step_data import random_state, set_random_state
+from loralloc.training.step_data import random_state_kept
 from loralloc.training.trainer import RunTrainer
 
 
@@ -102,14 +102,11 @@ class RunSeq2SeqTrainer(RunTrainer, Seq2SeqTrainer):
     def _answer(self, settings: GenerateSection) -> Generation:
         """Answer the first sources; random states are the same before and after."""
         examples: Any = self._examples
-        sources, random = read_sources(examples, settings.samples), random_state()
-        loader = self.get_test_dataloader(examples.select([index for index, _ in sources]))
-        try:
+        sources = read_sources(examples, settings.samples)
+        with random_state_kept(), self._writes(settings):
+            loader = self.get_test_dataloader(examples.select([index for index, _ in sources]))
             torch.manual_seed(self.args.seed)
-            with self._writes(settings):
-                found = super(RunTrainer, self).evaluation_loop(loader, "Generation", prediction_loss_only=False)
-        finally:
-            set_random_state(random)
+            found = super(RunTrainer, self).evaluation_loop(loader, "Generation", prediction_loss_only=False)
         tokenizer: Any = self.processing_class
         rows = np.where(np.asarray(found.predictions) == IGNORED, tokenizer.pad_token_id, found.predictions)
         prompts, answers = [prompt for _, prompt in sources], [decode(tokenizer, row) for row in rows.tolist()]

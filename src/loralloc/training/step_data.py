@@ -319,12 +319,12 @@ class ObservedData:
     @contextmanager
     def _looking_only(self) -> Iterator[None]:
         """Restore the random generators afterwards, and record no pass inside as one of training."""
-        before, self._looking = random_state(), True
+        self._looking = True
         try:
-            yield
+            with random_state_kept():
+                yield
         finally:
             self._looking = False
-            set_random_state(before)
 
 
 def size_of(batch: Batch) -> int:
@@ -356,6 +356,16 @@ def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Draw inside as if nothing had been drawn: the generators are afterwards as they were before."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:

@@ -39,7 +39,7 @@ from loralloc.training.manifest import Manifest, begin_writing, damage, read_man
 from loralloc.training.meter import Meter
 from loralloc.training.shared_gradients import SharedGradients
 from loralloc.training.signals import StopOnSignal, spare_workers
-from loralloc.training.step_data import random_state, set_random_state
+from loralloc.training.step_data import random_state_kept
 from loralloc.unpickling import nothing_unpickled
 
 if TYPE_CHECKING:
@@ -107,12 +107,8 @@ class RunTrainer(Base):
         """Evaluate without a trace: the next training finds the model as if it had not been evaluated."""
         self._examples = self.eval_dataset if eval_dataset is None else eval_dataset
         shard_now(self)
-        random = random_state()  # a data loader draws a seed from it
-        try:
-            with self._left_as_it_is(), self._trackers_wait(), self.meter.paused():
-                return super().evaluate(eval_dataset, *args, **kwargs)
-        finally:
-            set_random_state(random)
+        with random_state_kept(), self._left_as_it_is(), self._trackers_wait(), self.meter.paused():
+            return super().evaluate(eval_dataset, *args, **kwargs)  # a data loader draws a seed
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's, with workers that a signal does not end before the run is saved."""
