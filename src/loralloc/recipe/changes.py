@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loralloc.errors import UserError
+from loralloc.files import leaves
 
 if TYPE_CHECKING:
     from loralloc.recipe.schema import Recipe
@@ -37,7 +38,7 @@ def settings(recipe: Recipe, *, all_keys: bool = False) -> dict[str, Any]:
         recipe: The recipe.
         all_keys: Whether to include the keys that do not affect training.
     """
-    flat = dict(_flat(recipe.model_dump(mode="json", exclude_none=True)))
+    flat = dict(leaves(recipe.model_dump(mode="json", exclude_none=True)))
     free = () if all_keys else free_keys(recipe)
     return {key: value for key, value in flat.items() if not _inside(key, free)}
 
@@ -152,14 +153,6 @@ def _rows(name: str, theirs: Any, mine: Any) -> str:
     if theirs["rows"] != mine["rows"]:
         return f"{name} has {mine['rows']:,} examples and had {theirs['rows']:,}"
     return f"{name} has as many examples as before, but different ones or another order"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _inside(key: str, sections: Collection[str]) -> bool:

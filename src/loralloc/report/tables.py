@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from loralloc.files import leaves
 from loralloc.plan import ModuleRank
 from loralloc.report.figures import MOST_CELLS
 from loralloc.report.grid import Grid
@@ -142,13 +143,5 @@ def class_table(run: RunRecord) -> Table | None:
 
 def provenance_table(run: RunRecord) -> Table | None:
     """Return what the plan says of its origin, settings one by one; None when it says nothing."""
-    rows = [(name, str(value)) for name, value in _flat(run.plan.provenance)]
+    rows = [(name, str(value)) for name, value in leaves(run.plan.provenance)]
     return Table((), rows) if rows else None
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

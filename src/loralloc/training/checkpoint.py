@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loralloc.errors import UserError
-from loralloc.files import write_atomically
+from loralloc.files import leaves, write_atomically
 from loralloc.training import processes
 from loralloc.training.manifest import MANIFEST, damage, read_manifest, was_cut_off
 
@@ -128,22 +128,13 @@ def save_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, scheduler
     """Write the states of optimizer and learning-rate schedule."""
     state = optimizer.state_dict()
     tensors, numbers = {}, {}
-    for name, value in _flat(state["state"]):
+    for name, value in leaves(state["state"]):
         target = tensors if isinstance(value, Tensor) else numbers
         target[name] = value.detach().cpu().contiguous().clone() if isinstance(value, Tensor) else value
     save_file(tensors, checkpoint / "optimizer.safetensors")
     numbers = dict(sorted(numbers.items()))  # a resumed run has them in the order of the files that it read
     record = {"state": numbers, "param_groups": state["param_groups"], "scheduler": scheduler.state_dict()}
     write_atomically(checkpoint / "optimizer.json", json.dumps(record) + "\n")
-
-
-def _flat(entries: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, by their keys with dots."""
-    for key, value in entries.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
