@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from loralloc.compare.results import Entry
 from loralloc.compare.statistics import Difference
 from loralloc.compare.tables import agreement
 from loralloc.compare.verdict import Compared
+from loralloc.files import finite
 
 FORMAT = 1
 """Format of the file; it changes when a key changes its meaning."""
@@ -35,7 +35,7 @@ def json_text(parts: Sequence[tuple[Point, str, Entry, Sequence[Compared]]], met
         for point, verdict, baseline, compared in parts
     ]
     tree = {"format": FORMAT, "loralloc": __version__, "metric": metric, "budgets": budgets}
-    return json.dumps(tree, indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite(tree), indent=1, allow_nan=False) + "\n"
 
 
 def _contender(entry: Entry, metric: str) -> dict[str, Any]:
@@ -46,14 +46,14 @@ def _contender(entry: Entry, metric: str) -> dict[str, Any]:
         "learning_rate": chosen.learning_rate,
         "at_edge": entry.at_edge,
         "seeds": len(chosen.finished),
-        "loss": _number(chosen.held_out("loss")),
-        "loss_per_example": _number(chosen.row_loss),
-        metric: _number(chosen.held_out(metric)),
-        "parameters": _number(chosen.average("parameters")),
-        "processor_seconds": _number(chosen.average("processor_seconds")),
-        "memory_mib": _number(chosen.average("memory_mib")),
+        "loss": chosen.held_out("loss"),
+        "loss_per_example": chosen.row_loss,
+        metric: chosen.held_out(metric),
+        "parameters": chosen.average("parameters"),
+        "processor_seconds": chosen.average("processor_seconds"),
+        "memory_mib": chosen.average("memory_mib"),
         "agreement_of_plans": agreement(chosen),
-        "tried": {f"{trial.learning_rate:g}": _number(trial.tried("loss")) for trial in entry.trials},
+        "tried": {f"{trial.learning_rate:g}": trial.tried("loss") for trial in entry.trials},
     }
 
 
@@ -65,10 +65,5 @@ def _difference(found: Difference | None) -> dict[str, Any] | None:
     if found is None:
         return None
     known = ("low", "high", "low_all", "high_all", "p", "adjusted")
-    certainty = {name: _number(getattr(found, name)) if found.known else None for name in known}
-    return {"mean": _number(found.mean), **certainty, "seeds": found.seeds, "rows": found.rows}
-
-
-def _number(value: float) -> float | None:
-    """None for a value that is not finite: JSON has no NaN."""
-    return value if math.isfinite(value) else None
+    certainty = {name: getattr(found, name) if found.known else None for name in known}
+    return {"mean": found.mean, **certainty, "seeds": found.seeds, "rows": found.rows}
