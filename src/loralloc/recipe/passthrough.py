@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from loralloc.recipe.source import Key, dotted, suggest
+from loralloc.recipe.source import Key, dotted, get, suggest
 from loralloc.setting_types import Count, Positive, joined_rule, shown
 from loralloc.tasks.spec import TASKS
 
@@ -358,7 +358,7 @@ def broken_options(tree: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator
     if not isinstance(task, str) or task not in TASKS:
         return
     for options in OPTIONS:
-        given = _get(tree, options.key)
+        given = get(tree, *options.key)
         for name in given if isinstance(given, Mapping) else ():
             key = (*options.key, name)
             if problem := _problem(options, task, name, given[name], tree, keys):
@@ -379,19 +379,13 @@ def _problem(
         owner = options.owners[task]
         return f'unknown key "{name}" in "{dotted(options.key)}", the options of {owner}.{suggest(key, keys)}'
     replaced = options.instead.get(name)
-    if replaced is not None and (beside := _get(tree, replaced)) is not None:
+    if replaced is not None and (beside := get(tree, *replaced)) is not None:
         return f"{dotted(key)} takes the place of {dotted(replaced)}, which is {beside}: leave one of them out"
     try:
         _adapter(types[name]).validate_python(value)
     except ValidationError as error:
         return f"{dotted(key)} {joined_rule(error.errors())}, got {shown(value)}"
     return None
-
-
-def _get(tree: Any, key: Key) -> Any:
-    for part in key:
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any]:

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from loralloc.budget import AMOUNTS
 from loralloc.errors import closest
 from loralloc.recipe.sections import VARIANT, DataConfig, GenerateConfig, LoraSection, Peer
-from loralloc.recipe.source import Key, dotted
+from loralloc.recipe.source import Key, dotted, get
 from loralloc.setting_types import is_number, is_text
 from loralloc.tasks.spec import TASKS, WRITTEN
 
@@ -29,13 +29,6 @@ SPLITS = ("validation", "test")
 """Names by which results tell the recipe's own data to evaluate on."""
 
 
-def get(tree: Any, *key: str) -> Any:
-    """Look a key up in a recipe whose values may be of any type; None where it is not set."""
-    for part in key:
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
-
-
 def listed(names: Iterable[str]) -> str:
     """Join names for a message.
 
@@ -49,7 +42,7 @@ def listed(names: Iterable[str]) -> str:
 def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     """Check rules over several keys: yields (key, message). The values may be of any type."""
     for section, members in EXCLUSIVE.items():
-        values = get(tree, *map(str, section))
+        values = get(tree, *section)
         if isinstance(values, Mapping):
             chosen = [name for name in members if values.get(name) is not None]
             alone = ALONE.get(section)

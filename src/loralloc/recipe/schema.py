@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from loralloc.errors import closest
 from loralloc.recipe.passthrough import MAPPINGS, broken_options, exclusive_keys, option_keys
-from loralloc.recipe.rules import EXCLUSIVE, broken_by_method, broken_rules, get, listed, lost_marker
+from loralloc.recipe.rules import EXCLUSIVE, broken_by_method, broken_rules, listed, lost_marker
 from loralloc.recipe.sections import (
     CompareConfig,
     DataConfig,
@@ -29,7 +29,7 @@ from loralloc.recipe.sections import (
     TaskName,
     TrainingConfig,
 )
-from loralloc.recipe.source import Key, apply_overrides, dotted, dump_yaml, read_recipe_file, suggest
+from loralloc.recipe.source import Key, apply_overrides, dotted, dump_yaml, get, read_recipe_file, suggest
 from loralloc.setting_types import MethodSection, Section, Text, broken_rule, shown
 
 

@@ -54,6 +54,13 @@ def dotted(key: Key) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
 
 
+def get(tree: Any, *key: str | int) -> Any:
+    """Look a key up in a recipe whose values may be of any type; None where it is not set."""
+    for part in key:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
 def suggest(key: Key, keys: Collection[str]) -> str:
     """Offer the key that an unknown one most likely meant.
 
