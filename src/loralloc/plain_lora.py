@@ -107,7 +107,7 @@ def check_active(layers: Iterable[tuple[str, Any]]) -> None:
             raise UserError(f"{name}: the adapter is {state}, so there is nothing to compare with; call {cure} first")
 
 
-def check_mergeable(model: PeftModel, adapter: str, layers: Sequence[tuple[str, Any]]) -> None:
+def check_mergeable(model: PeftModel, layers: Sequence[tuple[str, Any]]) -> None:
     """Refuse to merge if the result would not be exactly the base weights plus the update.
 
     Merging into quantised weights rounds the update, most of which is smaller than a quantisation step. No process
@@ -115,8 +115,7 @@ def check_mergeable(model: PeftModel, adapter: str, layers: Sequence[tuple[str, 
 
     Args:
         model: The model.
-        adapter: Name of the adapter.
-        layers: Its layers by full module name.
+        layers: The adapter's layers by full module name.
 
     Raises:
         UserError: With the layers and what to do instead.
@@ -188,13 +187,13 @@ class PlainSite:
         return float(self.layer.scaling[self.adapter])
 
 
-def plain_sites(model: nn.Module, adapter: str | None = None) -> Iterator[PlainSite]:
-    """Go through the LoRA layers of an adapter.
+def plain_sites(model: nn.Module) -> Iterator[PlainSite]:
+    """Go through the LoRA layers of the active adapter.
 
     Raises:
         UserError: There is no PeftModel or no LoRA adapter in the model, or the adapter has layers that are not linear.
     """
     peft = peft_model(model)
-    adapter = lora_adapter(peft, adapter)
+    adapter = lora_adapter(peft, None)
     for name, layer in check_linear(peft, adapter):
         yield PlainSite(name, layer, adapter)

@@ -106,7 +106,7 @@ def _export_to(
     check_plain(model, adapter, layers)
     check_active(layers)
     if profile == "merged":
-        check_mergeable(model, adapter, layers)
+        check_mergeable(model, layers)
     factors = {site.name: _factors(site) for site in sites}
     if not any(factor.rank for factor in factors.values()):
         raise UserError("the adapter has no rank left in any module: there is nothing to export")

@@ -17,13 +17,17 @@ SPREADS = (0.1, 0.5)
 """Standard deviations of the logits: as after a few hundred optimizer steps of a search, and as after long searches."""
 
 
-def thresholded_noise(k: int, spread: float, draws: int = 20_000, seed: int = 0) -> tuple[float, float]:
+DRAWS = 20_000
+"""Modules of noise for each size."""
+
+
+def thresholded_noise(k: int, spread: float) -> tuple[float, float]:
     """Return (mean, standard deviation) of the ranks that αⱼ ≥ 1/k keeps where α = softmax(β), β ~ N(0, spread²).
 
     >>> [round(number, 1) for number in thresholded_noise(8, 0.1)]
     [3.9, 0.9]
     """
-    logits = np.random.default_rng(seed).normal(scale=spread, size=(draws, k))
+    logits = np.random.default_rng(0).normal(scale=spread, size=(DRAWS, k))
     shares = np.exp(logits)
     shares /= shares.sum(1, keepdims=True)
     kept = np.maximum((shares * k >= 1 - 1e-5).sum(1), 1)

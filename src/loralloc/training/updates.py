@@ -52,9 +52,9 @@ class Rows:
         shape = (-1,) if self.old.dim() == 1 else (-1, 1) if self.dim == 0 else (1, -1)
         return per_rank.to(torch.promote_types(self.old.dtype, torch.float32)).view(shape)
 
-    def power(self, beta: Any, more: int = 0) -> Tensor:
-        """β to the age (and more), float64."""
-        return torch.as_tensor(beta, dtype=torch.float64, device=self.age.device) ** (self.age + more)
+    def power(self, beta: Any) -> Tensor:
+        """β to the age, float64."""
+        return torch.as_tensor(beta, dtype=torch.float64, device=self.age.device) ** self.age
 
     def missing(self, beta: Any) -> Tensor:
         """1 − βᵏ at each rank's age: the bias correction of moments that started at 0."""
