@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,20 +13,14 @@ from loralloc.training.step_data import samples_of
 SAMPLES = 2
 
 
-def keep_example(model: nn.Module) -> Callable[[], None]:
-    """Keep the first samples of the first batch that a model is trained on.
+class FirstBatch:
+    """Waits for the first batch that a model is trained on, and keeps its first samples.
+
+    No local function, so that the model can be pickled meanwhile.
 
     Args:
         model: The model, called with keyword arguments.
-
-    Returns:
-        A function that stops waiting for that batch.
     """
-    return _FirstBatch(model).forget
-
-
-class _FirstBatch:
-    """Waits for the first batch; no local function, so that the model can be pickled meanwhile."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

@@ -29,7 +29,7 @@ from loralloc.schedule import Schedule
 from loralloc.training.bad_steps import StepChecks, can_skip
 from loralloc.training.calibration import batches_of, check_start, without_a_trace
 from loralloc.training.compaction import Compaction, check_compact, check_full
-from loralloc.training.example import keep_example
+from loralloc.training.example import FirstBatch
 from loralloc.training.fresh_ranks import FreshRanks
 from loralloc.training.gated_files import GatedFiles
 from loralloc.training.history import Recorded
@@ -91,6 +91,7 @@ class AllocationRun(Recorded):
         settled: Whether the method's search is over, so that the run may end.
         max_grad_norm: The norm to which the loop clips gradients, None for no clipping. Set it if you clip, because
             methods that compute a step's gradient again clip it too. The Trainer callback sets it.
+        checks: The verdicts on the steps; set its `say` and `say_every` to hear of skipped ones in another way.
         on_event: Called with every allocation event, a JSON-able dictionary (the lines of trace.jsonl).
     """
 
@@ -118,7 +119,7 @@ class AllocationRun(Recorded):
             if total_steps is not None:
                 self.begin(total_steps)
             self._files = GatedFiles(peft_model(model), self.sites)
-        self._forget_example = keep_example(peft_model(model))
+        self._first_batch = FirstBatch(peft_model(model))
         self._shared = SharedGradients(model)
         self.step = 0
         self.settled = False
@@ -137,7 +138,7 @@ class AllocationRun(Recorded):
         self._compaction: Compaction | None = None
         self._gate_watch: GateWatch | None = GateWatch(self.sites)  # until an optimizer is shown
         self._moment_watch = MomentWatch(method, self.sites, compact)
-        self._checks = StepChecks(model, lambda step: self._emit(trace.bad_step_event(step)))
+        self.checks = StepChecks(model, lambda step: self._emit(trace.bad_step_event(step)))
         self._calibrated = False
 
     @property
@@ -184,15 +185,10 @@ class AllocationRun(Recorded):
             self.begin(self._schedule.total_steps)
 
     @property
-    def checks(self) -> StepChecks:
-        """The verdicts on the steps; set its `say` and `say_every` to hear of skipped ones in another way."""
-        return self._checks
-
-    @property
     def bad_steps(self) -> int:
         """Steps that were skipped because a gradient was not finite."""
-        self._checks.settle()
-        return self._checks.bad
+        self.checks.settle()
+        return self.checks.bad
 
     def before_step(self, optimizer: torch.optim.Optimizer | None = None, wait: bool = True) -> bool | None:
         """Run between `backward()` (and clipping) and `optimizer.step()`.
@@ -228,8 +224,8 @@ class AllocationRun(Recorded):
         if self.step == 0:
             self.emit_start()
         if not wait and can_skip(optimizer, self.method, self.sites[0].gate.device):
-            self._under_way.sound = self._checks.skip_if_bad(self.step, optimizer)
-        elif not self._checks.is_sound(self.step, optimizer):
+            self._under_way.sound = self.checks.skip_if_bad(self.step, optimizer)
+        elif not self.checks.is_sound(self.step, optimizer):
             self._under_way.open = self._under_way.skipped = True
             return False
         with torch.no_grad():
@@ -251,7 +247,7 @@ class AllocationRun(Recorded):
         if accumulates(optimizer):
             return
         self._under_way.check_after()
-        if self._gate_watch is not None and not self._checks.bad_in_a_row:
+        if self._gate_watch is not None and not self.checks.bad_in_a_row:
             self._gate_watch.look()
         self._moment_watch.look(optimizer)
         with torch.no_grad():
@@ -300,7 +296,7 @@ class AllocationRun(Recorded):
             "loralloc": __version__,
             "total_steps": total_steps,
             "steps": self.step,
-            "bad_steps": self._checks.conclude(self.step),
+            "bad_steps": self.checks.conclude(self.step),
             **({"budget_lost": lost} if lost > 0 else {}),
             **(provenance or {}),
         }
@@ -309,7 +305,7 @@ class AllocationRun(Recorded):
             self.data.close()
         self._ranks = list(self.plan.ranks.values())
         self._files.close()
-        self._forget_example()
+        self._first_batch.forget()
         fold_gates(self.sites)
         self._emit(trace.finish_event(self.step, self._ranks, self.plan.parameters))
         return self.plan
@@ -340,7 +336,7 @@ class AllocationRun(Recorded):
             "settings": settings,
             "step": self.step,
             "bad_steps": self.bad_steps,
-            "bad_in_a_row": self._checks.bad_in_a_row,
+            "bad_in_a_row": self.checks.bad_in_a_row,
             "ranks": self._ranks,
             "sites": self._shapes,
             "schedule": asdict(self.schedule),  # type: ignore[call-overload]
@@ -375,7 +371,7 @@ class AllocationRun(Recorded):
         check_state(tensors, numbers, *self.state_dict())
         self._under_way.close(optimizer)
         self.step = int(numbers["step"])
-        self._checks.bad, self._checks.bad_in_a_row = int(numbers["bad_steps"]), int(numbers["bad_in_a_row"])
+        self.checks.bad, self.checks.bad_in_a_row = int(numbers["bad_steps"]), int(numbers["bad_in_a_row"])
         self._ranks, self._peak = list(numbers["ranks"]), int(numbers["peak"])
         self._budget = numbers["budget"]
         self.settled = bool(numbers["settled"])
@@ -442,7 +438,7 @@ class AllocationRun(Recorded):
 
     def _emit(self, event: trace.Event) -> None:
         if event["event"] != "bad_step":
-            self._checks.settle()  # so that events come in the order of their steps
+            self.checks.settle()  # so that events come in the order of their steps
         self._remember(event)
         if self.on_event is not None:
             self.on_event(event)
