@@ -26,6 +26,7 @@ from loralloc.files import sha256_of, write_atomically
 from loralloc.methods.base import Method
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
+from loralloc.training.checkpoint import checkpoint_of
 from loralloc.training.engines import keep_adapter_whole, refuse_engines
 from loralloc.training.history import LOG, TRACE, free_folder, write_run
 from loralloc.training.log_file import LogFile
@@ -161,7 +162,7 @@ class RankAllocation(TrainerCallback):
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.steps_until_final)
         if state.global_step > 0:
-            self._resume(_checkpoint(args, state), state.global_step, kwargs["optimizer"])
+            self._resume(checkpoint_of(args, state), state.global_step, kwargs["optimizer"])
         elif self._trace is not None and self._writes:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             self._trace.write_text("", encoding="utf-8")
@@ -209,7 +210,7 @@ class RankAllocation(TrainerCallback):
     ) -> None:
         """Fold the gates: the model is plain LoRA from here on, and so is a checkpoint of the last step."""
         self.plan = self.run.finish(self._provenance)
-        folder = _checkpoint(args, state)
+        folder = checkpoint_of(args, state)
         best = Path(state.best_model_checkpoint or folder)
         another = args.load_best_model_at_end and best.name != folder.name  # the model holds that one's weights
         if self._writes and (folder / MARKER).is_file() and not another:
@@ -288,11 +289,6 @@ class RankAllocation(TrainerCallback):
         assert self._trace is not None
         if self._writes:
             trace.append(self._trace, event)
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder in which the Trainer keeps the checkpoint of the current step."""
-    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
 def _mark(folder: Path, numbers: dict[str, Any]) -> None:

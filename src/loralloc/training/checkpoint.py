@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerState, TrainingArguments
 
 from loralloc.errors import UserError
 from loralloc.files import leaves, write_atomically
@@ -37,7 +38,6 @@ from loralloc.training import processes
 from loralloc.training.manifest import MANIFEST, damage, read_manifest, was_cut_off
 
 SCALER = "scaler.json"
-
 
 WRITTEN_LAST = (MANIFEST, "trainer_state.json", "complete.json")
 """Files written at the end of a checkpoint: with one of them it was complete, or nearly so, even without a manifest."""
@@ -56,6 +56,11 @@ class Found:
     checkpoint: Path | None
     skipped: Mapping[str, str]
     damaged: bool
+
+
+def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder in which a Trainer keeps the checkpoint of the current step."""
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
 def newest_whole(folder: Path) -> Found:

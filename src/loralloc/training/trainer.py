@@ -215,7 +215,7 @@ class RunTrainer(Base):
         """Write a checkpoint; older ones are removed only once it is whole."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         if self.args.should_save:
-            begin_writing(Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}")
+            begin_writing(saved.checkpoint_of(self.args, self.state))
         try:
             super()._save_checkpoint(*args, **kwargs)
         finally:
@@ -229,7 +229,7 @@ class RunTrainer(Base):
         """
         best = Path(self.state.best_model_checkpoint or "")
         if (reason := damage(best)) is not None:
-            last = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+            last = saved.checkpoint_of(self.args, self.state)
             raise UserError(
                 f"the best state is in {best}, which is not whole any more: {reason}. Start over with --replace; the "
                 f"last state is a plain adapter in {last}, where the run has saved it"
@@ -301,7 +301,7 @@ class SkipBadSteps(TrainerCallback):
     ) -> None:
         """Take up the count of a resumed run."""
         if state.global_step:
-            path = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / self.FILE
+            path = saved.checkpoint_of(args, state) / self.FILE
             record = json.loads(path.read_text(encoding="utf-8"))
             self.steps[:] = record["steps"]
             self.checks.bad, self.checks.bad_in_a_row = len(self.steps), record["in_a_row"]
@@ -327,7 +327,7 @@ class SkipBadSteps(TrainerCallback):
         self.checks.settle()
         if args.should_save:
             record = {"steps": self.steps, "in_a_row": self.checks.bad_in_a_row}
-            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            folder = saved.checkpoint_of(args, state)
             write_atomically(folder / self.FILE, json.dumps(record) + "\n")
 
     def on_train_end(
@@ -346,7 +346,7 @@ class _Completion(TrainerCallback):
         self._trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        folder = saved.checkpoint_of(args, state)
         trainer = self._trainer
         losses = processes.gather(trainer._tr_loss.item())  # once it is there, every process has written
         if not args.should_save:
@@ -380,7 +380,7 @@ class _Completion(TrainerCallback):
         self._trainer.over = False
         if state.global_step == 0:
             return
-        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        folder = saved.checkpoint_of(args, state)
         manifest = read_manifest(folder)
         self._trainer.over = state.global_step >= state.max_steps or manifest.ended
         if manifest.best is not None:  # the state has a full path, and the folder may have been moved
