@@ -245,48 +245,43 @@ def stream_table(source: str, path: Path) -> Stream:
         with _opened(source, path) as file:
             yield from file
 
-    header, records = _table(source, lines(), "\t" if extension(path) == ".tsv" else ",")
-    kept, unreadable = _by_name(header)
-    return Stream((record for _, record in records), [header[i] for i in kept], unreadable)
+    columns, unreadable, records = _table(source, path, lines())
+    return Stream((record for _, record in records), columns, unreadable)
 
 
-def _read_csv(source: str, path: Path) -> Rows:
-    return _read_table(source, path, ",")
-
-
-def _read_tsv(source: str, path: Path) -> Rows:
-    return _read_table(source, path, "\t")
-
-
-def _read_table(source: str, path: Path, delimiter: str) -> Rows:
-    header, found = _table(source, io.StringIO(_read_text(source, path), newline=""), delimiter)
-    kept, unreadable = _by_name(header)
+def _read_table(source: str, path: Path) -> Rows:
+    lines = io.StringIO(_read_text(source, path), newline="")
+    columns, unreadable, found = _table(source, path, lines)
     numbers, records = [], []
     for number, record in found:
         numbers.append(number)
         records.append(record)
-    return Rows(source, tuple(header[i] for i in kept), records, numbers, unreadable=unreadable)
+    return Rows(source, columns, records, numbers, unreadable=unreadable)
 
 
-def _table(source: str, lines: Iterable[str], delimiter: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
+def _table(
+    source: str, path: Path, lines: Iterable[str]
+) -> tuple[tuple[str, ...], dict[str, str], Iterator[tuple[int, dict[str, Any]]]]:
     """Read a table.
 
     Args:
         source: Its name, for messages.
+        path: Its path, whose extension says what separates the columns.
         lines: Its lines.
-        delimiter: The character between two columns.
 
     Returns:
-        The header, and an iterator over the records, each with the line where it begins.
+        The columns, the unreadable ones (see `Rows.unreadable`), and an iterator over the records, each with the line
+        where it begins.
 
     Raises:
         UserError: The columns are separated by another character; or, while records are read, one is malformed or has
             another number of values than the header has names.
     """
+    delimiter = "\t" if extension(path) == ".tsv" else ","
     rows = _fields(source, lines, delimiter)
     _, header = next(rows, (0, []))
     _check_delimiter(source, header, delimiter)
-    kept, _ = _by_name(header)
+    kept, unreadable = _by_name(header)
 
     def records() -> Iterator[tuple[int, dict[str, Any]]]:
         for number, fields in rows:
@@ -298,7 +293,7 @@ def _table(source: str, lines: Iterable[str], delimiter: str) -> tuple[list[str]
             # An empty field is how these formats write a missing value.
             yield number, {header[i]: fields[i] or None for i in kept}
 
-    return header, records()
+    return tuple(header[i] for i in kept), unreadable, records()
 
 
 def _fields(source: str, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -416,8 +411,8 @@ def _read_txt(source: str, path: Path) -> Rows:
 _READERS: dict[str, Callable[[str, Path], Rows]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": _read_table,
+    ".tsv": _read_table,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }
