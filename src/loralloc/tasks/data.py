@@ -33,8 +33,9 @@ from huggingface_hub import is_offline_mode
 from loralloc.errors import UserError
 from loralloc.tasks.formats import Stream, read_file, rows_of_dataset, stream_json_lines, stream_table
 from loralloc.tasks.hub import is_reachable, out_of_reach
-from loralloc.tasks.locations import Sources, data_file, demo_split, extension, hub_data, train_sources
+from loralloc.tasks.locations import data_file, demo_split, extension, hub_data, train_sources
 from loralloc.tasks.rows import Rows, mix, shorten, split
+from loralloc.tasks.spec import DataSection
 
 PIECE = 1000
 """Streamed rows that are read at a time."""
@@ -64,11 +65,11 @@ class Splits:
             yield self.test
 
 
-def load_splits(sources: Sources, seed: int, groups: Callable[[Rows], Sequence[Hashable]] | None = None) -> Splits:
+def load_splits(data: DataSection, seed: int, groups: Callable[[Rows], Sequence[Hashable]] | None = None) -> Splits:
     """Read the rows of a run; if the recipe gives a validation share, it is cut off the training rows.
 
     Args:
-        sources: The recipe's data section.
+        data: The recipe's data section.
         seed: Seed of the cut.
         groups: Gives the group of every row, for a stratified cut.
 
@@ -78,27 +79,27 @@ def load_splits(sources: Sources, seed: int, groups: Callable[[Rows], Sequence[H
     Raises:
         UserError: A source cannot be read, is empty, or is too small to cut.
     """
-    test = read_rows(sources.test) if sources.test else None
-    if getattr(sources, "streaming", False):
-        return Splits(None, read_rows(str(sources.validation)), test)
-    train = _read_train(sources, seed)
-    if isinstance(sources.validation, str):
-        return Splits(train, read_rows(sources.validation), test)
-    kept, validation = split(train, sources.validation, seed, groups(train) if groups else None)
+    test = read_rows(data.test) if data.test else None
+    if getattr(data, "streaming", False):
+        return Splits(None, read_rows(str(data.validation)), test)
+    train = _read_train(data, seed)
+    if isinstance(data.validation, str):
+        return Splits(train, read_rows(data.validation), test)
+    kept, validation = split(train, data.validation, seed, groups(train) if groups else None)
     return Splits(kept, validation, test)
 
 
-def _read_train(sources: Sources, seed: int) -> Rows:
-    weights = None if isinstance(sources.train, str) else [getattr(one, "weight", None) for one in sources.train]
+def _read_train(data: DataSection, seed: int) -> Rows:
+    weights = None if isinstance(data.train, str) else [getattr(one, "weight", None) for one in data.train]
     weighted = [weight for weight in weights or () if weight is not None]
-    return mix([read_rows(source) for source in train_sources(sources)], weighted or None, seed)
+    return mix([read_rows(source) for source in train_sources(data)], weighted or None, seed)
 
 
-def first_pieces(sources: Sources) -> list[Rows]:
+def first_pieces(data: DataSection) -> list[Rows]:
     """Read the beginning of every source of training rows, `PIECE` rows at most.
 
     Args:
-        sources: The recipe's data section.
+        data: The recipe's data section.
 
     Returns:
         One piece a source, with the columns of all.
@@ -107,7 +108,7 @@ def first_pieces(sources: Sources) -> list[Rows]:
         UserError: A source cannot be found or read, or has no rows.
     """
     pieces = []
-    for source in train_sources(sources):
+    for source in train_sources(data):
         piece = next(_pieces(source), None)
         if piece is None:
             raise UserError(f"{source} is empty: it has no rows.")
@@ -116,11 +117,11 @@ def first_pieces(sources: Sources) -> list[Rows]:
     return [replace(piece, columns=columns) for piece in pieces]
 
 
-def stream_rows(sources: Sources, columns: Iterable[str] = ()) -> Iterator[Rows]:
+def stream_rows(data: DataSection, columns: Iterable[str] = ()) -> Iterator[Rows]:
     """Read training rows a piece at a time.
 
     Args:
-        sources: The recipe's data section.
+        data: The recipe's data section.
         columns: Columns that are known before; see `first_pieces`.
 
     Yields:
@@ -131,7 +132,7 @@ def stream_rows(sources: Sources, columns: Iterable[str] = ()) -> Iterator[Rows]
         UserError: A source cannot be found or read.
     """
     known = dict.fromkeys(columns)
-    for source in train_sources(sources):
+    for source in train_sources(data):
         for piece in _pieces(source):
             known |= dict.fromkeys(piece.columns)
             yield replace(piece, columns=tuple(known))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from loralloc.errors import UserError
 from loralloc.tasks.conversations import Chat, read_chats, read_messages, read_tools
 from loralloc.tasks.rows import Rows
+from loralloc.tasks.spec import LanguageModelData
 from loralloc.tasks.templates import is_template, render
 
 ALPACA = "{instruction}\n\n{input}"
@@ -43,44 +44,29 @@ class Chats:
 Form = Texts | Pairs | Chats
 
 
-class Columns(Protocol):
-    """The part of a recipe's data section that names the columns."""
-
-    @property
-    def prompt(self) -> str | None: ...  # noqa: D102
-    @property
-    def tools(self) -> str | None: ...  # noqa: D102
-    @property
-    def text(self) -> str | None: ...  # noqa: D102
-    @property
-    def completion(self) -> str | None: ...  # noqa: D102
-    @property
-    def messages(self) -> str | None: ...  # noqa: D102
-
-
 def turn(role: str, content: str) -> list[dict[str, Any]]:
     """A chat of one message."""
     return [{"role": role, "content": content}]
 
 
-def read_form(rows: Rows, columns: Columns) -> Form:
+def read_form(rows: Rows, data: LanguageModelData) -> Form:
     """Read what a language model learns from.
 
     Args:
         rows: The rows.
-        columns: The recipe's data section. Where it names no column, common names are looked for: messages,
+        data: The recipe's data section. Where it names no column, common names are looked for: messages,
             conversations (ShareGPT), prompt and completion, instruction, input and output (Alpaca), text.
 
     Raises:
         UserError: No such column, no column with a common name, or a row that cannot be read.
     """
-    named = {key: getattr(columns, key) for key in ("text", "prompt", "completion", "messages")}
+    named = {key: getattr(data, key) for key in ("text", "prompt", "completion", "messages")}
     if not any(named.values()):
         named |= _recognised(rows)
     if named["messages"]:
-        return Chats(read_chats(rows, named["messages"], _tools_column(rows, columns.tools)))
-    form = _read_pairs(rows, named["prompt"], named["completion"], columns.tools) if named["prompt"] else None
-    if columns.tools and not isinstance(form, Chats):
+        return Chats(read_chats(rows, named["messages"], _tools_column(rows, data.tools)))
+    form = _read_pairs(rows, named["prompt"], named["completion"], data.tools) if named["prompt"] else None
+    if data.tools and not isinstance(form, Chats):
         raise UserError("data.tools is for chats, and these rows are texts; take it out")
     if form is not None:
         return form

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from loralloc.errors import UserError, closest
+
+if TYPE_CHECKING:
+    from loralloc.tasks.spec import DataSection
 
 READABLE = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 """Extensions of the data files that can be read, each also with .gz."""
@@ -27,44 +30,6 @@ _HUB_ADDRESS = re.compile(
 """Other prefixes by which users say that a name is the Hub's."""
 
 
-class Weighted(Protocol):
-    """One of several sources of training rows."""
-
-    @property
-    def source(self) -> str:
-        """Where they are."""
-        ...
-
-    @property
-    def weight(self) -> float:
-        """Its share, relative to the other weights."""
-        ...
-
-
-class Sources(Protocol):
-    """The part of a recipe's data section that names the data."""
-
-    @property
-    def train(self) -> str | Sequence[str] | Sequence[Weighted]:
-        """Sources of the training rows."""
-        ...
-
-    @property
-    def validation(self) -> float | str:
-        """Share to cut off from the training rows, or a source."""
-        ...
-
-    @property
-    def test(self) -> str | None:
-        """Source of the test rows."""
-        ...
-
-    @property
-    def also(self) -> Mapping[str, str] | None:
-        """More sources to evaluate on."""
-        ...
-
-
 class HubData(NamedTuple):
     """A data set of the Hub, as `load_dataset` takes it."""
 
@@ -73,19 +38,19 @@ class HubData(NamedTuple):
     split: str
 
 
-def named_sources(sources: Sources) -> Iterator[str]:
+def named_sources(data: DataSection) -> Iterator[str]:
     """Go through the sources that a recipe names."""
-    yield from train_sources(sources)
-    for source in (sources.validation, sources.test, *(sources.also or {}).values()):
+    yield from train_sources(data)
+    for source in (data.validation, data.test, *(data.also or {}).values()):
         if isinstance(source, str):
             yield source
 
 
-def train_sources(sources: Sources) -> list[str]:
+def train_sources(data: DataSection) -> list[str]:
     """Return the sources of the training rows, one or several."""
-    if isinstance(sources.train, str):
-        return [sources.train]
-    return [one if isinstance(one, str) else one.source for one in sources.train]
+    if isinstance(data.train, str):
+        return [data.train]
+    return [one if isinstance(one, str) else one.source for one in data.train]
 
 
 def check_source(source: str) -> None:
