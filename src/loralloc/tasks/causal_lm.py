@@ -24,7 +24,7 @@ from trl.data_utils import common_prefix_length, pack_dataset
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
 from loralloc.tasks.base import ModelSection, TaskData, evaluation_of, to_dataset, warn_of_cuts
-from loralloc.tasks.chat import Tokens, check_template, tokenize_chats
+from loralloc.tasks.chat import Tokens, as_chats, check_template, tokenize_chats
 from loralloc.tasks.data import first_pieces, load_splits, read_rows, stream_rows
 from loralloc.tasks.forms import Chats, Form, Pairs, Texts, read_form
 from loralloc.tasks.pretrained import (
@@ -236,11 +236,6 @@ def tokenize_answers(
         return tokenize_chats(tokenizer, pairs.chats(), rows)
     check_end(tokenizer, name)
     return tokenize_pairs(tokenizer, pairs.prompts, pairs.completions, tell)
-
-
-def as_chats(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
-    """Whether prompts and answers become turns of a chat, by a recipe's `data.chat`."""
-    return tokenizer.chat_template is not None if chat is None else chat
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[Tokens]:

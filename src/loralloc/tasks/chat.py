@@ -53,6 +53,11 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise UserError(f'Chats need a fast tokenizer; model "{name}" has a {type(tokenizer).__name__}.')
 
 
+def as_chats(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
+    """Whether prompts and answers become turns of a chat, by a recipe's `data.chat`."""
+    return tokenizer.chat_template is not None if chat is None else chat
+
+
 def tokenize_chats(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], rows: Rows, learn: Literal["all", "last"] = "all"
 ) -> Iterator[Tokens]:

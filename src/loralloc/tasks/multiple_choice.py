@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loralloc.errors import UserError
 from loralloc.methods.validation import IGNORED
 from loralloc.tasks.base import Evaluated, ModelSection, TaskData, evaluation_of, to_dataset
-from loralloc.tasks.causal_lm import as_chats, fit, tokenize_answers
-from loralloc.tasks.chat import Tokens
+from loralloc.tasks.causal_lm import fit, tokenize_answers
+from loralloc.tasks.chat import Tokens, as_chats
 from loralloc.tasks.choices import Question, chance, read_questions
 from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.forms import Pairs

@@ -17,7 +17,7 @@ from trl.data_utils import extract_prompt
 
 from loralloc.errors import UserError
 from loralloc.tasks.base import ModelSection, TaskData, evaluation_of
-from loralloc.tasks.chat import check_template, check_turns
+from loralloc.tasks.chat import as_chats, check_template, check_turns
 from loralloc.tasks.conversations import Message, is_learned, read_messages
 from loralloc.tasks.data import load_splits, read_rows
 from loralloc.tasks.forms import read_texts, turn
@@ -62,7 +62,6 @@ def prepare(model: ModelSection, data: PreferenceData, seed: int) -> TaskData:
     def load() -> PreTrainedModel:
         return load_model("preference", checkpoint, tokenizer, seed)
 
-    trained_with = _trained_with(tokenizer, data)
     return TaskData(
         model=load(),
         again=load,
@@ -70,7 +69,7 @@ def prepare(model: ModelSection, data: PreferenceData, seed: int) -> TaskData:
         train=train,
         validation=validation,
         test=test[0] if test else None,
-        **trained_with,
+        **_trained_with(tokenizer, data),
     )
 
 
@@ -107,9 +106,7 @@ def read_pairs(rows: Rows, data: PreferenceData) -> dict[str, Side]:
         named["prompt"] = data.prompt or ("prompt" if "prompt" in rows.columns else None)
     sides = {key: _read_side(rows, words, key) for key, words in named.items() if words is not None}
     if any(isinstance(side[0], list) for side in sides.values()):
-        role = {"prompt": "user"}
-        sides = {key: [_as_chat(value, role.get(key, "assistant")) for value in side] for key, side in sides.items()}
-        sides = _answers_alone(sides, rows)
+        sides = _answers_alone(_chats(sides), rows)
     kept = [i for i, (a, b) in enumerate(zip(sides["chosen"], sides["rejected"], strict=True)) if a != b]
     if not kept:
         raise UserError(f"{rows.source}: in every row both answers are the same: there is nothing to prefer")
@@ -162,24 +159,26 @@ def _answers_alone(sides: Mapping[str, list[list[Message]]], rows: Rows) -> dict
     return {"prompt": prompts, **answers}
 
 
-def _as_chat(value: Any, role: str) -> list[Message]:
-    return turn(role, value) if isinstance(value, str) else value
+def _chats(sides: Mapping[str, Side]) -> dict[str, list[list[Message]]]:
+    """The same with texts as turns: prompts are the user's, answers the assistant's."""
+    return {
+        key: [turn("user" if key == "prompt" else "assistant", one) if isinstance(one, str) else one for one in side]
+        for key, side in sides.items()
+    }
 
 
 def _examples(
-    pairs: dict[str, Side], data: PreferenceData, tokenizer: PreTrainedTokenizerBase, name: str, source: str
+    pairs: Mapping[str, Side], data: PreferenceData, tokenizer: PreTrainedTokenizerBase, name: str, source: str
 ) -> Dataset:
     """What the trainer takes: texts, or chats where the model's template renders them."""
     texts = isinstance(pairs["chosen"][0], str)
-    if texts and data.chat is not False and (data.chat or tokenizer.chat_template is not None):
+    if texts and as_chats(tokenizer, data.chat):
         if "prompt" not in pairs:
             raise UserError(
                 "data.prompt: answers become turns of a chat, which begins with a prompt; name its column, or set "
                 "data.chat: false"
             )
-        role = {"prompt": "user"}
-        pairs = {key: [turn(role.get(key, "assistant"), str(value)) for value in side] for key, side in pairs.items()}
-        texts = False
+        pairs, texts = _chats(pairs), False
     elif not texts and data.chat is False:
         raise UserError("data.chat: false is for texts, and these rows are chats; take it out")
     if not texts:
