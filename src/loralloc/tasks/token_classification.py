@@ -80,8 +80,7 @@ def prepare(model: ModelSection, data: TokenClassificationData, seed: int) -> Ta
     }
 
     def load() -> PreTrainedModel:
-        tagger = load_model("token-classification", checkpoint, tokenizer, seed, **options)
-        return tagger
+        return load_model("token-classification", checkpoint, tokenizer, seed, **options)
 
     tagger = load()
     encoder = _Encoder(tokenizer, data, names, inspect.signature(tagger.forward).parameters.keys())
@@ -120,9 +119,8 @@ def prepare_evaluation(
 
 def _trained_with(tokenizer: PreTrainedTokenizerBase, judge: Judge) -> dict[str, Any]:
     """The fields of `TaskData` on the trainer: its options, metrics and predictions."""
-    collator = DataCollatorForTokenClassification(tokenizer)
     options = {
-        "data_collator": collator,
+        "data_collator": DataCollatorForTokenClassification(tokenizer),
         "preprocess_logits_for_metrics": first_output,
         "compute_metrics": judge.metrics,
     }
