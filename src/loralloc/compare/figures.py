@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loralloc.compare.results import Entry, Moment, sign_of
 from loralloc.compare.verdict import Compared
-from loralloc.report.axes import HEIGHT, WIDTH, EndLabel, digits_needed, end_labels, short_number
+from loralloc.report.axes import WIDE, EndLabel, digits_needed, end_labels, short_number, titled_axes
 from loralloc.report.palette import LIGHT, SERIES
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def difference_figure(compared: Sequence[Compared]) -> Figure:
     """Mean difference to plain LoRA, with its 95 % interval (thick) and the simultaneous interval of all (thin)."""
     known = [(one.entry, one.difference) for one in compared if one.difference is not None]
     height = 0.62 + ROW * max(1, len(known))
-    figure, axes = _axes(height, left=0.36, right=0.97)
+    figure, axes = _axes("", height=height, left=0.36, right=WIDE, above=0.1)
     axes.axvline(0, color=LIGHT["ink"], linewidth=1)
     for place, (entry, one) in enumerate(known):
         colour = LIGHT["muted" if not (one.significant and entry.complete) else "good" if one.mean < 0 else "warn"]
@@ -80,7 +80,7 @@ def difference_figure(compared: Sequence[Compared]) -> Figure:
 
 def rate_figure(entries: Sequence[Entry], metric: str, drawn: Mapping[str, Line]) -> Figure:
     """The validation score at every learning rate; a dot marks the chosen rate, a ring one with a failed run."""
-    figure, axes = _axes(HEIGHT, title=f"validation {metric.replace('_', ' ')}")
+    figure, axes = _axes(f"validation {metric.replace('_', ' ')}")
     sign, labels = sign_of(metric), []
     known = [entry for entry in entries if any(math.isfinite(trial.score) for trial in entry.trials)]
     low, high = sorted(sign * end for end in _score_limits(known))
@@ -124,7 +124,7 @@ def _score_limits(entries: Sequence[Entry]) -> tuple[float, float]:
 
 def cost_figure(entries: Sequence[Entry], limit: float, drawn: Mapping[str, Line]) -> Figure:
     """Validation loss over processor time at the chosen rates; the dashed line is the total time of the cheapest."""
-    figure, axes = _axes(HEIGHT, title="validation loss")
+    figure, axes = _axes("validation loss")
     labels = []
     for entry in entries:
         course = mean_course(entry)
@@ -163,14 +163,10 @@ def clipped(label: str) -> str:
     return label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}…"
 
 
-def _axes(height: float, title: str = "", left: float = 0.105, right: float = 0.86) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
+def _axes(title: str, **place: float) -> tuple[Figure, Axes]:
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(WIDTH, height))
-    above = 0.282 if title else 0.1
-    axes = figure.add_axes((left, 0.404 / height, right - left, 1 - (0.404 + above) / height))
-    axes.set_title(title)
+    figure, axes = titled_axes(title, **place)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.margins(y=0.1)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 4.0, 2.45  # inches; small, so that the text stays legible when a phone scales the figure down
-LEFT = 0.105  # share of the width to the left of the axes
+LEFT, RIGHT = 0.105, 0.86  # shares of the width at which the axes begin, and end where labels follow
+WIDE = 0.97  # share of the width at which they end where none follow
 BELOW, ABOVE = 0.404, 0.282  # inches below and above the axes
 POINTS_PER_INCH = 72
 LONG = 10_000  # from this last step on, numbers of steps are written short, or they would overlap
@@ -29,6 +30,18 @@ class EndLabel(NamedTuple):
     colour: str
 
 
+def titled_axes(
+    title: str, height: float = HEIGHT, left: float = LEFT, right: float = RIGHT, above: float = ABOVE
+) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes: from `left` to `right` of its width, and `above` inches below its top."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((left, BELOW / height, right - left, 1 - (BELOW + above) / height))
+    axes.set_title(title)
+    return figure, axes
+
+
 def step_axes(run: RunRecord, title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     """Return a figure with one pair of axes, the steps of the run along x, and room for labels on the right.
 
@@ -37,12 +50,9 @@ def step_axes(run: RunRecord, title: str, height: float = HEIGHT) -> tuple[Figur
         title: What is drawn, above the axes.
         height: Inches; a low figure has fewer marks along y.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(WIDTH, height))
-    axes = figure.add_axes((LEFT, BELOW / height, 0.86 - LEFT, 1 - (BELOW + ABOVE) / height))
-    axes.set_title(title)
+    figure, axes = titled_axes(title, height)
     axes.set_xlim(0, max(run.last_step, 1))
     axes.set_xlabel("step", loc="right", labelpad=1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -11,16 +11,13 @@ import numpy as np
 
 from loralloc.naming import short_names
 from loralloc.report.axes import (
-    ABOVE,
-    BELOW,
-    HEIGHT,
-    LEFT,
-    WIDTH,
+    WIDE,
     EndLabel,
     end_labels,
     shade_phases,
     short_number,
     step_axes,
+    titled_axes,
 )
 from loralloc.report.grid import Grid
 from loralloc.report.palette import LIGHT, RAMP, RAMP_STEPS, SERIES, TEXT_ON_RAMP, step_of
@@ -200,12 +197,9 @@ def series_figure(run: RunRecord, name: str, title: str, *, from_zero: bool = Fa
 
 def sizes_figure(sizes: Sequence[tuple[float, float]]) -> Figure:
     """Validation loss over the average rank; the last size is the adapter itself."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(WIDTH, HEIGHT))
-    axes = figure.add_axes((LEFT, BELOW / HEIGHT, 0.97 - LEFT, 1 - (BELOW + ABOVE) / HEIGHT))
-    axes.set_title("validation loss")
+    figure, axes = titled_axes("validation loss", right=WIDE)
     averages, losses = zip(*sizes, strict=True)
     axes.plot(averages, losses, color=LIGHT["series-1"], marker="o", markersize=4)
     axes.set_xscale("log")
@@ -255,16 +249,12 @@ def heat_figure(run: RunRecord, grid: Grid, highest: int) -> Figure:
 
 def _heat_picture(run: RunRecord, grid: Grid, highest: int) -> Figure:
     """The heat map without numbers, which would be too small; modules outside the grid fill extra rows below."""
-    from matplotlib.figure import Figure
-
     modules, width = run.plan.modules, max(1, len(grid.types))
     folded = [grid.others[at : at + width] for at in range(0, len(grid.others), width)]
     rows = [[grid.cells.get((stack, layer, kind)) for kind in grid.types] for stack, layer in grid.rows]
     rows += [[*names, *[None] * (width - len(names))] for names in folded]
     steps = [[math.nan if name is None else step_of(modules[name].rank, highest) for name in row] for row in rows]
-    figure = Figure(figsize=(WIDTH, HEIGHT))
-    axes = figure.add_axes((LEFT, BELOW / HEIGHT, 0.97 - LEFT, 1 - (BELOW + ABOVE) / HEIGHT))
-    axes.set_title("layers")
+    figure, axes = titled_axes("layers", right=WIDE)
     axes.set_xlabel("module types", loc="right", labelpad=1)
     axes.grid(visible=False)
     _picture(axes, steps, (0, width, len(rows), 0))
