@@ -328,6 +328,12 @@ def open_ranks(sites: Sequence[Site]) -> list[int]:
     return [int((site.scale != 0).sum()) for site in sites]
 
 
+def split_by_site(flat: Tensor, sites: Sequence[Site]) -> list[Tensor]:
+    """[R] to one [r] per site, each on the site's device."""
+    parts = flat.split([site.rank for site in sites])
+    return [part.to(site.gate.device) for part, site in zip(parts, sites, strict=True)]
+
+
 def agree(decision: Tensor) -> Tensor:
     """Return a decision as the first process has made it, so that rounding does not let processes diverge."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

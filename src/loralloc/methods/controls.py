@@ -30,7 +30,7 @@ from torch import Tensor
 from loralloc.allocate import keep_within, select
 from loralloc.budget import Budget
 from loralloc.gating import Site
-from loralloc.methods.base import Method, modules_of
+from loralloc.methods.base import Method, modules_of, split_by_site
 from loralloc.methods.guards import check_fresh
 from loralloc.naming import places
 from loralloc.schedule import ConstantSchedule
@@ -66,7 +66,7 @@ class FixedRanks(Method):
         ranks, target = modules.ranks, self.budget.resolve(modules)
         scores = self.scores([site.name for site in sites], ranks)
         keep = select(scores, self.budget, modules, target, keep_within)
-        chosen = [kept.to(site.gate.device) for site, kept in zip(sites, keep.split([*ranks]), strict=True)]
+        chosen = split_by_site(keep, sites)
         cure = "start from a fresh adapter, or cut the trained one down with Truncate"
         check_fresh(sites, "closing ranks would change what it computes", cure, [~kept for kept in chosen])
         for site, kept in zip(sites, chosen, strict=True):

@@ -31,7 +31,7 @@ from loralloc.allocate import select
 from loralloc.budget import Budget, Modules
 from loralloc.errors import UserError
 from loralloc.gating import Site
-from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of
+from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of, split_by_site
 from loralloc.methods.guards import check_capacity
 from loralloc.schedule import CutSchedule, phase_steps
 from loralloc.setting_types import Phase, is_number
@@ -154,8 +154,8 @@ class Truncate(Method):
     def _close(self, state: TruncateState, keep: Tensor) -> Tensor:
         """Let only these ranks take part in the model, from now on; returns them."""
         state.kept = keep.cpu()
-        for site, kept in zip(state.sites, state.kept.split([site.rank for site in state.sites]), strict=True):
-            site.set_scale(kept.to(site.gate.device))
+        for site, kept in zip(state.sites, split_by_site(state.kept, state.sites), strict=True):
+            site.set_scale(kept)
         return state.kept
 
 

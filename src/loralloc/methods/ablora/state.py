@@ -12,7 +12,7 @@ from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.ablora.moves import Move, deal, reallocate
 from loralloc.methods.adalora.importance import sensitivity
-from loralloc.methods.base import agree, open_ranks, ranks_by_site
+from loralloc.methods.base import agree, open_ranks, ranks_by_site, split_by_site
 
 
 @dataclass(eq=False)
@@ -62,8 +62,8 @@ class ABLoRAState:
 
     def apply(self) -> None:
         """Enable the open ranks and no others in the model, with the scale of the average starting rank."""
-        for site, part in zip(self.sites, self.open.split([site.rank for site in self.sites]), strict=True):
-            site.set_scale(part.to(site.gate.device), factor=site.scaling_at(self.start) / site.scaling)
+        for site, part in zip(self.sites, split_by_site(self.open, self.sites), strict=True):
+            site.set_scale(part, factor=site.scaling_at(self.start) / site.scaling)
 
     def choose_move(
         self,

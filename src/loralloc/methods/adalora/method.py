@@ -42,7 +42,7 @@ from loralloc.gating import Site
 from loralloc.methods.adalora.importance import per_rank, sensitivity, smooth_
 from loralloc.methods.adalora.penalty import Penalty, penalty_gradient
 from loralloc.methods.adalora.state import AdaLoRAState, Parity, Stack, gate_gain, initialise, stacks_of
-from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of
+from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of, split_by_site
 from loralloc.methods.guards import FROM_THE_START, check_capacity, check_fresh, gradients_gone
 from loralloc.schedule import BudgetSchedule, cubic_schedule
 from loralloc.setting_types import Count, Phase, is_number
@@ -261,7 +261,8 @@ class AdaLoRA(Method):
     def _mask(self, state: AdaLoRAState, keep: Tensor | None) -> None:
         """Let only these triplets take part in the model and in the penalty; all of them where None."""
         everything = torch.ones_like(state.flat_gates(), dtype=torch.bool)
-        for site, kept in zip(state.sites, state.split(everything if keep is None else keep), strict=True):
+        parts = split_by_site(everything if keep is None else keep, state.sites)
+        for site, kept in zip(state.sites, parts, strict=True):
             site.set_scale(kept, gain=gate_gain(site.outputs, self.parity))
         for stack in state.stacks:
             stack.open = None if keep is None else keep.to(stack.positions.device)[stack.positions]

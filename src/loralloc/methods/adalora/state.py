@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loralloc.budget import Modules
 from loralloc.gating import Site
+from loralloc.methods.base import split_by_site
 
 Parity = Literal["adam", "sgd"]
 
@@ -107,18 +108,13 @@ class AdaLoRAState:
         """Whether any parameter of any stack has a gradient."""
         return any(parameter.grad is not None for stack in self.stacks for parameter in stack.parameters)
 
-    def split(self, flat: Tensor) -> Sequence[Tensor]:
-        """[R] to one [r] per site, each on the site's device."""
-        parts = flat.split([site.rank for site in self.sites])
-        return [part.to(site.gate.device) for part, site in zip(parts, self.sites, strict=True)]
-
     @torch.no_grad()
     def zero_gates(self, keep: Tensor) -> None:
         """λ ← 0 outside `keep`. P, Q and the optimizer's moments stay as they are."""
         gates = self.flat_gates()
         torch._foreach_copy_(
             [site.gate for site in self.sites],
-            list(self.split(torch.where(keep.to(gates.device), gates, torch.zeros_like(gates)))),
+            split_by_site(torch.where(keep.to(gates.device), gates, torch.zeros_like(gates)), self.sites),
         )
 
 

@@ -67,6 +67,7 @@ from loralloc.methods.base import (
     any_process,
     average_,
     modules_of,
+    split_by_site,
 )
 from loralloc.methods.controls import uniform_scores
 from loralloc.methods.guards import FROM_THE_START, check_fresh
@@ -204,7 +205,7 @@ class AutoLoRA(Method):
     def finish(self, state: AutoLoRAState, target: int) -> Tensor:
         """Close the ranks below the threshold, or beyond the budget; return those that stay."""
         kept = self._select(state, target)
-        for site, open_ranks in zip(state.sites, state.split(kept), strict=True):
+        for site, open_ranks in zip(state.sites, split_by_site(kept, state.sites), strict=True):
             site.set_scale(open_ranks, gain=site.rank if self.parity else 1)
         state.unwatch()
         return kept

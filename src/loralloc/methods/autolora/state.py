@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loralloc.gating import Site
+from loralloc.methods.base import split_by_site
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,10 @@ class AutoLoRAState:
         """One [r] per site to [n, k]."""
         return nn.utils.rnn.pad_sequence([row.to(self.logits) for row in rows], batch_first=True)
 
-    def split(self, flat: Tensor) -> Sequence[Tensor]:
-        """[R] to one [r] per site, each on the site's device."""
-        parts = flat.split([site.rank for site in self.sites])
-        return [part.to(site.gate.device) for part, site in zip(parts, self.sites, strict=True)]
-
     @torch.no_grad()
     def write_gates(self) -> None:
         """Set gate = softmax(β)."""
-        torch._foreach_copy_(self.gates(), list(self.split(self.shares()[self.real])))
+        torch._foreach_copy_(self.gates(), split_by_site(self.shares()[self.real], self.sites))
 
     def watch(self) -> None:
         """Move the gates' gradients out of `.grad` as they arrive.
