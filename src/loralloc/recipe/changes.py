@@ -20,7 +20,7 @@ FREE = (
     *("evaluate", "training.eval_every"),
     *("training.log_every", "training.save_every"),
     *(f"training.trainer.{name}" for name in ("disable_tqdm", "report_to", "run_name", "project", "save_total_limit")),
-    *(f"training.trainer.{name}" for name in ("logging_dir", "logging_first_step", "log_level", "push_to_hub")),
+    *(f"training.trainer.{name}" for name in ("logging_first_step", "log_level", "push_to_hub")),
 )
 """Keys and sections that do not affect what is trained."""
 JUDGING = ("evaluate", "training.eval_every")
