@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loralloc.allocate import keep_within, select
-from loralloc.budget import AMOUNTS, Budget, Modules
+from loralloc.budget import AMOUNTS, Budget, Modules, total_cost
 from loralloc.errors import UserError
 from loralloc.methods.controls import uniform_scores
 from loralloc.methods.registry import PLAIN_LORA, methods
@@ -213,11 +213,11 @@ def _point(given: Mapping[str, float], recipe: Recipe, shapes: Shapes) -> Point:
             "compare.budgets: max_rank is a cap, and plain LoRA and PEFT's variants have nothing like it; give "
             f"{', '.join(AMOUNTS[:-1])} or {AMOUNTS[-1]} without it"
         )
-    costs, budget = shapes.costs, Budget(**given)  # type: ignore[arg-type]
+    budget = Budget(**given)  # type: ignore[arg-type]
     most = recipe.lora.r if "fraction" in given else NO_LIMIT
     target = budget.resolve(shapes.at(most))
     ranks = uniform_ranks(shapes.at(target // sum(shapes.at(1).costs(budget.unit)) + 1), budget, target)
-    parameters = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    parameters = total_cost(ranks, shapes.costs)
     ((name, value),) = given.items()
     words = f"{value:,} parameters" if name == "parameters" else f"{name.replace('_', ' ')} {value:g}"
     slug = f"r{value:g}" if name == "average_rank" else f"{name.replace('_', '')}{value:g}"

@@ -118,5 +118,5 @@ def _keys(site: Site) -> tuple[str, str, str]:
     return (
         f"{layer}.lora_A.{site.adapter}.weight",
         f"{layer}.lora_B.{site.adapter}.weight",
-        (f"{layer}.lora_gate.{site.adapter}"),
+        f"{layer}.lora_gate.{site.adapter}",
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from loralloc.budget import total_cost
 from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.methods.ablora.moves import Move, deal, reallocate
@@ -52,8 +53,7 @@ class ABLoRAState:
 
     def spare(self, costs: Sequence[int]) -> int:
         """What is left of the budget."""
-        used = zip(ranks_by_site(self.sites, self.open), costs, strict=True)
-        return self.limit - sum(rank * cost for rank, cost in used)
+        return self.limit - total_cost(ranks_by_site(self.sites, self.open), costs)
 
     def generator(self, number: int) -> torch.Generator:
         """Random numbers of one round: the same on every device and in every process."""
