@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 LONGEST, DEEPEST = 512, 32
@@ -123,6 +124,21 @@ def sort_names(config: Any) -> None:
         names = getattr(config, key)
         if isinstance(names, set):
             setattr(config, key, sorted(names))
+
+
+@contextmanager
+def sorted_names(config: Any) -> Iterator[None]:
+    """Have the names of modules in a config sorted inside; what else PEFT does with them needs its sets.
+
+    Args:
+        config: A LoraConfig.
+    """
+    before = config.target_modules, config.exclude_modules
+    sort_names(config)
+    try:
+        yield
+    finally:
+        config.target_modules, config.exclude_modules = before
 
 
 class Place(NamedTuple):

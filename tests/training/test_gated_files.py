@@ -259,3 +259,33 @@ def test_a_compact_model_inside_another_is_saved_and_loaded(tmp_path: Path) -> N
     run.sites[0].A.data.zero_()
     outer.load_state_dict(whole)
     assert same(logits(outer.inner), function)
+
+
+def with_another(model: PeftModel) -> PeftModel:
+    """The model with a second, fresh adapter."""
+    model.add_adapter("other", lora_config("llama"))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])  # the others are approximations
+def test_finished_adapters_are_mixed_by_peft(kind: str, tmp_path: Path) -> None:
+    """PEFT mixes adapters whose configs have sets of names, as it makes them."""
+    trainer, _ = train(tmp_path, max_steps=8)
+    model = with_another(trainer.model)  # type: ignore[arg-type]
+    before = logits(model)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "mixed", combination_type=kind)
+    model.set_adapter("mixed")
+    assert same(logits(model), before)  # the other adapter adds nothing
+
+
+def test_gated_adapters_are_not_mixed() -> None:
+    model = with_another(tiny_peft("llama"))
+    model.add_adapter("third", lora_config("llama"))
+    run = attach(model, TWO_RANKS, total_steps=8)
+    words = 'PEFT would mix the factors of "default" without the gates of the attached rank allocation; finish() it'
+    with pytest.raises(UserError, match=re.escape(words)):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "mixed", combination_type="cat")
+    model.add_weighted_adapter(["other", "third"], [1.0, 1.0], "mixed", combination_type="cat")
+    run.finish()
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "all", combination_type="cat")
+    assert {"mixed", "all"} <= {*model.peft_config}

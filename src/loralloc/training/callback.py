@@ -24,6 +24,7 @@ from loralloc import trace
 from loralloc.errors import UserError
 from loralloc.files import sha256_of, write_atomically
 from loralloc.methods.base import Method
+from loralloc.naming import sorted_names
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
 from loralloc.training.checkpoint import checkpoint_of
@@ -261,7 +262,9 @@ class RankAllocation(TrainerCallback):
         """Rewrite a checkpoint of the last step as the finished run: plain LoRA at its final ranks."""
         assert self.plan is not None
         numbers = unsealed((folder / MARKER).read_bytes())
-        peft_model(model).save_pretrained(str(folder))
+        peft = peft_model(model)
+        with sorted_names(peft.peft_config[self.run.sites[0].adapter]):
+            peft.save_pretrained(str(folder))
         self.plan.save(folder / "ranks.json")
         _describe(folder, FINISHED)
         _mark(folder, {**numbers, "finished": True})

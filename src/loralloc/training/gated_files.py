@@ -4,7 +4,7 @@ Stock PEFT knows no gates: it would save the factors as they are and drop the ga
 in the middle of a run would be another function. As long as gates are attached, `model.save_pretrained` therefore
 writes the adapter with the gates folded into B, as if the run ended there, under PEFT's own names; and the factors and
 gates themselves into `FILE` beside it. `model.load_adapter` reads them back from there. A Trainer uses both for its
-checkpoints, its `save_model` and its best model.
+checkpoints, its `save_model` and its best model. `model.add_weighted_adapter`, which reads the factors, is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loralloc.errors import UserError
 from loralloc.gating import Site, folded, is_gated
-from loralloc.naming import sort_names
+from loralloc.naming import sorted_names
 from loralloc.peft_layers import PREFIX
 from loralloc.unpickling import nothing_unpickled
 
@@ -45,14 +45,15 @@ class GatedFiles:
     def __init__(self, model: PeftModel, sites: Sequence[Site]) -> None:
         self._model, self._sites = model, sites
         _check_alone(model, sites[0].adapter)
-        sort_names(model.peft_config[sites[0].adapter])
         for name in _REPLACED:
             setattr(model, name, getattr(self, name))
+        model.base_model.add_weighted_adapter = self.add_weighted_adapter  # type: ignore[assignment]
 
     def close(self) -> None:
         """Leave saving and loading to PEFT: the gates are folded."""
         for name in _REPLACED:
             vars(self._model).pop(name, None)
+        vars(self._model.base_model).pop("add_weighted_adapter", None)
 
     @torch.no_grad()
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -62,7 +63,8 @@ class GatedFiles:
         arguments.update(arguments.pop("kwargs", {}))
         tensors = arguments.get("state_dict") or self._model.state_dict()
         adapter = self._sites[0].adapter
-        stock(**{**arguments, "state_dict": self._folded(tensors)})  # type: ignore[arg-type]
+        with sorted_names(self._model.peft_config[adapter]):
+            stock(**{**arguments, "state_dict": self._folded(tensors)})  # type: ignore[arg-type]
         if arguments.get("is_main_process", True) and adapter in (arguments.get("selected_adapters") or [adapter]):
             gated = {key: tensors[key].contiguous().cpu() for site in self._sites for key in _keys(site)}
             save_file(gated, self._place(save_directory) / FILE)
@@ -85,6 +87,20 @@ class GatedFiles:
             self._model.load_state_dict(load_file(path), strict=False)
             result.missing_keys.clear()
         return result
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, which mixes factors as they are.
+
+        Raises:
+            UserError: The gated adapter is among those that are mixed.
+        """
+        if self._sites[0].adapter in adapters:
+            raise UserError(
+                f'PEFT would mix the factors of "{self._sites[0].adapter}" without the gates of the attached rank '
+                "allocation; finish() it first"
+            )
+        base: Any = self._model.base_model
+        type(base).add_weighted_adapter(base, adapters, *args, **kwargs)
 
     def _place(self, directory: str | Path) -> Path:
         """Where PEFT keeps the adapter in a folder."""
