@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from models import logits, tiny_llama, tiny_peft
 from trainers import BATCH, adapter_tensors, arguments, build, language_batch, same_tensors, sentences, train
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from loralloc import AdaLoRA, Budget, RankAllocation, UserError
 from loralloc.gating import is_gated
@@ -127,6 +127,22 @@ def test_a_model_that_the_trainer_builds_anew_is_refused(tmp_path: Path) -> None
     words = (
         "the Trainer trains another model than the one the allocation was attached to (model_init makes a new one for "
         "each run); pass model= instead"
+    )
+    with refuses(words):
+        trainer.train()
+
+
+def test_smaller_batches_after_the_first_steps_are_refused_with_their_size(tmp_path: Path) -> None:
+    class RunOut(TrainerCallback):
+        def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer, _ = build(tmp_path, callbacks=[RunOut()], auto_find_batch_size=True, per_device_train_batch_size=16)
+    words = (
+        "memory ran out after 2 steps, and auto_find_batch_size begins anew with batches of 14, but ranks have been "
+        "allocated by then; start over with a new model, callback and Trainer, with per_device_train_batch_size=14 and "
+        "auto_find_batch_size=False"
     )
     with refuses(words):
         trainer.train()

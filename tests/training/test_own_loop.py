@@ -44,6 +44,18 @@ def test_an_optimizer_built_before_attach_is_refused_as_soon_as_it_is_shown() ->
     step(model, run, optimizer_of(model))  # the cure
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", [TWO_RANKS, AdaLoRA(TWO_RANKS.budget, importance="sensitivity")])
+def test_a_model_may_be_cast_after_attach(method: Method, dtype: torch.dtype) -> None:
+    """A Trainer does so with bf16_full_eval, where it evaluates before it trains."""
+    model = tiny_peft("llama").train()
+    run = attach(model, method, total_steps=8)
+    optimizer = optimizer_of(model.to(dtype))
+    for _ in range(8):
+        step(model, run, optimizer)
+    assert run.finish().total_rank == 12
+
+
 @pytest.mark.parametrize("steps", [4, 30])
 def test_an_optimizer_that_is_never_shown_is_noticed_by_what_it_does(steps: int) -> None:
     model = tiny_peft("llama").train()

@@ -150,6 +150,13 @@ class RankAllocation(TrainerCallback):
                 "one for each run); pass model= instead"
             )
         if state.global_step == 0 and run.step > 0:
+            if args.auto_find_batch_size:
+                raise UserError(
+                    f"memory ran out after {run.step} steps, and auto_find_batch_size begins anew with batches of "
+                    f"{state.train_batch_size}, but ranks have been allocated by then; start over with a new model, "
+                    f"callback and Trainer, with per_device_train_batch_size={state.train_batch_size} and "
+                    "auto_find_batch_size=False"
+                )
             raise UserError(
                 f"this allocation stopped after {run.step} steps of an earlier train(); go on with "
                 "resume_from_checkpoint=True, or start over with a new model, callback and Trainer"

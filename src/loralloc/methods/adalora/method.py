@@ -241,7 +241,7 @@ class AdaLoRA(Method):
             gains = [gate_gain(site.outputs, self.parity) for site in state.sites]
             ranks = torch.tensor([site.rank for site in state.sites])
             return gates.abs() * torch.tensor(gains, dtype=gates.dtype).repeat_interleave(ranks).to(gates.device)
-        scores = torch.zeros_like(gates)
+        scores = torch.zeros_like(gates, dtype=state.stacks[0].mean.dtype)  # gates may have been cast since
         for stack in state.stacks:
             # Eq. 13: s(w) = Ī · Ū; eq. 9 averages it over the entries of a triplet's P and Q.
             elements = stack.mean * stack.uncertainty if self.importance == "smoothed" else stack.mean
