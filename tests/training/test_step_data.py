@@ -62,6 +62,23 @@ class TestReplay:
             model(**labelled_batch("llama", part), num_items_in_batch=torch.tensor(40)).loss.backward()
         assert matches(data)
 
+    def test_a_batch_whose_gradients_the_loop_has_dropped_does_not_count(self) -> None:
+        """As in a loop, or a Trainer with auto_find_batch_size, that goes on after it has run out of memory."""
+        model, data = watched()
+        model(**labelled_batch("llama", 7)).loss.backward()
+        model.zero_grad()
+        for part in range(2):
+            (model(**labelled_batch("llama", part)).loss / 2).backward()
+        assert len(list(data.train_losses())) == 2
+        assert matches(data)
+
+    def test_passes_before_one_backward_are_one_step(self) -> None:
+        model, data = watched()
+        losses = [model(**labelled_batch("llama", part)).loss for part in range(2)]
+        torch.stack(losses).sum().backward()
+        assert len(list(data.train_losses())) == 2
+        assert matches(data)
+
     def test_positional_inputs_count(self) -> None:
         model, data = watched()
         batch = labelled_batch("llama")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,7 +110,8 @@ class ObservedData:
     """The `StepData` of a run.
 
     It keeps the inputs of every forward pass of a step (references, no copies) and the gradient that arrives at its
-    loss. A pass whose loss is never differentiated, such as an evaluation, does not count for the step.
+    loss. A pass whose loss is never differentiated, such as an evaluation, does not count for the step. Nor does one
+    whose gradients were set to None before the next pass.
 
     Args:
         model: The model that is trained.
@@ -272,7 +274,15 @@ class ObservedData:
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the model is called with while gradients are recorded."""
         if torch.is_grad_enabled() and not self._looking:
+            if any(pass_.weights for pass_ in self._seen) and not self._has_gradients():
+                # The loop has dropped its gradients, as one does that has run out of memory.
+                self._seen = [pass_ for pass_ in self._seen if not pass_.weights]
             self._seen.append(_Seen(args, dict(kwargs), random_state(), _autocast(self.device)))
+
+    def _has_gradients(self) -> bool:
+        """Whether anything has one; the adapter is asked first, since a large model has many parameters."""
+        adapter = (factor for site in self.sites for factor in (site.B, site.A))
+        return any(parameter.grad is not None for parameter in chain(adapter, self.model.parameters()))
 
     def _follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Record the gradient of the loss when it arrives."""
