@@ -30,7 +30,8 @@ from adalora_loop import (
     model_of,
     sgd,
 )
-from peft import LoraConfig, get_peft_model
+from models import tiny_llama
+from peft import EvaConfig, LoraConfig, get_peft_model
 from reference.adalora import penalty as penalty_of_twin
 from torch import nn
 
@@ -366,6 +367,21 @@ def test_settings_out_of_range_are_refused(settings, message):
 def test_a_run_of_one_step_is_refused():
     with pytest.raises(UserError, match=r"at least \d optimizer steps, the run has 1"):
         attach(model_of(), AdaLoRA(Budget(total_rank=TARGET)), 1)
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva initialization")
+@pytest.mark.parametrize("start", ["eva", "gaussian"])
+def test_an_adapter_that_was_computed_from_data_is_refused(start):
+    """One that was drawn in another way is not: AdaLoRA draws it anew."""
+    given = {"eva_config": EvaConfig()} if start == "eva" else {}
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start, **given)
+    model = get_peft_model(tiny_llama(), config)
+    method = AdaLoRA(Budget(average_rank=1))
+    if start == "gaussian":
+        attach(model, method, STEPS)
+        return
+    with pytest.raises(UserError, match=r'"eva" computes A from data, and AdaLoRA would draw it anew; use .* ABLoRA$'):
+        attach(model, method, STEPS)
 
 
 def test_a_trained_adapter_is_refused_and_left_as_it_was():

@@ -44,6 +44,23 @@ def check_fresh(sites: Sequence[Site], reason: str, cure: str, closed: Sequence[
     )
 
 
+def check_drawn_at_random(sites: Sequence[Site], reason: str) -> None:
+    """Refuse an adapter whose A was computed from data.
+
+    Args:
+        sites: The gated layers.
+        reason: Why the method does not allow that.
+
+    Raises:
+        UserError: It was.
+    """
+    if sites[0].start == "eva":
+        raise UserError(
+            f'init_lora_weights="eva" computes A from data, and {reason}; use LoraConfig(init_lora_weights=True), or a '
+            "method that trains A as it is, such as ABLoRA"
+        )
+
+
 def check_capacity(sites: Sequence[Site], reason: str) -> None:
     """Refuse modules with more ranks than dimensions.
 

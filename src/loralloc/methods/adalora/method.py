@@ -43,7 +43,7 @@ from loralloc.methods.adalora.importance import per_rank, sensitivity, smooth_
 from loralloc.methods.adalora.penalty import Penalty, penalty_gradient
 from loralloc.methods.adalora.state import AdaLoRAState, Parity, Stack, gate_gain, initialise, stacks_of
 from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of, split_by_site
-from loralloc.methods.guards import FROM_THE_START, check_capacity, check_fresh, gradients_gone
+from loralloc.methods.guards import FROM_THE_START, check_capacity, check_drawn_at_random, check_fresh, gradients_gone
 from loralloc.schedule import BudgetSchedule, cubic_schedule
 from loralloc.setting_types import Count, Phase, is_number
 
@@ -129,9 +129,11 @@ class AdaLoRA(Method):
         """Draw Q and set P or λ to 0; the adapted model equals the base model.
 
         Raises:
-            UserError: An adapter has been trained already, or has more ranks than its layer has dimensions.
+            UserError: An adapter has been trained already, was computed from data, or has more ranks than its layer has
+                dimensions.
         """
         check_fresh(sites, "AdaLoRA would draw it anew", FROM_THE_START)
+        check_drawn_at_random(sites, "AdaLoRA would draw it anew")
         check_capacity(sites, "more rows than that cannot be orthonormal")
         # ΔW = P Λ Q, with ΔW = 0 at first.
         for site in sites:
