@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 # The libraries read these when they are imported, so they come before the imports; subprocesses inherit them.
@@ -31,7 +31,6 @@ os.environ.pop("FORCE_COLOR", None)
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 from variants import mark_slow  # noqa: E402
@@ -75,19 +74,6 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps one precision a process, and the data loader in which an interrupted training stopped."""
-    _forget_accelerate()
-    yield
-    _forget_accelerate()
-
-
-def _forget_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

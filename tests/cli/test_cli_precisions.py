@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -33,6 +34,14 @@ PRECISIONS = {
     "fp16 weights": ("--model.dtype", "float16"),
 }
 WEIGHTS = {"bf16 weights": torch.bfloat16, "fp16 weights": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def one_precision_a_test() -> Iterator[None]:
+    """accelerate keeps one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("unreported")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from models import BUILDERS, on_layer, train_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_ablation import LAYERS, all_ablations, model_of, naive, padded, scorer, trained_gates
@@ -125,12 +126,14 @@ def test_models_that_share_nothing_are_walked(name: str) -> None:
 
 @pytest.mark.parametrize(("mixed", "passes"), [("no", False), ("bf16", True)])
 def test_walks_are_compared_in_the_precision_that_accelerate_has_set(mixed: str, passes: bool) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
     model, sites = model_of("llama")
     Accelerator(cpu=True, mixed_precision=mixed).prepare_model(model)
     scored = scorer(model, sites, [padded("llama")])
     sums = scored._sums
     scored._sums = lambda *args: 1.01 * sums(*args)  # about what bf16 rounds away
     assert scored.check_walk() is passes
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize(("change", "passes"), [(lambda layers: None, False), (_share, True)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import labelled_batch, tiny_llama, tiny_peft, token_batch
 from peft import PeftModel
@@ -54,6 +55,14 @@ METHODS: Mapping[str, Callable[[Any], Method]] = {
 }
 PRECISIONS = ("fp32", "bf16 autocast", "fp16 autocast", "bf16 weights", "bf16 weights, bf16 autocast", "fp16 weights")
 DTYPES = {"bf16 weights": torch.bfloat16, "bf16 weights, bf16 autocast": torch.bfloat16, "fp16 weights": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def one_precision_a_test() -> Iterator[None]:
+    """accelerate keeps one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def in_trainer(model: PeftModel, make: Callable[[Any], Method], precision: str, folder: Path) -> None:

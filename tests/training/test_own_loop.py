@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState
 from models import labelled_batch, tiny_peft
 from peft import PeftModel
 from torch import Tensor, nn
@@ -97,6 +98,7 @@ def test_the_run_ends_where_it_was_planned_to() -> None:
 
 def accelerated(method: Method, mixed_precision: str = "no") -> tuple[PeftModel, AllocationRun]:
     """The README's loop under accelerate: 16 micro-batches, 4 of them a step."""
+    _forget_accelerate()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4, mixed_precision=mixed_precision)
     model = tiny_peft("llama").train()
     run = attach(model, method, total_steps=4)
@@ -111,7 +113,14 @@ def accelerated(method: Method, mixed_precision: str = "no") -> tuple[PeftModel,
             optimizer.zero_grad()
         stepped.append(run.step)
     assert stepped == [index // 4 for index in range(1, 17)]
+    _forget_accelerate()
     return model, run
+
+
+def _forget_accelerate() -> None:
+    """Drop the one precision of the process, and the data loader in which an interrupted training has stopped."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 METHODS: dict[str, Method] = {

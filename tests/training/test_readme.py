@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from models import VOCABULARY, labelled_batch, tiny_bert
 from peft import LoraConfig, PeftModel, get_peft_model
 from trainers import class_batch, language_batch, sentences
@@ -34,6 +36,14 @@ def arguments(**settings: Any) -> TrainingArguments:
     return TrainingArguments(
         output_dir="out", max_steps=8, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", **settings
     )
+
+
+@pytest.fixture(autouse=True)
+def one_precision_a_test() -> Iterator[None]:
+    """accelerate keeps one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("bf16", [True, False])

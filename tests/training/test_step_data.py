@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from models import labelled_batch, tiny_peft
 from torch import Tensor, nn
 
@@ -111,11 +112,13 @@ class TestReplay:
     @pytest.mark.parametrize(("mixed", "expected"), [("no", torch.float32), ("bf16", torch.bfloat16)])
     def test_the_precision_is_that_of_accelerates_autocast_too(self, mixed: str, expected: torch.dtype) -> None:
         """It is in the model's forward, where nothing around the model can see it."""
+        AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
         model, data = watched()
         prepared = Accelerator(cpu=True, mixed_precision=mixed).prepare_model(model)
         prepared(**labelled_batch("llama")).loss.backward()
         assert data.precision() == expected
         assert prepared_dtype(model) == (None if mixed == "no" else expected)
+        AcceleratorState._reset_state(reset_partial_state=True)
 
     def test_only_what_was_learned_from_is_the_steps(self) -> None:
         """Neither an evaluation nor a pass whose loss nobody differentiates."""
