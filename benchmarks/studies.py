@@ -64,6 +64,7 @@ ROWS: Mapping[str, Rows] = {
     "qnli_rank4": Rows("qnli/dev", None, 3000, 1500),
     "smollm2": Rows("e2e_nlg/train", "e2e_nlg/test", 1000, 100),
     "bc5cdr": Rows("bc5cdr/train", "bc5cdr/test", 3000, 600),
+    "bc5cdr_rank4": Rows("bc5cdr/train", "bc5cdr/test", 3000, 600),
 }
 """Rows of the studies with data in files; the demo's task makes its own."""
 
