@@ -281,6 +281,19 @@ def test_an_adapter_narrower_than_the_model_is_allowed_its_own_rounding(
         export_adapter(model, tmp_path / "adapter", profile)
 
 
+def test_devices_without_a_part_of_the_model_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would begin to use every one of them, and warn."""
+    model = tiny_peft("llama", trained=True)
+    monkeypatch.setattr("torch.random._fork_rng_warned_already", False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"device {device}"))
+    before = torch.get_rng_state()
+    with check_module.computing_plainly(model):
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("profile", ["ragged", "merged"])
 def test_a_model_that_amplifies_rounding_is_allowed_what_rounding_does_to_it(
     profile: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -140,13 +140,14 @@ def computing_plainly(model: nn.Module) -> Iterator[None]:
     wrapped = [m for m in model.modules() if "_original_forward" in vars(m) and "forward" in vars(m)]
     forwards = [module.forward for module in wrapped]
     device = next(model.parameters()).device.type
+    used = {parameter.device.index for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
     for module in wrapped:
         module.forward = vars(module)["_original_forward"]
     try:
         with (
             evaluating(model),
             dequantized(model),
-            torch.random.fork_rng(),
+            torch.random.fork_rng(used),  # all devices, without a list, and each would get a context of this process
             torch.autocast(device, enabled=False),
             torch.no_grad(),
         ):

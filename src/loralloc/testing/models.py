@@ -77,7 +77,7 @@ def tiny_bert(seed: int = 0, *, layers: int = 2, dtype: torch.dtype = torch.floa
 
 def seeded(model: type[PreTrainedModel], config: PretrainedConfig, seed: int) -> Any:
     """Build with weights that depend on the seed alone; larger than usual, so that logits are of order one."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built: Any = model(config)
         for parameter in built.parameters():
@@ -117,7 +117,7 @@ def adapted(tiny: Tiny, *, seed: int = 0, dtype: torch.dtype = torch.float32, **
     key = repr((tiny.build, seed, dtype, sorted(settings.items())))
     if key not in _built:
         base = tiny.build(seed, dtype=dtype)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             _built[key] = get_peft_model(base, lora_config(tiny, **settings)).eval()  # type: ignore[assignment]
     return deepcopy(_built[key])
