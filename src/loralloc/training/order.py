@@ -7,6 +7,7 @@ on to the end, with ranks that mean nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class StepOrder:
                 "attach() as many total_steps as optimizer.step() updates the weights (with gradient accumulation, "
                 "once in several batches)"
             )
-        if not self._has_seen_gradients and not self._has_gradients():
+        if not self._has_seen_gradients and not has_gradients(self._model, self._sites):
             raise UserError(
                 "nothing that is trained has a gradient in before_step(): the ranks would be allocated without them; "
                 f"call in every step: {ORDER}"
@@ -107,7 +108,13 @@ class StepOrder:
             forget(optimizer)
         self.open, self.skipped, self.sound = False, False, None
 
-    def _has_gradients(self) -> bool:
-        """Whether anything has one; the adapter is asked first, since a large model has many parameters."""
-        adapter = (parameter for site in self._sites for parameter in (site.B, site.A, site.gate))
-        return any(p.grad is not None for p in adapter) or any(p.grad is not None for p in self._model.parameters())
+
+def has_gradients(model: nn.Module, sites: Sequence[Site]) -> bool:
+    """Whether anything has a gradient; the adapter is asked first, since a large model has many parameters.
+
+    Args:
+        model: The model that is trained.
+        sites: Its gated layers.
+    """
+    adapter = (parameter for site in sites for parameter in (site.B, site.A, site.gate))
+    return any(parameter.grad is not None for parameter in chain(adapter, model.parameters()))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +23,7 @@ from loralloc.methods.validation import IGNORED, check_batch, check_labels, chec
 from loralloc.sharding import compute_dtypes, is_sharded
 from loralloc.training.ablation import AblationScorer
 from loralloc.training.losses import SampleLoss, next_log_probs
+from loralloc.training.order import has_gradients
 from loralloc.training.precision import prepared_dtype
 
 Batch = Mapping[str, Any]
@@ -274,15 +274,10 @@ class ObservedData:
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the model is called with while gradients are recorded."""
         if torch.is_grad_enabled() and not self._looking:
-            if any(pass_.weights for pass_ in self._seen) and not self._has_gradients():
+            if any(pass_.weights for pass_ in self._seen) and not has_gradients(self.model, self.sites):
                 # The loop has dropped its gradients, as one does that has run out of memory.
                 self._seen = [pass_ for pass_ in self._seen if not pass_.weights]
             self._seen.append(_Seen(args, dict(kwargs), random_state(), _autocast(self.device)))
-
-    def _has_gradients(self) -> bool:
-        """Whether anything has one; the adapter is asked first, since a large model has many parameters."""
-        adapter = (factor for site in self.sites for factor in (site.B, site.A))
-        return any(parameter.grad is not None for parameter in chain(adapter, self.model.parameters()))
 
     def _follow(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Record the gradient of the loss when it arrives."""
