@@ -269,13 +269,14 @@ GONE = (
 )
 
 
-def test_the_reference_order_asks_for_gradients_that_are_gone():
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_reference_order_asks_for_gradients_that_are_gone(set_to_none):
     """Zeros in their place would keep all ranks of the first modules."""
     loop = Loop(method_of(order="reference"))
     loop.backward()
     loop.run.before_step()
     loop.optimizer.step()
-    loop.optimizer.zero_grad()
+    loop.optimizer.zero_grad(set_to_none)
     with pytest.raises(UserError, match=GONE):
         loop.run.after_step()
 

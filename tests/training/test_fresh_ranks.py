@@ -136,11 +136,12 @@ def test_the_rate_is_that_of_the_step_whatever_a_scheduler_sets_after_it(name):
     assert all(torch.equal(a, b) for a, b in zip(usual.values(), early.values(), strict=True))
 
 
-def test_gradients_that_are_gone_are_asked_for():
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_are_gone_are_asked_for(set_to_none):
     pair = Pair(UPDATES["nadam"])
     pair.open()
     pair.step(0, correct=False)
-    pair.optimizer.zero_grad()
+    pair.optimizer.zero_grad(set_to_none)
     with pytest.raises(UserError, match=r"which are gone: call run.after_step\(optimizer\) before optimizer.zero"):
         pair.ranks.after_step(pair.optimizer)
 

@@ -57,12 +57,17 @@ def in_order(run: AllocationRun, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
+def zeroed(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad(set_to_none=False)
+
+
 LOOPS: dict[str, tuple[Step, str]] = {
     "no before_step": (lambda run, optimizer: (optimizer.step(), run.after_step(optimizer)), WITHOUT_BEFORE),
     "no after_step": (lambda run, optimizer: (run.before_step(optimizer), optimizer.step()), WITHOUT_AFTER),
     "before_step twice": (lambda run, optimizer: [run.before_step(optimizer) for _ in range(2)], WITHOUT_AFTER),
     "after_step twice": (lambda run, optimizer: (in_order(run, optimizer), run.after_step(optimizer)), WITHOUT_BEFORE),
     "cleared first": (lambda run, optimizer: (optimizer.zero_grad(), in_order(run, optimizer)), NO_GRADIENTS),
+    "zeroed first": (lambda run, optimizer: (zeroed(optimizer), in_order(run, optimizer)), NO_GRADIENTS),
 }
 
 

@@ -63,11 +63,12 @@ class TestReplay:
             model(**labelled_batch("llama", part), num_items_in_batch=torch.tensor(40)).loss.backward()
         assert matches(data)
 
-    def test_a_batch_whose_gradients_the_loop_has_dropped_does_not_count(self) -> None:
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    def test_a_batch_whose_gradients_the_loop_has_dropped_does_not_count(self, set_to_none: bool) -> None:
         """As in a loop, or a Trainer with auto_find_batch_size, that goes on after it has run out of memory."""
         model, data = watched()
         model(**labelled_batch("llama", 7)).loss.backward()
-        model.zero_grad()
+        model.zero_grad(set_to_none)
         for part in range(2):
             (model(**labelled_batch("llama", part)).loss / 2).backward()
         assert len(list(data.train_losses())) == 2

@@ -93,3 +93,14 @@ def gradients_gone(use: str) -> UserError:
         use: What they are used for: a clause that ends with them.
     """
     return UserError(f"{use}, which are gone: call run.after_step(optimizer) before optimizer.zero_grad()")
+
+
+def is_cleared(parameter: Tensor, version: int) -> bool:
+    """Whether a parameter has lost its gradient since, or holds zeros that were written over it.
+
+    Args:
+        parameter: A parameter that had a gradient.
+        version: The gradient's `_version` then: `zero_grad(set_to_none=False)` writes, torch's optimizers do not.
+    """
+    gradient = parameter.grad
+    return gradient is None or (gradient._version != version and not gradient.any())

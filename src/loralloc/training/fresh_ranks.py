@@ -54,7 +54,7 @@ class FreshRanks:
     def __init__(self, sites: Sequence[Site], restarts: bool = False) -> None:
         self.sites, self._restarts = sites, restarts
         self._ages: dict[int, tuple[Tensor, Tensor]] = {}  # site -> (positions of its fresh ranks, their ages)
-        self._before: dict[int, list[Tensor | None]] = {}
+        self._before: dict[int, list[tuple[Tensor, int] | None]] = {}
         self._optimizer: torch.optim.Optimizer | None = None  # the last one that was shown
         self._groups: dict[int, Group] = {}  # of each parameter of the optimizer, before the step
         self._youngest = 0
@@ -99,7 +99,7 @@ class FreshRanks:
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Copy the values of fresh ranks before the step, in parameters that have a gradient.
+        """Copy the values of fresh ranks before the step, and note the version of the gradient, where there is one.
 
         Args:
             optimizer: The optimizer, or accelerate's wrapper of it; its rate is lowered in a warm-up. None for the last
@@ -112,7 +112,7 @@ class FreshRanks:
         self._groups = _groups(self._optimizer) if self._ages and self._optimizer is not None else {}
         for index, (fresh, _) in self._ages.items():
             self._before[index] = [
-                None if parameter.grad is None else parameter.index_select(dim, fresh)
+                None if parameter.grad is None else (parameter.index_select(dim, fresh), parameter.grad._version)
                 for parameter, dim in _parameters(self.sites[index])
             ]
 
@@ -137,14 +137,15 @@ class FreshRanks:
             return
         groups = groups or _groups(inner)
         for index, rows in before.items():
-            if all(old is None for old in rows):  # the layer took no part
+            if all(row is None for row in rows):  # the layer took no part
                 continue
             fresh, age = self._ages[index]
             age += 1
-            for (parameter, dim), old in zip(_parameters(self.sites[index]), rows, strict=True):
+            for (parameter, dim), row in zip(_parameters(self.sites[index]), rows, strict=True):
                 state, group = inner.state.get(parameter, {}), groups.get(id(parameter))
-                if old is not None and group is not None and "exp_avg" in state:
-                    new = rule.update(Rows(old, parameter, state, group, fresh, age, dim))
+                if row is not None and group is not None and "exp_avg" in state:
+                    old, version = row
+                    new = rule.update(Rows(old, parameter, state, group, fresh, version, age, dim))
                     parameter.index_copy_(dim, fresh, new.to(old.dtype))
         self._youngest += 1
         if all(rule.outgrown(group, self._youngest) for group in inner.param_groups):

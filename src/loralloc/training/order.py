@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
@@ -110,11 +111,19 @@ class StepOrder:
 
 
 def has_gradients(model: nn.Module, sites: Sequence[Site]) -> bool:
-    """Whether anything has a gradient; the adapter is asked first, since a large model has many parameters.
+    """Whether anything has a gradient, other than the zeros that `zero_grad(set_to_none=False)` writes over it.
+
+    The adapter is asked first, since a large model has many parameters.
 
     Args:
         model: The model that is trained.
         sites: Its gated layers.
     """
     adapter = (parameter for site in sites for parameter in (site.B, site.A, site.gate))
-    return any(parameter.grad is not None for parameter in chain(adapter, model.parameters()))
+    gradients = (parameter.grad for parameter in chain(adapter, model.parameters()))
+    return any(gradient is not None and _is_left(gradient) for gradient in gradients)
+
+
+def _is_left(gradient: Tensor) -> bool:
+    """Whether zeros have not been written over a gradient; the part of a sharded one that is here cannot say."""
+    return isinstance(gradient, DTensor) or gradient._version == 0 or bool(gradient.any())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralloc.methods.guards import gradients_gone
+from loralloc.methods.guards import gradients_gone, is_cleared
 
 Group = Mapping[str, Any]
 
@@ -31,6 +31,7 @@ class Rows:
         state: The optimizer's state of the parameter, after the step.
         group: The parameter's group, as in the step.
         chosen: Which ranks, int64.
+        version: The gradient's `_version` before the step.
         age: Steps that each of them has taken, this one included.
         dim: The dimension along which ranks lie.
     """
@@ -40,6 +41,7 @@ class Rows:
     state: Mapping[str, Any]
     group: Group
     chosen: Tensor
+    version: int
     age: Tensor
     dim: int
 
@@ -76,7 +78,7 @@ class Rows:
         Raises:
             UserError: It has been cleared already.
         """
-        if self.parameter.grad is None:
+        if self.parameter.grad is None or is_cleared(self.parameter, self.version):
             raise gradients_gone("the step of new ranks is computed again from its gradients")
         found = self.parameter.grad.index_select(self.dim, self.chosen)
         found = -found if self.group["maximize"] else found

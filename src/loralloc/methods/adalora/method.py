@@ -43,7 +43,14 @@ from loralloc.methods.adalora.importance import per_rank, sensitivity, smooth_
 from loralloc.methods.adalora.penalty import Penalty, penalty_gradient
 from loralloc.methods.adalora.state import AdaLoRAState, Parity, Stack, gate_gain, initialise, stacks_of
 from loralloc.methods.base import Decision, Method, StepContext, agree, modules_of, split_by_site
-from loralloc.methods.guards import FROM_THE_START, check_capacity, check_drawn_at_random, check_fresh, gradients_gone
+from loralloc.methods.guards import (
+    FROM_THE_START,
+    check_capacity,
+    check_drawn_at_random,
+    check_fresh,
+    gradients_gone,
+    is_cleared,
+)
 from loralloc.schedule import BudgetSchedule, cubic_schedule
 from loralloc.setting_types import Count, Phase, is_number
 
@@ -158,7 +165,7 @@ class AdaLoRA(Method):
                 # Algorithm 1: importance from this step's weights and gradients.
                 self._measure(stack, weights, stack.gradients(), now.sound)
         state.measure_after_step = measure and self.order == "reference"
-        state.had_gradients = state.has_gradients()
+        state.gradients = state.versions() if state.measure_after_step else ()
 
     def on_step(self, state: AdaLoRAState, now: StepContext) -> Decision | None:
         """Close the least important triplets when the schedule says so.
@@ -169,7 +176,7 @@ class AdaLoRA(Method):
         schedule, step = now.schedule, now.step
         assert isinstance(schedule, BudgetSchedule)
         if state.measure_after_step:  # the public code multiplies the gradient with the weight after its update
-            if state.had_gradients and not state.has_gradients():  # zeros in their place would keep the first ranks
+            if state.gradients and all(is_cleared(*had) for had in state.gradients):  # zeros keep the first ranks
                 raise gradients_gone('AdaLoRA(order="reference") measures ranks by the gradients of the step just made')
             for stack in state.stacks:
                 self._measure(stack, stack.weights(), stack.gradients(), now.sound)

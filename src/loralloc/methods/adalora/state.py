@@ -86,7 +86,7 @@ class AdaLoRAState:
         modules: What the budget must know of them, at the start.
         final: The final selection, boolean [R]; None until it is made.
         measure_after_step: Whether the current step's sensitivities are still to be measured (order `reference`).
-        had_gradients: Whether anything had a gradient before the current step.
+        gradients: The parameters that had a gradient before the current step, and its version (see `is_cleared`).
         compact: Whether closed triplets are out of the tensors; their scores have gone with them.
     """
 
@@ -95,7 +95,7 @@ class AdaLoRAState:
     modules: Modules
     final: Tensor | None = None
     measure_after_step: bool = False
-    had_gradients: bool = False
+    gradients: Sequence[tuple[Tensor, int]] = ()
     compact: bool = False
 
     @torch.no_grad()
@@ -104,9 +104,10 @@ class AdaLoRAState:
         device = self.sites[0].gate.device
         return torch.cat([site.gate.to(device) for site in self.sites])
 
-    def has_gradients(self) -> bool:
-        """Whether any parameter of any stack has a gradient."""
-        return any(parameter.grad is not None for stack in self.stacks for parameter in stack.parameters)
+    def versions(self) -> list[tuple[Tensor, int]]:
+        """The parameters that have a gradient, and its version."""
+        parameters = (parameter for stack in self.stacks for parameter in stack.parameters)
+        return [(p, p.grad._version) for p in parameters if p.grad is not None]
 
     @torch.no_grad()
     def zero_gates(self, keep: Tensor) -> None:
