@@ -15,6 +15,7 @@ import pytest
 
 from loralloc.cli import checks, terminal
 from loralloc.recipe import run as pipeline
+from loralloc.training import processes
 
 from .command import PLAIN, RECIPE, done, files, refused
 
@@ -92,6 +93,7 @@ def test_several_processes_look_at_the_folder_together(
     recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that refused it before the others would leave them waiting; `recipe.run` checks where all are told."""
+    processes.join()  # alone: with the variable below set, accelerate would wait for the others
     looked = []
     monkeypatch.setattr(checks, "check_output", lambda *_: looked.append(True))
     for act in ("run", "rehearse"):
