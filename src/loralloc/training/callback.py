@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from loralloc import trace
 from loralloc.errors import UserError
@@ -39,8 +39,8 @@ from loralloc.training.step_data import CollatedBatches, random_state_kept
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
 """Files beside each checkpoint: the allocation's state. The marker says whether the run had finished."""
 
-LISTED = (".safetensors", ".pt")
-"""Endings of the files whose checksums the marker has: weights, optimizer and schedule, which one process writes."""
+LISTED = (".safetensors", ".pt", "rng_state.pth")
+"""Endings of the files whose checksums the marker has: what one process writes. Several write their own generators."""
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 """What reading a checkpoint's state raises where it is not there, or damaged."""
 _P = ParamSpec("_P")
@@ -135,6 +135,7 @@ class RankAllocation(TrainerCallback):
             keep_adapter_whole(trainer)
             trainer.evaluate = self._without_a_trace(trainer.evaluate)
             trainer.predict = self._without_a_trace(trainer.predict)
+            trainer.train = self._from_usable(trainer.train, Path(args.output_dir or "."))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -242,6 +243,22 @@ class RankAllocation(TrainerCallback):
 
         return quiet
 
+    def _from_usable(self, train: Callable[..., _T], output: Path) -> Callable[..., _T]:
+        """Have a training look first at the checkpoint to resume from: a Trainer fails at what was cut off."""
+
+        @functools.wraps(train)
+        def checked(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> _T:
+            newest = resume_from_checkpoint is True
+            folder = get_last_checkpoint(str(output)) if newest and output.is_dir() else resume_from_checkpoint
+            if folder and folder is not True and self.plan is None:
+                try:
+                    _check_usable(Path(folder))
+                except UNUSABLE as error:
+                    raise _unusable(Path(folder), error) from error
+            return train(resume_from_checkpoint, *args, **kwargs)
+
+        return checked
+
     def _save_with(self, state: TrainerState) -> None:
         """Have the allocation's state written into each checkpoint right after the Trainer's own, which comes last.
 
@@ -279,17 +296,7 @@ class RankAllocation(TrainerCallback):
             write_manifest(folder, read_manifest(folder))
 
     def _resume(self, folder: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
-        try:
-            self.run.load_state_dict(*_read_state(folder, step), optimizer)
-        except UserError:
-            raise
-        except UNUSABLE as error:
-            usable = _newest_usable(folder.parent)
-            cure = "" if usable is None else f"; the newest there is resume_from_checkpoint={str(usable)!r}"
-            raise UserError(
-                f"{folder} has no usable rank-allocation state ({type(error).__name__}: {error}); resume from a "
-                f"checkpoint that was written with this callback, in the same output_dir{cure}"
-            ) from error
+        self.run.load_state_dict(*_read_state(folder, step), optimizer)
         if self._trace is None or not self._writes:
             return
         if not trace.rewind(self._trace, self.run.step):
@@ -303,7 +310,7 @@ class RankAllocation(TrainerCallback):
 
 def _mark(folder: Path, numbers: dict[str, Any]) -> None:
     """Write the marker, with the checksums of what else is there: a damaged checkpoint is not resumed from."""
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.suffix in LISTED}
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name.endswith(LISTED)}
     write_atomically(folder / MARKER, sealed({**numbers, "files": files}))
 
 
@@ -322,13 +329,23 @@ def _read_state(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, A
     return load_file(folder / TENSORS), numbers
 
 
-def _newest_usable(output: Path) -> Path | None:
-    """The newest checkpoint of an output folder whose state can be read; None where there is none."""
-    for path in map(Path, reversed(sort_checkpoints(str(output)))):
+def _check_usable(folder: Path) -> None:
+    """Read what the Trainer and the allocation need to know of a checkpoint; raises one of `UNUSABLE`."""
+    _read_state(folder, TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step)
+
+
+def _unusable(folder: Path, error: Exception) -> UserError:
+    """The refusal of a checkpoint, with the newest one in its output folder that is usable, if there is one."""
+    cure = ""
+    for path in map(Path, reversed(sort_checkpoints(str(folder.parent)))):
         with suppress(*UNUSABLE):
-            _read_state(path, int(path.name.removeprefix("checkpoint-")))
-            return path
-    return None
+            _check_usable(path)
+            cure = f"; the newest there is resume_from_checkpoint={str(path)!r}"
+            break
+    return UserError(
+        f"{folder} has no usable rank-allocation state ({type(error).__name__}: {error}); resume from a checkpoint "
+        f"that was written with this callback, in the same output_dir{cure}"
+    )
 
 
 def _describe(folder: Path, text: str) -> None:
