@@ -33,6 +33,25 @@ def closest(word: str, choices: Iterable[str]) -> str:
     return f' Did you mean "{found[0]}"?' if found else ""
 
 
+def listed(names: Iterable[str], word: str = "and") -> str:
+    """Join names, at least one, for a sentence.
+
+    >>> listed(["adalora", "uniform", "lora"]), listed(["lora"])
+    ('adalora, uniform and lora', 'lora')
+    """
+    *first, last = names
+    return f"{', '.join(first)} {word} {last}" if first else last
+
+
+def either(names: Iterable[str]) -> str:
+    """Join names, at least one, of which one is to be chosen.
+
+    >>> either(["adalora", "uniform", "lora"])
+    'adalora, uniform or lora'
+    """
+    return listed(names, "or")
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Refuse a value that is none of the choices.
 

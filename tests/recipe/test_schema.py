@@ -9,13 +9,12 @@ import pytest
 from pydantic import ValidationError
 from recipe_texts import CLASSIFICATION, LANGUAGE_MODEL, Write, edit, problems
 
-from loralloc.errors import UserError, closest
+from loralloc.errors import UserError, closest, either
 from loralloc.methods.registry import sections
-from loralloc.recipe.rules import listed
 from loralloc.recipe.schema import complete_recipe, load_recipe, recipe_keys
 from loralloc.tasks.spec import TASKS
 
-PROMPTED = listed(name for name, task in TASKS.items() if "prompt" in task.keys)
+PROMPTED = either(name for name, task in TASKS.items() if "prompt" in task.keys)
 """The tasks that have prompts."""
 
 
@@ -141,7 +140,7 @@ class TestErrors:
              "so that the budget can fall in between"),
             ("name: adalora", "name: adalora\n  beta1: 1", "recipe.yaml:10: method.beta1 must be below 1, got 1"),
             ("name: adalora", "name: adalroa",
-             f'recipe.yaml:9: method.name must be {listed(sections())}, got "adalroa". Did you mean "adalora"?'),
+             f'recipe.yaml:9: method.name must be {either(sections())}, got "adalroa". Did you mean "adalora"?'),
             ("  name: adalora\n", "", 'recipe.yaml:8: missing "name" in "method": the method'),
             ("method:\n  name: adalora\n  budget:\n    average_rank: 8\n", "method: adalora\n",
              'recipe.yaml:8: method must be a mapping of keys, got "adalora"'),
@@ -171,7 +170,7 @@ class TestErrors:
             ("label: label", "label: label\n  prompt: q",
              f"recipe.yaml:8: data.prompt is for task {PROMPTED}, but the task is sequence-classification"),
             ("task: sequence-classification", "task: classification",
-             f'recipe.yaml:1: task must be {listed(TASKS)}, got "classification"'),
+             f'recipe.yaml:1: task must be {either(TASKS)}, got "classification"'),
             ("steps: 300", "steps: 300\n  steps: 400",
              'recipe.yaml:14: "steps" is set twice, first at recipe.yaml:13. Keep one of the two'),
             ("steps: 300", "steps: 300\n  [a, b]: 1", "recipe.yaml:14: a key must be a single word"),

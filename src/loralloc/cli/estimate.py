@@ -33,36 +33,26 @@ def estimate(
 def rows(found: Estimate) -> list[tuple[str, str]]:
     """What is shown: names and values."""
     epoch = "" if found.tokens_per_epoch is None else f", {found.tokens_per_epoch:,} tokens"
+    from loralloc.report.wording import duration
+
     examples = "streamed" if found.examples is None else f"{found.examples:,} examples{epoch}"
-    memory = ", ".join(f"{part} {megabytes(size)}" for part, size in found.memory.items())
+    memory = ", ".join(f"{part} {mebibytes(size)}" for part, size in found.memory.items())
     return [
         ("model", f"{found.base_parameters:,} parameters"),
         ("adapter", f"{found.start_parameters:,} at the start" + (f", budget {found.budget}" if found.budget else "")),
         ("data", examples),
         ("steps", f"{found.steps:,}, with {found.tokens_per_step:,} tokens in the longest"),
-        ("memory", f"{memory}; with activations at most {megabytes(found.peak)} {found.peak_of}"),
+        ("memory", f"{memory}; with activations at most {mebibytes(found.peak)} {found.peak_of}"),
         ("time", f"{found.seconds_per_step:.2g} s a step, at most {duration(found.seconds)} for the training"),
     ]
 
 
-def megabytes(size: int) -> str:
-    """Write a size.
+def mebibytes(size: int) -> str:
+    """Write a size in memory.
 
-    >>> megabytes(2**18), megabytes(30 * 2**20), megabytes(5 * 2**30)
+    >>> mebibytes(2**18), mebibytes(30 * 2**20), mebibytes(5 * 2**30)
     ('0.25 MiB', '30 MiB', '5.0 GiB')
     """
     if size < 10 * 2**20:
         return f"{size / 2**20:.2g} MiB"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Write a time.
-
-    >>> duration(59.6), duration(125), duration(7300)
-    ('60 s', '2 min', '2 h 2 min')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from loralloc.cli.estimate import duration
 from loralloc.cli.progress import clock, console
 from loralloc.compare.grid import Cell
 from loralloc.compare.results import Row
 from loralloc.compare.study import Watcher
+from loralloc.report.wording import duration
 
 STATES = ("waiting", "running", "finished", "failed")
 

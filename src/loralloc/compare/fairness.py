@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from loralloc.compare.cells import HELD_OUT
 from loralloc.compare.grid import PEERS, Shapes, section_of, tuning_seeds
 from loralloc.compare.results import Entry, Row, Trial, criterion, differs_by_row, rows_have_losses
-from loralloc.compare.verdict import listed
+from loralloc.errors import listed
 from loralloc.methods.registry import held_out_for
 from loralloc.recipe.schema import Recipe
 from loralloc.report.wording import count

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from loralloc.compare.results import Entry
 from loralloc.compare.statistics import MOST_SEEDS, Difference, rows_suffice, seeds_needed
+from loralloc.errors import listed
 
 IN_QUESTION = ("method", "peer")
 """Kinds of contender that are judged; controls and retrained plans only help to explain the verdict."""
@@ -147,13 +148,3 @@ def _percent(share: float) -> str:
 def _interval(one: Difference) -> str:
     """The simultaneous interval of a gain; it ends at 0, since Holm's test, which finds more, has rejected 0."""
     return f"{max(0.0, -one.high_all):.4f} to {-one.low_all:.4f}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """Join names for a sentence.
-
-    >>> listed(["a", "b", "c"])
-    'a, b and c'
-    """
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
 from loralloc.budget import AMOUNTS
-from loralloc.errors import closest
+from loralloc.errors import closest, either
 from loralloc.recipe.sections import VARIANT, DataConfig, GenerateConfig, LoraSection, Peer
 from loralloc.recipe.source import Key, dotted, get
 from loralloc.setting_types import is_number, is_text
@@ -27,16 +27,6 @@ ALONE: dict[Key, str] = {("method", "budget"): "max_rank"}
 
 SPLITS = ("validation", "test")
 """Names by which results tell the recipe's own data to evaluate on."""
-
-
-def listed(names: Iterable[str]) -> str:
-    """Join names for a message.
-
-    >>> listed(["adalora", "uniform", "lora"])
-    'adalora, uniform or lora'
-    """
-    *first, last = names
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
@@ -57,7 +47,7 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     yield from _broken_judging(tree)
     writers, task = [name for name, task in TASKS.items() if task.generates], tree.get("task")
     if get(tree, "evaluate", "generate") is not None and task not in (*writers, None):
-        yield ("evaluate", "generate"), f"evaluate.generate is for task {listed(writers)}, but the task is {task}"
+        yield ("evaluate", "generate"), f"evaluate.generate is for task {either(writers)}, but the task is {task}"
     yield from _broken_generation(get(tree, "evaluate", "generate"))
     if get(tree, "evaluate", "generate") is not None and get(tree, "data", "packing") == "wrapped":
         yield (
@@ -94,7 +84,7 @@ def _broken_metric(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     metric, task = get(tree, "evaluate", "metric"), TASKS.get(str(tree.get("task")))
     if is_text(metric) and task is not None and metric not in task.metrics:
         near = closest(metric, task.metrics)
-        yield ("evaluate", "metric"), f"evaluate.metric must be {listed(task.metrics)}, found {metric}.{near}"
+        yield ("evaluate", "metric"), f"evaluate.metric must be {either(task.metrics)}, found {metric}.{near}"
     elif is_text(metric) and task is not None and task.generates:
         source = next((name for name, figures in WRITTEN.items() if metric in figures), None)
         if source is not None and source not in (get(tree, "evaluate", "generate", "metrics") or ()):
@@ -175,7 +165,7 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     keys = dict.fromkeys(key for other in TASKS.values() for key in other.keys)
     for key in keys:
         if data.get(key) not in (None, DataConfig.model_fields[key].default) and key not in task.keys:
-            others = listed(other for other, its in TASKS.items() if key in its.keys)
+            others = either(other for other, its in TASKS.items() if key in its.keys)
             yield ("data", key), f"data.{key} is for task {others}, but the task is {name}"
     least, reason = task.shortest
     length = data.get("max_length")
@@ -272,7 +262,7 @@ def _broken_comparison(
         elif not is_text(name):
             yield ("compare", "variants"), f"{key}: name its method, as in {{name: adalora, parity: none}}"
         elif name not in methods:
-            reason = f"{key}: there is no method {name}; there are {listed(methods)}."
+            reason = f"{key}: there is no method {name}; there are {either(methods)}."
             yield ("compare", "variants"), reason + closest(name, methods)
         elif variant not in (compared if isinstance(compared, list) else [compared]):
             reason = f"{key}: this variant is not compared; add {variant} to compare.methods, or take the variant out"
@@ -284,7 +274,7 @@ def _broken_comparison(
         if is_text(name) and name not in names:
             yield (
                 ("compare", "methods"),
-                f"compare.methods: there is no method {name}; there are {listed(names)}." + (closest(name, names)),
+                f"compare.methods: there is no method {name}; there are {either(names)}." + (closest(name, names)),
             )
 
 

@@ -17,9 +17,9 @@ from typing import Any, Self, Union, get_args
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_model, model_validator
 from pydantic_core import ErrorDetails
 
-from loralloc.errors import closest
+from loralloc.errors import closest, either
 from loralloc.recipe.passthrough import MAPPINGS, broken_options, exclusive_keys, option_keys
-from loralloc.recipe.rules import EXCLUSIVE, broken_by_method, broken_rules, listed, lost_marker
+from loralloc.recipe.rules import EXCLUSIVE, broken_by_method, broken_rules, lost_marker
 from loralloc.recipe.sections import (
     CompareConfig,
     DataConfig,
@@ -216,7 +216,7 @@ def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> tuple[Key, str]:
     value, hint = error["input"], ""
     if kind == "union_tag_invalid":
         key, value = (*key, "name"), error.get("ctx", {})["tag"]
-        rule, hint = f"must be {listed(method_names())}", closest(str(value), method_names())
+        rule, hint = f"must be {either(method_names())}", closest(str(value), method_names())
     else:
         rule = broken_rule(error)
     return key, f"{dotted(key)} {rule}, got {shown(value)}.{hint}".removesuffix(".")

@@ -10,11 +10,10 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from loralloc.errors import UserError, closest
+from loralloc.errors import UserError, closest, either
 from loralloc.patterns import AT_LAYERS, ENDING, PatternError, check, fitting
 from loralloc.peft_layers import lora_adapter, lora_layers
 from loralloc.quantized import quantized_layers
-from loralloc.recipe.rules import listed
 from loralloc.recipe.sections import LoraSection
 from loralloc.tasks.spec import TASKS
 
@@ -206,7 +205,7 @@ def _ends(name: str) -> Iterator[str]:
 def _no_such(entries: Sequence[str], names: Sequence[str]) -> str:
     if not entries:
         return ""
-    quoted = listed(f'"{entry}"' for entry in entries)
+    quoted = either(f'"{entry}"' for entry in entries)
     return (
         f"no module is named {quoted}.{''.join(_nearest(entry, names) for entry in entries)} Correct it or leave it out"
     )
