@@ -152,9 +152,11 @@ class Budget:
         wanted = value if share_of is None else value * share_of
         if wanted > available * (1 + 1e-12):
             asked = wanted if type(wanted) is int else f"{wanted:.12g}"
+            is_trained = modules.base_parameters is not None  # else it is an adapter's folder, which has what it has
+            cure = "lower the budget" + (" or raise LoraConfig.r (lora.r in a recipe)" if is_trained else "")
             raise UserError(
-                f"the budget {name}={value} asks for {asked} {self.unit}, but the {count} adapted modules start "
-                f"with {available}; lower the budget or raise LoraConfig.r (lora.r in a recipe)"
+                f"the budget {name}={value} asks for {asked} {self.unit}, but the {count} adapted modules "
+                f"{'start with' if is_trained else 'have'} {available}; {cure}"
             )
         # The twelve digits are for products such as 0.7 · 10, which come out a hair below their whole number.
         target = wanted if type(wanted) is int else int(float(f"{wanted:.12g}"))

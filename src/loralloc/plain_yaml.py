@@ -42,6 +42,8 @@ class PlainLoader(yaml.SafeLoader):
             problem = f'tags such as "{event.tag}" are not supported in recipes: write the plain value'
         elif not _is_text(getattr(event, "value", "")):
             problem = "a string has half a character (a lone surrogate)"
+        elif "\0" in (getattr(event, "value", "") or ""):
+            problem = "a string has a NUL character, which no path and no name can have"
         elif self._nodes > MOST_NODES:
             problem = f"more than {MOST_NODES:,} values"
         else:

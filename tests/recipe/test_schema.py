@@ -96,6 +96,8 @@ class TestErrors:
              "recipe.yaml:14: training.learning_rate must be a finite number, got Infinity"),
             ("steps: 300", "steps: 300\n  bf16: yes", 'recipe.yaml:14: training.bf16 must be true or false, got "yes"'),
             ("steps: 300", "steps: 300\n  seed: -1", "recipe.yaml:14: training.seed must be at least 0, got -1"),
+            ("steps: 300", "steps: 300\n  batch_size: 99999999999999999999",
+             "recipe.yaml:14: training.batch_size must be below 9223372036854775808, got 99999999999999999999"),
             ("steps: 300", "steps: 300\n  schedule: cosin",
              'recipe.yaml:14: training.schedule must be linear, cosine or constant, got "cosin"'),
             ("steps: 300", "steps: 300\n  warmup: 1.0",
@@ -246,6 +248,9 @@ class TestFiles:
             ("a: [" + "1," * 10_001,
              f"recipe.yaml:1: not valid YAML: more than 10,000 values: 'a: [{'1,' * 98}'"),
             ("- " * 5000, f"recipe.yaml:1: not valid YAML: nested more than 64 deep: '{'- ' * 100}'"),
+            ('a: "b\\0"\n',
+             "recipe.yaml:1: not valid YAML: a string has a NUL character, which no path and no name can have: "
+             "'a: \"b\\\\0\"'"),
             ('a: "\\ud800"\n',
              "recipe.yaml:1: not valid YAML: a string has half a character (a lone surrogate): 'a: \"\\\\ud800\"'"),
         ],

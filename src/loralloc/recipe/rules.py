@@ -29,6 +29,15 @@ SPLITS = ("validation", "test")
 """Names by which results tell the recipe's own data to evaluate on."""
 
 
+def _too_large(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """Whole numbers of more than 64 bits, in which the libraries cannot count."""
+    if isinstance(value, Mapping | list):
+        for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _too_large(inner, (*key, name))
+    elif type(value) is int and value >= 2**63:
+        yield key, f"{dotted(key)} must be below {2**63}, got {value if value < 10**30 else 'a much larger number'}"
+
+
 def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
     """Check rules over several keys: yields (key, message). The values may be of any type."""
     for section, members in EXCLUSIVE.items():
@@ -41,6 +50,7 @@ def broken_rules(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
                 key = (*section, chosen[-1]) if chosen else section
                 needs = f"exactly one of {', '.join(members)}" + ("" if alone is None else f", or {alone} alone")
                 yield key, f"{dotted(section)} needs {needs}; got {listed_keys}"
+    yield from _too_large(tree)
     yield from _broken_names(tree)
     yield from _broken_columns(tree)
     yield from _broken_metric(tree)
