@@ -263,10 +263,7 @@ def test_20_the_orders_differ_in_the_sensitivity_of_a_zero_lambda(order):
     assert zeros > ALL + 20
 
 
-GONE = (
-    r'^AdaLoRA\(order="reference"\) measures ranks by the gradients of the step just made, which are gone: call '
-    r"run\.after_step\(optimizer\) before optimizer\.zero_grad\(\)$"
-)
+GONE = r"by the gradients of the step just made, which are gone: call run\.after_step\(.*\) before optimizer\.zero_grad"
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
