@@ -29,16 +29,14 @@ from loralloc.errors import UserError
 from loralloc.kernel import gated_linear, gated_lora
 from loralloc.naming import excluding, named
 from loralloc.peft_layers import (
-    MERGE_IGNORES_VARIANTS,
-    MIXED_BATCHES_IGNORE_VARIANTS,
     check_gateable,
     check_linear,
     check_not_parallel,
-    class_name,
     lora_adapter,
     peft_model,
+    refuse_what_ignores_gates,
 )
-from loralloc.plain_lora import PlainSite, check_plain
+from loralloc.plain_lora import PlainSite, check_plain, made_anew, scale_changed
 from loralloc.quantized import keep_trainable, parameter_count
 from loralloc.sharding import check_sharding
 
@@ -58,6 +56,16 @@ class Site(PlainSite):
     def scale(self) -> Tensor:
         """Fixed factor per rank, [r]; zero where a rank is closed for good."""
         return self._variant.scale.to(self.gate.device)
+
+    @property
+    def attached_scaling(self) -> float:
+        """PEFT's scaling as it was when the gates were attached: the one in `scale`."""
+        return self._variant.scaling
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether PEFT has deleted the adapter since, and the gates with it."""
+        return not isinstance(self.layer.lora_variant.get(self.adapter), _GatedVariant)
 
     @property
     def rank(self) -> int:
@@ -192,8 +200,9 @@ def gates_replaced(sites: Sequence[Site], gates: Sequence[Tensor | None]) -> Ite
 class _GatedVariant(LoraVariant):
     """PEFT's hook for a different forward pass: the gated one."""
 
-    def __init__(self, scale: Tensor, config: Any, base_parameters: int) -> None:
+    def __init__(self, scale: Tensor, scaling: float, config: Any, base_parameters: int) -> None:
         self.scale = scale
+        self.scaling = scaling  # the layer's own, which `scale` was made of
         self.config = config  # the adapter's
         self.base_parameters = base_parameters
         self.factor = 1.0
@@ -206,6 +215,9 @@ class _GatedVariant(LoraVariant):
 
     def supports_lora_conversion(self) -> bool:
         return False  # PEFT would convert without the gates; export_adapter does it right
+
+    def init(self, module: Any, adapter_name: str, **kwargs: Any) -> None:  # type: ignore[override]
+        raise made_anew(adapter_name)  # PEFT has replaced A and B, as EVA does to change ranks
 
     def forward(  # type: ignore[override]  # PEFT calls it on the instance; ours has state
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
@@ -230,6 +242,8 @@ class _GatedVariant(LoraVariant):
             with torch.inference_mode(False):  # what is made in it cannot be trained with afterwards
                 self.scale = self.scale.to(x.device)
                 self.row_scale = None if self.row_scale is None else self.row_scale.to(x.device)
+        if not torch.compiler.is_compiling() and module.scaling[adapter] != self.scaling:
+            raise scale_changed(adapter, self.scaling, module.scaling[adapter])
         parts = module._modules  # for small layers, looking up each attribute on the module would be noticeable
         gates = parts["lora_gate"]
         gate = gates._parameters.get(adapter)
@@ -307,14 +321,11 @@ def attach_gates(model: nn.Module, adapter: str | None = None) -> list[Site]:
             layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
         layer.lora_gate[adapter] = nn.Parameter(torch.ones(weight.shape[0], dtype=dtype, device=weight.device))
         scale = torch.full_like(layer.lora_gate[adapter].data, layer.scaling[adapter])
-        layer.lora_variant[adapter] = _GatedVariant(scale, config, base_parameters)
+        layer.lora_variant[adapter] = _GatedVariant(scale, float(layer.scaling[adapter]), config, base_parameters)
         if "forward" not in vars(layer):  # others, as accelerate, may have put theirs there
             layer.forward = _GatedLayer(layer).forward
         layer._cast_input_dtype = _GatedLayer(layer).uncast
-        if class_name(layer) in MERGE_IGNORES_VARIANTS:
-            layer.merge = _refuse_merge
-        if class_name(layer) in MIXED_BATCHES_IGNORE_VARIANTS:
-            layer._mixed_batch_forward = _refuse_mixed_batch
+        refuse_what_ignores_gates(layer)
         sites.append(Site(name, layer, adapter))
     return sites
 
@@ -334,12 +345,6 @@ def folded(A: Tensor, B: Tensor, gate: Tensor, scale: Tensor, scaling: float) ->
     """
     A = A.masked_fill((scale == 0).unsqueeze(1).to(A.device), 0)
     return A, (B * (scale * gate / scaling)).to(B.dtype)
-
-
-def check_unmerged(sites: Sequence[Site]) -> None:
-    """Refuse to fold gates whose update is in the base weights: what `unmerge_adapter` subtracts would be another."""
-    if any(site.adapter in site.layer.merged_adapters for site in sites):
-        raise UserError("the adapter is merged into the base weights; call model.unmerge_adapter() before finish()")
 
 
 @torch.no_grad()
@@ -439,11 +444,3 @@ def _is_plain_product(frozen: Any) -> bool:
             return False
     hooks = frozen._forward_hooks or frozen._forward_pre_hooks or frozen._backward_hooks or frozen._backward_pre_hooks
     return not hooks and not _has_any_global_hook()
-
-
-def _refuse_merge(*args: Any, **kwargs: Any) -> None:
-    raise UserError("this layer's merge ignores gates; call finish() on the rank allocation first, then merge")
-
-
-def _refuse_mixed_batch(*args: Any, **kwargs: Any) -> None:
-    raise UserError("with adapter_names this layer ignores gates; call finish() on the rank allocation first")

@@ -364,6 +364,22 @@ def _named_layers(model: PeftModel) -> str:
     return f"name linear layers in a new {config} (lora.target_modules in a recipe)"
 
 
+def refuse_what_ignores_gates(layer: Any) -> None:
+    """Block what a layer would compute without its gates, until they are folded."""
+    if class_name(layer) in MERGE_IGNORES_VARIANTS:
+        layer.merge = _refuse_merge
+    if class_name(layer) in MIXED_BATCHES_IGNORE_VARIANTS:
+        layer._mixed_batch_forward = _refuse_mixed_batch
+
+
+def _refuse_merge(*args: Any, **kwargs: Any) -> None:
+    raise UserError("this layer's merge ignores gates; call finish() on the rank allocation first, then merge")
+
+
+def _refuse_mixed_batch(*args: Any, **kwargs: Any) -> None:
+    raise UserError("with adapter_names this layer ignores gates; call finish() on the rank allocation first")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module is in the mode it was in."""

@@ -107,6 +107,34 @@ def check_active(layers: Iterable[tuple[str, Any]]) -> None:
             raise UserError(f"{name}: the adapter is {state}, so there is nothing to compare with; call {cure} first")
 
 
+def scale_changed(adapter: str, attached: float, now: float) -> UserError:
+    """The refusal of another scale than the one that gates were attached with.
+
+    Args:
+        adapter: Name of the adapter.
+        attached: PEFT's scaling then.
+        now: PEFT's scaling now.
+    """
+    return UserError(
+        f"the scale of the adapter is {float(now):g}, and was {attached:g} when the rank allocation was attached: a "
+        f'run has one scale; set that of its layers back, layer.scaling["{adapter}"] = {attached!r}, or leave '
+        "rescale_adapter_scale, and change it after finish()"
+    )
+
+
+def made_anew(adapter: str) -> UserError:
+    """The refusal of a layer whose factors PEFT has made anew while gates are attached.
+
+    Args:
+        adapter: Name of the adapter.
+    """
+    return UserError(
+        f'PEFT makes the adapter "{adapter}" anew under the gates of the attached rank allocation; load the model '
+        "anew, and change the adapter first, then attach. EVA does so to choose ranks: get_peft_model, "
+        "initialize_lora_eva_weights, and only then attach, or a Trainer (without peft_config) with the callback"
+    )
+
+
 def check_mergeable(model: PeftModel, layers: Sequence[tuple[str, Any]]) -> None:
     """Refuse to merge if the result would not be exactly the base weights plus the update.
 

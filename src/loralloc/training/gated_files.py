@@ -5,17 +5,21 @@ in the middle of a run would be another function. As long as gates are attached,
 writes the adapter with the gates folded into B, as if the run ended there, under PEFT's own names; and the factors and
 gates themselves into `FILE` beside it. `model.load_adapter` reads them back from there. A Trainer uses both for its
 checkpoints, its `save_model` and its best model. `model.add_weighted_adapter`, which reads the factors, is refused.
+PEFT's `get_peft_model_state_dict` is a function, and has uses in which gates beside the factors are right (a copy that
+is put back later, accelerate's sharded checkpoints): who calls it is warned.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +27,7 @@ from loralloc.errors import UserError
 from loralloc.gating import Site, folded, is_gated
 from loralloc.naming import sorted_names
 from loralloc.peft_layers import PREFIX
+from loralloc.training.attached import check_kept
 from loralloc.unpickling import nothing_unpickled
 
 FILE = "gated_factors.safetensors"
@@ -48,16 +53,26 @@ class GatedFiles:
         for name in _REPLACED:
             setattr(model, name, getattr(self, name))
         model.base_model.add_weighted_adapter = self.add_weighted_adapter  # type: ignore[assignment]
+        self._warning = model.register_state_dict_pre_hook(_warn_of_gates)
 
     def close(self) -> None:
         """Leave saving and loading to PEFT: the gates are folded."""
         for name in _REPLACED:
             vars(self._model).pop(name, None)
         vars(self._model.base_model).pop("add_weighted_adapter", None)
+        self._warning.remove()
 
     @torch.no_grad()
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, with the gates folded; the gated factors beside it."""
+        """As PEFT's, with the gates folded; the gated factors beside it.
+
+        Raises:
+            UserError: The scale of the adapter has changed.
+        """
+        if self._sites[0].is_deleted:
+            self.close()
+            return self._model.save_pretrained(str(save_directory), *args, **kwargs)
+        check_kept(self._sites)
         stock = type(self._model).save_pretrained
         arguments = inspect.signature(stock).bind(self._model, str(save_directory), *args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
@@ -75,6 +90,9 @@ class GatedFiles:
         Raises:
             UserError: The folder has none: it was not saved while gates were attached.
         """
+        if self._sites[0].is_deleted:
+            self.close()
+            return self._model.load_adapter(str(model_id), adapter_name, *args, **kwargs)
         path = self._place(model_id) / FILE
         if adapter_name == self._sites[0].adapter and not path.is_file():
             raise UserError(
@@ -94,7 +112,7 @@ class GatedFiles:
         Raises:
             UserError: The gated adapter is among those that are mixed.
         """
-        if self._sites[0].adapter in adapters:
+        if self._sites[0].adapter in adapters and not self._sites[0].is_deleted:
             raise UserError(
                 f'PEFT would mix the factors of "{self._sites[0].adapter}" without the gates of the attached rank '
                 "allocation; finish() it first"
@@ -116,6 +134,21 @@ class GatedFiles:
             plain[keys[0]], plain[keys[1]] = folded(A, B, gate, site.full_scale.to(gate.device), site.scaling)
             del plain[keys[2]]
         return plain
+
+
+def _warn_of_gates(*_: Any) -> None:
+    """Warn where PEFT makes a dictionary of the adapter of what `state_dict()` returns."""
+    frame: Any = sys._getframe()
+    depth = 1
+    while frame is not None and frame.f_code is not get_peft_model_state_dict.__code__:
+        frame, depth = frame.f_back, depth + 1
+    if frame is not None:
+        warnings.warn(
+            "get_peft_model_state_dict returns the factors without the gates of the attached rank allocation, and the "
+            "gates beside them: for this model, while it trains. Stock PEFT would load a file of it as another "
+            "adapter, without a word; write files with model.save_pretrained, or call finish() first",
+            stacklevel=depth + 1,
+        )
 
 
 def _check_alone(model: PeftModel, adapter: str) -> None:

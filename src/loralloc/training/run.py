@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loralloc import trace
 from loralloc._version import __version__
 from loralloc.errors import UserError
-from loralloc.gating import Site, attach_gates, check_unmerged, fold_gates, put_back_on_error
+from loralloc.gating import Site, attach_gates, fold_gates, put_back_on_error
 from loralloc.methods.base import (
     Decision,
     Method,
@@ -26,6 +26,7 @@ from loralloc.methods.base import (
 from loralloc.peft_layers import peft_model, unwrapped
 from loralloc.plan import RankPlan
 from loralloc.schedule import Schedule
+from loralloc.training.attached import check_kept, check_trained, check_unmerged
 from loralloc.training.bad_steps import StepChecks, can_skip
 from loralloc.training.calibration import batches_of, check_start, without_a_trace
 from loralloc.training.compaction import Compaction, check_compact, check_full
@@ -208,14 +209,15 @@ class AllocationRun(Recorded):
             Whether the step is sound; None where only the device knows, or where no step is due.
 
         Raises:
-            UserError: The optimizer was built before the allocation was attached, all steps have been made, or calls
-                are missing or in the wrong order.
+            UserError: The optimizer was built before the allocation was attached, all steps have been made, calls are
+                missing or in the wrong order, or PEFT has switched the adapter off or changed its scale.
             FloatingPointError: More than `MAX_BAD_STEPS` bad steps in a row.
         """
         if self.plan is not None:
             raise RuntimeError("the run is finished: its gates are folded")
         if accumulates(optimizer):
             return None
+        check_trained(self.sites)
         self._under_way.check_before(self.step, self.schedule.total_steps)
         if optimizer is not None and self._gate_watch is not None:
             self.check_optimizer(optimizer)
@@ -277,10 +279,11 @@ class AllocationRun(Recorded):
             The rank plan; it meets the budget, also when the run was stopped early.
 
         Raises:
-            UserError: The adapter is merged, or the only step has no `after_step`.
+            UserError: The adapter is merged or deleted, its scale has changed, or the only step has no `after_step`.
         """
         if self.plan is not None:
             raise RuntimeError("the run is finished already")
+        check_kept(self.sites)
         check_unmerged(self.sites)
         self._under_way.check_finish(self.step)
         total_steps = 0 if self._schedule is None else self._schedule.total_steps  # 0: it was refused
