@@ -20,6 +20,14 @@ GATES_HAVE_MOVED_BY = 10
 LEAST_STEPS = 3
 """Sound steps without which nothing can be said of the gates."""
 
+PAIRS = "LoraFAOptimizer"
+"""PEFT's optimizer for LoRA-FA: it tells factors by the order of parameters whose names hold "lora"."""
+
+TRAINS_B = (
+    "use torch.optim.AdamW; to train B alone, as LoRA-FA does, freeze A after attaching: "
+    "[site.A.requires_grad_(False) for site in run.sites]"
+)
+
 WITHOUT_GATES = "it was built before the allocation was attached; let the Trainer build it, or build it after attach()"
 
 
@@ -68,12 +76,17 @@ def optimizer_name(optimizer: torch.optim.Optimizer | None) -> str | None:
 
 
 def check_holds_gates(optimizer: torch.optim.Optimizer, sites: Sequence[Site]) -> None:
-    """Refuse an optimizer that does not know the gates that are trained.
+    """Refuse an optimizer that does not know the gates that are trained, or takes them for factors.
 
     Raises:
-        UserError: It was built before the allocation was attached.
+        UserError: It was built before the allocation was attached, or is PEFT's LoRA-FA, built afterwards.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if optimizer_name(optimizer) == PAIRS and any(site.gate_is_trained or id(site.gate) in held for site in sites):
+        raise UserError(
+            f"{PAIRS} of PEFT takes the parameters of LoRA layers two at a time, A and B, and the gates of the rank "
+            f"allocation are a third; {TRAINS_B}"
+        )
     missing = [site.name for site in sites if site.gate_is_trained and id(site.gate) not in held]
     if missing:
         raise UserError(
@@ -166,7 +179,7 @@ class MomentWatch:
     def __init__(self, method: Method, sites: Sequence[Site], compact: bool = False) -> None:
         # If the optimizer is reset when ranks are closed, there is nothing to clear; compaction still shrinks state.
         self._closes, self._opens = method.compacts and (compact or not method.restarts), method.opens_ranks
-        self._sites, self._looking = sites, self._closes or self._opens
+        self._sites, self._looking = sites, self._closes or self._opens or method.restarts
         self._numbers: dict[tuple[int, str], int] | None = None  # those in the groups at the first look
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
@@ -192,6 +205,10 @@ class MomentWatch:
         if not self._looking or inner is None:
             return
         self.check(inner)
+        _check_keys(inner)
+        if not (self._closes or self._opens):
+            self._looking = not inner.state
+            return
         check_clears(inner, self._sites)
         moments = list(_moments(inner, self._sites))
         if not moments or type(inner) in RULES or not self._opens:
@@ -215,6 +232,19 @@ class MomentWatch:
                 f"{type(optimizer).__name__} does not fit a method that opens ranks while it trains: {why}, so that "
                 f"new ranks would start with steps of a wrong size; {STARTS_RANKS}"
             )
+
+
+def _check_keys(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose state is not found under its parameters, as that of PEFT's LoRA-FA is not.
+
+    Raises:
+        UserError: It has a state under a name.
+    """
+    if any(isinstance(key, str) for key in optimizer.state):
+        raise UserError(
+            f"{optimizer_name(optimizer)} keeps its state by names and not by parameters, so that of ranks that close "
+            f"or start anew would not be found; {TRAINS_B}"
+        )
 
 
 def _moments(optimizer: torch.optim.Optimizer, sites: Sequence[Site]) -> Iterator[tuple[Tensor, str, Any]]:
