@@ -42,9 +42,9 @@ from loralloc.recipe.schema import dump_recipe
 from loralloc.recipe.screen import Screen
 from loralloc.tasks.base import TaskData
 from loralloc.training import processes
-from loralloc.training.callback import validation_batches
 from loralloc.training.fingerprints import rows_fingerprint
 from loralloc.training.trainer import RunTrainer
+from loralloc.training.trainer_batches import validation_batches
 
 DEFAULT_RECOVERY = 0.2
 """Share of a run's steps that each cut is trained on."""
@@ -156,7 +156,7 @@ def _batches(order: Order, trainer: RunTrainer, data: TaskData) -> Sequence[Any]
     if order == "singular_value":
         return ()
     examples = data.validation if data.learned_validation is None else data.learned_validation
-    return validation_batches(examples, trainer.get_train_dataloader(), trainer.args)
+    return validation_batches(examples, trainer.get_train_dataloader(), trainer.args, _adapted(trainer))
 
 
 def folder_of(source: Source, ranks: int) -> Path:

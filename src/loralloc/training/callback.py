@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,7 +33,8 @@ from loralloc.training.log_file import LogFile
 from loralloc.training.manifest import MANIFEST, read_manifest, sealed, unsealed, write_manifest
 from loralloc.training.rewriting import complete_rewriting, rewritten
 from loralloc.training.run import AllocationRun
-from loralloc.training.step_data import CollatedBatches, random_state_kept
+from loralloc.training.step_data import random_state_kept
+from loralloc.training.trainer_batches import validation_batches
 
 TENSORS, MARKER = "loralloc.safetensors", "loralloc.json"
 """Files beside each checkpoint: the allocation's state. The marker says whether the run had finished."""
@@ -167,7 +167,7 @@ class RankAllocation(TrainerCallback):
         run.check_optimizer(kwargs["optimizer"])
         if run.data is not None:
             data = self.method.examples
-            run.data.validation = validation_batches(data, kwargs["train_dataloader"], args)
+            run.data.validation = validation_batches(data, kwargs["train_dataloader"], args, kwargs["model"])
         _refuse_ignored_accumulation(args, kwargs["model"])
         _refuse_early_best_model(args, state, run.schedule.steps_until_final)
         if state.global_step > 0:
@@ -375,28 +375,6 @@ def _sender(kind: type[_Sender]) -> _Sender | None:
     while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
         frame = frame.f_back
     return None if frame is None else frame.f_locals["self"]
-
-
-def validation_batches(data: Any, training: Any, args: TrainingArguments) -> CollatedBatches:
-    """Batches of a method's validation data, made as the Trainer makes its own.
-
-    Raises:
-        UserError: The data are not in the form of the Trainer's training data.
-    """
-    columns = getattr(training.dataset, "column_names", None)  # the Trainer has removed what forward() does not take
-    collate = training.collate_fn
-    if getattr(collate, "padding_free", False):  # TRL's, which joins examples: methods need one per row
-        collate = replace(collate, padding_free=False)
-    batches = CollatedBatches(data, collate, args.per_device_eval_batch_size, args.seed, columns)
-    try:
-        batches[0]
-    except Exception as error:
-        raise UserError(
-            f"the validation data of the method cannot be made into a batch ({type(error).__name__}: {error}); they "
-            "must look like the Trainer's training data when it trains: tokenized, with labels where the collator adds "
-            "none"
-        ) from error
-    return batches
 
 
 def _refuse_ignored_accumulation(args: TrainingArguments, model: nn.Module) -> None:

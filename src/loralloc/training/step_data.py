@@ -6,6 +6,7 @@ never land in `.grad`, and frozen weights are only read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from loralloc.training.ablation import AblationScorer
 from loralloc.training.losses import SampleLoss, next_log_probs
 from loralloc.training.order import has_gradients
 from loralloc.training.precision import prepared_dtype
+from loralloc.training.processes import is_main
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 
@@ -125,6 +129,7 @@ class ObservedData:
         self._seen: list[_Seen] = []
         self._looking = False
         self._weights_checked = False
+        self._loss_compared = False
         self._walk: bool | None = None  # whether ablations may start in the middle of the model; None: not known yet
         self._hooks = (
             model.register_forward_pre_hook(self._remember, with_kwargs=True),
@@ -232,6 +237,19 @@ class ObservedData:
     def _check_loss(self, batch: Batch) -> None:
         check_labels(batch)
         AblationScorer(self.model, self.sites, [batch], self._scoring).check_loss(batch)
+        self._compare_losses()
+
+    def _compare_losses(self) -> None:
+        """Tell once, in a step, that it was trained by another loss than the one that ranks are scored by."""
+        told, self._loss_compared = self._loss_compared, True
+        weights = [weight for pass_ in self._seen for weight in pass_.weights.values()]
+        if told or not self._seen or (weights and not any(map(_uneven, weights))) or not is_main():
+            return
+        logger.warning(
+            "the training has a loss of its own (compute_loss_func, label smoothing, weights of tokens, or a loop that "
+            "does not use the model's), and ranks are scored by the loss that the model returns for validation data; "
+            'ABLoRA with score="sensitivity" scores them by the gradients of the training\'s own'
+        )
 
     def _can_walk(self, batch: Batch) -> bool:
         """Whether ablations may start in the middle of the model. One sample tells, once B has been trained."""
@@ -299,12 +317,10 @@ class ObservedData:
                 f"the loss was multiplied by {total:g} before backward(), as fp16's gradient scaler does; this "
                 "method needs the gradients themselves: use bf16, or no mixed precision"
             )
-        for weight in weights.values():
-            used = weight[weight != 0]
-            if used.numel() and (used.max() - used.min()).abs() > 1e-3 * used.abs().max():
-                raise UserError(
-                    f"the step's loss weights tokens by the model's own predictions; it is not the loss {OWN_LOSS}"
-                )
+        if any(map(_uneven, weights.values())):
+            raise UserError(
+                f"the step's loss weights tokens by the model's own predictions; it is not the loss {OWN_LOSS}"
+            )
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
@@ -330,6 +346,12 @@ class ObservedData:
                 yield
         finally:
             self._looking = False
+
+
+def _uneven(weights: Tensor) -> bool:
+    """Whether a loss gives some tokens another weight than others; those that it leaves out have 0."""
+    used = weights[weights != 0]
+    return bool(used.numel()) and bool((used.max() - used.min()).abs() > 1e-3 * used.abs().max())
 
 
 def size_of(batch: Batch) -> int:
