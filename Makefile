@@ -18,7 +18,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check drill versions bench docs lint format reference clean
+.PHONY: help demo test check thorough drill versions bench docs lint format reference clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -30,7 +30,10 @@ test: lint ## lint, types, and the fast tests with all doctests
 	$(PYTEST) -m "not slow"
 
 check: .venv/.dev ## the slow tests: minutes of training
-	$(PYTEST) -m slow --dist loadfile
+	$(PYTEST) -m "slow and not thorough" --dist loadfile
+
+thorough: .venv/.dev ## the variants of slow tests that `make check` leaves out
+	$(PYTEST) -m thorough --dist loadfile
 
 drill: .venv/.dev ## what may befall a run, done to it on purpose, thousands of times; prints what was lost
 	OMP_NUM_THREADS=1 $(BIN)/python -m drills

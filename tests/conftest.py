@@ -33,7 +33,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
-from variants import mark_slow  # noqa: E402
+from variants import mark_variants  # noqa: E402
 
 from loralloc import native  # noqa: E402
 
@@ -60,7 +60,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Before `-m "not slow"` looks at the marks."""
-    mark_slow(items)
+    mark_variants(items)
 
 
 def pytest_collection_finish() -> None:

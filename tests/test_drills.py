@@ -19,7 +19,7 @@ from drills.tries import Tried, tries
 from loralloc.training import checkpoint
 from loralloc.training.bad_steps import StepChecks
 
-CASES = {"kills": 3, "checkpoints": 4, "disks": 4, "numbers": 20}
+CASES = {"kills": 2, "checkpoints": 2, "disks": 2, "numbers": 20}
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
-"""How many variants of a test are fast; the others run with the slow tests (`make check`).
+"""How many variants of a test are fast, how many run with the slow tests (`make check`), and what is left.
 
 Whoever changes a line of code wants an answer in minutes, and it seldom takes forty variants of one test to give it.
-The fast ones are spread over all that a test has. A test that has none trains for long.
+The fast ones are spread over all that a test has. A test that has none trains for long. Where the slow ones are many,
+`make check` runs some that are spread in the same way, and `make thorough` the rest.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import gcd
 
 import pytest
@@ -35,13 +36,13 @@ FAST: Mapping[str, int] = {
     "cli/test_cli_full_disk.py::test_elsewhere": 1,
     "cli/test_cli_full_disk.py::test_in_a_checkpoint": 1,
     "cli/test_cli_full_disk.py::test_other_errors_of_files_are_what_they_are": 0,
+    "cli/test_cli_full_disk.py::test_where_nothing_was_saved": 1,
     "cli/test_cli_language.py::test_a_run_killed_and_resumed_is_the_same_run": 1,
     "cli/test_cli_language.py::test_methods_that_look_at_data_look_at_examples_one_by_one": 1,
     "cli/test_cli_methods.py::test_trains_allocates_and_exports": 1,
     "cli/test_cli_papers.py::test_ten_steps_end_in_an_adapter_with_all_that_is_new": 3,
     "cli/test_cli_passthrough.py::TestAdapter::test_rslora_scales_by_the_root_in_the_run_its_plan_and_its_export": 1,
     "cli/test_cli_passthrough.py::TestResuming::test_goes_on_as_if_nothing_had_happened": 2,
-    "cli/test_cli_full_disk.py::test_where_nothing_was_saved": 1,
     "cli/test_cli_resume.py::TestBest::test_a_best_state_that_is_damaged_is_not_exported": 0,
     "cli/test_cli_resume.py::TestBest::test_a_run_that_lost_its_best_state_does_not_go_on_as_if_it_had_none": 0,
     "cli/test_cli_resume.py::TestBest::test_older_checkpoints_go_once_the_new_one_is_whole": 0,
@@ -82,6 +83,7 @@ FAST: Mapping[str, int] = {
     "cli/test_cli_trained.py::test_the_command_that_the_message_names_exports_what_was_trained": 1,
     "cli/test_cli_words.py::test_a_killed_run_goes_on_as_if_nothing_had_happened": 1,
     "cli/test_cli_words.py::test_a_run_is_judged_alike_from_its_files": 1,
+    "compare/test_statistics.py::TestVariance::test_the_truth_is_in_about_95_percent_of_the_intervals": 2,
     "methods/test_ablora.py::test_a_round_is_that_of_the_naive_twin": 3,
     "methods/test_adalora_parity.py::test_as_published_the_first_steps_stay_far_behind": 1,
     "methods/test_adalora_parity.py::test_first_steps_of_adam_go_as_far_as_loras": 0,
@@ -97,6 +99,7 @@ FAST: Mapping[str, int] = {
     "methods/test_autolora_replay.py::test_what_loops_do_to_the_models_own_loss_is_taken": 8,
     "methods/test_contract.py::TestContract::test_a_bad_step_moves_nothing_is_counted_and_does_not_spread": 4,
     "methods/test_contract.py::TestContract::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit": 6,
+    "methods/test_contract.py::TestContract::test_a_run_that_goes_back_in_its_own_process_is_the_uninterrupted_one": 8,
     "methods/test_contract.py::TestContract::test_a_run_that_stops_early_meets_the_budget": 8,
     "methods/test_contract.py::TestContract::test_a_seed_is_a_run": 1,
     "methods/test_contract.py::TestContract::test_a_sound_step_does_move": 4,
@@ -115,8 +118,10 @@ FAST: Mapping[str, int] = {
     "report/test_page.py::TestModels::test_hundreds_of_modules": 0,
     "strangers/test_patterns.py::test_one_that_explodes_is_refused_in_less_than_a_second": 10,
     "strangers/test_runs.py::test_metrics_that_are_none_are_left_out": 2,
+    "tasks/test_as_trl.py::test_the_same_tokens_are_learned_with_the_same_losses": 3,
     "tasks/test_data.py::test_demo_data_by_split": 0,
     "tasks/test_docstrings.py::test_another_process_makes_the_same_rows": 0,
+    "tasks/test_docstrings.py::test_areas_are_many_and_balanced": 0,
     "tasks/test_docstrings.py::test_splits_share_no_module_and_no_text": 0,
     "tasks/test_sequence_classification.py::test_a_trainer_takes_it": 2,
     "test_gating.py::test_the_whole_model_compiles_into_one_graph_and_closing_ranks_compiles_nothing_anew": 0,
@@ -151,11 +156,12 @@ FAST: Mapping[str, int] = {
     "training/test_methods_in_trainers.py::test_it_trains_meets_its_budget_and_exports": 4,
     "training/test_own_loop.py::test_micro_batches_are_no_steps": 2,
     "training/test_quantized_methods.py::test_attaching_changes_no_output": 6,
-    "training/test_quantized_methods.py::test_what_was_trained_computes_the_same_on_a_base_that_is_loaded_anew": 6,
+    "training/test_quantized_methods.py::test_what_was_trained_computes_the_same_on_a_base_that_is_loaded_anew": 2,
     "training/test_resume_callback.py::test_a_damaged_marker_is_refused": 3,
     "training/test_resume_callback.py::test_a_resume_after_the_last_step_finishes_the_run": 1,
+    "training/test_resume_callback.py::test_an_interrupted_trainer_resumes_from_before_its_final_phase": 1,
     "training/test_resume_callback.py::test_killed_and_resumed_equals_uninterrupted_bit_for_bit": 1,
-    "training/test_resume_callback.py::test_other_settings_are_refused_by_name": 5,
+    "training/test_resume_callback.py::test_other_settings_are_refused_by_name": 2,
     "training/test_sft.py::test_a_method_that_looks_at_validation_data": 0,
     "training/test_sft.py::test_ablation_scores_look_at_tokenized_validation_data": 0,
     "training/test_sft.py::test_accumulated_micro_batches_give_the_plan_of_the_whole_batch": 0,
@@ -168,23 +174,56 @@ FAST: Mapping[str, int] = {
 }
 """By the test's name below tests/. Variants that are marked as slow themselves do not count."""
 
+CHECKED: Mapping[str, int] = {
+    "cli/test_cli_full_disk.py::test_in_a_checkpoint": 3,
+    "cli/test_cli_papers.py::test_ten_steps_end_in_an_adapter_with_all_that_is_new": 14,
+    "cli/test_cli_precisions.py::test_a_language_model_trains_exports_and_evaluates": 18,
+    "cli/test_cli_quantized.py::TestMethods::test_a_run_ends_with_an_adapter": 6,
+    "cli/test_cli_resume.py::TestDamage::test_a_flipped_bit_in_any_file": 10,
+    "cli/test_cli_sharded.py::test_the_adapter_is_that_of_ddp": 3,
+    "cli/test_cli_signals.py::test_a_scheduler_that_sends_it_from_outside_to_all_processes": 1,
+    "methods/test_contract.py::TestContract::test_a_bad_step_moves_nothing_is_counted_and_does_not_spread": 36,
+    "methods/test_contract.py::TestContract::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit": 36,
+    "methods/test_contract.py::TestContract::test_a_run_that_goes_back_in_its_own_process_is_the_uninterrupted_one": 30,
+    "methods/test_contract.py::TestContract::test_a_run_that_stops_early_meets_the_budget": 60,
+    "methods/test_contract.py::TestContract::test_the_budget_is_met_at_every_event_and_by_the_plan": 70,
+    "test_kernel_device.py::test_value_and_gradients": 74,
+    "training/test_export_matrix.py::test_a_run_ends_with_an_adapter": 60,
+    "training/test_quantized_methods.py::test_and_in_other_precisions": 34,
+    "training/test_resume_callback.py::test_killed_and_resumed_equals_uninterrupted_bit_for_bit": 6,
+    "training/test_sharded.py::test_every_method_decides_as_one_process_with_the_whole_batch": 6,
+    "training/test_trainer.py::TestResume::test_is_the_run_that_was_not_killed": 8,
+}
+"""Of the variants that are not fast, by the test's name below tests/."""
 
-def mark_slow(items: Iterable[pytest.Item]) -> None:
-    """Mark all but some variants of these tests as slow.
+
+def mark_variants(items: Iterable[pytest.Item]) -> None:
+    """Mark all but some variants of these tests as slow, and most of the slow ones of some tests as thorough.
 
     Args:
         items: What has been collected.
     """
     variants: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        name = item.nodeid.partition("[")[0].removeprefix("tests/")
-        if name in FAST and item.get_closest_marker("slow") is None:
-            variants[name].append(item)
+        variants[item.nodeid.partition("[")[0].removeprefix("tests/")].append(item)
     for name, found in variants.items():
-        fast = spread(len(found), FAST[name])
-        for index, item in enumerate(found):
-            if index not in fast:
-                item.add_marker(pytest.mark.slow)
+        candidates = [item for item in found if not is_slow(item)] if name in FAST else []
+        for item in left_out(candidates, FAST.get(name, 0)):
+            item.add_marker(pytest.mark.slow)
+        if name in CHECKED:
+            for item in left_out([item for item in found if is_slow(item)], CHECKED[name]):
+                item.add_marker(pytest.mark.thorough)
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Whether a test is marked as slow."""
+    return item.get_closest_marker("slow") is not None
+
+
+def left_out(items: Sequence[pytest.Item], chosen: int) -> list[pytest.Item]:
+    """All but some that are spread over all of them."""
+    places = spread(len(items), min(chosen, len(items)))
+    return [item for index, item in enumerate(items) if index not in places]
 
 
 def spread(count: int, chosen: int) -> set[int]:

@@ -173,7 +173,7 @@ def test_a_run_that_diverges_is_a_row(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_killed_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path)
-    words = ["--seeds", "1", "--peers", "[]", "--learning_rates", "1e-2", "--steps", "120", "--save_every", "10"]
+    words = ["--seeds", "1", "--peers", "[]", "--learning_rates", "1e-2", "--steps", "60", "--save_every", "5"]
     process = subprocess.Popen([*COMMAND, "compare", str(recipe), *words], start_new_session=True)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("out/runs/*/metrics.json")):
