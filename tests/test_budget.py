@@ -88,7 +88,7 @@ class TestOneAmount:
 
     @pytest.mark.parametrize("kind", ["average_rank", "total_rank", "parameters", "adapter_bytes"])
     def test_an_endless_count_is_refused_as_above_the_start(self, kind: str) -> None:
-        with pytest.raises(UserError, match=f"^the budget {kind}=10+ asks for .* have"):
+        with pytest.raises(UserError, match=f"^the budget {kind}=10+ asks for .* start with"):
             Budget(**{kind: 10**400}).resolve(modules_of([12] * 3, [100, 100, 200]))
 
     def test_the_unit_is_what_is_counted(self) -> None:
@@ -192,7 +192,7 @@ class TestResolve:
             target = budget.resolve(modules_of(ranks, costs))
             assert target <= exact < target + 1
         else:
-            with pytest.raises(UserError, match="leaves 0 ranks" if exact < 1 else f"have {sum(ranks)};"):
+            with pytest.raises(UserError, match="leaves 0 ranks" if exact < 1 else f"start with {sum(ranks)};"):
                 budget.resolve(modules_of(ranks, costs))
 
     @given(modules, st.integers(1, 1000))
@@ -240,7 +240,7 @@ class TestBytes:
         mixed = Modules([4, 4], [100, 100], [400, 300])
         assert mixed.total("bytes") == 2800
         assert Budget(adapter_bytes=2800).resolve(mixed) == 2800
-        with pytest.raises(UserError, match=r"asks for 2801 bytes, but the 2 adapted modules have 2800;"):
+        with pytest.raises(UserError, match=r"asks for 2801 bytes, but the 2 adapted modules start with 2800;"):
             Budget(adapter_bytes=2801).resolve(mixed)
         with pytest.raises(
             UserError, match=r"leaves 299 bytes for 2 modules: not even one rank \(the cheapest costs 300"

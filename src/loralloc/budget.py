@@ -152,11 +152,11 @@ class Budget:
         wanted = value if share_of is None else value * share_of
         if wanted > available * (1 + 1e-12):
             asked = wanted if type(wanted) is int else f"{wanted:.12g}"
-            is_trained = modules.base_parameters is not None  # else it is an adapter's folder, which has what it has
-            cure = "lower the budget" + (" or raise LoraConfig.r (lora.r in a recipe)" if is_trained else "")
+            # An adapter's folder, which comes without the base model, has what it has.
+            more = "" if modules.base_parameters is None else " or raise LoraConfig.r (lora.r in a recipe)"
             raise UserError(
-                f"the budget {name}={value} asks for {asked} {self.unit}, but the {count} adapted modules "
-                f"{'start with' if is_trained else 'have'} {available}; {cure}"
+                f"the budget {name}={value} asks for {asked} {self.unit}, but the {count} adapted modules start "
+                f"with {available}; lower the budget{more}"
             )
         # The twelve digits are for products such as 0.7 · 10, which come out a hair below their whole number.
         target = wanted if type(wanted) is int else int(float(f"{wanted:.12g}"))

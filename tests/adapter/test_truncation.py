@@ -351,7 +351,7 @@ def test_a_run_folder_meets_the_adapter_in_it(source, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        (["--average_rank", 5], "asks for 30 ranks, but the 6 adapted modules have 24; lower the budget"),
+        (["--average_rank", 5], "asks for 30 ranks, but the 6 adapted modules start with 24; lower the budget"),
         (["--parameters", 20], "not even one rank (the cheapest costs 24)"),
         (["--total_rank", 0], "the budget must be positive, got total_rank=0"),
         ([], "or max_rank alone; got none"),
