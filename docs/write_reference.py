@@ -15,12 +15,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from loralloc.errors import either
 from loralloc.methods.base import Method
 from loralloc.methods.registry import BUILT_IN, PLAIN_LORA, sections_of
 from loralloc.methods.settings import BudgetSection
 from loralloc.recipe.json_schema import as_text, recipe_schema, tidy
 from loralloc.recipe.passthrough import LOAD, OPTIONS, PEFT, TRAINER
-from loralloc.recipe.rules import listed
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.sections import (
     CompareConfig,
@@ -106,7 +106,7 @@ def _sections() -> Iterator[str]:
     titles = {kind.id: f"{kind.label[0].upper()}{kind.label[1:]}: `{kind.id}`" for kind in BUILT_IN}
     titles[PLAIN_LORA] = f"Plain LoRA: `{PLAIN_LORA}`"
     yield "## `method`\n\n" + _wrapped(
-        f"`name` is one of {listed(f'[{name}](#{_anchor(titles[name])})' for name in titles)}."
+        f"`name` is one of {either(f'[{name}](#{_anchor(titles[name])})' for name in titles)}."
     )
     for kind in BUILT_IN:
         yield _section(f"### {titles[kind.id]}", f"{_source(kind)} {_summary(kind)}", SECTIONS[kind.id])
@@ -145,11 +145,11 @@ def _of_task(task: Task) -> str:
     """What a task is, and which columns it needs."""
     metrics = [f"`{name}` ({'more' if more else 'less'} is better)" for name, more in task.metrics.items()]
     forms = [" with ".join(f"`{key}`" for key in form) for form in task.forms]
-    needs = listed(forms) if len(forms) == 1 else f"exactly one of {listed(forms)}"
+    needs = either(forms) if len(forms) == 1 else f"exactly one of {either(forms)}"
     least, reason = task.shortest
     shortest = f" `max_length` is at least {least}: {reason}." if reason else ""
     label = f"{task.label[0].upper()}{task.label[1:]}"
-    return f"{label}, with `{task.model_class}`; judged by {listed(metrics)}. Columns to name: {needs}.{shortest}"
+    return f"{label}, with `{task.model_class}`; judged by {either(metrics)}. Columns to name: {needs}.{shortest}"
 
 
 def _section(heading: str, text: str, kind: type[BaseModel], keys: Collection[str] | None = None) -> str:
@@ -160,14 +160,14 @@ def _section(heading: str, text: str, kind: type[BaseModel], keys: Collection[st
         if keys is None or key in keys:
             default = "" if key in declared.get("required", ()) else f" `{_shown(node['default'])}`"
             description = node["description"].replace("[", r"\[")  # as text: brackets would make a link
-            rows.append(f"| `{key}` | {listed(_values(key, node))} |{default} | {description} |")
+            rows.append(f"| `{key}` | {either(_values(key, node))} |{default} | {description} |")
     return "\n".join((heading, "", _wrapped(text), *rows, ""))
 
 
 def _options(key: Key) -> str:
     """What a mapping of a library's options takes, and the table of what it does not."""
     options = next(options for options in OPTIONS if options.key == key)
-    owners = listed(f"`{owner}`" for owner in dict.fromkeys(options.owners.values()))
+    owners = either(f"`{owner}`" for owner in dict.fromkeys(options.owners.values()))
     text = f"Any option of {owners}, by its own name, except these:"
     rows = [f"| `{name}` | set `{ours}` |" for name, ours in options.ours.items()]
     rows += [f"| `{name}` | not together with `{dotted(instead)}` |" for name, instead in options.instead.items()]

@@ -17,7 +17,8 @@ from loralloc.recipes import list_recipes
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12) | st.sampled_from(
     ["1e-3", "yes", "null", "010", "- a", "a: b", " x ", "#", "~", "1_0", "2020-01-01", "=", "<<", "é\x85\u2028"]
 )
-COUNT = st.integers(1, 10**20)
+COUNT = st.integers(1, 2**63 - 1)
+WHOLE = st.integers(-(2**63), 2**63 - 1)
 UNIT = st.floats(0, 1, exclude_min=True, exclude_max=True)
 POSITIVE = COUNT | st.floats(0, 1e300, exclude_min=True)
 PHASE = st.floats(0, 0.5, exclude_max=True)
@@ -40,7 +41,7 @@ TASKS = st.one_of(
             st.fixed_dictionaries({"train": TEXT, "text": TEXT, "label": TEXT}),
             some(
                 text_pair=TEXT,
-                labels=st.just("regression") | st.lists(TEXT | st.integers(), min_size=2, max_size=4, unique_by=str),
+                labels=st.just("regression") | st.lists(TEXT | WHOLE, min_size=2, max_size=4, unique_by=str),
             ),
             DATA,
         ),

@@ -33,8 +33,6 @@ def estimate(
 def rows(found: Estimate) -> list[tuple[str, str]]:
     """What is shown: names and values."""
     epoch = "" if found.tokens_per_epoch is None else f", {found.tokens_per_epoch:,} tokens"
-    from loralloc.report.wording import duration
-
     examples = "streamed" if found.examples is None else f"{found.examples:,} examples{epoch}"
     memory = ", ".join(f"{part} {mebibytes(size)}" for part, size in found.memory.items())
     return [
@@ -43,7 +41,7 @@ def rows(found: Estimate) -> list[tuple[str, str]]:
         ("data", examples),
         ("steps", f"{found.steps:,}, with {found.tokens_per_step:,} tokens in the longest"),
         ("memory", f"{memory}; with activations at most {mebibytes(found.peak)} {found.peak_of}"),
-        ("time", f"{found.seconds_per_step:.2g} s a step, at most {duration(found.seconds)} for the training"),
+        ("time", f"{found.seconds_per_step:.2g} s a step, at most {roughly(found.seconds)} for the training"),
     ]
 
 
@@ -56,3 +54,15 @@ def mebibytes(size: int) -> str:
     if size < 10 * 2**20:
         return f"{size / 2**20:.2g} MiB"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def roughly(seconds: float) -> str:
+    """Write a time that is estimated, without seconds that nobody knows.
+
+    >>> roughly(59.6), roughly(125), roughly(7300)
+    ('60 s', '2 min', '2 h 2 min')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from loralloc.cli.estimate import roughly
 from loralloc.cli.progress import clock, console
 from loralloc.compare.grid import Cell
 from loralloc.compare.results import Row
 from loralloc.compare.study import Watcher
-from loralloc.report.wording import duration
 
 STATES = ("waiting", "running", "finished", "failed")
 
@@ -48,14 +48,14 @@ class Lines(Watcher):
         self.states[name] = "finished" if row.finished else "failed"
         self._ended += 1
         found = f"validation loss {row.validation['loss']:.4f}" if row.finished else f"failed: {row.reason}"
-        self.say(f"{self._ended:,}/{self._due:,}  {name}  {found}  {duration(seconds)}{self.rest()}")
+        self.say(f"{self._ended:,}/{self._due:,}  {name}  {found}  {roughly(seconds)}{self.rest()}")
 
     def rest(self) -> str:
         """The estimated time left; empty before the first run has ended and after the last one."""
         left = self._due - self._ended
         if not left or not self._ended:
             return ""
-        return f", {duration((clock() - self._begun) / self._ended * left)} left"
+        return f", {roughly((clock() - self._begun) / self._ended * left)} left"
 
     def say(self, line: str) -> None:
         """Print a line."""
