@@ -177,13 +177,13 @@ def _numbers(gradient: Tensor) -> Tensor:
 
 
 def _any_not_finite(gradients: list[Tensor]) -> Tensor:
-    """Whether any entry is not finite: what PyTorch's loss scaler asks, here with a scale of 1, which changes nothing.
+    """1 if any entry is not finite, else 0: PyTorch's loss scaler tells, here with a scale of 1, which changes nothing.
 
     It is one call; on a CPU norms would be one call for each gradient, as slow as a layer's product where it is small.
     """
     found, scale = torch.zeros(()), torch.ones(())
     torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, scale)
-    return found.bool()
+    return found
 
 
 def _any_overflows(tensors: list[Tensor]) -> Tensor:

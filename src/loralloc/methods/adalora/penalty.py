@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 Penalty = Literal["reference", "paper"]
 
@@ -40,18 +41,20 @@ def penalty_gradient(
         The gradient, in the shape of `stack`; rows (columns) of closed ranks are zero.
     """
     factor, rank, width = stack, stack.shape[rank_dim], stack.shape[3 - rank_dim]
-    target = torch.eye(rank, dtype=stack.dtype, device=stack.device)
+    kept: Tensor | float = 1.0
     if open_ranks is not None:
         factor = torch.where(open_ranks[:, :, None] if rank_dim == 1 else open_ranks[:, None, :], stack, 0.0)
-        target = target * open_ranks[:, :, None]
-    error = (torch.bmm(factor, factor.mT) if rank_dim == 1 else torch.bmm(factor.mT, factor)).sub_(target)
+        kept = open_ranks.to(stack.dtype)
+    error = torch.bmm(factor, factor.mT) if rank_dim == 1 else torch.bmm(factor.mT, factor)
+    error.diagonal(dim1=1, dim2=2).sub_(kept)
     if kind == "paper":
         error.mul_(4)
     else:
         norm = torch.linalg.vector_norm(error, dim=(1, 2), keepdim=True)
         eps = torch.finfo(stack.dtype).eps
         noise = eps * (16 * rank + width**0.5) + (resolution or eps) * rank / 4  # from sums, from entries
-        error.mul_(torch.where(norm > noise, 2 / (norm * matrices), 0.0))
+        # No longer than the noise: divided by ∞.
+        error.div_(threshold(norm, noise, torch.inf).mul_(matrices / 2))
     return torch.bmm(error, factor) if rank_dim == 1 else torch.bmm(factor, error)
 
 
