@@ -24,6 +24,7 @@ import typer.main
 from accelerate.commands.launch import launch_command_parser
 
 from loralloc.cli.main import app
+from loralloc.compare.cells import comparable
 from loralloc.recipe.schema import load_recipe
 from loralloc.recipes import list_recipes
 
@@ -102,7 +103,9 @@ def check_loralloc(words: Sequence[str]) -> None:
         return
     context = group.commands[verb].make_context(verb, [word for word in rest if word not in ("2>&1", "$more")])
     if verb in KEYS:
-        load_recipe(recipe_called(context.params["recipe"]), context.args)
+        recipe = load_recipe(recipe_called(context.params["recipe"]), context.args)
+        if verb == "compare":
+            comparable(recipe)
     elif verb == "init" and context.params["name"] is not None:
         assert context.params["name"] in list_recipes()
     else:

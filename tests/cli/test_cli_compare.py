@@ -94,10 +94,9 @@ def test_train_says_whom_the_section_is_for(recipe: Path, here: Path) -> None:
 
 
 def test_the_packaged_comparison_is_small_and_fair() -> None:
-    from loralloc.compare.cells import check_comparable
+    from loralloc.compare.cells import comparable
 
-    recipe = load_recipe(list_recipes()["demo/compare"])
-    check_comparable(recipe)
+    recipe = comparable(load_recipe(list_recipes()["demo/compare"]))
     cells = plan_cells(recipe, SHAPES, Path("runs"))
     assert len(cells) == 4 * 2 * 2
     assert {cell.recipe.model.name for cell in cells} == {"demo:minilm"}

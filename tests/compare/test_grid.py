@@ -10,7 +10,7 @@ import pytest
 from cli.command import LANGUAGE, RECIPE
 
 from loralloc import Budget
-from loralloc.compare.cells import check_comparable, check_rows_apart
+from loralloc.compare.cells import check_rows_apart, comparable
 from loralloc.compare.grid import Point, capacity, contenders, points, uniform_ranks
 from loralloc.errors import UserError
 from loralloc.recipe.passthrough import OPTIONS, TO_THE_HUB, TRAINER
@@ -191,18 +191,15 @@ class TestCells:
         assert found["AB-LoRA, short"].recipe.lora.alpha == 4, "its scale is alpha over the average rank"
 
     def test_a_variant_has_no_more_right_to_the_validation_data(self, tmp_path: Path) -> None:
-        words = ("--method.name", "ablora", "--methods", "[short]", "--variants", "{short: {name: ablora, rounds: 2}}")
-        text = RECIPE.replace("name: adalora", "name: ablora")
-        recipe = recipe_for(tmp_path, *words[2:], "--method.validation", "validation", text=text)
-        assert "compare.variants.short.validation: short would look at the validation data" in told(
-            check_comparable, recipe
-        )
-        own = "{short: {name: ablora, validation: 0.1}, leaky: {name: autolora, validation: validation}}"
-        recipe = recipe_for(
-            tmp_path, "--methods", "[short, leaky]", "--variants", own, "--method.validation", "validation", text=text
-        )
-        assert told(check_comparable, recipe).startswith("compare.variants.leaky.validation: leaky would look at")
-        assert "\n" not in told(check_comparable, recipe), "the other one has a share of its own"
+        text = RECIPE.replace("name: adalora", "name: ablora\n  validation: validation")
+        short, leaky = "short: {name: ablora, rounds: 2}", "leaky: {name: autolora, validation: validation}"
+        variants = f"{{{short}, {leaky}}}"
+        recipe = recipe_for(tmp_path, "--methods", "[short, leaky]", "--variants", variants, text=text)
+        assert told(comparable, recipe) == (
+            "compare.variants.leaky.validation: leaky would look at the validation data, on which learning rates are "
+            "chosen, and no other method does; set it to a share of the training data, such as 0.1"
+        ), "the other one has a share of its own, as its method has"
+        comparable(recipe_for(tmp_path, "--methods", "[short]", "--variants", f"{{{short}}}", text=text))
 
     def test_peers_stay_away_where_ranks_are_uneven_and_lora_is_as_even_as_it_can_be(self, tmp_path: Path) -> None:
         cells = cells_of(recipe_for(tmp_path, "--budgets", "1.5"))
@@ -247,6 +244,25 @@ class TestCells:
         assert trainers == [{"report_to": "tensorboard"}] * len(trainers)
         allowed = TRAINER_OPTIONS.known(recipe.task).keys() - TRAINER_OPTIONS.refused.keys()
         assert {name for name in allowed if "hub" in name} == {*TO_THE_HUB}, "transformers has another one"
+
+
+class TestEqualData:
+    def test_without_test_data_all_runs_have_the_same_share_of_the_training_rows_to_be_judged_by(
+        self, tmp_path: Path
+    ) -> None:
+        recipe = comparable(recipe_for(tmp_path, "--data.validation", "0.2", test=None))
+        assert {cell.recipe.data.test for cell in cells_of(recipe)} == {0.2}
+        named = comparable(recipe_for(tmp_path, "--data.validation", "0.2"))
+        assert {cell.recipe.data.test for cell in cells_of(named)} == {"test.jsonl"}
+        judged_on_validation = comparable(recipe_for(tmp_path, test=None))
+        assert {cell.recipe.data.test for cell in cells_of(judged_on_validation)} == {None}
+
+    def test_the_recipes_own_method_looks_at_training_data_as_the_others_do(self, tmp_path: Path) -> None:
+        text = RECIPE.replace("name: adalora", "name: ablora\n  validation: validation")
+        for words, share in (([], 0.1), (["--method.validation", "0.3"], 0.3)):
+            recipe = comparable(recipe_for(tmp_path, *words, text=text))
+            (method,) = {cell.recipe.method for cell in cells_of(recipe) if cell.contender.id == "ablora"}
+            assert method.validation == share
 
 
 class TestRefusals:
@@ -297,8 +313,8 @@ class TestRefusals:
     )
     def test_what_would_not_be_fair(self, tmp_path: Path, words: list[str], reason: str) -> None:
         named = None if "--data.test" in words else "test.jsonl"
-        assert told(check_comparable, recipe_for(tmp_path, *words, test=named)) == reason
-        check_comparable(recipe_for(tmp_path))
+        assert told(comparable, recipe_for(tmp_path, *words, test=named)) == reason
+        comparable(recipe_for(tmp_path))
 
     def test_test_data_that_are_a_copy_of_the_validation_data(self, tmp_path: Path) -> None:
         recipe = recipe_for(tmp_path, "--data.test", "copy.jsonl", test=None)
@@ -311,23 +327,15 @@ class TestRefusals:
         for rows in ({"validation": one, "test": other}, {"validation": one}, {"test": one}):
             check_rows_apart(recipe, replace(SHAPES, depends_on={"data": rows}))
 
-    def test_validation_data_that_are_cut_anew_and_no_test_data(self, tmp_path: Path) -> None:
-        recipe = recipe_for(tmp_path, "--data.validation", "0.2", test=None)
-        assert told(check_comparable, recipe) == (
-            "data.test: without test data, methods are compared on the validation data, which data.validation: 0.2 "
-            "cuts anew for every seed; name test data, or a file in data.validation"
+    def test_no_rows_to_judge_by_where_training_data_are_mixed_anew_for_every_seed(self, tmp_path: Path) -> None:
+        weights = "[{source: data/train.jsonl, weight: 1}, {source: data/validation.jsonl, weight: 2}]"
+        words = ("--data.train", weights, "--data.validation", "0.2")
+        assert told(comparable, recipe_for(tmp_path, *words, test=None)) == (
+            "data.test: rows to compare methods on cannot be cut off training data that are mixed by weights, others "
+            "with every seed; name test data, or a file in data.validation"
         )
-        check_comparable(recipe_for(tmp_path, "--data.validation", "0.2"))
-        check_comparable(recipe_for(tmp_path, test=None))
-
-    def test_a_method_that_looks_at_the_validation_data(self, tmp_path: Path) -> None:
-        text = RECIPE.replace("name: adalora", "name: ablora\n  validation: validation")
-        assert told(check_comparable, recipe_for(tmp_path, text=text)) == (
-            "method.validation: ablora would look at the validation data, on which learning rates are chosen, and no "
-            "other method does; set it to a share of the training data, such as 0.1"
-        )
-        check_comparable(recipe_for(tmp_path, "--method.validation", "0.1", text=text))
-        check_comparable(recipe_for(tmp_path, "--score", "gate", text=text))
+        comparable(recipe_for(tmp_path, *words))
+        comparable(recipe_for(tmp_path, *words[:2], test=None))
 
     @pytest.mark.parametrize(
         ("words", "reason"),

@@ -18,6 +18,7 @@ from cli.command import RECIPE
 from matplotlib.figure import Figure
 
 from loralloc.compare import study
+from loralloc.compare.cells import comparable
 from loralloc.compare.fairness import fairness
 from loralloc.compare.figures import lines, rate_figure
 from loralloc.compare.folder import CompareFolder
@@ -284,6 +285,14 @@ def test_no_test_data_are_told(tmp_path: Path) -> None:
     assert "learning rate test loss accuracy" in words_of(
         page_of(recipe_for(tmp_path, "--output", str(tmp_path / "with")), noisy({}))
     )
+
+
+def test_rows_cut_off_to_judge_by_are_told(tmp_path: Path) -> None:
+    recipe = comparable(recipe_for(tmp_path, "--data.validation", "0.2", test=None))
+    words = words_of(page_of(recipe, noisy({})))
+    assert "and judged on a share of 0.2 of the training data, the same rows in all runs" in words
+    named = recipe_for(tmp_path, "--output", str(tmp_path / "named"))
+    assert "and judged on the test data" in words_of(page_of(named, noisy({})))
 
 
 def test_the_cost_of_finding_a_plan_is_told(tmp_path: Path) -> None:

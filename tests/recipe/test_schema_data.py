@@ -18,6 +18,7 @@ def test_columns_of_language_models_need_not_be_named(write: Write) -> None:
     [
         ("training.steps=null", "so their number is not known; set training.steps"),
         ("data.validation=0.1", "so nothing can be cut off; name a file in data.validation"),
+        ("data.test=0.1", "so nothing can be cut off; name a file in data.test"),
         (
             "data.train=[{source: a.jsonl, weight: 2}]",
             "one source after the other; take the weights out",
@@ -31,6 +32,17 @@ def test_what_a_stream_cannot_do(write: Write, new: str, expected: str) -> None:
     with pytest.raises(UserError) as error:
         load_recipe(write(text), flags)
     assert f"data.streaming reads the training data while training, {expected}" in str(error.value)
+
+
+def test_rows_to_test_on_are_not_cut_off_what_weights_mix_anew(write: Write) -> None:
+    path = write(edit("text: text", "text: text\n  test: 0.1", LANGUAGE_MODEL))
+    assert load_recipe(path, ["--data.train", "[a.jsonl, b.jsonl]"]).data.test == 0.1
+    with pytest.raises(UserError) as error:
+        load_recipe(path, ["--data.train", "[{source: a.jsonl, weight: 2}]"])
+    assert str(error.value) == (
+        "recipe.yaml:6: data.test is 0.1, but training data mixed by weights are others for every training.seed; name "
+        "data to test on, or take the weights out of data.train"
+    )
 
 
 @pytest.mark.parametrize("name", ["validation", "test"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,7 +211,7 @@ def test_a_folder(tmp_path: Path) -> None:
         read_rows(str(tmp_path))
 
 
-def sources(train: str, validation: float | str = 0.25, test: str | None = None) -> Any:
+def sources(train: str, validation: float | str = 0.25, test: float | str | None = None) -> Any:
     return SimpleNamespace(train=train, validation=validation, test=test)
 
 
@@ -222,6 +223,26 @@ def test_validation_is_cut_from_train_or_read(tmp_path: Path) -> None:
     assert len(list(cut.all())) == 2
     named = load_splits(sources(train, other, other), seed=0)
     assert [len(rows) for rows in named.all()] == [8, 1, 1]
+
+
+def test_rows_to_test_on_can_be_cut_off_too_and_are_the_same_whatever_the_seed(tmp_path: Path) -> None:
+    train = save(tmp_path, "train.jsonl", "".join(f'{{"n": {i}}}\n' for i in range(40)))
+    one, other = (
+        [rows.values("n", "data.text") for rows in load_splits(sources(train, 0.25, 0.1), seed=seed).all()]
+        for seed in (0, 1)
+    )
+    assert one[2] == other[2]
+    assert one[1] != other[1], "those to validate on are others"
+    assert [len(rows) for rows in one] == [27, 9, 4]
+    assert sorted(chain(*one)) == list(range(40)), "no row is in two of them"
+    named = load_splits(sources(train, train, 0.1), seed=0)
+    assert [len(rows) for rows in named.all()] == [36, 40, 4]
+
+
+def test_too_few_rows_to_test_on(tmp_path: Path) -> None:
+    train = save(tmp_path, "train.jsonl", '{"n": 1}\n')
+    with pytest.raises(UserError, match=r"cut 0.1 of them off for test. Give more rows, or name a file in data.test"):
+        load_splits(sources(train, train, 0.1), seed=0)
 
 
 def test_the_cut_is_stratified_by_the_groups_given(tmp_path: Path) -> None:

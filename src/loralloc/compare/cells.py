@@ -31,6 +31,7 @@ from loralloc.recipe.passthrough import PLANNED, TO_THE_HUB, without
 from loralloc.recipe.schema import Recipe, as_tree, complete_recipe, explain, faults
 from loralloc.recipe.source import read_recipe_file
 from loralloc.recipes import list_recipes
+from loralloc.tasks.locations import is_weighted
 
 HELD_OUT = 0.1
 """Share of the training data that a method looks at in place of the validation data, if that is its default."""
@@ -118,14 +119,19 @@ def _reason(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
     return explain(error, tree)[1] if error["loc"] else error["msg"].removeprefix("Value error, ")
 
 
-def check_comparable(recipe: Recipe) -> None:
-    """Refuse a recipe that cannot be compared fairly, before anything is loaded.
+def comparable(recipe: Recipe) -> Recipe:
+    """Return a recipe that can be compared fairly, before anything is loaded: one with rows to judge methods on.
+
+    Where it names none, and the validation rows are others with every seed, as large a share is cut off for all runs.
 
     Raises:
-        UserError: With every reason, one a line.
+        UserError: It cannot be; with every reason, one a line.
     """
     if told := list(_unfair(recipe)):
         raise UserError("\n".join(told))
+    if recipe.data.test is not None or isinstance(recipe.data.validation, str):
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": recipe.data.validation})})
 
 
 def check_rows_apart(recipe: Recipe, shapes: Shapes) -> None:
@@ -161,20 +167,18 @@ def _unfair(recipe: Recipe) -> Iterator[str]:
         yield f"lora.peft.{planned[0]}: a comparison sets ranks and scale of every run itself; take it out"
     if isinstance(data.validation, str) and data.validation == data.test:
         yield (f"data.validation and data.test are both {data.test}: {CHOSEN_ON}")
-    if data.test is None and not isinstance(data.validation, str):
+    if data.test is None and not isinstance(data.validation, str) and is_weighted(data.train):
         yield (
-            "data.test: without test data, methods are compared on the validation data, which data.validation: "
-            f"{data.validation:g} cuts anew for every seed; name test data, or a file in data.validation"
+            "data.test: rows to compare methods on cannot be cut off training data that are mixed by weights, others "
+            "with every seed; name test data, or a file in data.validation"
         )
-    variants = section_of(recipe).variants
     for contender in contenders(recipe):
-        if contender.kind != "method" or _looks_at(_settings(recipe, contender)) != "validation":
-            continue
-        section = f"compare.variants.{contender.id}" if contender.id in variants else "method"
-        yield (
-            f"{section}.validation: {contender.id} would look at the validation data, on which learning rates are "
-            f"chosen, and no other method does; set it to a share of the training data, such as {HELD_OUT}"
-        )
+        if contender.kind == "method" and _looks_at(_settings(recipe, contender)) == "validation":
+            yield (
+                f"compare.variants.{contender.id}.validation: {contender.id} would look at the validation data, on "
+                "which learning rates are chosen, and no other method does; set it to a share of the training data, "
+                f"such as {HELD_OUT}"
+            )
 
 
 def _looks_at(method: Mapping[str, Any]) -> Any:
@@ -232,11 +236,16 @@ def _settings(recipe: Recipe, contender: Contender) -> dict[str, Any]:
 
 
 def _method(recipe: Recipe, name: str) -> dict[str, Any]:
-    """A method's settings: the recipe's own, else those of the packaged recipe, else the defaults."""
-    if name == recipe.method.name:
-        return as_tree(recipe.method)
+    """A method's settings: the recipe's own, else those of the packaged recipe, else the defaults.
+
+    If it would look at the validation data, it looks at a share of the training data instead.
+    """
     packaged = list_recipes().get(f"{recipe.task}/{name}")
-    method: dict[str, Any] = {"name": name} if packaged is None else dict(read_recipe_file(packaged).tree["method"])
+    method: dict[str, Any] = {"name": name}
+    if name == recipe.method.name:
+        method = as_tree(recipe.method)
+    elif packaged is not None:
+        method = dict(read_recipe_file(packaged).tree["method"])
     declared = sections()[name].model_fields.get("validation")
     default = None if declared is None else declared.default
     if method.get("validation", default) == "validation":

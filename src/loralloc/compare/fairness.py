@@ -19,6 +19,8 @@ def fairness(recipe: Recipe, shapes: Shapes, found: Sequence[Entry]) -> list[str
     """Return how the comparison was made fair."""
     section, training = section_of(recipe), recipe.training
     judged = "the same, since there are no test data" if shapes.test is None else "the test data"
+    if isinstance(recipe.data.test, float):
+        judged = f"a share of {recipe.data.test:g} of the training data, the same rows in all runs"
     rates, seeds = count(len(section.learning_rates or ()), "learning rate"), count(len(section.seeds), "seed")
     tuning = len(tuning_seeds(recipe))
     some = tuning < len(section.seeds)

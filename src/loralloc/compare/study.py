@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loralloc.compare.cells import check_comparable, check_rows_apart, make_cell, plan_cells, scale_of
+from loralloc.compare.cells import check_rows_apart, comparable, make_cell, plan_cells, scale_of
 from loralloc.compare.execute import Executor, Job
 from loralloc.compare.folder import CompareFolder
 from loralloc.compare.grid import Cell, Point, Shapes, plan_of, section_of, tuning_seeds
@@ -67,7 +67,7 @@ def compare(recipe: Recipe, executor: Executor, retry: bool, watcher: Watcher) -
     Raises:
         UserError: It cannot be compared, or the folder holds something else.
     """
-    check_comparable(recipe)
+    recipe = comparable(recipe)
     folder = CompareFolder.of(recipe)
     folder.check(recipe)
     shapes = measure(recipe)

@@ -13,6 +13,7 @@ from loralloc.errors import closest, either
 from loralloc.recipe.sections import VARIANT, DataConfig, GenerateConfig, LoraSection, Peer
 from loralloc.recipe.source import Key, dotted, get
 from loralloc.setting_types import is_number, is_text
+from loralloc.tasks.locations import is_weighted
 from loralloc.tasks.spec import TASKS, WRITTEN
 
 EXCLUSIVE: dict[Key, tuple[str, ...]] = {
@@ -206,7 +207,7 @@ def _broken_columns(tree: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _broken_words(data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
-    """A stride with which windows would never advance, and a tag scheme for data that have no tags."""
+    """Windows that would never advance, a tag scheme for data without tags, rows to test on that would not stay."""
     stride, length = data.get("stride"), data.get("max_length", DataConfig.model_fields["max_length"].default)
     if is_number(stride) and is_number(length) and stride >= length:
         yield (
@@ -215,6 +216,12 @@ def _broken_words(data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         )
     if data.get("spans") is not None and data.get("scheme") not in (None, "bio"):
         yield ("data", "scheme"), "data.scheme is for data.tags; data.spans become BIO tags: take data.scheme out"
+    if is_number(data.get("test")) and is_weighted(data.get("train")):
+        yield (
+            ("data", "test"),
+            f"data.test is {data['test']}, but training data mixed by weights are others for every training.seed; name "
+            "data to test on, or take the weights out of data.train",
+        )
 
 
 def _broken_stream(tree: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
@@ -224,9 +231,10 @@ def _broken_stream(tree: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator
     reason = "data.streaming reads the training data while training"
     if get(tree, "training", "steps") is None:
         yield ("data", "streaming"), f"{reason}, so their number is not known; set training.steps"
-    if not is_text(data.get("validation")):
-        yield ("data", "streaming"), f"{reason}, so nothing can be cut off; name a file in data.validation"
-    if isinstance(data.get("train"), list) and not all(map(is_text, data["train"])):
+    for part in SPLITS:
+        if is_number(data.get(part, DataConfig.model_fields[part].default)):
+            yield ("data", "streaming"), f"{reason}, so nothing can be cut off; name a file in data.{part}"
+    if is_weighted(data.get("train")):
         yield ("data", "streaming"), f"{reason}, one source after the other; take the weights out of data.train"
 
 

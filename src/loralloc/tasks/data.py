@@ -39,6 +39,8 @@ from loralloc.tasks.spec import DataSection
 
 PIECE = 1000
 """Streamed rows that are read at a time."""
+TEST_SEED = 0
+"""Seed of the share to test on, in all runs."""
 STREAMED: Mapping[str, Callable[[str, Path], Stream]] = {
     ".jsonl": stream_json_lines,
     ".csv": stream_table,
@@ -66,12 +68,12 @@ class Splits:
 
 
 def load_splits(data: DataSection, seed: int, groups: Callable[[Rows], Sequence[Hashable]] | None = None) -> Splits:
-    """Read the rows of a run; if the recipe gives a validation share, it is cut off the training rows.
+    """Read the rows of a run; shares to test and to validate on are cut off the training rows.
 
     Args:
         data: The recipe's data section.
-        seed: Seed of the cut.
-        groups: Gives the group of every row, for a stratified cut.
+        seed: Seed of the validation share. The rows to test on do not depend on it: runs are compared on them.
+        groups: Gives the group of every row, for stratified cuts.
 
     Returns:
         Training, validation and test rows.
@@ -79,10 +81,12 @@ def load_splits(data: DataSection, seed: int, groups: Callable[[Rows], Sequence[
     Raises:
         UserError: A source cannot be read, is empty, or is too small to cut.
     """
-    test = read_rows(data.test) if data.test else None
+    test = read_rows(data.test) if isinstance(data.test, str) else None
     if getattr(data, "streaming", False):
         return Splits(None, read_rows(str(data.validation)), test)
     train = _read_train(data, seed)
+    if isinstance(data.test, float):
+        train, test = split(train, data.test, TEST_SEED, groups(train) if groups else None, part="test")
     if isinstance(data.validation, str):
         return Splits(train, read_rows(data.validation), test)
     kept, validation = split(train, data.validation, seed, groups(train) if groups else None)

@@ -9,7 +9,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loralloc.errors import UserError, closest
 
@@ -51,6 +51,11 @@ def train_sources(data: DataSection) -> list[str]:
     if isinstance(data.train, str):
         return [data.train]
     return [one if isinstance(one, str) else one.source for one in data.train]
+
+
+def is_weighted(train: Any) -> bool:
+    """Whether `data.train` mixes sources by weights, as it stands in a recipe or checked."""
+    return isinstance(train, list) and not all(isinstance(one, str) for one in train)
 
 
 def check_source(source: str) -> None:

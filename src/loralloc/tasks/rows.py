@@ -163,7 +163,9 @@ class Rows:
         return values
 
 
-def split(rows: Rows, fraction: float, seed: int, stratify_by: Sequence[Hashable] | None = None) -> tuple[Rows, Rows]:
+def split(
+    rows: Rows, fraction: float, seed: int, stratify_by: Sequence[Hashable] | None = None, *, part: str = "validation"
+) -> tuple[Rows, Rows]:
     """Cut a share of the rows off, at random but always the same for a seed.
 
     Args:
@@ -171,6 +173,7 @@ def split(rows: Rows, fraction: float, seed: int, stratify_by: Sequence[Hashable
         fraction: Share to cut off, between 0 and 1.
         seed: Seed of the choice.
         stratify_by: One group per row: every group gives its share (largest remainders), but never its last row.
+        part: What the rows cut off are for, by its key in the recipe's section `data`.
 
     Returns:
         The rows that stay and the rows cut off, each in their original order.
@@ -182,8 +185,8 @@ def split(rows: Rows, fraction: float, seed: int, stratify_by: Sequence[Hashable
     if not chosen:
         kinds = f" with {len(set(stratify_by))} different labels" if stratify_by is not None else ""
         raise UserError(
-            f"{rows.source}: {len(rows)} rows{kinds} are too few to cut {fraction:g} of them off for validation. "
-            "Give more rows, or name a file in data.validation."
+            f"{rows.source}: {len(rows)} rows{kinds} are too few to cut {fraction:g} of them off for {part}. "
+            f"Give more rows, or name a file in data.{part}."
         )
     kept = sorted(set(range(len(rows))) - set(chosen))
     return rows.select(kept), rows.select(chosen)

@@ -20,6 +20,9 @@ def _check_share_or_path(value: Any) -> Any:
     raise ValueError("must be a fraction between 0 and 1, such as 0.1, or a path")
 
 
+ShareOrPath = Annotated[float | str, BeforeValidator(_check_share_or_path, json_schema_input_type=Between0And1 | Text)]
+
+
 def _check_labels(value: Any) -> Any:
     if value is None or value == "regression":
         return value
@@ -80,10 +83,14 @@ class DataSection(Section):
         "hub:NAME[/CONFIG][@SPLIT], or demo:docstrings[@SPLIT]; a list: one after the other, or mixed by weights "
         "until one of them is used up"
     )
-    validation: Annotated[
-        float | str, BeforeValidator(_check_share_or_path, json_schema_input_type=Between0And1 | Text)
-    ] = Field(default=0.1, description="a fraction cut from the training data (by training.seed), or data as in train")
-    test: Text | None = Field(default=None, description="data as in train, evaluated once at the end")
+    validation: ShareOrPath = Field(
+        default=0.1, description="a fraction cut from the training data (by training.seed), or data as in train"
+    )
+    test: ShareOrPath | None = Field(
+        default=None,
+        description="data as in train, evaluated once at the end; or a fraction cut from the training data, the same "
+        "rows whatever training.seed is",
+    )
     also: dict[str, Text] | None = Field(
         default=None,
         description="more data to evaluate on at the end, by a name of yours, which is not validation or test: data as "

@@ -208,11 +208,12 @@ def can_skip(optimizer: Any, method: Method | None, device: torch.device) -> boo
         method: The method that allocates; None where nothing but the optimizer looks at gradients.
         device: Where the trained parameters are.
     """
+    if on_host(device):
+        return False
     inner = unwrapped(optimizer)
     fused = isinstance(inner, torch.optim.Adam) and all(group.get("fused") for group in inner.param_groups)
     scaled = getattr(optimizer, "scaler", None) is not None  # a loss scaler decides, and waits, for itself
-    masks = method is None or method.masks_bad_steps
-    return fused and not scaled and masks and not on_host(device)
+    return fused and not scaled and (method is None or method.masks_bad_steps)
 
 
 def forget(optimizer: Any) -> None:
