@@ -5,9 +5,9 @@
 
 DATA is a folder with packed JSON lines of e2e_nlg and rnnlg_tv, MODEL stories260K in transformers' format. The sweep
 trains plain LoRA at each of RANKS, for the first seed at each of RATES, for the others at the rate that was best there.
-The frontier cuts the run of the largest rank. For the first seed, it does so by every order without recovery, and by
-the first order with a recovery at several shares of the learning rate; for the other seeds, with the defaults. Losses
-are on the same validation rows. Each run and each frontier leaves one record in benchmarks/results/frontier.jsonl.
+The frontier cuts the run of the largest rank, by every order, and lets each cut recover; for the first seed, by the
+first order, also at other shares of the learning rate. Losses are on the same validation rows. Each run and each
+frontier leaves one record in benchmarks/results/frontier.jsonl.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from studies import ROWS, write_rows
 
 from loralloc import __version__
 from loralloc.frontier.budgets import compare_points, recommend
-from loralloc.frontier.run import DEFAULT_RATE
+from loralloc.frontier.run import DEFAULT_RATE, DEFAULT_RECOVERY
 
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
 TASKS, SEEDS, RANKS = ("e2e", "rnnlg"), (0, 1, 2), (16, 8, 4, 2, 1)
 STEPS, BATCH, RATES = 150, 8, (5e-3, 1e-2, 2e-2)
-ORDERS, SHARES = ("singular_value", "sensitivity", "ablation"), (0.1, 0.3, 1.0)
+ORDERS, SHARES = ("singular_value", "sensitivity", "ablation"), (0.1, 1.0)
 
 
 def recipe_of(base: Path, task: str, seed: int, rank: int, rate: float) -> dict[str, Any]:
@@ -78,12 +78,14 @@ def train(base: Path, folder: Path, task: str, seed: int, rank: int, rate: float
     }
 
 
-def frontier(folder: Path, task: str, seed: int, rate: float, order: str, share: float) -> dict[str, Any]:
+def frontier(base: Path, folder: Path, task: str, seed: int, rate: float, order: str, share: float) -> dict[str, Any]:
     """A frontier of the run of the largest rank; returns its record."""
     out = f"{task}-{seed}-{rate:g}-{order}-{share:g}"
-    recovery = ("--recover", 0.2, "--recover_rate", share) if share else ("--recover", 0)
+    recovery = ("--recover", DEFAULT_RECOVERY, "--recover_rate", share) if share else ("--recover", 0)
     ranks = ",".join(map(str, RANKS))
     run = name_of(task, seed, RANKS[0], rate)
+    if not (folder / run / "metrics.json").is_file():  # its losses have a record, but DIR is another one
+        train(base, folder, task, seed, RANKS[0], rate)
     loralloc(folder, "frontier", run, "--output", out, "--order", order, "--ranks", ranks, *recovery)
     points = []
     for path in sorted((folder / out / "points").glob("*/point.json")):
@@ -98,17 +100,14 @@ def frontier(folder: Path, task: str, seed: int, rate: float, order: str, share:
 def run(base: Path, data: Path, folder: Path) -> None:
     """Run what has no record."""
     for seed, task in product(SEEDS, TASKS):
-        curves = (
-            [*product(ORDERS[:1], SHARES), *product(ORDERS, (0.0,))]
-            if seed == SEEDS[0]
-            else [(ORDERS[0], DEFAULT_RATE)]
-        )
+        shares = SHARES if seed == SEEDS[0] else ()
+        curves = [*product(ORDERS, (DEFAULT_RATE,)), *product(ORDERS[:1], shares)]
         write_rows(ROWS[task], data, task, folder)
         for rank in RANKS:
             for rate in RATES if seed == SEEDS[0] else [best_rate(task, rank)]:
                 keep(train, base, folder, task, seed, rank=rank, rate=rate)
         for order, share in curves:
-            keep(frontier, folder, task, seed, rate=best_rate(task, RANKS[0]), order=order, share=share)
+            keep(frontier, base, folder, task, seed, rate=best_rate(task, RANKS[0]), order=order, share=share)
 
 
 def keep(make: Callable[..., dict[str, Any]], *where: Any, **named: Any) -> None:
@@ -136,13 +135,13 @@ def records() -> list[dict[str, Any]]:
 
 
 def tables() -> str:
-    """For each task the defaults over all seeds, then every order and every share of the rate for the first seed."""
-    found, defaults = records(), [(ORDERS[0], DEFAULT_RATE)]
-    every = [*product(ORDERS, (0.0,)), *product(ORDERS[:1], SHARES)]
+    """For each task every order over all seeds, then every share of the rate for the first seed."""
+    found, orders = records(), [*product(ORDERS, (DEFAULT_RATE,))]
+    shares = [(ORDERS[0], share) for share in sorted({DEFAULT_RATE, *SHARES})]
     return "\n\n".join(
         table([one for one in found if one["task"] == task], task, seeds, curves)
         for task in TASKS
-        for seeds, curves in ((SEEDS, defaults), (SEEDS[:1], every))
+        for seeds, curves in ((SEEDS, orders), (SEEDS[:1], shares))
     )
 
 
@@ -163,9 +162,12 @@ def table(here: list[dict[str, Any]], task: str, seeds: Sequence[int], curves: I
             if (record.get("order"), record.get("share"), record["rate"]) == (order, share, rates[RANKS[0]])
             and record["seed"] in sweep
         }
-        name = f"{order.replace('_', ' ')}, " + (f"recovered at {share:g}" if share else "cut")
+        name = order.replace("_", " ")
         values = {seed: [best_of(point) for point in of] for seed, of in points.items()}
-        lines.append(row(name, values, {seed: cost_of(of, sweep[seed]) for seed, of in points.items()}))
+        if len(seeds) > 1:
+            cuts = {seed: [np.array(point["cut"]) for point in of] for seed, of in points.items()}
+            lines.append(row(f"{name}, cut", cuts, dict.fromkeys(cuts, cost_of(recovered=False))))
+        lines.append(row(f"{name}, recovered at {share:g}", values, dict.fromkeys(values, cost_of(recovered=True))))
         if len(seeds) > 1:
             lines.append(f"| above the training, seed by seed | {' | '.join(differences(values, losses))} | | |")
     return "\n".join(lines)
@@ -187,10 +189,9 @@ def best_of(point: Mapping[str, Any]) -> np.ndarray:
     return min(kept, key=lambda losses: losses.mean())
 
 
-def cost_of(points: Iterable[Mapping[str, Any]], runs: Mapping[int, Mapping[str, Any]]) -> float:
-    """Seconds of the largest training and its frontier, as a share of all trainings."""
-    own = runs[RANKS[0]]["seconds"] + sum(point["seconds"] for point in points)
-    return own / sum(run["seconds"] for run in runs.values())
+def cost_of(recovered: bool) -> float:
+    """Steps of the largest training and its frontier, as a share of those of all trainings at one rate each."""
+    return (1 + recovered * DEFAULT_RECOVERY * len(RANKS)) / len(RANKS)
 
 
 def row(name: str, losses: Mapping[int, list[np.ndarray]], cost: Mapping[int, float]) -> str:
