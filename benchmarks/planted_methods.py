@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,7 +32,8 @@ from loralloc import (
 )
 from loralloc.budget import Modules
 from loralloc.methods.ablora.scores import Mode
-from loralloc.methods.base import Method
+from loralloc.methods.base import Decision, Method, StepContext
+from loralloc.methods.truncate import TruncateState
 from loralloc.plan import ModuleRank
 
 Ranks = Mapping[str, int]
@@ -178,6 +179,18 @@ def recovered(task: Task, more: float) -> Trained:
     return student, train(student, task.problem.train, task.rate, method, steps + extra)
 
 
+class MomentsKept(Truncate):
+    """A cut after which the optimizer goes on as it was: with moments of the old factors, and without a warm-up."""
+
+    @property
+    def restarts(self) -> bool:
+        return False
+
+    def on_step(self, state: TruncateState, now: StepContext) -> Decision | None:
+        decision = super().on_step(state, now)
+        return None if decision is None else replace(decision, warmup=None)
+
+
 METHODS: Mapping[str, Callable[[Task], Trained]] = {
     "true ranks": lambda task: planned(task, task.in_proportion(task.problem.truth)),
     "uniform": lambda task: allocated(task, Uniform(task.budget)),
@@ -204,5 +217,9 @@ EXPERIMENTS: Mapping[str, Callable[[Task], Trained]] = {
     "AutoLoRA, logits at 0.03": lambda task: searched(task, logit_learning_rate=0.03),
     "AdaLoRA, retrained": lambda task: retrained(task, AdaLoRA(task.budget)),
     "truncation, retrained": lambda task: retrained(task, Truncate(task.budget, recover=0)),
+    "cut and recover, 0.6": lambda task: allocated(task, Truncate(task.budget, recover=0.6)),
+    "cut and recover, moments kept": lambda task: allocated(task, MomentsKept(task.budget)),
+    "cut and recover, from 4": lambda task: allocated(replace(task, capacity=4), Truncate(task.budget)),
+    "cut and recover, from 16": lambda task: allocated(replace(task, capacity=16), Truncate(task.budget)),
 }
 """Run only on request: methods that take long, and variants that explain the results of others."""

@@ -37,6 +37,10 @@ METHODS = (  # the names in benchmarks/planted_methods.py
     "AutoLoRA, logits at 0.03",
     "AdaLoRA, retrained",
     "truncation, retrained",
+    "cut and recover, 0.6",
+    "cut and recover, moments kept",
+    "cut and recover, from 4",
+    "cut and recover, from 16",
 )
 
 
