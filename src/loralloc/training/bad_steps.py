@@ -135,7 +135,7 @@ class StepChecks:
         if not self._parameters:  # walking through a large model takes longer than the check itself
             self._parameters = list(self._model.parameters())
         self._look_for_others(optimizer)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [gradient for p in self._parameters if (gradient := p.grad) is not None]
         gradients += [_numbers(p.grad) for p in self._others if p.grad is not None]
         if not gradients:
             return torch.zeros((), dtype=torch.bool, device=self._parameters[0].device)

@@ -216,21 +216,19 @@ class ALLoRA(Method):
     def _scale_rows(self, state: ALLoRAState) -> None:
         """Compute s for every site, group by group, and hand it to the kernel or keep it, as the mode wants it."""
         state.stretch = []
-        for sites in state.groups:
-            scales = stacked([site.scale for site in sites])
-            gates = stacked([site.gate for site in sites]) * scales
-            A, B = stacked([site.A for site in sites]), stacked([site.B for site in sites])
+        for group in state.groups:
+            A, B, gates = stacked(group.A), stacked(group.B), group.gates(fixed=self.allocate is None)
             # s_i = 1 / √(‖(BA)_i‖ + 1/η²), a constant to autograd.
             s = row_scales(row_norms(A, gates, B), self.eta)
             if self.mode == "post":
-                B = B.to(s.dtype) * (scales != 0)[:, None]  # closed ranks are gone
+                B = B.to(s.dtype) * (group.scales() != 0)[:, None]  # closed ranks are gone
                 mean = torch.linalg.matrix_norm(s[:, :, None] * B) / torch.linalg.matrix_norm(B)
                 mean = torch.where(B.flatten(1).any(1), mean, self.eta)
                 for mean_of_site, s_of_site in zip(mean, s, strict=True):
                     state.stretch += [mean_of_site - 1, s_of_site[:, None] - 1]
                 continue
             # The kernel multiplies the weights' gradients of row i by it; what flows to lower layers is not scaled.
-            for site, scale in zip(sites, (s / self.eta if self.mode == "hybrid" else s).unbind(), strict=True):
+            for site, scale in zip(group.sites, (s / self.eta if self.mode == "hybrid" else s).unbind(), strict=True):
                 site.set_row_scale(scale)
 
     @torch.no_grad()

@@ -9,12 +9,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loralloc.errors import UserError
 from loralloc.gating import Site
 from loralloc.naming import named, selecting
 from loralloc.patterns import key_of
+
+
+@dataclass(eq=False)
+class Group:
+    """Sites whose factors can be stacked.
+
+    Attributes:
+        sites: The sites.
+        A: Their factors, [r, in] each. The optimizer holds the same objects, so they stay.
+        B: Likewise, [out, r] each.
+    """
+
+    sites: Sequence[Site]
+    A: Sequence[nn.Parameter]
+    B: Sequence[nn.Parameter]
+    _fixed: Tensor | None = None
+
+    def gates(self, fixed: bool) -> Tensor:
+        """Gates times scales, [n, r]; looked up once if they are `fixed`: for small layers that is most of the time."""
+        if fixed and self._fixed is not None and self._fixed.device == self.A[0].device:
+            return self._fixed
+        self._fixed = stacked([site.gate for site in self.sites]) * self.scales()
+        return self._fixed
+
+    def scales(self) -> Tensor:
+        """The fixed scales, [n, r]; 0 where a rank is closed for good."""
+        return stacked([site.scale for site in self.sites])
 
 
 @dataclass(eq=False)
@@ -31,7 +58,7 @@ class ALLoRAState:
     """
 
     sites: Sequence[Site]
-    groups: Sequence[Sequence[Site]]
+    groups: Sequence[Group]
     inner: Any = None
     before: list[Tensor] | None = None
     stretch: list[Tensor] = field(default_factory=list)
@@ -39,15 +66,15 @@ class ALLoRAState:
 
     def factors(self) -> list[Tensor]:
         """A and B of every site in turn, one group after the other."""
-        return [factor for sites in self.groups for site in sites for factor in (site.A, site.B)]
+        return [factor for group in self.groups for pair in zip(group.A, group.B, strict=True) for factor in pair]
 
 
-def groups_of(sites: Sequence[Site]) -> list[list[Site]]:
-    """Sites whose factors can be stacked; those that have lost all ranks have nothing to scale."""
+def groups_of(sites: Sequence[Site]) -> list[Group]:
+    """Group sites by shape and device; those that have lost all ranks have nothing to scale."""
     groups: dict[tuple[int, int, int, torch.device], list[Site]] = {}
     for site in (site for site in sites if site.rank):
         groups.setdefault((site.rank, site.inputs, site.outputs, site.A.device), []).append(site)
-    return list(groups.values())
+    return [Group(of, [site.A for site in of], [site.B for site in of]) for of in groups.values()]
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
