@@ -162,6 +162,8 @@ def table(here: list[dict[str, Any]], task: str, seeds: Sequence[int], curves: I
             if (record.get("order"), record.get("share"), record["rate"]) == (order, share, rates[RANKS[0]])
             and record["seed"] in sweep
         }
+        if points.keys() != sweep.keys():  # some have not been run yet
+            continue
         name = order.replace("_", " ")
         values = {seed: [best_of(point) for point in of] for seed, of in points.items()}
         if len(seeds) > 1:
