@@ -33,7 +33,6 @@ def demo(
 
     paths = {method: list_recipes()[f"demo/{method}"] for method in METHODS}
     words = {method: ["--output", str(output / method)] for method in METHODS}
-    words["lora"] += ["--evaluate.cuts", "0"]  # smaller sizes are of interest where a budget was met
     for outline in filter(None, (peek_recipe(paths[method], words[method]) for method in METHODS)):
         RunFolder.for_new_run(outline, replace=True)
     recipes = {method: load_recipe(paths[method], words[method]) for method in METHODS}

@@ -55,8 +55,9 @@ def measure(recipe: Recipe) -> Measured:
         times = StepTimes()
         stage.trainer.add_callback(times)
         stage.train()
-    evaluated = 1 if data.test is None else 1 + len(data.validation) / len(data.test)
-    return Measured(median(times.seconds[FIRST:]), seconds * evaluated, untrained)
+    assert data.test is not None
+    evaluated = len(data.test) + (1 + recipe.evaluate.cuts) * len(data.validation)
+    return Measured(median(times.seconds[FIRST:]), seconds * evaluated / len(data.test), untrained)
 
 
 def steps_within(seconds: float, measured: Measured, runs: int, least: int, most: int) -> int:
