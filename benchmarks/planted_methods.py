@@ -197,7 +197,7 @@ METHODS: Mapping[str, Callable[[Task], Trained]] = {
     "AdaLoRA": lambda task: allocated(task, AdaLoRA(task.budget)),
     "random": lambda task: allocated(task, Random(task.budget, rank_seed=task.seed)),
     "truncation": lambda task: allocated(task, Truncate(task.budget, recover=0)),
-    "cut and recover": lambda task: allocated(task, Truncate(task.budget)),
+    "cut and recover": lambda task: allocated(task, Truncate(task.budget, recover=0.4)),
     "full capacity": lambda task: planned(task, dict.fromkeys(task.problem.costs, task.capacity)),
     "AutoLoRA": searched,
     "AB-LoRA, taylor": lambda task: ablated(task, "taylor"),
@@ -218,8 +218,8 @@ EXPERIMENTS: Mapping[str, Callable[[Task], Trained]] = {
     "AdaLoRA, retrained": lambda task: retrained(task, AdaLoRA(task.budget)),
     "truncation, retrained": lambda task: retrained(task, Truncate(task.budget, recover=0)),
     "cut and recover, 0.6": lambda task: allocated(task, Truncate(task.budget, recover=0.6)),
-    "cut and recover, moments kept": lambda task: allocated(task, MomentsKept(task.budget)),
-    "cut and recover, from 4": lambda task: allocated(replace(task, capacity=4), Truncate(task.budget)),
-    "cut and recover, from 16": lambda task: allocated(replace(task, capacity=16), Truncate(task.budget)),
+    "cut and recover, moments kept": lambda task: allocated(task, MomentsKept(task.budget, recover=0.4)),
+    "cut and recover, from 4": lambda task: allocated(replace(task, capacity=4), Truncate(task.budget, recover=0.4)),
+    "cut and recover, from 16": lambda task: allocated(replace(task, capacity=16), Truncate(task.budget, recover=0.4)),
 }
 """Run only on request: methods that take long, and variants that explain the results of others."""

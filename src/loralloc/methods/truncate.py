@@ -65,7 +65,7 @@ class Truncate(Method):
     recover: Annotated[
         Phase,
         Field(description="train what is kept, after the cut: fraction of the run, or steps; 0 cuts at the end"),
-    ] = 0.4
+    ] = 0.6
 
     @property
     def compacts(self) -> bool:
