@@ -81,7 +81,7 @@ def train(base: Path, folder: Path, task: str, seed: int, rank: int, rate: float
 def frontier(base: Path, folder: Path, task: str, seed: int, rate: float, order: str, share: float) -> dict[str, Any]:
     """A frontier of the run of the largest rank; returns its record."""
     out = f"{task}-{seed}-{rate:g}-{order}-{share:g}"
-    recovery = ("--recover", DEFAULT_RECOVERY, "--recover_rate", share) if share else ("--recover", 0)
+    recovery = ("--recover", DEFAULT_RECOVERY, "--recover_rate", share)
     ranks = ",".join(map(str, RANKS))
     run = name_of(task, seed, RANKS[0], rate)
     if not (folder / run / "metrics.json").is_file():  # its losses have a record, but DIR is another one

@@ -200,6 +200,8 @@ class TestCells:
             "chosen, and no other method does; set it to a share of the training data, such as 0.1"
         ), "the other one has a share of its own, as its method has"
         comparable(recipe_for(tmp_path, "--methods", "[short]", "--variants", f"{{{short}}}", text=text))
+        blind = "{blind: {name: ablora, score: gate, validation: validation}}"
+        comparable(recipe_for(tmp_path, "--methods", "[blind]", "--variants", blind, text=text))
 
     def test_peers_stay_away_where_ranks_are_uneven_and_lora_is_as_even_as_it_can_be(self, tmp_path: Path) -> None:
         cells = cells_of(recipe_for(tmp_path, "--budgets", "1.5"))

@@ -30,14 +30,13 @@ class Group:
     sites: Sequence[Site]
     A: Sequence[nn.Parameter]
     B: Sequence[nn.Parameter]
-    _fixed: Tensor | None = None
+    _gates: Tensor | None = field(default=None, init=False)
 
     def gates(self, fixed: bool) -> Tensor:
         """Gates times scales, [n, r]; looked up once if they are `fixed`: for small layers that is most of the time."""
-        if fixed and self._fixed is not None and self._fixed.device == self.A[0].device:
-            return self._fixed
-        self._fixed = stacked([site.gate for site in self.sites]) * self.scales()
-        return self._fixed
+        if not fixed or self._gates is None or self._gates.device != self.A[0].device:
+            self._gates = stacked([site.gate for site in self.sites]) * self.scales()
+        return self._gates
 
     def scales(self) -> Tensor:
         """The fixed scales, [n, r]; 0 where a rank is closed for good."""
