@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Record = dict[str, Any]
+Measure = Callable[[dict[int, Record], dict[int, Record]], list[float]]
+"""From the runs of a method and those at the true ranks, each by seed, to a value a seed."""
 
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "planted.svg"
 TRUE = "true ranks"
@@ -118,6 +123,14 @@ def relative(by_seed: dict[int, Record], right: dict[int, Record]) -> dict[int, 
     return {s: r["divergence"] / right[s]["divergence"] for s, r in by_seed.items() if s in right}
 
 
+DRAWN_MEASURES: dict[str, Measure] = {
+    "KL ÷ KL at the true ranks": lambda by_seed, right: list(relative(by_seed, right).values()),
+    "planted ranks found": lambda by_seed, right: [r["recovered"] for r in by_seed.values()],
+    "rank correlation": lambda by_seed, right: [r["correlation"] for r in by_seed.values()],
+}
+"""The rows of the figure."""
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """The mean over seeds, with the lowest and the highest.
 
@@ -131,7 +144,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def plot(records: Sequence[Record], path: Path = FIGURE) -> None:
-    """Draw divergence relative to the true ranks against concentration: a panel for each budget, a line a method."""
+    """Draw every measure against concentration: a column for each budget, a row for each measure, a line a method."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
@@ -139,31 +152,44 @@ def plot(records: Sequence[Record], path: Path = FIGURE) -> None:
     problems = {key: runs for key, runs in grouped(records, problem_of).items() if len(_concentrations(runs)) > 1}
     if not problems:
         raise SystemExit("there is nothing to draw: no problem has records at several concentrations")
-    figure = Figure(figsize=(1.5 + 4 * len(problems), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(problems), squeeze=False)[0]
-    for panel, (problem, runs) in zip(panels, problems.items(), strict=True):
-        for number, method in enumerate(DRAWN):
-            points = {c: _ratios(records, runs, method, c) for c in _concentrations(runs)}
-            points = {c: list(ratios) for c, ratios in points.items() if ratios}
-            if points:
-                x, ratios = list(points), list(points.values())
-                panel.plot(x, [mean(r) for r in ratios], marker="o", markersize=3, label=method, color=f"C{number}")
-                panel.fill_between(x, list(map(min, ratios)), list(map(max, ratios)), color=f"C{number}", alpha=0.12)
-        panel.axhline(1, color="grey", linewidth=0.6, linestyle=":")
+    figure = Figure(figsize=(1.5 + 3.6 * len(problems), 2.6 * len(DRAWN_MEASURES)), layout="constrained")
+    grid = figure.subplots(len(DRAWN_MEASURES), len(problems), squeeze=False, sharex=True, sharey="row")
+    for column, (problem, runs) in zip(grid.T, problems.items(), strict=True):
+        for panel, measure in zip(column, DRAWN_MEASURES.values(), strict=True):
+            _draw(panel, records, runs, measure)
         named = dict(zip(PROBLEM, problem, strict=True))
-        panel.set_title(f"{named['base']}, {named['budget']:g} of the true {named['unit']}", fontsize="small")
-        panel.set(xlabel="concentration of the truth", yscale="log")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("KL ÷ KL at the true ranks")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize="x-small")
+        column[0].set_title(f"{named['base']}, {named['budget']:g} of the true {named['unit']}", fontsize="small")
+        column[0].axhline(1, color="grey", linewidth=0.6, linestyle=":")
+        column[-1].set_xlabel("concentration of the truth")
+    for panel, name in zip(grid[:, 0], DRAWN_MEASURES, strict=True):
+        panel.set_ylabel(name)
+    grid[0, 0].set_yscale("log")
+    grid[0, 0].yaxis.set_major_formatter("{x:g}")
+    grid[0, 0].yaxis.set_minor_formatter("{x:g}")
+    legend = {line.get_label(): line for panel in grid.flat for line in panel.get_lines()[: len(DRAWN)]}
+    lines = [legend[method] for method in DRAWN if method in legend]
+    figure.legend(lines, [line.get_label() for line in lines], loc="outside right", frameon=False, fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
+
+
+def _draw(panel: Axes, records: Sequence[Record], runs: Sequence[Record], measure: Measure) -> None:
+    for number, method in enumerate(DRAWN):
+        points = {c: _measured(records, runs, method, c, measure) for c in _concentrations(runs)}
+        points = {c: values for c, values in points.items() if values}
+        if points:
+            x, values = list(points), list(points.values())
+            panel.plot(x, [mean(v) for v in values], marker="o", markersize=3, label=method, color=f"C{number}")
+            panel.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{number}", alpha=0.12)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _concentrations(runs: Sequence[Record]) -> list[float]:
     return sorted({record["concentration"] for record in runs})
 
 
-def _ratios(records: Sequence[Record], runs: Sequence[Record], method: str, concentration: float) -> list[float]:
+def _measured(
+    records: Sequence[Record], runs: Sequence[Record], method: str, concentration: float, measure: Measure
+) -> list[float]:
     mine = [r for r in runs if r["method"] == method and r["concentration"] == concentration]
-    return list(relative(at_best_rate(mine), reference(records, mine[0])).values()) if mine else []
+    return measure(at_best_rate(mine), reference(records, mine[0])) if mine else []

@@ -237,10 +237,13 @@ class TestReport:
         page = (FOLDER.parent / "docs" / "planted-ranks.md").read_text(encoding="utf-8")
         assert bench.report.tables(bench.main.records(bench.main.RESULTS)) in page
 
-    def test_the_figure_has_a_panel_for_each_problem(self, bench: SimpleNamespace, tmp_path: Path) -> None:
+    def test_the_figure_has_a_panel_for_each_measure_of_each_problem(
+        self, bench: SimpleNamespace, tmp_path: Path
+    ) -> None:
         half = [{**record, "budget": 0.5} for record in self.records()]
         bench.report.plot([*self.records(), *half], tmp_path / "planted.svg")
-        assert (tmp_path / "planted.svg").read_text(encoding="utf-8").count('id="axes_') == 2
+        drawn = (tmp_path / "planted.svg").read_text(encoding="utf-8")
+        assert drawn.count('id="axes_') == 2 * len(bench.report.DRAWN_MEASURES) == 6
 
     def test_one_concentration_is_no_figure(self, bench: SimpleNamespace, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match="no problem has records at several concentrations"):
