@@ -127,6 +127,16 @@ def test_every_public_name_is_on_the_page_of_the_api() -> None:
     assert sorted(shown) == sorted(set(loralloc.__all__) - {"__version__"})
 
 
+def test_the_chart_asks_what_the_table_beside_it_asks() -> None:
+    names = ("how-to-choose.md", "figures/choose.svg")
+    page, chart = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in names)
+    words = " ".join(re.findall(r"<text[^>]*>([^<]+)", chart))
+    asked = re.findall(r"([A-Z][^?]*\?) yes (.*?) no", words)
+    table = re.findall(r"^\| ([^|]*\?) \| ([^|]*) \|", page, re.MULTILINE)
+    assert asked == [(question, answer.replace("`", "")) for question, answer in table]
+    assert len(asked) == 5
+
+
 def test_every_figure_stands_near_the_command_that_makes_it() -> None:
     for page in sorted((ROOT / "docs" / "methods").glob("*.md")):
         figure = f"../figures/method-{page.stem}.svg"

@@ -1,4 +1,4 @@
-"""The archive of a study: what its runs have measured comes back as it was, and tells of nothing else."""
+"""The archive of a study comes back as it was, and tells of nothing else; pages have the tables of the records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     monkeypatch.setattr(studies, "RESULTS", tmp_path / "kept")
     yield studies
-    for name in ("studies", "language"):
+    for name in ("studies", "language", "frontier_sweep"):
         sys.modules.pop(name, None)
 
 
@@ -70,3 +70,15 @@ def test_runs_that_are_there_are_left_alone(studies: Any, tmp_path: Path) -> Non
     (tmp_path / "study/runs/a/metrics.json").write_text("newer")
     studies.restore("study", tmp_path / "study")
     assert (tmp_path / "study/runs/a/metrics.json").read_text() == "newer"
+
+
+def test_the_page_has_the_tables_that_the_records_give(studies: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "RESULTS", FOLDER / "results" / "studies")
+    assert studies.tables() in (FOLDER.parent / "docs" / "how-to-choose.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("studies")
+def test_the_page_of_the_frontier_has_the_tables_of_the_sweep() -> None:
+    import frontier_sweep
+
+    assert frontier_sweep.tables() in (FOLDER.parent / "docs" / "frontier.md").read_text(encoding="utf-8")
