@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 def command(name: str, rehearse: bool, results: Path) -> list[str]:
     """The command line of a part's process."""
     if name == "tests":
-        chosen = ["-k", "llama-adalora or adalora-llama or kernel", "--maxfail=20"] if rehearse else []
+        chosen = ["-k", "llama-adalora or adalora-llama or recomputing or waits", "--maxfail=20"] if rehearse else []
         options = ["-q", "-p", "no:cacheprovider", "--device", "cpu" if rehearse else "cuda"]
         return [sys.executable, "-m", "pytest", *options, "-m", "not slow", *chosen, *TESTS]
     measured = [sys.executable, str(HERE / "gpu_parts.py"), name, "--seconds", str(PARTS[name].seconds)]

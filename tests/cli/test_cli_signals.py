@@ -236,7 +236,7 @@ def test_workers_leave_what_all_processes_get_to_the_first_one() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_scheduler_that_sends_it_from_outside_to_all_processes(recipe: Path, workers: int) -> None:
-    words = ["train", "recipe.yaml", "--steps", "400", "--save_every", "200"]
+    words = ["train", "recipe.yaml", "--steps", "150", "--save_every", "75"]
     words += ["--training.trainer.dataloader_num_workers", str(workers)]
     command = [sys.executable, "-c", "from loralloc.cli.main import main; main()", *words]
     streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
