@@ -215,6 +215,7 @@ searches first, and `1 + 0.2`."""
 EXPERIMENTS: Mapping[str, Callable[[Task], Trained]] = {
     "AB-LoRA": lambda task: ablated(task, "fast"),
     "AutoLoRA, logits at 0.03": lambda task: searched(task, logit_learning_rate=0.03),
+    "ALLoRA, post": lambda task: allocated(task, ALLoRA(mode="post", allocate=Uniform(task.budget))),
     "AdaLoRA, retrained": lambda task: retrained(task, AdaLoRA(task.budget)),
     "truncation, retrained": lambda task: retrained(task, Truncate(task.budget, recover=0)),
     "cut and recover, 0.6": lambda task: allocated(task, Truncate(task.budget, recover=0.6)),

@@ -58,6 +58,7 @@ ROWS: Mapping[str, Rows] = {
     "e2e_rank2": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
     "e2e_rank8": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
     "e2e_options": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
+    "e2e_autolora": Rows("e2e_nlg/train", "e2e_nlg/test", 3000, 300),
     "rnnlg": Rows("rnnlg_tv/train", "rnnlg_tv/test", 3000, 300),
     "rnnlg_rank2": Rows("rnnlg_tv/train", "rnnlg_tv/test", 3000, 300),
     "rnnlg_rank8": Rows("rnnlg_tv/train", "rnnlg_tv/test", 3000, 300),
