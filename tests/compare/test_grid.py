@@ -307,6 +307,11 @@ class TestRefusals:
                 "lora.peft.use_rslora: a comparison sets ranks and scale of every run itself; take it out",
             ),
             (
+                ["--method.budget.max_rank", "3"],
+                "method.budget.max_rank: a comparison converts budgets into parameters, and plain LoRA has nothing "
+                "like a cap; take it out",
+            ),
+            (
                 ["--data.test", "data/validation.jsonl"],
                 "data.validation and data.test are both data/validation.jsonl: learning rates are chosen on the one, "
                 "and the other must not have been looked at; name other data",
@@ -328,6 +333,16 @@ class TestRefusals:
         )
         for rows in ({"validation": one, "test": other}, {"validation": one}, {"test": one}):
             check_rows_apart(recipe, replace(SHAPES, depends_on={"data": rows}))
+
+    @pytest.mark.parametrize("name", ["training", "validation"])
+    def test_test_data_that_have_all_been_seen(self, tmp_path: Path, name: str) -> None:
+        recipe = recipe_for(tmp_path)
+        assert SHAPES.test is not None
+        assert told(check_rows_apart, recipe, replace(SHAPES, repeated={name: SHAPES.test})) == (
+            f"data.test, {recipe.data.test}: all {SHAPES.test} rows are among the {name} data, and methods are judged "
+            "on rows that they have not seen; name other data"
+        )
+        check_rows_apart(recipe, replace(SHAPES, repeated={name: SHAPES.test - 1}))
 
     def test_no_rows_to_judge_by_where_training_data_are_mixed_anew_for_every_seed(self, tmp_path: Path) -> None:
         weights = "[{source: data/train.jsonl, weight: 1}, {source: data/validation.jsonl, weight: 2}]"

@@ -287,6 +287,18 @@ def test_no_test_data_are_told(tmp_path: Path) -> None:
     )
 
 
+def test_rows_that_have_been_seen_are_told(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    folder = fabricate(recipe, noisy({}))
+    rows = [read_row(folder, cell) for cell in cells_of(recipe)]
+    for repeated in ({"training": 3, "validation": 0}, {}):
+        write_page(folder, recipe, replace(SHAPES, repeated=repeated), rows)
+        words = words_of(folder.page.read_text())
+        told = "3 of the 15 rows on which methods are judged are among the training data too."
+        assert (told in words) == bool(repeated)
+        assert "among the validation data" not in words
+
+
 def test_rows_cut_off_to_judge_by_are_told(tmp_path: Path) -> None:
     recipe = comparable(recipe_for(tmp_path, "--data.validation", "0.2", test=None))
     words = words_of(page_of(recipe, noisy({})))

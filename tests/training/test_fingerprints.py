@@ -12,7 +12,7 @@ from models import tiny_peft
 
 from loralloc import native
 from loralloc.training import fingerprints
-from loralloc.training.fingerprints import rows_fingerprint, versions, weights_fingerprint
+from loralloc.training.fingerprints import repeated_rows, rows_fingerprint, versions, weights_fingerprint
 
 ROWS: list[dict[str, Any]] = [
     {"input_ids": list(range(n % 5)), "labels": n % 3, "text": f"row {n}", "score": n / 7} for n in range(30)
@@ -66,6 +66,18 @@ class TestRows:
     def test_without_any(self) -> None:
         empty = Dataset.from_dict({"input_ids": []}, features=Features({"input_ids": List(Value("int32"))}))
         assert rows_fingerprint(empty)["rows"] == 0
+
+
+class TestRepeated:
+    def test_rows_are_counted_whatever_their_order_and_their_other_columns(self) -> None:
+        others = dataset([{**row, "weight": 1.0} for row in reversed(ROWS[10:])]).remove_columns("score")
+        assert repeated_rows(dataset(ROWS), others) == 20
+        assert repeated_rows(dataset([ROWS[29], ROWS[29], ROWS[0]]), others) == 2
+
+    def test_a_row_that_differs_in_a_token_is_another(self) -> None:
+        others = dataset([{**row, "input_ids": [*row["input_ids"], 1]} for row in ROWS])
+        assert repeated_rows(dataset(ROWS), others) == 0
+        assert repeated_rows(dataset(ROWS), dataset([{"other": 1}])) == 0
 
 
 class TestWeights:

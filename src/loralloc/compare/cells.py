@@ -135,7 +135,7 @@ def comparable(recipe: Recipe) -> Recipe:
 
 
 def check_rows_apart(recipe: Recipe, shapes: Shapes) -> None:
-    """Refuse test data that are the validation data, under another name or as a copy.
+    """Refuse test data that are the validation data, under another name or as a copy, or all of them training data.
 
     Raises:
         UserError: Their rows are the same.
@@ -146,6 +146,12 @@ def check_rows_apart(recipe: Recipe, shapes: Shapes) -> None:
         raise UserError(
             f"data.validation, {data.validation}, and data.test, {data.test}, have the same rows: {CHOSEN_ON}"
         )
+    for name, count in shapes.repeated.items():
+        if shapes.test and count == shapes.test:
+            raise UserError(
+                f"data.test, {recipe.data.test}: all {count:,} rows are among the {name} data, and methods are judged "
+                "on rows that they have not seen; name other data"
+            )
 
 
 def _unfair(recipe: Recipe) -> Iterator[str]:
@@ -163,6 +169,11 @@ def _unfair(recipe: Recipe) -> Iterator[str]:
                 f"training.{name}: all methods train for the same number of steps, and truncation has no earlier state "
                 "with its ranks; take it out"
             )
+    if getattr(getattr(recipe.method, "budget", None), "max_rank", None) is not None:
+        yield (
+            "method.budget.max_rank: a comparison converts budgets into parameters, and plain LoRA has nothing like a "
+            "cap; take it out"
+        )
     if planned := [name for name in recipe.lora.peft if name in PLANNED]:
         yield f"lora.peft.{planned[0]}: a comparison sets ranks and scale of every run itself; take it out"
     if isinstance(data.validation, str) and data.validation == data.test:

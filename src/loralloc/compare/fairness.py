@@ -151,6 +151,12 @@ def notes(recipe: Recipe, shapes: Shapes, rows: Sequence[Row], found: Sequence[E
             "There are no test data: losses are of the validation data, on which the learning rates were chosen, so "
             "that all of them are optimistic."
         )
+    judged = shapes.validation if shapes.test is None else shapes.test
+    told += [
+        f"{repeated:,} of the {judged:,} rows on which methods are judged are among the {name} data too."
+        for name, repeated in shapes.repeated.items()
+        if repeated
+    ]
     points = dict.fromkeys(entry.point for entry in found)
     if section.peers and any(point.whole is None for point in points):
         names = listed([PEERS[name] for name in section.peers])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loralloc.allocate import keep_within, select
@@ -45,6 +45,7 @@ class Shapes:
         metric: The metric that the task reports first.
         greater_is_better: Whether a larger value of this metric is better.
         depends_on: Fingerprints of the rows (`data`) and of the base model's weights (`base`).
+        repeated: How many of the rows to judge by are among the training rows, and among the validation rows.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -56,6 +57,7 @@ class Shapes:
     metric: str
     greater_is_better: bool
     depends_on: Mapping[str, Any]
+    repeated: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def costs(self) -> list[int]:

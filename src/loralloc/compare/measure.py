@@ -14,7 +14,7 @@ from loralloc.recipe.from_recipe import add_adapter, task_data
 from loralloc.recipe.schema import Recipe
 from loralloc.recipe.stages import total_steps
 from loralloc.tasks.base import TaskData, length_of
-from loralloc.training.fingerprints import rows_fingerprint, weights_fingerprint
+from loralloc.training.fingerprints import repeated_rows, rows_fingerprint, weights_fingerprint
 
 
 def measure(recipe: Recipe) -> Shapes:
@@ -37,6 +37,7 @@ def measure(recipe: Recipe) -> Shapes:
         metric=data.metric,
         greater_is_better=data.greater_is_better,
         depends_on={"data": _rows(recipe, data), "base": weights_fingerprint(model)},
+        repeated=_repeated(data),
     )
     leave_memory(data.model)
     return shapes
@@ -46,3 +47,9 @@ def _rows(recipe: Recipe, data: TaskData) -> dict[str, Any]:
     """Fingerprint all rows of a comparison; the rows to test on count too, since losses are compared row by row."""
     tested = {} if data.test is None else {"test": rows_fingerprint(data.test)}
     return {**learned_from(recipe, data), **tested}
+
+
+def _repeated(data: TaskData) -> dict[str, int]:
+    """How many of the rows that methods are judged on are among those to train on, and to choose rates on."""
+    sources = {"training": data.train} if data.test is None else {"training": data.train, "validation": data.validation}
+    return {name: repeated_rows(data.held_out, rows) for name, rows in sources.items() if isinstance(rows, Dataset)}

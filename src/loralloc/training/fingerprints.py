@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -72,6 +73,26 @@ def rows_fingerprint(rows: Dataset) -> dict[str, Any]:
             digest.update(name.encode())
             _add(digest, table.column(name).combine_chunks())
     return {"rows": len(rows), "sha256": digest.hexdigest()}
+
+
+def repeated_rows(rows: Dataset, others: Dataset) -> int:
+    """Count the rows that are among others too, by the columns that both have.
+
+    Args:
+        rows: Examples as they are evaluated on.
+        others: Examples that they should not be among.
+    """
+    columns = [name for name in rows.column_names if name in others.column_names]
+    own = list(_contents(rows, columns)) if columns else []
+    return sum(map((set(own) & set(_contents(others, columns))).__contains__, own))
+
+
+def _contents(rows: Dataset, columns: list[str]) -> Iterator[bytes]:
+    """A hash of every row."""
+    tables: Any = rows.select_columns(columns).with_format("arrow").iter(batch_size=CHUNK)
+    for table in tables:
+        for row in table.to_pylist():
+            yield hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
 
 
 def _add(digest: Any, array: Any) -> None:
