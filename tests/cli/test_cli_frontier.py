@@ -72,7 +72,7 @@ class TestOfARun:
             assert point["bytes"] == 4 * point["parameters"]
 
     def test_the_order_of_singular_values_is_truncation(self, run: Path) -> None:
-        done("frontier", run, "--recover", 0, "--ranks", "1")
+        done("frontier", run, "--recover", 0, "--ranks", "1", "--order", "singular_value")
         (point,) = points(run / "frontier")
         truncate_adapter(run / "adapter", run.parent / "small", Budget(total_rank=point["ranks"]))
         expected = updates(run.parent / "small")
@@ -327,7 +327,7 @@ class TestInEveryRun:
         half = metrics["cuts"][0]
         assert half["average_rank"] == pytest.approx(half["ranks"] / modules, abs=1e-4)
         assert "Smaller adapters" in (run / "report.html").read_text()
-        done("frontier", run, "--recover", 0, "--ranks", half["ranks"] / modules)
+        done("frontier", run, "--recover", 0, "--ranks", half["ranks"] / modules, "--order", "singular_value")
         (point,) = points(run / "frontier")
         assert point["ranks"] == half["ranks"]
         assert point["cut"]["metrics"] == pytest.approx(half["metrics"], abs=1e-5)

@@ -55,9 +55,14 @@ class Terms:
         return [site.A.shape[1] + len(site.B) for site in self.sites]
 
     @property
+    def alive(self) -> Tensor:
+        """Whether a term's singular value is above rounding, boolean [R] on the CPU."""
+        return torch.cat([(sigma > sigma[:1] * torch.finfo(sigma.dtype).eps * 64).cpu() for _, sigma, _ in self.parts])
+
+    @property
     def count(self) -> int:
         """Number of terms whose singular value is above rounding."""
-        return sum(int((sigma > sigma[:1] * torch.finfo(sigma.dtype).eps * 64).sum()) for _, sigma, _ in self.parts)
+        return int(self.alive.sum())
 
     def kept_ranks(self, keep: Tensor) -> list[int]:
         """Count the kept terms of each layer; `keep` is boolean [R]."""

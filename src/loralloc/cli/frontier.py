@@ -46,8 +46,8 @@ def frontier(
     order: Annotated[
         Order | None,
         typer.Option(
-            help="Which ranks are dropped first: those of small singular values (default), or those that the loss on "
-            "validation data needs least."
+            help="Which ranks are dropped first: those of which the loss has least, beside the others and "
+            "alone (ablation, the default) or beside the others (sensitivity), or those of small singular values."
         ),
     ] = None,
     ranks: Annotated[
@@ -95,17 +95,18 @@ def frontier(
     from loralloc.cli import terminal
     from loralloc.frontier.export import as_measured
     from loralloc.frontier.run import Settings
+    from loralloc.recipe.lock import locked
 
     terminal.quiet_libraries()
     given = None if order is None else order.value
-    source.folder.mkdir(parents=True, exist_ok=True)
-    if export is not None:
-        _export(source, as_measured(source.folder, given, recover, recover_rate, export), target)
-    else:
-        default = Settings()
-        share = default.recover if recover is None else recover
-        rate = default.rate if recover_rate is None else recover_rate
-        _measure(source, Settings(given or default.order, share, averages, rate=rate))
+    with locked(source.folder):
+        if export is not None:
+            _export(source, as_measured(source, given, recover, recover_rate, export), target)
+        else:
+            default = Settings()
+            share = default.recover if recover is None else recover
+            rate = default.rate if recover_rate is None else recover_rate
+            _measure(source, Settings(given, share, averages, rate=rate))
 
 
 def _averages(words: str) -> list[float]:

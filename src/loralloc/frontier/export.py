@@ -20,20 +20,20 @@ SHOWN_TO = 0.006
 
 
 def as_measured(
-    folder: Path, order: Order | None, recover: float | None, rate: float | None, average: float
+    source: Source, order: Order | None, recover: float | None, rate: float | None, average: float
 ) -> Settings:
     """Return the settings of an existing frontier, with its sizes down to the requested one.
 
     The larger sizes are included because each size starts from a larger one; points that exist are reused.
 
     Args:
-        folder: Folder of the frontier.
+        source: The frontier's source; a frontier of another adapter in its folder does not count.
         order: The requested order; None for the order of the frontier, or the default if there is no frontier.
         recover: The requested share of steps; None likewise.
         rate: The requested share of the learning rate; None likewise.
         average: The requested average rank.
     """
-    record, default = _record(folder), Settings()
+    record, default = _record(source), Settings()
     sizes = list(_sizes(record.get("points")))
     near = [size for size in sizes if abs(size[0] - average) <= SHOWN_TO * size[0]]
     modules: Any = record.get("modules")
@@ -50,7 +50,7 @@ def as_measured(
     measured = float(share) if is_number(share) and 0 <= share < 1 else default.recover
     at = float(factor) if is_number(factor) and 0 < factor <= 10 else default.rate
     return Settings(
-        order or measured_by or default.order,
+        order or measured_by,
         measured if recover is None else recover,
         [average],
         [*larger, meant] if larger or near else None,
@@ -65,11 +65,12 @@ def _sizes(points: Any) -> Iterator[tuple[float, int]]:
             yield point["average_rank"], point["ranks"]
 
 
-def _record(folder: Path) -> Mapping[str, Any]:
+def _record(source: Source) -> Mapping[str, Any]:
     try:
-        return read_object(folder / "frontier.json")
+        record = read_object(source.folder / "frontier.json")
     except UserError:
         return {}
+    return record if record.get("fingerprint") == source.fingerprint() else {}
 
 
 def export_point(source: Source, adapter: Path, target: Path) -> Export:

@@ -18,7 +18,7 @@ Order = Literal["singular_value", "sensitivity", "ablation"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
 SAMPLES = 256
-"""Most validation examples on which terms are scored."""
+"""Most examples on which terms are scored."""
 
 
 def score_terms(order: Order, model: PeftModel, terms: Terms, batches: Sequence[Any]) -> Tensor:
@@ -36,7 +36,7 @@ def score_terms(order: Order, model: PeftModel, terms: Terms, batches: Sequence[
         order: Which scores.
         model: The model; it is unchanged afterwards.
         terms: Its terms.
-        batches: Batches of validation examples, labels included; only for scores that look at data.
+        batches: Batches of examples, labels included; only for scores that look at data.
 
     Returns:
         [R] on the CPU, float64.

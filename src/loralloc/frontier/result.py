@@ -94,6 +94,7 @@ class Frontier:
             "format": 1,
             "loralloc": __version__,
             "adapter": str(self.source.adapter),
+            "fingerprint": self.source.fingerprint(),
             "order": self.order,
             "recovery": asdict(self.recovery),
             "metric": self.metric,

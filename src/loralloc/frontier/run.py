@@ -7,7 +7,6 @@ and gives lower losses (docs/frontier.md).
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,25 +25,22 @@ from loralloc.adapter.terms import Terms
 from loralloc.allocate import keep_top
 from loralloc.errors import UserError
 from loralloc.frontier.budgets import chosen, compare_points, recommend, spread
-from loralloc.frontier.orders import Order, score_terms
+from loralloc.frontier.orders import Order
 from loralloc.frontier.point import Measured, Point, PointFolder
 from loralloc.frontier.result import Frontier, Recovery
+from loralloc.frontier.scoring import digest_of, scores_of
 from loralloc.frontier.source import Source
 from loralloc.methods.truncate import Part, balanced
 from loralloc.plain_lora import check_plain, plain_sites
 from loralloc.plan import ModuleRank, RankPlan
 from loralloc.quantized import leave_memory
 from loralloc.recipe import evaluations, stages
-from loralloc.recipe.fingerprints import learned_from
 from loralloc.recipe.from_recipe import load_adapter, task_data
 from loralloc.recipe.run_folder import RunFolder
-from loralloc.recipe.schema import dump_recipe
 from loralloc.recipe.screen import Screen
 from loralloc.tasks.base import TaskData
 from loralloc.training import processes
-from loralloc.training.fingerprints import rows_fingerprint
 from loralloc.training.trainer import RunTrainer
-from loralloc.training.trainer_batches import validation_batches
 
 DEFAULT_RECOVERY = 0.2
 """Share of a run's steps that each cut is trained on."""
@@ -58,14 +54,14 @@ class Settings:
     """How a frontier is made.
 
     Attributes:
-        order: The score by which terms are dropped.
+        order: The score by which terms are dropped; None as in `scores_of`.
         recover: Share of the run's steps that each cut is trained on; 0 for none.
         averages: Average ranks to try; None for twelve sizes, from the full one downwards.
         ranks: Total ranks to try, in place of `averages`.
         rate: Highest learning rate of the recovery, as a share of the run's.
     """
 
-    order: Order = "singular_value"
+    order: Order | None = None
     recover: float = DEFAULT_RECOVERY
     averages: Sequence[float] | None = None
     ranks: Sequence[int] | None = None
@@ -100,11 +96,13 @@ def make_frontier(source: Source, settings: Settings, screen: Screen, told: Call
         model = _adapted(trainer)
         terms = Terms.of(model)
         check_plain(model, terms.sites[0].adapter, [(site.name, site.layer) for site in terms.sites])
-        scores = score_terms(settings.order, model, terms, _batches(settings.order, trainer, data))
+        made_from = source.made_from(model, data)
+        order, scores = scores_of(source.folder, settings.order, terms, trainer, data, made_from, screen)
         modules = source.modules or len(terms.sites)
         budgets = _budgets(settings, modules, terms.count)
         chain = {ranks: budgets[:place] for place, ranks in enumerate(budgets)} if steps else {}
-        of = _of(source, settings, steps, data)
+        recovery = {"steps": steps, "rate": settings.rate if steps else None}
+        of = {**made_from, "order": order, "scores": digest_of(order, scores), **recovery}
         bench = _Bench(source, data, trainer, terms, scores, screen, of, settings.rate, chain)
         points = [bench.cut(ranks) for ranks in budgets]
         if steps:
@@ -114,8 +112,8 @@ def make_frontier(source: Source, settings: Settings, screen: Screen, told: Call
                 told(point)
     worse = compare_points([point.best.array for point in points])
     best = recommend([point.ranks for point in points], worse)
-    recovery = Recovery(settings.recover, settings.rate, steps)
-    return Frontier(source, settings.order, recovery, data.metric, points, worse, best, modules)
+    recovered = Recovery(settings.recover, settings.rate, steps)
+    return Frontier(source, order, recovered, data.metric, points, worse, best, modules)
 
 
 def _budgets(settings: Settings, modules: int, total: int) -> list[int]:
@@ -134,29 +132,9 @@ def _recovery_steps(source: Source, settings: Settings, data: TaskData) -> int:
     return max(1, round(settings.recover * steps))
 
 
-def _of(source: Source, settings: Settings, steps: int, data: TaskData) -> dict[str, Any]:
-    """What a point depends on: adapter, order, recovery, recipe, data. If one differs, it is made again.
-
-    The training data count only where there is a recovery, which trains on them.
-    """
-    rows = learned_from(source.recipe, data) if steps else {"validation": rows_fingerprint(data.validation)}
-    told = f"{dump_recipe(source.recipe)}{rows}"
-    made_by = hashlib.sha256(told.encode()).hexdigest()[:16]
-    recovery = {"steps": steps, "rate": settings.rate if steps else None}
-    return {"adapter": source.fingerprint(), "order": settings.order, **recovery, "made_by": made_by}
-
-
 def _adapted(trainer: RunTrainer) -> PeftModel:
     assert isinstance(trainer.model, PeftModel)
     return trainer.model
-
-
-def _batches(order: Order, trainer: RunTrainer, data: TaskData) -> Sequence[Any]:
-    """Batches of validation examples to score terms on; none if the scores look at no data."""
-    if order == "singular_value":
-        return ()
-    examples = data.validation if data.learned_validation is None else data.learned_validation
-    return validation_batches(examples, trainer.get_train_dataloader(), trainer.args, _adapted(trainer))
 
 
 def folder_of(source: Source, ranks: int) -> Path:

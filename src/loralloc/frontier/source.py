@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralloc.adapter.folders import ADAPTER_WEIGHTS, check_adapter_folder, recorded_modules
+from peft import PeftModel
+
+from loralloc.adapter.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, recorded_modules
 from loralloc.errors import UserError
 from loralloc.files import in_shell, sha256_of
 from loralloc.plan import RankPlan
 from loralloc.reading import read_object
+from loralloc.recipe.fingerprints import learned_from
 from loralloc.recipe.run_folder import RunFolder
-from loralloc.recipe.schema import Recipe, load_recipe
+from loralloc.recipe.schema import Recipe, dump_recipe, load_recipe
 from loralloc.setting_types import is_number
+from loralloc.tasks.base import TaskData
+from loralloc.training.fingerprints import weights_fingerprint
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,24 @@ class Source:
         return f"{named} --output {in_shell(self.folder)}"
 
     def fingerprint(self) -> str:
-        """Return an id of the adapter: the start of the SHA-256 of its weights."""
-        return sha256_of(self.adapter / ADAPTER_WEIGHTS)[:16]
+        """Return an id of the adapter: the start of a SHA-256 of its weights and its config, where its scale is."""
+        told = "".join(sha256_of(self.adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+        return _digest(told)
+
+    def made_from(self, model: PeftModel, data: TaskData) -> dict[str, str]:
+        """Fingerprint what scores and sizes depend on beside their settings: adapter, base model, recipe, data.
+
+        Args:
+            model: The base model with the adapter, as they were loaded.
+            data: The task's data.
+        """
+        rows = learned_from(self.recipe, data)
+        made_by = _digest(f"{dump_recipe(self.recipe)}{rows}{weights_fingerprint(model)}")
+        return {"adapter": self.fingerprint(), "made_by": made_by}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _for_one_process(recipe: Recipe, processes: int) -> Recipe:
