@@ -51,6 +51,8 @@ class TestScores:
         done("frontier", run, *CUTS, "--ranks", "0.5")
         done("frontier", run, "--export", 0.5)
         assert read_json(run / "frontier" / "frontier.json")["order"] == "ablation"
+        page = (run / "frontier" / "frontier.html").read_text(encoding="utf-8")
+        assert "those whose AB-LoRA score on training examples is the lowest are dropped first" in page
         assert scored == ["ablation"]
         (run / "frontier" / "scores.json").write_text("{", encoding="utf-8")
         done("frontier", run, *CUTS, "--ranks", "0.5")
@@ -83,6 +85,8 @@ class TestScores:
         said = done("frontier", run, *CUTS, "--ranks", "1")
         assert "the model has a loss of its own; so the terms with the smallest singular values are dropped" in said
         assert read_json(run / "frontier" / "frontier.json")["order"] == "singular_value"
+        page = (run / "frontier" / "frontier.html").read_text(encoding="utf-8")
+        assert "those with the smallest singular values are dropped first" in page
 
     @pytest.mark.parametrize("order", ["ablation", "sensitivity", "singular_value"])
     def test_ranks_that_do_nothing_are_dropped_first(self, run: Path, recipe: Path, order: str) -> None:

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 SHOWN_SPREAD = 4.0
 """Most height of the loss axis, in heights of the recovered line; the line of cuts is clipped above it."""
 
+DROPPED_FIRST = {
+    "ablation": "those whose AB-LoRA score on training examples is the lowest",
+    "sensitivity": "those without which the loss of training examples rises least",
+    "singular_value": "those with the smallest singular values",
+}
+"""Which terms are dropped first, by order."""
+
 
 def write_page(frontier: Frontier, folder: Path) -> Path:
     """Write frontier.html and frontier.png into a folder.
@@ -59,7 +66,7 @@ def _values(frontier: Frontier) -> dict[str, Any]:
         "recovered": frontier.recovery.steps > 0,
         "steps": frontier.recovery.steps,
         "rate": f"{frontier.recovery.rate:.0%}",
-        "order": frontier.order.replace("_", " "),
+        "first": DROPPED_FIRST[frontier.order],
         "examples": len(frontier.choice.best.losses),
     }
 
