@@ -18,7 +18,7 @@ def studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     monkeypatch.setattr(studies, "RESULTS", tmp_path / "kept")
     yield studies
-    for name in ("studies", "language", "frontier_sweep"):
+    for name in ("studies", "language", "frontier_sweep", "frontier_orders", "tasks"):
         sys.modules.pop(name, None)
 
 
@@ -78,7 +78,10 @@ def test_the_page_has_the_tables_that_the_records_give(studies: Any, monkeypatch
 
 
 @pytest.mark.usefixtures("studies")
-def test_the_page_of_the_frontier_has_the_tables_of_the_sweep() -> None:
+def test_the_page_of_the_frontier_has_the_tables_of_its_records() -> None:
+    import frontier_orders
     import frontier_sweep
 
-    assert frontier_sweep.tables() in (FOLDER.parent / "docs" / "frontier.md").read_text(encoding="utf-8")
+    page = (FOLDER.parent / "docs" / "frontier.md").read_text(encoding="utf-8")
+    assert frontier_sweep.tables() in page
+    assert frontier_orders.table(frontier_orders.records()) in page
