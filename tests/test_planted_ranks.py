@@ -35,6 +35,7 @@ METHODS = (  # the names in benchmarks/planted_methods.py
     "cut and recover, 1 + 0.2",
     "AB-LoRA",
     "AutoLoRA, logits at 0.03",
+    "ALLoRA, post",
     "AdaLoRA, retrained",
     "truncation, retrained",
     "cut and recover, 0.6",
