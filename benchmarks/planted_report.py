@@ -149,7 +149,8 @@ def plot(records: Sequence[Record], path: Path = FIGURE) -> None:
     from matplotlib.figure import Figure
 
     rcParams["svg.hashsalt"] = "loralloc"
-    problems = {key: runs for key, runs in grouped(records, problem_of).items() if len(_concentrations(runs)) > 1}
+    groups = sorted(grouped(records, problem_of).items())  # smallest budget first
+    problems = {key: runs for key, runs in groups if len(_concentrations(runs)) > 1}
     if not problems:
         raise SystemExit("there is nothing to draw: no problem has records at several concentrations")
     figure = Figure(figsize=(1.5 + 3.6 * len(problems), 2.6 * len(DRAWN_MEASURES)), layout="constrained")
